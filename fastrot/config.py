@@ -1,0 +1,360 @@
+"""Every knob, as frozen keyword-only dataclasses. Standard library only: the command line is read before torch.
+
+A comment behind a knob is its help text. A knob marked `free` changes no number of a run, so a resumed run
+may set it anew; every other knob must agree (see `differences`).
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class Refused(ValueError):
+    """Wrong use, told in one sentence: the setting, what it got, the way out. Entries exit with status 2."""
+
+
+def free(default: Any) -> Any:
+    """A knob that changes no number."""
+    return field(default=default, metadata={"free": True})
+
+
+# ---- crops: which box of a picture is looked at ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResized:
+    """A box of random area and aspect, resampled to a square: torchvision's RandomResizedCrop."""
+
+    size: int = 224  # pixels a side of the crop
+    scale: tuple[float, float] = (0.08, 1.0)  # the box's share of the picture's area
+    ratio: tuple[float, float] = (
+        0.75,
+        4 / 3,
+    )  # the box's width / height, drawn evenly in its logarithm
+    flip: bool = True  # mirror with probability one half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """A box of size x size pixels, shifted by up to `pad` pixels over the border, which is black (CIFAR)."""
+
+    size: int = 32  # pixels a side of the crop
+    pad: int = 4  # pixels
+    flip: bool = True  # mirror with probability one half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within:
+    """A square of side round(short side * size / short): resize to `short`, then crop `size`, in one step."""
+
+    size: int = 224  # pixels a side of the crop
+    short: int = 256  # pixels that the short side stands for
+    random: bool = True  # False: centred
+    flip: bool = True  # mirror with probability one half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """The whole picture, squashed to a square."""
+
+    size: int = 32  # pixels a side of the crop
+    flip: bool = False  # mirror with probability one half
+
+
+Crop = RandomResized | Shifted | Within | Whole
+
+
+# ---- networks ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlexNet:
+    """AlexNet with batch norm and without groups (Gidaris 2018), stages conv1 ... pool5, fc_block."""
+
+    width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
+    kernel: int = 11  # side of the first convolution, pixels
+    stride: int = 4  # of the first convolution, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nin:
+    """Network in network for 32x32 pictures (Gidaris 2018), stages conv1 ... convN."""
+
+    width: float = 1.0  # scales all channels: 192 160 96
+    stages: int = 4  # blocks of three convolutions
+    pool_conv3: bool = False  # average-pool behind the third block, where there is a fourth
+
+
+Backbone = AlexNet | Nin
+
+
+# ---- methods ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotNet:
+    """Tell which of four quarter turns a picture has been given (Gidaris 2018)."""
+
+    crop: Crop = RandomResized()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """Tell a picture's class from its label: the yardstick."""
+
+    crop: Crop = RandomResized()
+
+
+MethodConfig = RotNet | Supervised
+
+
+# ---- optimiser and schedule ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd:
+    """SGD as torch writes it: v = momentum v + g; w -= rate (g + momentum v) with nesterov."""
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_norms: bool = True  # also decay biases and batch-norm weights, as the original codes do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over a run; a table keeps the paper's whole epochs, scaled to the run's."""
+
+    kind: Literal["table", "cosine", "linear", "constant"] = "table"
+    table: tuple[tuple[int, float], ...] = (
+        (15, 0.01),
+        (30, 0.001),
+        (45, 1e-4),
+        (50, 1e-5),
+    )  # (first epoch past it, rate); the other kinds begin with the first rate
+    epochs: int = 50  # the paper's epochs, to which the table refers
+    as_published: bool = False  # keep the table's epochs as printed, whatever --epochs says
+    steps: int | None = None  # length of the run in steps, instead of epochs
+    warmup: float = 0.0  # epochs over which the rate rises from zero, step by step
+    last: float = 0.0  # where cosine and linear end, as a share of the first rate
+
+
+# ---- the run ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run: what is trained, on what, for how long."""
+
+    data: str | None = free(None)  # pictures to learn from: FILE.beton, a folder, or synthetic
+    val: str | None = free(None)  # pictures to be judged on; without it --hold-out sets some aside
+    out: str | None = free(None)  # the run's folder; default runs/PRESET
+    epochs: int | None = None  # passes over the data; default: the schedule's
+    max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
+    budget: str | None = (
+        None  # how long the run may take (30min, 2h): measures 20 steps and chooses the epochs
+    )
+    batch: int = 192  # pictures per process and step, before turning
+    lr: float | None = None  # scales the schedule so that it begins with this rate
+    seed: int = 0
+    workers: int | None = free(
+        None
+    )  # threads or processes that decode; default: the cores this process may use
+    image_size: int | None = None  # pixels a side of the crop; default: the recipe's
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
+        "auto"  # of the network's arithmetic; auto: bf16 where the device has it
+    )
+    hold_out: float = (
+        0.05  # share of the pictures set aside to be judged on where there is no --val; 0: none
+    )
+    log_every: int = free(20)  # steps
+    checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
+    keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
+    keep_best: bool = free(False)  # keep best.pt, by validation accuracy
+    validate_every: int = free(1)  # epochs
+    deterministic: bool = False  # the same bits on a GPU too, at some cost
+    compile: bool = False  # torch.compile the network
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    loader: Literal["auto", "beton", "folder", "synthetic"] = free(
+        "auto"
+    )  # what reads the data; auto: by its format
+    enlarge: bool = False  # allow crops larger than most pictures
+    start_from: str | None = None  # begin with the weights of another run or checkpoint
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of red, green, blue; 0 to 1
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    statistics: Literal["preset", "data"] = (
+        "preset"  # data: mean and std of the prepared file instead
+    )
+    tensorboard: bool = free(True)  # write TensorBoard files
+    preset: str = "rotnet-alexnet"  # set by the preset's name
+    method: MethodConfig = RotNet()
+    backbone: Backbone = AlexNet()
+    optim: Sgd = Sgd()
+    schedule: Schedule = Schedule()
+
+
+def check(cfg: Config) -> None:
+    """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
+    for name, least in {
+        "epochs": 1,
+        "max_steps": 0,
+        "batch": 1,
+        "workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "keep_every": 1,
+        "validate_every": 1,
+        "image_size": 1,
+        "seed": 0,
+    }.items():
+        value = getattr(cfg, name)
+        if value is not None and value < least:
+            raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
+    if cfg.lr is not None and not cfg.lr > 0:
+        raise Refused(f"--lr got {cfg.lr}: it wants a number above 0")
+    if not 0 <= cfg.hold_out < 1:
+        raise Refused(
+            f"--hold-out got {cfg.hold_out}: it wants a share from 0 (none) to below 1, such as 0.05"
+        )
+    if not all(s > 0 for s in cfg.std):
+        raise Refused(f"--std got {cfg.std}: each of the three must be above 0")
+    if cfg.epochs is not None and cfg.budget is not None:
+        raise Refused(
+            f"--epochs {cfg.epochs} and --budget {cfg.budget} both set the length: give one"
+        )
+    if cfg.schedule.steps is not None:
+        if cfg.schedule.steps < 1:
+            raise Refused(f"--schedule.steps got {cfg.schedule.steps}: it wants at least 1")
+        if cfg.epochs is not None or cfg.budget is not None:
+            raise Refused(
+                f"--schedule.steps {cfg.schedule.steps} already sets the length: add "
+                "--schedule.steps None to use --epochs or --budget"
+            )
+    if cfg.schedule.warmup < 0:
+        raise Refused(f"--schedule.warmup got {cfg.schedule.warmup}: it wants 0 or more epochs")
+    rates = [rate for _, rate in cfg.schedule.table]
+    ends = [end for end, _ in cfg.schedule.table]
+    if not rates or any(rate < 0 for rate in rates) or ends != sorted(set(ends)) or rates[0] == 0:
+        raise Refused(
+            f"--schedule.table got {cfg.schedule.table}: it wants (epoch, rate) pairs, epochs rising, "
+            "rates of 0 or more, the first above 0"
+        )
+    width = getattr(cfg.backbone, "width", 1.0)
+    if not width > 0:
+        raise Refused(f"--backbone.width got {width}: it wants a number above 0, such as 0.25")
+    crop = cfg.method.crop
+    if isinstance(crop, RandomResized):
+        low, high = crop.scale
+        if not 0 < low <= high <= 1:
+            raise Refused(
+                f"--method.crop.scale got {crop.scale}: it wants two shares, 0 < low <= high <= 1"
+            )
+        if not 0 < crop.ratio[0] <= crop.ratio[1]:
+            raise Refused(f"--method.crop.ratio got {crop.ratio}: it wants 0 < low <= high")
+    if isinstance(crop, Within) and crop.short < crop.size:
+        raise Refused(
+            f"--method.crop.short got {crop.short}: it wants at least the crop's size, {crop.size}"
+        )
+    if isinstance(crop, Shifted) and crop.pad < 0:
+        raise Refused(f"--method.crop.pad got {crop.pad}: it wants 0 or more pixels")
+    if crop.size < 1:
+        raise Refused(f"--method.crop.size got {crop.size}: it wants at least 1 pixel")
+
+
+def resolved(cfg: Config) -> Config:
+    """The same run with the shorthands carried out: --image-size in the crop recipe."""
+    size = cfg.method.crop.size if cfg.image_size is None else cfg.image_size
+    method = dataclasses.replace(cfg.method, crop=with_size(cfg.method.crop, size))
+    return dataclasses.replace(cfg, image_size=size, method=method)
+
+
+def with_size(crop: Crop, size: int) -> Crop:
+    """The same recipe for another number of pixels a side."""
+    if isinstance(crop, Within):
+        return dataclasses.replace(crop, size=size, short=round(crop.short * size / crop.size))
+    return dataclasses.replace(crop, size=size)
+
+
+def knob(path: str) -> str:
+    """The way a knob is written on the command line: `max_steps` -> `--max-steps`."""
+    return "--" + path.replace("_", "-")
+
+
+# ---- to and from plain data (config.yaml, checkpoints) ----
+
+
+def to_plain(part: Any) -> Any:
+    """Dataclasses as dicts with their `type`, tuples as lists: what YAML and a checkpoint hold."""
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = {f.name: to_plain(getattr(part, f.name)) for f in dataclasses.fields(part)}
+        return {"type": type(part).__name__, **fields}
+    if isinstance(part, (tuple, list)):
+        return [to_plain(item) for item in part]
+    return part
+
+
+def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
+    """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
+    if hint is Any or plain is None:
+        return plain
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        choices = [c for c in typing.get_args(hint) if c is not type(None)]
+        if isinstance(plain, dict):
+            named = [c for c in choices if c.__name__ == plain.get("type")]
+            if not named:
+                known = ", ".join(c.__name__ for c in choices)
+                raise Refused(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
+            return from_plain(plain, named[0], name)
+        return from_plain(plain, choices[0], name)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(plain, dict):
+            raise Refused(f"{name or 'the config'} got {plain!r}: it wants a table of knobs")
+        hints = typing.get_type_hints(hint)
+        values = {k: v for k, v in plain.items() if k != "type"}
+        if unknown := sorted(set(values) - set(hints)):
+            raise Refused(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
+        return hint(
+            **{k: from_plain(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()}
+        )
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(plain, list):
+            raise Refused(f"{name} got {plain!r}: it wants a list")
+        inner = typing.get_args(hint)
+        each = [inner[0]] * len(plain) if inner[-1] is Ellipsis else list(inner)
+        if len(each) != len(plain):
+            raise Refused(f"{name} got {plain!r}: it wants {len(each)} values")
+        return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
+    if typing.get_origin(hint) is Literal:
+        if plain not in typing.get_args(hint):
+            raise Refused(
+                f"{name} got {plain!r}: it wants one of {', '.join(typing.get_args(hint))}"
+            )
+        return plain
+    if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    if not isinstance(plain, hint):
+        raise Refused(f"{name} got {plain!r}: it wants {hint.__name__}")
+    return plain
+
+
+def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
+    """Knobs that are not free and differ between two plain configs: name -> (before, now)."""
+    loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
+    old, new = _flat(before), _flat(now)
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old | new)
+        if name.split(".")[0] not in loose and old.get(name) != new.get(name)
+    }
+
+
+def _flat(plain: dict, at: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{at}{name}.")
+        else:
+            out[at + name] = value
+    return out

@@ -1,0 +1,144 @@
+"""The nouns that all floors share: View, Picks, Batch, Facts, Losses, Data, Method.
+
+Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in the prepared data.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64, UInt8
+from torch import Tensor, nn
+
+from fastrot.config import Crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How data is looked at; every Loader is built from one."""
+
+    crops: tuple[Crop, ...]
+    shuffled: bool = True  # False: data order, with the ragged tail
+    rows: Path | None = None  # int64 .npy of rows: a fold, a hold-out; None: all
+    owned: bool = False  # rank r permutes the rows i % world == r
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """The work of one batch: which box of which row. One array per recipe of the view."""
+
+    rows: tuple[
+        Int64[np.ndarray, "b 6"], ...
+    ]  # index, y, x, height, width, flip; see data/crops.py
+    sizes: tuple[int, ...]  # pixels a side of the crops
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Crops on the device, with what addresses them."""
+
+    crops: tuple[UInt8[Tensor, "b _s _s 3"], ...]  # one per recipe of the view; sizes may differ
+    index: Int64[Tensor, " b"]  # row of the prepared data, the same every epoch
+    label: Int64[Tensor, " b"]  # -1 where the data has none
+    clock: Int64[Tensor, " 2"]  # (epoch, step) on the device: a captured graph reads today's
+
+    @property
+    def images(self) -> UInt8[Tensor, "b _s _s 3"]:
+        return self.crops[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a method may know of its surroundings."""
+
+    images: int  # in the training view, over all ranks
+    classes: int  # 0 where the data has no labels
+    mean: tuple[float, ...]  # of red, green, blue; 0 to 1
+    std: tuple[float, ...]
+    size: int  # pixels a side of the crops
+    seed: int
+    device: torch.device
+    dtype: torch.dtype  # of the views that enter the network
+    fingerprint: str  # of the training view's order
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a step computed: 0-d tensors on the device."""
+
+    terms: dict[str, Tensor]  # weighted; their sum is descended
+    metrics: dict[str, Tensor]  # shares from 0 to 1, unweighted values
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
+
+    def detached(self) -> "Losses":
+        return Losses(
+            {k: v.detach() for k, v in self.terms.items()},
+            {k: v.detach() for k, v in self.metrics.items()},
+        )
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes."""
+
+    rows: int
+    labels: Int64[np.ndarray, " n"]  # -1 where there is none
+    classes: tuple[str, ...]
+    keys: np.ndarray  # uint64 [n]: hash of each path relative to the source's root
+    fingerprint: str  # of keys and labels: which picture is which row
+    mean: tuple[float, ...] | None  # pixel statistics, where the format carries them
+    std: tuple[float, ...] | None
+
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        """Heights and widths after EXIF orientation."""
+        ...
+
+    def pictures(
+        self, plan: Iterable[Picks], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Boxes in, uint8 crops [b, s, s, 3] out, in order, read ahead: in host memory (pinned where
+        `device` is a GPU) or on the device. Closing the iterator ends its workers."""
+        ...
+
+
+class Method(ABC):
+    """A task: what it wants to see, what the network makes of it, what it costs."""
+
+    crops: tuple[Crop, ...]  # in training
+    net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
+
+    @abstractmethod
+    def views(self, batch: Batch) -> Any:
+        """Pixels for the net. No gradient."""
+
+    @abstractmethod
+    def losses(self, outputs: Any, batch: Batch) -> Losses:
+        """Loss terms and metrics. Writes nothing."""
+
+    @abstractmethod
+    def score(self, outputs: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Evaluation: name -> (sum, count), always `loss` and `accuracy`. Never reads the bank."""
+
+    def first(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 (a default that does nothing)
+        """Once, before the first loss of a run."""
+
+    def after_step(self, outputs: Any, batch: Batch) -> None:  # noqa: B027
+        """After the optimiser's step: the bank's write, if any."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What net and optimiser do not hold. Called on all ranks at one step; may gather."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """What `state_dict` gave."""
+
+    def agree(self) -> dict[str, Any]:
+        """What a resumed run must agree with, beyond the config."""
+        return {}

@@ -1,0 +1,32 @@
+"""FFCV's `.beton` on disk, byte for byte (FFCV 1.0.2, file version 2).
+
+    header | field descriptors | rows (metadata) | pages of records | table
+    24     | 1,041 a field     | aligned structs |                  | 24 a record, to the end of the file
+
+What FFCV needs and does not check (each tried): a record lies inside one page (`ptr // page` is the same at
+its first and last byte); the page size is a power of two; the table names every row once, with size > 0; no
+row is empty. The header is written last, so that an unfinished file has version 0.
+
+An image's struct is packed into 13 bytes inside its aligned row: mode (0 jpg, 1 raw), width, height, pointer.
+"""
+
+import numpy as np
+
+VERSION = 2
+PAGE = 2**23  # bytes; the page that FFCV's own writer uses, a power of two
+INT, FLOAT, IMAGE = 1, 0, 2  # type numbers of fields
+JPG, RAW = 0, 1  # modes of an image
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("rows", "<u8"), ("table", "<u8")],
+    align=True,
+)
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("args", "V1024")], align=True)
+PICTURE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])  # packed
+TABLE = np.dtype([("row", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+TYPES = {FLOAT: np.dtype("<f8"), INT: np.dtype("<i8"), IMAGE: PICTURE}  # of a field, inside a row
+
+ROW = np.dtype(
+    [("f0", PICTURE), ("f1", "<i8"), ("f2", "<i8")], align=True
+)  # ours: image, label, index
+NAMES = (("image", IMAGE), ("label", INT), ("index", INT))  # the fields that our writer writes

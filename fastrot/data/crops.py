@@ -1,0 +1,164 @@
+"""Which box and flip of row i: a pure function of (recipe, seed, epoch, index, view), and the one resampler.
+
+A recipe is nothing but a box rule, in numpy float64 on the CPU, always: every loader on every device gets the
+same integers. A box is (y, x, height, width) in pixels of the picture after EXIF orientation; it may reach over
+the border, where pixels are 0. Boxes travel to the loaders as int64 rows (index, y, x, height, width, flip).
+"""
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, UInt8
+
+from fastrot.config import Crop, RandomResized, Refused, Shifted, Whole, Within
+from fastrot.data.order import GOLDEN, hash64, mix
+
+TRIES = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred box
+_CROPS = 0x63726F7073  # "crops": keeps these draws apart from those of the order
+
+cv2.setNumThreads(
+    1
+)  # our threads work picture by picture; OpenCV's own would fight them for the cores
+
+
+def boxes(
+    recipe: Crop,
+    heights: Int32[np.ndarray, " b"],
+    widths: Int32[np.ndarray, " b"],
+    *,
+    seed: int,
+    epoch: int,
+    index: Int64[np.ndarray, " b"],
+    view: int = 0,
+) -> tuple[Int32[np.ndarray, "b 4"], Bool[np.ndarray, " b"]]:
+    """Boxes [b, 4] and flips [b] of pictures of the given sizes. 3.7 us a picture in a batch of 256."""
+    draw = _Draws(seed, epoch, view, index)
+    flip = draw.share(0) < 0.5 if recipe.flip else np.zeros(len(index), bool)
+    h, w = heights.astype(np.float64), widths.astype(np.float64)
+    if isinstance(recipe, RandomResized):
+        box = _random_resized(recipe, h, w, draw)
+    elif isinstance(recipe, Within):
+        side = np.maximum(np.rint(np.minimum(h, w) * recipe.size / recipe.short), 1)
+        free_y, free_x = h - side, w - side
+        if recipe.random:
+            box = draw.whole(1, free_y), draw.whole(2, free_x), side, side
+        else:
+            box = np.rint(free_y / 2), np.rint(free_x / 2), side, side
+    elif isinstance(recipe, Shifted):
+        side = np.full(len(index), float(recipe.size))
+        free_y, free_x = h - side + 2 * recipe.pad, w - side + 2 * recipe.pad
+        box = draw.whole(1, free_y) - recipe.pad, draw.whole(2, free_x) - recipe.pad, side, side
+    else:
+        box = np.zeros_like(h), np.zeros_like(w), h, w
+    return np.stack(box, axis=1).astype(np.int32), flip
+
+
+def _random_resized(recipe: RandomResized, h, w, draw: "_Draws"):
+    """torchvision's distribution: area and log aspect even, ten tries, then the largest centred box."""
+    low, high = np.log(recipe.ratio)
+    y, x, bh, bw = (np.zeros_like(h) for _ in range(4))
+    left = np.arange(len(h))  # still without a box
+    for t in range(TRIES):
+        d = draw.of(left)
+        area = h[left] * w[left] * d.between(4 * t + 1, *recipe.scale)
+        ratio = np.exp(d.between(4 * t + 2, low, high))
+        tw, th = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (tw >= 1) & (tw <= w[left]) & (th >= 1) & (th <= h[left])
+        ty, tx = d.whole(4 * t + 3, h[left] - th), d.whole(4 * t + 4, w[left] - tw)
+        done = left[fits]
+        y[done], x[done], bh[done], bw[done] = ty[fits], tx[fits], th[fits], tw[fits]
+        left = left[~fits]
+        if not len(left):
+            break
+    if len(left):
+        hl, wl = h[left], w[left]
+        wide, tall = wl / hl > recipe.ratio[1], wl / hl < recipe.ratio[0]
+        bw[left] = np.where(wide, np.maximum(np.rint(hl * recipe.ratio[1]), 1), wl)
+        bh[left] = np.where(tall, np.maximum(np.rint(wl / recipe.ratio[0]), 1), hl)
+        y[left], x[left] = np.floor((hl - bh[left]) / 2), np.floor((wl - bw[left]) / 2)
+    return y, x, bh, bw
+
+
+class _Draws:
+    """Numbered random draws for each picture of a batch, addressed by (seed, epoch, view, index)."""
+
+    def __init__(self, seed: int, epoch: int, view: int, index: Int64[np.ndarray, " b"]):
+        self.state = hash64(_CROPS, seed, epoch, view, index)
+
+    def of(self, which: np.ndarray) -> "_Draws":
+        part = object.__new__(_Draws)
+        part.state = self.state[which]
+        return part
+
+    def share(self, number: int) -> np.ndarray:
+        """Even in [0, 1): 53 bits."""
+        step = np.uint64((number + 1) * GOLDEN % 2**64)
+        return (mix(self.state + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def between(self, number: int, low: float, high: float) -> np.ndarray:
+        return low + (high - low) * self.share(number)
+
+    def whole(self, number: int, most: np.ndarray) -> np.ndarray:
+        """Whole numbers from 0 to `most`, both included."""
+        return np.floor(self.share(number) * (most + 1))
+
+
+def plain(recipe: Crop) -> Crop:
+    """The evaluation view of a training recipe: centred, never mirrored."""
+    if isinstance(recipe, (RandomResized, Within)):
+        short = round(recipe.size * 256 / 224)
+        return Within(size=recipe.size, short=short, random=False, flip=False)
+    return Whole(size=recipe.size, flip=False)
+
+
+def check_sizes(recipe: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = False) -> None:
+    """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
+    short = sizes.min(axis=1)
+    if isinstance(recipe, Shifted) and (short < recipe.size).any():
+        raise Refused(
+            f"the crop is {recipe.size} pixels a side, but row {int(short.argmin())} has a short side of "
+            f"{int(short.min())}: set --image-size {int(short.min())}, or prepare larger pictures"
+        )
+    middle = int(np.median(short))
+    if not isinstance(recipe, (Shifted, Whole)) and middle < recipe.size and not enlarge:
+        raise Refused(
+            f"the crop is {recipe.size} pixels a side, but half of the pictures have a short side of at most "
+            f"{middle}: set --image-size {middle} or smaller, or --enlarge True to stretch them"
+        )
+
+
+def resample(
+    picture: UInt8[np.ndarray, "h w 3"],
+    row: Int64[np.ndarray, " 6"],
+    out: UInt8[np.ndarray, "s s 3"],
+) -> None:
+    """Write the box of `row` (index, y, x, height, width, flip) into `out`: outside is 0, mirrored if flip.
+
+    Bilinear (cv2.INTER_LINEAR); by area where a side shrinks to less than half, where bilinear would
+    skip pixels. Raises ValueError for a box that lies outside the picture altogether.
+    """
+    _, y, x, h, w, flip = row.tolist()
+    height, width = picture.shape[:2]
+    if y >= 0 and x >= 0 and y + h <= height and x + w <= width:
+        box = picture[y : y + h, x : x + w]
+    else:
+        top, left = max(y, 0), max(x, 0)
+        inside = picture[top : max(y + h, 0), left : max(x + w, 0)]
+        if not inside.size:
+            raise ValueError(
+                f"the box {(y, x, h, w)} lies outside the picture of {height} x {width}"
+            )
+        box = np.zeros((h, w, 3), np.uint8)
+        box[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
+    size = out.shape[0]
+    if (h, w) == (size, size):
+        if flip:
+            cv2.flip(box, 1, dst=out)
+        else:
+            out[:] = box
+        return
+    shrinks = h > 2 * size or w > 2 * size
+    cv2.resize(
+        box, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
+    if flip:
+        cv2.flip(out, 1, dst=out)

@@ -1,0 +1,200 @@
+"""Loader: which rows and boxes make batch k of epoch e on rank r. One class for all formats.
+
+`Data` supplies pixels; order, boxes, clock and the copy to the device are here, so that every format gives
+the same batches.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrot.config import Refused
+from fastrot.core import Batch, Data, Picks, View
+from fastrot.data import crops, order
+
+
+class Loader:
+    """Batches of a view of prepared data, addressed by epoch and batch number.
+
+    images       pictures in the view, over all ranks
+    fingerprint  of the view's order: of the data, and of the rows looked at
+
+    The same epoch number gives the same batches, whatever the number of workers; `start` skips batches.
+    A Batch stays valid after the next one is drawn. In training (`view.shuffled`) the ragged tail is
+    dropped; in data order it is kept, and ranks may draw different numbers of batches.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        view: View,
+        *,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        workers: int = 1,
+        enlarge: bool = False,
+    ):
+        self.data, self.view, self.batch, self.seed = data, view, batch, seed
+        self.rank, self.world, self.workers = rank, world, workers
+        self.device = torch.device(device)
+        self._rows = None if view.rows is None else _read_rows(view.rows, data.rows)
+        self.images = data.rows if self._rows is None else len(self._rows)
+        if not self.images:
+            raise Refused("the view holds no pictures: choose other rows, or a smaller --hold-out")
+        self._share = self._own_rows() if view.owned else self._rows
+        self._shared_by = (0, 1) if view.owned else (rank, world)
+        if view.shuffled and self.images < batch * world:
+            raise Refused(
+                f"--batch {batch} on {world} process(es) wants {batch * world} pictures a step, "
+                f"but there are {self.images}: set --batch {max(1, self.images // world)} or smaller"
+            )
+        for recipe in view.crops:
+            crops.check_sizes(recipe, data.sizes(self._all_rows()), enlarge=enlarge)
+        seen = b"all" if self._rows is None else self._rows.tobytes()
+        self.fingerprint = hashlib.blake2b(
+            data.fingerprint.encode() + seen, digest_size=16
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        """Batches per epoch on this rank."""
+        if self.view.owned:  # ranks own up to one row more or less, but step together
+            return self.images // self.world // self.batch
+        return order.batches(
+            self.images,
+            batch=self.batch,
+            rank=self.rank,
+            world=self.world,
+            ragged=not self.view.shuffled,
+        )
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
+        steps = range(start, len(self))
+        rows = order.InOrder(self._share if self._share is not None else self.data.rows)
+        if self.view.shuffled:
+            of = self._share if self._share is not None else self.data.rows
+            rows = order.Shuffled(of, seed=self.seed, epoch=number)
+        chosen: list[np.ndarray] = []  # rows of the batches that are read ahead, oldest first
+
+        def plan() -> Iterator[Picks]:
+            for k in steps:
+                index = rows[self._places(k)]
+                chosen.append(index)
+                yield self.picks(index, number)
+
+        pictures = self.data.pictures(plan(), self.device, self.workers)
+        batches = (
+            self._batch(chosen.pop(0), crop, number, k)
+            for k, crop in zip(steps, pictures, strict=True)
+        )
+        try:
+            yield from (
+                batches if self.device.type != "cuda" else _copied_ahead(batches, self.device)
+            )
+        finally:
+            batches.close()
+            if hasattr(pictures, "close"):
+                pictures.close()
+
+    def picks(self, index: np.ndarray, epoch: int) -> Picks:
+        """Boxes and flips of rows in an epoch, one array for each recipe of the view."""
+        sizes = self.data.sizes(index)
+        each = []
+        for view, recipe in enumerate(self.view.crops):
+            box, flip = crops.boxes(
+                recipe,
+                sizes[:, 0],
+                sizes[:, 1],
+                seed=self.seed,
+                epoch=epoch,
+                index=index,
+                view=view,
+            )
+            each.append(
+                np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
+            )
+        return Picks(tuple(each), tuple(recipe.size for recipe in self.view.crops))
+
+    def _batch(self, index: np.ndarray, crop: tuple[Tensor, ...], epoch: int, k: int) -> Batch:
+        return Batch(
+            crops=crop,
+            index=torch.from_numpy(index),
+            label=torch.from_numpy(self.data.labels[index]),
+            clock=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
+        )
+
+    def _places(self, k: int) -> np.ndarray:
+        rank, world = self._shared_by
+        images = self.images if self._share is None else len(self._share)
+        return order.places(
+            images,
+            batch=self.batch,
+            rank=rank,
+            world=world,
+            number=k,
+            ragged=not self.view.shuffled,
+        )
+
+    def _own_rows(self) -> np.ndarray:
+        return self._all_rows()[self.rank :: self.world]
+
+    def _all_rows(self) -> np.ndarray:
+        return np.arange(self.data.rows, dtype=np.int64) if self._rows is None else self._rows
+
+
+def _read_rows(path, rows: int) -> np.ndarray:
+    chosen = np.load(path, allow_pickle=False)
+    if chosen.ndim != 1 or chosen.dtype != np.int64:
+        raise Refused(f"{path} holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array")
+    if len(chosen) and not (0 <= chosen.min() and chosen.max() < rows):
+        raise Refused(
+            f"{path} names row {chosen.max()}, but the data has {rows}: make it from this data"
+        )
+    if len(np.unique(chosen)) != len(chosen):
+        raise Refused(f"{path} names a row twice: each row may stand in it once")
+    return chosen
+
+
+def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each batch copied to the GPU on a side stream while the one before is used.
+
+    Pinned host memory comes from torch's caching allocator, which keeps a block until its copy is done.
+    """
+    side = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for host in batches:
+        with torch.cuda.stream(side):
+            copied = (_to(host, device), side.record_event())
+        if ahead is not None:
+            yield _joined(*ahead)
+        ahead = copied
+    if ahead is not None:
+        yield _joined(*ahead)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def send(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cpu":
+            return tensor
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+    return Batch(
+        tuple(send(crop) for crop in batch.crops),
+        send(batch.index),
+        send(batch.label),
+        send(batch.clock),
+    )
+
+
+def _joined(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    main = torch.cuda.current_stream(batch.index.device)
+    main.wait_event(copied)
+    for tensor in (*batch.crops, batch.index, batch.label, batch.clock):
+        tensor.record_stream(main)  # its memory is not handed out again before main is done with it
+    return batch

@@ -1,0 +1,64 @@
+"""The papers' settings: functions that return a Config."""
+
+from collections.abc import Callable
+
+from fastrot.config import (
+    AlexNet,
+    Config,
+    Nin,
+    RandomResized,
+    RotNet,
+    Schedule,
+    Sgd,
+    Shifted,
+    Supervised,
+)
+
+
+def rotnet_alexnet() -> Config:
+    """RotNet with AlexNet on ImageNet: 50 epochs, 192 pictures x 4 turns (Gidaris 2018, released code)."""
+    return Config(preset="rotnet-alexnet")
+
+
+def rotnet_nin_cifar10() -> Config:
+    """RotNet with a 4-block NIN on CIFAR-10: 200 epochs, 128 pictures x 4 turns (Gidaris 2018)."""
+    return Config(
+        preset="rotnet-nin-cifar10",
+        batch=128,
+        mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
+        std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+        method=RotNet(crop=Shifted()),
+        backbone=Nin(),
+        schedule=Schedule(table=((60, 0.1), (120, 0.02), (160, 0.004), (200, 0.0008)), epochs=200),
+    )
+
+
+def supervised_alexnet() -> Config:
+    """AlexNet on labels, the yardstick: 90 epochs, 192 pictures (torchvision's reference length)."""
+    return Config(
+        preset="supervised-alexnet",
+        method=Supervised(),
+        schedule=Schedule(table=((30, 0.01), (60, 0.001), (90, 1e-4)), epochs=90),
+    )
+
+
+def demo() -> Config:
+    """RotNet in a minute or two on a CPU: quarter-width AlexNet on 64-pixel crops, 1,100 steps."""
+    return Config(
+        preset="demo",
+        batch=64,
+        method=RotNet(crop=RandomResized(size=64, scale=(0.3, 1.0))),
+        backbone=AlexNet(width=0.25, kernel=5, stride=2),
+        optim=Sgd(decay_norms=False),
+        schedule=Schedule(kind="linear", table=((1, 0.05),), epochs=1, steps=1100),
+        checkpoint_every=200,
+        validate_every=20,
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "rotnet-alexnet": rotnet_alexnet,
+    "rotnet-nin-cifar10": rotnet_nin_cifar10,
+    "supervised-alexnet": supervised_alexnet,
+    "demo": demo,
+}
