@@ -15,6 +15,10 @@ class Refused(ValueError):
     """Wrong use, told in one sentence: the setting, what it got, the way out. Entries exit with status 2."""
 
 
+class Stopped(RuntimeError):
+    """A run that cannot go on, told in one sentence. Entries exit with status 1."""
+
+
 def free(default: Any) -> Any:
     """A knob that changes no number."""
     return field(default=default, metadata={"free": True})
@@ -29,10 +33,7 @@ class RandomResized:
 
     size: int = 224  # pixels a side of the crop
     scale: tuple[float, float] = (0.08, 1.0)  # the box's share of the picture's area
-    ratio: tuple[float, float] = (
-        0.75,
-        4 / 3,
-    )  # the box's width / height, drawn evenly in its logarithm
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # the box's width / height, even in its logarithm
     flip: bool = True  # mirror with probability one half
 
 
@@ -128,12 +129,8 @@ class Schedule:
     """The learning rate over a run; a table keeps the paper's whole epochs, scaled to the run's."""
 
     kind: Literal["table", "cosine", "linear", "constant"] = "table"
-    table: tuple[tuple[int, float], ...] = (
-        (15, 0.01),
-        (30, 0.001),
-        (45, 1e-4),
-        (50, 1e-5),
-    )  # (first epoch past it, rate); the other kinds begin with the first rate
+    # (epoch behind it, rate) pairs; the other kinds begin with the first rate
+    table: tuple[tuple[int, float], ...] = ((15, 0.01), (30, 0.001), (45, 1e-4), (50, 1e-5))
     epochs: int = 50  # the paper's epochs, to which the table refers
     as_published: bool = False  # keep the table's epochs as printed, whatever --epochs says
     steps: int | None = None  # length of the run in steps, instead of epochs
@@ -142,6 +139,9 @@ class Schedule:
 
 
 # ---- the run ----
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+LoaderName = Literal["auto", "beton", "folder", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,22 +153,14 @@ class Config:
     out: str | None = free(None)  # the run's folder; default runs/PRESET
     epochs: int | None = None  # passes over the data; default: the schedule's
     max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
-    budget: str | None = (
-        None  # how long the run may take (30min, 2h): measures 20 steps and chooses the epochs
-    )
+    budget: str | None = None  # time for the run, as 30min or 2h: 20 steps choose the epochs
     batch: int = 192  # pictures per process and step, before turning
     lr: float | None = None  # scales the schedule so that it begins with this rate
-    seed: int = 0
-    workers: int | None = free(
-        None
-    )  # threads or processes that decode; default: the cores this process may use
+    seed: int = 0  # of order, crops and weights
+    workers: int | None = free(None)  # threads or processes that decode; default: one a core
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = (
-        "auto"  # of the network's arithmetic; auto: bf16 where the device has it
-    )
-    hold_out: float = (
-        0.05  # share of the pictures set aside to be judged on where there is no --val; 0: none
-    )
+    precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
+    hold_out: float = 0.05  # share of the pictures to be judged on, where there is no --val
     log_every: int = free(20)  # steps
     checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
@@ -176,19 +168,15 @@ class Config:
     validate_every: int = free(1)  # epochs
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool = False  # torch.compile the network
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    loader: Literal["auto", "beton", "folder", "synthetic"] = free(
-        "auto"
-    )  # what reads the data; auto: by its format
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    loader: LoaderName = free("auto")  # what reads the data; auto: by its format
     enlarge: bool = False  # allow crops larger than most pictures
     start_from: str | None = None  # begin with the weights of another run or checkpoint
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of red, green, blue; 0 to 1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    statistics: Literal["preset", "data"] = (
-        "preset"  # data: mean and std of the prepared file instead
-    )
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of red, green, blue; 0 to 1
+    statistics: Literal["preset", "data"] = "preset"  # data: mean and std of the prepared file
     tensorboard: bool = free(True)  # write TensorBoard files
-    preset: str = "rotnet-alexnet"  # set by the preset's name
+    preset: str = "rotnet-alexnet"  # names the run's folder; set by the preset
     method: MethodConfig = RotNet()
     backbone: Backbone = AlexNet()
     optim: Sgd = Sgd()

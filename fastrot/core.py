@@ -104,7 +104,8 @@ class Data(Protocol):
         self, plan: Iterable[Picks], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """Boxes in, uint8 crops [b, s, s, 3] out, in order, read ahead: in host memory (pinned where
-        `device` is a GPU) or on the device. Closing the iterator ends its workers."""
+        `device` is a GPU) or on the device. Closing the iterator ends its workers.
+        """
         ...
 
 
@@ -113,6 +114,7 @@ class Method(ABC):
 
     crops: tuple[Crop, ...]  # in training
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
+    wants_labels: bool = False  # refuses, before the first step, data with a label of -1
 
     @abstractmethod
     def views(self, batch: Batch) -> Any:

@@ -1,0 +1,63 @@
+# make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
+# make test    every check and test
+# PYTHON=python3.12 chooses the interpreter of .venv, which all targets share.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+DATA ?=
+OUT ?= benchmarks/results
+
+.PHONY: demo test check kernels bench report gpu clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "fastrot: $(PYTHON) is not Python 3.10 to 3.13: say make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  package=python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	  then apt-get update -qq && apt-get install -y -qq $$package; \
+	  else echo "fastrot: $(PYTHON) lacks venv: type  sudo apt-get install $$package"; exit 1; fi; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made pyproject.toml setup.py
+	@echo "installing fastrot into $(VENV) (torch is large: this can take a few minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@PATH="$(BIN):$$PATH" sh dataprep/demo.sh "$(DATA)"
+
+test: check
+	@echo "fastrot/ holds $$(find fastrot -name '*.py' -exec cat {} + | grep -cv '^[[:space:]]*$$') non-blank lines (7,000: what can go?)"
+	@PATH="$(BIN):$$PATH" python -m pytest -q -m "not gpu"
+
+check: $(VENV)/installed-dev
+	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright
+
+kernels: $(VENV)/installed
+	@PATH="$(BIN):$$PATH" python -m fastrot.ops.compile
+
+bench: $(VENV)/installed
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cifar
+
+report: $(VENV)/installed
+	@PATH="$(BIN):$$PATH" python -m benchmarks.report
+
+# On a GPU machine, with the interpreter that has torch: make gpu PYTHON=python3 OUT=folder
+gpu:
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m benchmarks.bench_ops --device cuda --out $(OUT)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prepared
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@echo "kept: $(VENV) and runs (remove them by hand)"

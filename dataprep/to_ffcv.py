@@ -1,0 +1,20 @@
+"""Pictures into one .beton: `python dataprep/to_ffcv.py --source imagefolder --root DIR --out FILE.beton`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from anywhere
+
+
+def main(args: list[str] | None = None) -> int:
+    import tyro
+
+    from fastrot.data import prepare
+    from fastrot.data.beton.write import BetonOptions, convert
+
+    options = tyro.cli(BetonOptions, args=args)
+    return prepare.run(lambda: convert(options), options.allow_rejects)
+
+
+if __name__ == "__main__":  # workers import this file too
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""fastrot: self-supervised learning from image rotations, at the speed that the hardware allows."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """`fastrot.load`, `fastrot.open_data`, `fastrot.open_loader`: imported when first asked for."""
+    if name in ("load", "open_data", "open_loader"):
+        from fastrot import assemble
+
+        return getattr(assemble, name)
+    raise AttributeError(f"module 'fastrot' has no attribute {name!r}")

@@ -1,0 +1,195 @@
+"""The one module that knows every plug-in: from config types to parts.
+
+A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from fastrot import checkpoint, config, dist
+from fastrot.backbones.alexnet import alexnet
+from fastrot.backbones.nin import nin
+from fastrot.backbones.staged import Staged
+from fastrot.config import Config, Refused
+from fastrot.core import Data, Facts, Method, View
+from fastrot.data import crops
+from fastrot.data.plan import Loader
+from fastrot.journal import cores
+from fastrot.methods.rotnet import RotNet
+from fastrot.methods.supervised import Supervised
+from fastrot.ops.turns import turned_views
+
+BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
+METHODS = {config.RotNet: RotNet, config.Supervised: Supervised}
+
+
+def backbone(cfg: config.Backbone, size: int) -> Staged:
+    """The network of named stages, for square crops of `size` pixels."""
+    return BACKBONES[type(cfg)](cfg, size)
+
+
+def method(cfg: Config, facts: Facts) -> Method:
+    """The task and the network that it trains."""
+    return METHODS[type(cfg.method)](cfg.method, backbone(cfg.backbone, facts.size), facts)
+
+
+# ---- data ----
+
+
+def open_data(path: str | Path, loader: str = "auto") -> Data:
+    """Open prepared pictures: FILE.beton, an image folder, `synthetic` or `synthetic:IMAGES`.
+
+    The format picks the reader; `loader` overrides. Raises Refused for what is no known format.
+    """
+    name = str(path)
+    if name.split(":")[0] == "synthetic":
+        from fastrot.data.synthetic import IMAGES, Synthetic
+
+        count = name.partition(":")[2] or str(IMAGES)
+        if not count.isdigit() or int(count) < 1:
+            raise Refused(f"--data got {name!r}: it wants synthetic, or synthetic:IMAGES")
+        return Synthetic(int(count))
+    path = Path(path)
+    if not path.exists():
+        raise Refused(f"--data {path} does not exist: name a .beton file, a folder, or synthetic")
+    kind = loader
+    if loader == "auto":
+        kind = "folder" if path.is_dir() else "beton" if path.suffix == ".beton" else "unknown"
+    if kind == "beton" and path.is_file():
+        from fastrot.data.beton.load import Beton
+
+        return Beton(path)
+    if kind == "folder" and path.is_dir():
+        from fastrot.data.folder import Folder
+
+        return Folder(path)
+    wants = {"beton": "a .beton file", "folder": "an image folder"}.get(loader, "a known format")
+    raise Refused(
+        f"--data {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
+        "an image folder, or synthetic"
+    )
+
+
+def open_loader(
+    data: Data | str | Path,
+    view: View,
+    *,
+    batch: int,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    loader: str = "auto",
+    enlarge: bool = False,
+) -> Loader:
+    """Open any data in one line: for training, evaluations, benchmarks and notebooks alike.
+
+    batch    pictures per process
+    workers  threads or processes that decode; None: the cores this process may use
+    """
+    if isinstance(data, (str, Path)):
+        data = open_data(data, loader)
+    return Loader(
+        data,
+        view,
+        batch=batch,
+        seed=seed,
+        rank=rank,
+        world=world,
+        device=device,
+        workers=cores() if workers is None else workers,
+        enlarge=enlarge,
+    )
+
+
+def training_view(cfg: Config, rows: Path | None = None) -> View:
+    return View(crops=(cfg.method.crop,), rows=rows)
+
+
+def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
+    return View(crops=(crops.plain(cfg.method.crop),), shuffled=False, rows=rows)
+
+
+# ---- a trained network ----
+
+
+class Trunk(nn.Module):
+    """A trained backbone with the statistics it was trained under, in eval mode.
+
+    stages  names that `features` can be asked for, first to last
+    size    pixels a side of the crops it was trained on
+    """
+
+    def __init__(self, net: Staged, cfg: Config):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.mean, self.std = cfg.mean, cfg.std
+        self.size = cfg.method.crop.size
+        self.stages = net.stages
+        self.config = cfg
+
+    @torch.no_grad()
+    def features(self, images: UInt8[Tensor, "b s s 3"], stage: str) -> Float[Tensor, "b ..."]:
+        """Features of square uint8 pictures behind a named stage, in float32.
+
+        [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage. Raises
+        Refused for a stage that the network has not.
+        """
+        if stage not in self.stages:
+            raise Refused(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
+        images = images.to(next(self.net.parameters()).device)
+        views = turned_views(images, (0,), self.mean, self.std, dtype=torch.float32)
+        return self.net.outputs(views, (stage,))[0].contiguous()
+
+
+def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
+    """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
+    path = Path(run)
+    state = checkpoint.load(path / "checkpoints" / "last.pt" if path.is_dir() else path)
+    cfg = config.from_plain(state["config"])
+    trunk = backbone(cfg.backbone, cfg.method.crop.size)
+    checkpoint.load_weights(trunk, trunk_weights(state["net"]), str(path))
+    return Trunk(trunk, cfg).to(device)
+
+
+def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a net's weights that belong to its trunk, under the trunk's own names."""
+    return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
+
+
+def facts(cfg: Config, loader: Loader, device: torch.device, dtype: torch.dtype) -> Facts:
+    """What the method may know, from the training loader."""
+    data = loader.data
+    classes = len(data.classes) or int(data.labels.max()) + 1
+    if METHODS[type(cfg.method)].wants_labels and (data.labels < 0).any():
+        raise Refused(
+            f"{cfg.preset} learns from labels, but {int((data.labels < 0).sum())} of {data.rows} pictures "
+            "have none: prepare them with --label-from folder, or choose rotnet-alexnet"
+        )
+    return Facts(
+        images=loader.images,
+        classes=classes,
+        mean=cfg.mean,
+        std=cfg.std,
+        size=cfg.method.crop.size,
+        seed=cfg.seed,
+        device=device,
+        dtype=dtype,
+        fingerprint=loader.fingerprint,
+    )
+
+
+def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
+    """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
+    if cfg.compile:
+        net = torch.compile(net, fullgraph=True)  # type: ignore[assignment]
+    if dist.world() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    return net

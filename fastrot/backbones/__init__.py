@@ -1,0 +1,1 @@
+"""Networks with named stages, and what sits on them."""

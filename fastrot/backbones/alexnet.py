@@ -1,0 +1,132 @@
+"""AlexNet with batch norm and without groups, as RotNet and Rotation Feature Decoupling train it."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastrot import config
+from fastrot.backbones.staged import Staged, fitted, scaled
+from fastrot.config import Refused
+
+CHANNELS = (64, 192, 384, 256, 256)  # of conv1 ... conv5
+HIDDEN = 4096  # of both layers of fc_block
+
+
+class AlexNet(Staged):
+    """Stages conv1 pool1 conv2 pool2 conv3 conv4 conv5 pool5 fc_block, each after its ReLU.
+
+    The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
+    half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        channels: tuple[int, int, int, int, int] = CHANNELS,
+        hidden: int = HIDDEN,
+        kernel: int = 11,
+        stride: int = 4,
+    ):
+        padding = min(2, kernel // 2)
+        c1, c2, c3, c4, c5 = channels
+        side = pool5_side(size, kernel, stride)
+        super().__init__(
+            {
+                "conv1": _convolution(3, c1, kernel, stride, padding),
+                "pool1": nn.MaxPool2d(3, 2),
+                "conv2": _convolution(c1, c2, 5, 1, 2),
+                "pool2": nn.MaxPool2d(3, 2),
+                "conv3": _convolution(c2, c3, 3, 1, 1),
+                "conv4": _convolution(c3, c4, 3, 1, 1),
+                "conv5": _convolution(c4, c5, 3, 1, 1),
+                "pool5": nn.MaxPool2d(3, 2),
+                "fc_block": _linears(c5 * side * side, hidden),
+            },
+            channels={
+                **{"conv1": c1, "pool1": c1, "conv2": c2, "pool2": c2},
+                **{"conv3": c3, "conv4": c4, "conv5": c5, "pool5": c5, "fc_block": hidden},
+            },
+        )
+
+
+def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
+    """The network that the config describes, for images of `size` pixels a side."""
+    c1, c2, c3, c4, c5 = (scaled(c, cfg.width) for c in CHANNELS)
+    return AlexNet(
+        size,
+        channels=(c1, c2, c3, c4, c5),
+        hidden=scaled(HIDDEN, cfg.width),
+        kernel=cfg.kernel,
+        stride=cfg.stride,
+    )
+
+
+def pool5_side(size: int, kernel: int, stride: int) -> int:
+    """Pixels a side of pool5: 6 at 224 pixels."""
+    for name, value in {"kernel": kernel, "stride": stride}.items():
+        if value < 1:
+            raise Refused(f"--backbone.{name} got {value}: it wants at least 1 pixel")
+    padding = min(2, kernel // 2)
+    least = 14 * stride + kernel - 2 * padding  # conv1 of 15, pool1 of 7, pool2 of 3, pool5 of 1
+    if size < least:
+        raise Refused(
+            f"--image-size got {size}: AlexNet with --backbone.kernel {kernel} and --backbone.stride "
+            f"{stride} wants at least {least}; for smaller images try --backbone.kernel 5 "
+            "--backbone.stride 2 (from 29 pixels), or the NIN presets"
+        )
+    side = (size + 2 * padding - kernel) // stride + 1
+    for _ in range(3):
+        side = (side - 3) // 2 + 1
+    return side
+
+
+def from_original(
+    state: Mapping[str, Any], net: nn.Module, *, convolutions_only: bool = False
+) -> dict[str, Tensor]:
+    """Weights of the original codes' AlexNet, under the names of `net` (an AlexNet, or a Classifier round one)."""
+    return fitted(state, _our_name, net, convolutions_only)
+
+
+_BLOCKS = {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}
+_LINEARS = {"1": "fc1", "2": "bn1", "4": "fc2", "5": "bn2"}
+
+
+def _our_name(key: str) -> str | None:
+    match = re.fullmatch(r"_feature_blocks\.(\d)\.(\d)\.(\w+)", key)
+    if not match:
+        return None
+    block, layer, leaf = match.groups()
+    if block in _BLOCKS and layer in "01":
+        return f"{_BLOCKS[block]}.{('conv', 'bn')[int(layer)]}.{leaf}"
+    if block == "8" and layer in _LINEARS:
+        return f"fc_block.{_LINEARS[layer]}.{leaf}"
+    return f"head.{leaf}" if block == "9" and layer == "0" else None  # RotNet's classifier
+
+
+def _convolution(before: int, after: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            # the bias does nothing in front of batch norm, but the originals' weights have it
+            conv=nn.Conv2d(before, after, kernel, stride, padding),
+            bn=nn.BatchNorm2d(after),
+            relu=nn.ReLU(inplace=True),
+        )
+    )
+
+
+def _linears(before: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(before, hidden, bias=False),
+            bn1=nn.BatchNorm1d(hidden),
+            relu1=nn.ReLU(inplace=True),
+            fc2=nn.Linear(hidden, hidden, bias=False),
+            bn2=nn.BatchNorm1d(hidden),
+            relu2=nn.ReLU(inplace=True),
+        )
+    )

@@ -1,0 +1,94 @@
+"""Network in network for 32x32 pictures, as RotNet trains it on CIFAR-10."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastrot import config
+from fastrot.backbones.staged import Staged, fitted, scaled
+from fastrot.config import Refused
+
+CHANNELS = (192, 160, 96)  # of most layers, of the first block's second and of its third
+
+
+class Nin(Staged):
+    """Stages conv1 ... convN of one wide and two pointwise convolutions each; no head, any size of image.
+
+    The first block ends in a max pool and the second in an average pool that counts its padding; so does
+    the third with `pool_conv3`, where a fourth follows.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: int = 4,
+        pool_conv3: bool = False,
+        channels: tuple[int, int, int] = CHANNELS,
+    ):
+        if stages < 3:
+            raise Refused(f"--backbone.stages got {stages}: it wants at least 3")
+        wide, middle, narrow = channels
+        blocks = {
+            "conv1": _block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),
+            "conv2": _block(narrow, (wide, wide, wide), 5, nn.AvgPool2d(3, 2, 1)),
+        }
+        for n in range(3, stages + 1):
+            pooled = n == 3 and stages > 3 and pool_conv3
+            pool = nn.AvgPool2d(3, 2, 1) if pooled else None
+            blocks[f"conv{n}"] = _block(wide, (wide, wide, wide), 3, pool)
+        super().__init__(blocks, {name: narrow if name == "conv1" else wide for name in blocks})
+
+
+def nin(cfg: config.Nin, size: int) -> Nin:
+    """The network that the config describes; it takes images of any size."""
+    wide, middle, narrow = (scaled(c, cfg.width) for c in CHANNELS)
+    return Nin(stages=cfg.stages, pool_conv3=cfg.pool_conv3, channels=(wide, middle, narrow))
+
+
+def from_original(
+    state: Mapping[str, Any], net: nn.Module, *, convolutions_only: bool = False
+) -> dict[str, Tensor]:
+    """Weights of the original code's network, under the names of `net` (a Nin, or a Classifier round one)."""
+    return fitted(state, _our_name, net, convolutions_only)
+
+
+_LAYERS = {"1": "wide", "2": "point1", "3": "point2"}
+
+
+def _our_name(key: str) -> str | None:
+    if match := re.fullmatch(r"_feature_blocks\.\d+\.Classifier\.(\w+)", key):
+        return f"head.{match[1]}"
+    convolution = r"_feature_blocks\.\d+\.Block(\d+)_ConvB([123])\.layers\.(Conv|BatchNorm)\.(\w+)"
+    if match := re.fullmatch(convolution, key):
+        block, layer, kind, leaf = match.groups()
+        return f"conv{block}.{_LAYERS[layer]}.{'conv' if kind == 'Conv' else 'bn'}.{leaf}"
+    return None
+
+
+def _block(
+    before: int, after: tuple[int, int, int], kernel: int, pool: nn.Module | None
+) -> nn.Sequential:
+    wide, point1, point2 = after
+    block = nn.Sequential(
+        OrderedDict(
+            wide=_convolution(before, wide, kernel),
+            point1=_convolution(wide, point1, 1),
+            point2=_convolution(point1, point2, 1),
+        )
+    )
+    if pool is not None:
+        block.add_module("pool", pool)
+    return block
+
+
+def _convolution(before: int, after: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False),
+            bn=nn.BatchNorm2d(after),
+            relu=nn.ReLU(inplace=True),
+        )
+    )

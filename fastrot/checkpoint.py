@@ -1,0 +1,95 @@
+"""Checkpoints: written whole or not at all, read without unpickling code, refused where they are damaged."""
+
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrot import dist
+from fastrot.config import Refused
+from fastrot.disk import write_atomically
+
+VERSION = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write plain values and tensors; an older file of that name stands until the new one is safe on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save({"version": VERSION, **state}, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint into host memory, each entry checked against its CRC first."""
+    if not path.exists():
+        raise Refused(f"there is no checkpoint {path}: name a run folder or a .pt file that exists")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError):
+        damaged = "its directory"
+    if damaged is not None:
+        raise Refused(f"{path} is cut short or changed ({damaged}): use an older checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, EOFError) as error:
+        raise Refused(
+            f"{path} is no checkpoint that can be read ({type(error).__name__})"
+        ) from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise Refused(
+            f"{path} has version {found!r}, this fastrot reads version {VERSION}: "
+            "use the fastrot that wrote it, or --start-from with its weights"
+        )
+    return state
+
+
+def random_state(device: torch.device) -> list[dict[str, Tensor]]:
+    """Generator states of all ranks, in order. Called on all ranks."""
+    mine = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(device)
+    each = {name: dist.gather_rows(state[None]) for name, state in mine.items()}
+    return [{name: states[r].clone() for name, states in each.items()} for r in range(dist.world())]
+
+
+def set_random_state(states: list[dict[str, Tensor]], device: torch.device) -> None:
+    """What `random_state` gave, for this rank; with another number of ranks there is nothing to restore."""
+    if len(states) != dist.world():
+        return
+    mine = states[dist.rank()]
+    torch.set_rng_state(mine["cpu"])
+    if device.type == "cuda" and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"], device)
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Whether every number is finite. Waits for the device."""
+    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+    if not floats:
+        return True
+    sums = torch.stack([t.detach().float().abs().sum() for t in floats])
+    return bool(torch.isfinite(sums).all())
+
+
+def load_weights(net: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+    """Put weights into a net of the same keys and shapes, or say in one sentence what does not fit."""
+    mine = net.state_dict()
+    missing = sorted(set(mine) - set(weights))
+    spare = sorted(set(weights) - set(mine))
+    other = [k for k in mine if k in weights and mine[k].shape != weights[k].shape]
+    if missing or spare:
+        raise Refused(
+            f"{name} has other layers than this net (missing {missing[:2]}, unknown {spare[:2]}): "
+            "use the --backbone and method it was trained with"
+        )
+    if other:
+        key = other[0]
+        raise Refused(
+            f"{name} does not fit: {key} is {list(weights[key].shape)}, this net's is "
+            f"{list(mine[key].shape)}; use the --image-size and --backbone.width it was trained with"
+        )
+    net.load_state_dict(weights)

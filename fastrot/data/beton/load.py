@@ -1,0 +1,366 @@
+"""Reads `.beton`, ours or FFCV's own: memory-mapped, decoded by simplejpeg, resampled by OpenCV, in threads.
+
+Nothing of a picture is read before it is asked for; opening costs a pass over the rows and the table. What can
+be checked without decoding is checked at the door, and each record against its crc32 where there is one: a
+JPEG with one flipped bit decodes without complaint four times in five.
+"""
+
+import itertools
+import json
+import mmap
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import simplejpeg
+import torch
+from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
+from torch import Tensor
+
+from fastrot.config import Refused
+from fastrot.core import Picks
+from fastrot.data import crops
+from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
+from fastrot.data.ring import Ring
+from fastrot.data.sources import order_fingerprint
+
+TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
+AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
+LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label
+NUMBERS = (b"index", b"idx", b"id")  # names that say it is none, even where it is the only one
+MOST_CLASSES = 2**20  # an int field that counts further is taken for something else
+
+_BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+_OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
+_AGAIN = "copy or prepare it again"
+
+
+class DamagedRecord(ValueError):
+    """A picture whose bytes are not those that were written."""
+
+
+class Beton:
+    """`core.Data` of a `.beton` file.
+
+    contents  header, rows and table
+    manifest  what FILE.beton.json says; empty where there is none
+    """
+
+    format = "beton"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._map = _mapped(self.path)
+        self._file = np.frombuffer(self._map, np.uint8)
+        self.contents = _parse(self._file, self.path)
+        self._ptr, self._size, self._sizes, self._raw, self.labels = self.contents[:5]
+        self.rows = len(self._ptr)
+        side = _side_files(self.path, self.contents)
+        self.manifest, self._crc = side.manifest, side.crc
+        self.keys = np.arange(self.rows, dtype=np.uint64) if side.keys is None else side.keys
+        self.fingerprint = order_fingerprint(self.keys, self.labels)
+        self.classes = tuple(self.manifest.get("classes", _names(self.labels)))
+        self.mean, self.std = (_triple(self.manifest.get(name)) for name in ("mean", "std"))
+        self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
+        self._scratch = threading.local()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        """Heights and widths."""
+        return self._sizes[rows]
+
+    @cached_property
+    def numbers(self) -> Int64[np.ndarray, " n"] | None:
+        """Each row's index in torchvision's ImageFolder, where these differ; None: the row itself."""
+        if not self.manifest.get("numbers"):
+            return None
+        with open(f"{self.path}.paths.jsonl", "rb") as lines:
+            return np.array([json.loads(line)["number"] for line in lines], np.int64)
+
+    def name(self, row: int) -> str:
+        """Where the picture came from, if FILE.beton.paths.jsonl tells."""
+        try:
+            with open(f"{self.path}.paths.jsonl", "rb") as lines:
+                return json.loads(next(itertools.islice(lines, row, None)))["path"]
+        except (OSError, StopIteration, ValueError, KeyError):
+            return "path unknown"
+
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a record as they lie in the file, checked against their crc32."""
+        start = int(self._ptr[row])
+        data = self._file[start : start + int(self._size[row])]
+        if self._crc is not None and zlib.crc32(data.data) != self._crc[row]:
+            self._damaged(row, "its checksum does not agree")
+        return data
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole picture, decoded into memory of its own (raw ones: read-only, in the file)."""
+        return self._decode(row, None)
+
+    def pictures(
+        self, plan: Iterable[Picks], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
+        ring = self._ring[device.type == "cuda"]
+        if not workers:
+            for picks in plan:
+                self._announce(picks)
+                out = _buffers(ring, picks)
+                self._fill(picks, out, 0, len(picks.rows[0]))
+                yield out
+            return
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="beton")
+        ahead: deque[_Ahead] = deque()
+        tasks = 0
+        try:
+            for picks in plan:
+                self._announce(picks)
+                out = _buffers(ring, picks)
+                images = len(picks.rows[0])
+                ahead.append(
+                    _Ahead(
+                        out,
+                        [
+                            pool.submit(self._fill, picks, out, at, min(at + TASK, images))
+                            for at in range(0, images, TASK)
+                        ],
+                    )
+                )
+                del (
+                    out
+                )  # else this frame would keep the newest batch's buffer from being used again
+                tasks += len(ahead[-1].tasks)
+                while len(ahead) > AHEAD and tasks > 2 * workers:
+                    tasks -= len(ahead[0].tasks)
+                    yield ahead.popleft().done()
+            while ahead:
+                yield ahead.popleft().done()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _announce(self, picks: Picks) -> None:
+        """Tell the system which bytes will be read: a slow disk gets a whole batch to sort, not one a thread.
+
+        13 us a record that is not in memory, 2.7 us one that is.
+        """
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        rows = picks.rows[0][:, 0]
+        first = self._ptr[rows] // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = self._ptr[rows] + self._size[rows] - first
+        for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
+            self._map.madvise(mmap.MADV_WILLNEED, start, length)
+
+    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+        """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
+        into = [crop.numpy() for crop in out]
+        for i in range(start, stop):
+            picture = self._decode(int(picks.rows[0][i, 0]), self._scratch)
+            for rows, pixels in zip(picks.rows, into, strict=True):
+                crops.resample(picture, rows[i], pixels[i])
+
+    def _decode(self, row: int, scratch: threading.local | None) -> np.ndarray:
+        """`scratch`: decode into this thread's own memory, which the next picture overwrites."""
+        data = self.record(row)
+        height, width = self._sizes[row].tolist()
+        if self._raw[row]:
+            return data.reshape(height, width, 3)
+        wanted = height * width * 3
+        buffer = None if scratch is None else getattr(scratch, "buffer", None)
+        if buffer is None or len(buffer) < wanted:
+            buffer = np.empty(wanted, np.uint8)
+            if scratch is not None:
+                scratch.buffer = buffer
+        try:  # a JPEG larger than its row says would not fit, and is refused before it is decoded
+            picture = simplejpeg.decode_jpeg(data, buffer=buffer[:wanted])
+        except ValueError as error:
+            self._damaged(row, str(error))
+        if picture.shape != (height, width, 3):
+            self._damaged(
+                row,
+                f"it is {picture.shape[0]} x {picture.shape[1]}, its row says {height} x {width}",
+            )
+        return picture
+
+    def _damaged(self, row: int, why: str) -> NoReturn:
+        raise DamagedRecord(
+            f"row {row} of {self.path} ({self.name(row)}) is damaged, {why}: {_AGAIN}; "
+            f"dataprep/look.py {self.path} --verify names every damaged row"
+        ) from None
+
+
+class _Ahead(NamedTuple):
+    """A batch under way."""
+
+    out: tuple[Tensor, ...]
+    tasks: list[Future]
+
+    def done(self) -> tuple[Tensor, ...]:
+        for task in self.tasks:
+            task.result()
+        return self.out
+
+
+def _buffers(ring: Ring, picks: Picks) -> tuple[Tensor, ...]:
+    return tuple(
+        ring.take(len(rows), size) for rows, size in zip(picks.rows, picks.sizes, strict=True)
+    )
+
+
+# ---- the file ----
+
+
+class Contents(NamedTuple):
+    """Header, rows and table, checked."""
+
+    ptr: UInt64[np.ndarray, " n"]
+    size: UInt64[np.ndarray, " n"]
+    sizes: Int32[np.ndarray, "n 2"]
+    raw: Bool[np.ndarray, " n"]
+    labels: Int64[np.ndarray, " n"]
+    fields: tuple[tuple[str, int], ...]  # name, type
+    page: int
+    crc_rows: int  # of header, fields and rows
+    crc_table: int
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise Refused(f"{path} is empty: {_AGAIN}") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}): name another file") from None
+
+
+def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
+    """All checks that need no decoding. Raises Refused."""
+    cut = f"{path} is cut short or damaged"
+    if len(file) < HEADER.itemsize:
+        raise Refused(f"{cut}: it has {len(file)} bytes, less than a header; {_AGAIN}")
+    header = file[: HEADER.itemsize].view(HEADER)[0]
+    version, fields, page, rows, at = (int(header[name]) for name in HEADER.names or ())
+    if version == 0:
+        raise Refused(f"{path} was never finished (version 0): {_AGAIN}")
+    if version != VERSION:
+        raise Refused(
+            f"{path} is no .beton of version {VERSION} (its first bytes say {version}): "
+            "prepare the pictures with dataprep/to_ffcv.py"
+        )
+    start = HEADER.itemsize + FIELD.itemsize * fields
+    if not fields or not rows or start > len(file):
+        raise Refused(f"{cut}: its header claims {fields} fields and {rows} rows; {_AGAIN}")
+    described = file[HEADER.itemsize : start].view(FIELD)
+    kinds = described["type"].tolist()
+    types = TYPES | _OTHERS
+    if unknown := sorted(set(kinds) - set(types)):
+        raise Refused(f"{path} has a field of type {unknown[0]}, which is not FFCV's: {_AGAIN}")
+    if IMAGE not in kinds:
+        raise Refused(f"{path} has no image field: name a .beton of pictures")
+    row = np.dtype([(f"f{i}", types[kind]) for i, kind in enumerate(kinds)], align=True)
+    end = start + row.itemsize * rows
+    records = sum(kind == IMAGE or kind in _OTHERS for kind in kinds)
+    if not end <= at or at + TABLE.itemsize * rows * records != len(file):
+        raise Refused(
+            f"{cut}: {rows} rows and a table at byte {at} do not make {len(file)} bytes; {_AGAIN}"
+        )
+    values, table = file[start:end].view(row), file[at:].view(TABLE)
+
+    image = values[f"f{kinds.index(IMAGE)}"]
+    ptr = image["ptr"].astype(np.uint64)
+    size = _lengths(ptr, table)
+    sizes = np.stack([image["height"], image["width"]], axis=1).astype(np.int32)
+    raw = image["mode"] == RAW
+    inside = (ptr >= end) & (ptr < at) & (size > 0) & (size <= at - ptr)
+    if not inside.all() or not sizes.all() or (image["mode"] > RAW).any():
+        raise Refused(f"{path} is damaged: its rows and its table do not agree; {_AGAIN}")
+    if (size[raw] != 3 * sizes[raw].astype(np.uint64).prod(axis=1)).any():
+        raise Refused(f"{path} is damaged: a raw picture is not 3 x width x height bytes; {_AGAIN}")
+    names = described["name"].tolist()
+    return Contents(
+        ptr=ptr,
+        size=size,
+        sizes=sizes,
+        raw=raw,
+        labels=_labels(values, names, kinds),
+        fields=tuple(
+            (name.decode(errors="replace"), kind) for name, kind in zip(names, kinds, strict=True)
+        ),
+        page=page,
+        crc_rows=zlib.crc32(file[:end].data),
+        crc_table=zlib.crc32(file[at:].data),
+    )
+
+
+def _lengths(ptr: UInt64[np.ndarray, " n"], table: np.ndarray) -> UInt64[np.ndarray, " n"]:
+    """Bytes of each record, from the table, which FFCV leaves in no order; 0 where it does not hold the record."""
+    if not (table["size"] > 0).any():
+        return np.zeros(len(ptr), np.uint64)
+    if len(table) != len(ptr) or not np.array_equal(table["ptr"], ptr):
+        table = table[table["size"] > 0]  # an empty blob shares its pointer with what follows
+        table = table[np.argsort(table["ptr"], kind="stable")]
+        table = table[np.searchsorted(table["ptr"], ptr).clip(max=len(table) - 1)]
+    found = (table["ptr"] == ptr) & (table["row"] == np.arange(len(ptr), dtype=np.uint64))
+    return np.where(found, table["size"], 0).astype(np.uint64)
+
+
+def _labels(values: np.ndarray, names: list[bytes], kinds: list[int]) -> Int64[np.ndarray, " n"]:
+    """The int field that is named like a label, else the first that is no number of a row, else -1."""
+    ints = [i for i, kind in enumerate(kinds) if kind == INT and names[i].lower() not in NUMBERS]
+    named = [i for i in ints if names[i].lower() in LABELS]
+    if not ints:
+        return np.full(len(values), -1, np.int64)
+    return values[f"f{(named or ints)[0]}"].astype(np.int64)
+
+
+def _names(labels: Int64[np.ndarray, " n"]) -> list[str]:
+    """Labels as class names, where nothing lies beside; none where the ints are no labels but large numbers."""
+    most = int(labels.max())
+    return [str(label) for label in range(most + 1)] if most < MOST_CLASSES else []
+
+
+# ---- what lies beside it ----
+
+
+class _Side(NamedTuple):
+    manifest: dict[str, Any]
+    crc: UInt32[np.ndarray, " n"] | None
+    keys: UInt64[np.ndarray, " n"] | None
+
+
+def _side_files(path: Path, contents: Contents) -> _Side:
+    """Manifest, checksums and path hashes: all or none. Raises Refused where they are of another file."""
+    sides = [Path(f"{path}.{part}") for part in ("json", "crc.npy", "keys.npy")]
+    if not any(side.exists() for side in sides):
+        return _Side({}, None, None)
+    for side in sides:
+        if not side.exists():
+            raise Refused(f"{side} is missing: copy it too, or move away all {path.name}.*")
+    with_all = f"{_AGAIN}, with all {path.name}.*"
+    try:
+        manifest = json.loads(sides[0].read_bytes())
+        crc, keys = (np.load(side, allow_pickle=False) for side in sides[1:])
+        head, table, fingerprint = (manifest[k] for k in ("head_crc", "table_crc", "fingerprint"))
+    except (ValueError, EOFError, KeyError, TypeError):
+        raise Refused(f"what lies beside {path} is damaged: {with_all}") from None
+    if (head, table) != (contents.crc_rows, contents.crc_table):
+        raise Refused(
+            f"{path} has changed since it was written, or {path.name}.json is of another file: {with_all}"
+        )
+    fits = crc.shape == keys.shape == contents.ptr.shape and (crc.dtype, keys.dtype) == ("u4", "u8")
+    if not fits or order_fingerprint(keys, contents.labels) != fingerprint:
+        raise Refused(f"{path.name}.keys.npy or .crc.npy is not that of {path}: {with_all}")
+    return _Side(manifest, crc, keys)
+
+
+def _triple(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))

@@ -1,0 +1,214 @@
+"""Folder: pictures straight from their files, for a first look and as the yardstick of the prepared formats.
+
+Suffixes are trusted. Heights and widths stand in the headers: reading those costs 84 us a file, so they are
+kept in a cache, with each file's length and time of change, by which a changed file is found.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastrot.config import Refused
+from fastrot.core import Picks
+from fastrot.data import crops, pictures, sources
+
+_CACHED = np.dtype(
+    [("key", "<u8"), ("bytes", "<i8"), ("changed", "<i8"), ("height", "<i4"), ("width", "<i4")]
+)
+_STAMP = ["key", "bytes", "changed"]  # what tells that a file is the same
+_AT_ONCE = 16  # threads; they hide the latency of disks and networks
+_TASK = 256  # files
+
+
+class Folder:
+    """An image folder as `core.Data`.
+
+    rejected   (path, reason) of what is named like a picture and cannot be read: not a row
+    numbers    each row's index in torchvision's ImageFolder, where these differ; None: the row itself
+    """
+
+    format = "folder"
+    mean = std = None
+
+    def __init__(self, root: str | Path, *, label_from: Literal["folder", "none"] = "folder"):
+        source = sources.open_source("imagefolder", root, label_from=label_from, by_name=True)
+        keys = sources.path_keys(record.path for record in source.records)
+        measured, reasons = _measured(source, keys)
+        kept = np.flatnonzero(measured["height"])
+        self.root, self.classes = source.root, source.classes
+        self.rejected = source.rejected + reasons
+        if self.rejected:
+            few = ", ".join(f"{path!r}: {reason}" for path, reason in self.rejected[:3])
+            more = f", and {len(self.rejected) - 3} more" if len(self.rejected) > 3 else ""
+            logging.getLogger("fastrot").warning(
+                "%s: %d of %d files are left out (%s%s)",
+                *(root, len(self.rejected), source.seen, few, more),
+            )
+        if not len(kept):
+            path, reason = self.rejected[0]
+            raise Refused(f"{root} holds no picture that can be read; {path}: {reason}")
+        self.rows = len(kept)
+        self.labels = np.array([source.records[i].label for i in kept], np.int64)
+        self.keys = keys[kept]
+        self.fingerprint = sources.order_fingerprint(self.keys, self.labels)
+        numbers = np.arange(len(keys)) if source.numbers is None else source.numbers
+        same = source.numbers is None and self.rows == len(keys)
+        self.numbers = None if same else numbers[kept].astype(np.int64)
+        self._paths = [source.records[i].path for i in kept]
+        self._sizes = np.stack([measured["height"][kept], measured["width"][kept]], axis=1)
+
+    def name(self, row: int) -> str:
+        return self._paths[row]
+
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        return self._sizes[rows]
+
+    def pictures(
+        self, plan: Iterable[Picks], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Crops of each Picks of `plan`, in order; `workers` processes decode, 0: this one does.
+
+        The plan is drawn in this process, two batches a worker ahead.
+        """
+        jobs = DataLoader(
+            _Worker(str(self.root)),  # type: ignore[arg-type]  # a map from jobs, not from numbers
+            sampler=(self._job(picks) for picks in plan),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else its seed is drawn from torch's global state
+        )
+        done = iter(jobs)
+        try:
+            for answer in done:
+                if isinstance(answer, str):
+                    raise Refused(answer)
+                yield tuple(answer)
+        finally:
+            del done  # ends the workers
+
+    def _job(self, picks: Picks) -> "_Job":
+        index = picks.rows[0][:, 0]
+        return picks, [self._paths[row] for row in index], self._sizes[index]
+
+
+# Workers get what they need with each job, and so hold no listing.
+_Job = tuple[Picks, list[str], Int32[np.ndarray, "b 2"]]
+
+
+class _Worker:
+    """Lives in the worker processes: a job in, crops out, or one sentence on what is wrong."""
+
+    def __init__(self, root: str):
+        self.root = root
+
+    def __getitem__(self, job: _Job) -> tuple[Tensor, ...] | str:
+        picks, paths, sizes = job
+        out = tuple(
+            torch.empty(len(paths), size, size, 3, dtype=torch.uint8) for size in picks.sizes
+        )
+        for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
+            what = f"row {picks.rows[0][place, 0]}, {path!r},"
+            try:
+                with open(os.path.join(self.root, path), "rb") as file:
+                    picture = pictures.decode(file.read())
+                if list(picture.shape[:2]) != size:
+                    was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
+                    return f"{what} was listed as {was} and is {now}: it has changed, start again"
+                for box, crop in zip(picks.rows, out, strict=True):
+                    crops.resample(picture, box[place], crop[place].numpy())
+            except (pictures.BadPicture, OSError) as e:
+                return f"{what} cannot be read: {e}; take it out of the folder, and start again"
+            except Exception as e:
+                raise RuntimeError(f"{what} cannot be cropped: {e}") from e
+        return out
+
+
+# ---- heights and widths ----
+
+
+def _measured(source: sources.Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """A _CACHED for each record, height 0 where its header cannot be read; (path, reason) of these."""
+    cache = _cache_file(source.root)
+    known = _read_cache(cache)
+
+    def look(start: int) -> tuple[np.ndarray, list[tuple[str, str]], bool]:
+        part = np.zeros(len(keys[start : start + _TASK]), _CACHED)
+        part["key"] = keys[start : start + _TASK]
+        files = [
+            os.path.join(source.root, record.path)
+            for record in source.records[start : start + len(part)]
+        ]
+        for i, file in enumerate(files):
+            with suppress(OSError):  # what is gone has no header either: see below
+                stat = os.stat(file)
+                part["bytes"][i], part["changed"][i] = stat.st_size, stat.st_mtime_ns
+        entry = known[np.searchsorted(known["key"], part["key"]).clip(max=len(known) - 1)]
+        same = (entry[_STAMP] == part[_STAMP]) & (entry["height"] > 0)
+        part[same] = entry[same]
+        reasons = []
+        for i in np.flatnonzero(~same):
+            try:
+                part["height"][i], part["width"][i] = pictures.size_of(files[i])
+            except pictures.BadPicture as e:
+                reasons.append((source.records[start + i].path, str(e)))
+            except OSError as e:
+                reasons.append(
+                    (source.records[start + i].path, f"it cannot be read ({e.strerror})")
+                )
+        return part, reasons, not same.all()
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        parts = list(pool.map(look, range(0, len(keys), _TASK)))
+    measured = np.concatenate([part for part, _, _ in parts])
+    if any(news for _, _, news in parts):
+        _write_cache(cache, measured[measured["height"] > 0])
+    return measured, [reason for _, reasons, _ in parts for reason in reasons]
+
+
+def _cache_file(root: Path) -> Path:
+    """Where the sizes of this folder are kept."""
+    folder = os.environ.get("FASTROT_CACHE_DIR")
+    if not folder:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(home, "fastrot")
+    whole = os.fsencode(os.path.realpath(root))
+    return Path(folder) / f"sizes-{hashlib.blake2b(whole, digest_size=8).hexdigest()}.npy"
+
+
+def _read_cache(file: Path) -> np.ndarray:
+    try:
+        known = np.load(file, allow_pickle=False)
+        if known.dtype == _CACHED and known.ndim == 1:
+            return known
+    except (OSError, ValueError, EOFError):
+        pass  # there is none, or it is damaged: read the headers anew
+    return np.zeros(1, _CACHED)  # nothing that could be found
+
+
+def _write_cache(file: Path, measured: np.ndarray) -> None:
+    """Whole or not at all; a folder that cannot be written costs time, and is no error."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                np.save(out, np.sort(measured, order="key"))
+            os.replace(name, file)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError:
+        pass

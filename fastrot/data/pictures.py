@@ -1,0 +1,132 @@
+"""Encoded bytes to pixels, upright: what a picture is, how large, and RGB out of every odd kind of it.
+
+Pillow decodes, since it knows the odd ones: CMYK and YCCK, palettes, 16 bits, EXIF. Alpha is dropped, not
+composited, as `convert("RGB")` and torchvision's ImageFolder do; of 16 bits the upper 8 are kept; of an
+animation the first frame. A picture of floating-point numbers is refused, since their white is not known.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+
+from fastrot.data.sources import HEAD, sniff
+from fastrot.data.sources import SUFFIXES as SUFFIXES
+
+MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
+
+_PLUGINS = {  # of Pillow, by what `sniff` says: never its others, one of which starts Ghostscript
+    "jpeg": ["JPEG"],
+    "png": ["PNG"],
+    "gif": ["GIF"],
+    "webp": ["WEBP"],
+    "bmp": ["BMP"],
+    "tiff": ["TIFF"],
+    "ppm": ["PPM"],
+}
+_UPRIGHT = {  # EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WIDTH, _HEIGHT = 256, 257  # tags of TIFF
+_LYING = (5, 6, 7, 8)  # orientations that swap height and width
+
+# Pillow warns of damaged EXIF and the like without a file's name; what matters becomes a BadPicture.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be decoded: the reason in one short phrase."""
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """The first frame as RGB pixels, EXIF orientation applied. Raises BadPicture."""
+    with _opened(io.BytesIO(data)) as image:
+        turn = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF by itself
+        image.load()
+        return _rgb(image.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else image)
+
+
+def size_of(picture: bytes | str | os.PathLike | io.BytesIO | io.BufferedReader) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header alone. Raises BadPicture, or OSError of a path."""
+    if isinstance(picture, bytes):
+        picture = io.BytesIO(picture)
+    if isinstance(picture, (str, os.PathLike)):
+        with open(picture, "rb") as file:
+            return size_of(file)
+    with _opened(picture) as image:
+        width, height = image.size
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows swap its sides already
+            width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+        return (width, height) if _orientation(image) in _LYING else (height, width)
+
+
+def shrink(
+    picture: UInt8[np.ndarray, "h w 3"], short_side: int | None = None, max_side: int | None = None
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The picture with at most these sides, by area; it never grows. Sides are rounded as torchvision's Resize does."""
+    height, width = picture.shape[:2]
+    short, long = sorted((height, width))
+    new_short, new_long = short, long
+    if short_side is not None and short > short_side:
+        new_short, new_long = short_side, int(short_side * long / short)
+    if max_side is not None and new_long > max_side:
+        new_short, new_long = max(1, int(max_side * new_short / new_long)), max_side
+    if (new_short, new_long) == (short, long):
+        return picture
+    size = (new_short, new_long) if width <= height else (new_long, new_short)  # (width, height)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+@contextmanager
+def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFile]:
+    """The picture with its header read; whatever Pillow raises at foreign bytes becomes a BadPicture."""
+    head = file.read(HEAD)
+    file.seek(0)
+    kind = sniff(head)
+    if kind is None:
+        raise BadPicture("it is empty" if not head else "its first bytes are no picture's")
+    try:
+        with Image.open(file, formats=_PLUGINS[kind]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
+    except BadPicture:
+        raise
+    except Image.DecompressionBombError as e:
+        raise BadPicture(f"it claims more than {MOST_PIXELS // 10**6} megapixels") from e
+    except Image.UnidentifiedImageError as e:
+        raise BadPicture(f"its {kind} header is damaged") from e
+    except Exception as e:  # Pillow's decoders raise nearly every type there is
+        said = " ".join(str(e).split())[:120] or type(e).__name__
+        raise BadPicture(f"its {kind} data is damaged ({said})") from e
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation from what stands before the pixels; 1 where there is none, or none that can be read."""
+    try:
+        # not image.getexif(): PNG's would decode all pixels, in search of a block behind them
+        turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return turn if turn in _UPRIGHT else 1
+    except Exception:  # a damaged block in a good picture
+        return 1
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    if image.mode == "F":
+        raise BadPicture("its pixels are floating-point numbers")
+    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: convert("RGB") would clip at 255
+        grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,112 @@
+"""Rank and world, and the only collectives in the house.
+
+One process needs no launcher; torchrun and srun are read from their environment variables.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among all."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # rank on this machine: which GPU
+    local_world: int = 1
+
+
+def place() -> Place:
+    """Rank and world as torchrun or srun set them; one process where neither did."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", 1)),
+        )
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
+        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+        return Place(
+            int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), tasks // nodes
+        )
+    return Place()
+
+
+def start(here: Place, device: torch.device) -> None:
+    """Join the other processes: NCCL for GPU tensors, gloo for those in host memory."""
+    if here.world == 1:
+        return
+    if (
+        "MASTER_ADDR" not in os.environ
+    ):  # srun: the first node's name, a port that follows from the job
+        os.environ["MASTER_ADDR"] = _first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
+        os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, rank=here.rank, world_size=here.world)
+
+
+def stop() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def world() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        distributed.barrier()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, on each of them."""
+    if world() > 1:
+        tensor = tensor.clone()
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Rows of all ranks, one rank after the other: [n, ...] -> [world * n, ...]; n is the same on all."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def broadcast_(tensors: list[Tensor]) -> None:
+    """Rank 0's values, written into every rank's tensors."""
+    if world() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value, on every rank: for small plain values."""
+    if world() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _first_node(nodes: str) -> str:
+    """`gpu[07-09,12],cpu1` -> `gpu07`: the first name of SLURM's list."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    assert match
+    return match[1] + (match[2] or "")

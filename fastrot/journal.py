@@ -1,0 +1,181 @@
+"""What a run tells: metrics.jsonl, log.txt, TensorBoard, the progress bar. Numbers stay on the device until asked."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastrot import dist
+from fastrot.disk import replace_bytes
+
+
+class Meter:
+    """Running means of named 0-d tensors, kept on the device between log lines."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Waits for nothing."""
+        for name, value in values.items():
+            self.sums[name] = value.clone() if name not in self.sums else self.sums[name] + value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last read, and over all ranks.
+
+        Waits for the device: once per log line, never once per step.
+        """
+        if not self.count:
+            return {}
+        sums = dist.sum_over_ranks(torch.stack([s.float() for s in self.sums.values()]))
+        means = (sums / (self.count * dist.world())).tolist()
+        names, self.sums, self.count = list(self.sums), {}, 0
+        return dict(zip(names, means, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
+        self.count = state["count"]
+
+
+class Journal:
+    """Writes a run's lines: on rank 0 to its folder and the screen, elsewhere nowhere."""
+
+    def __init__(self, run: Path, *, steps: int, resumed_at: int, tensorboard: bool = True):
+        self.speaks = dist.rank() == 0
+        self.run = run
+        self.console = Console(highlight=False, quiet=not self.speaks, soft_wrap=True)
+        self._bar = self._board = None
+        if not self.speaks:
+            return
+        self._metrics = _cut_back(run / "metrics.jsonl", resumed_at)
+        self._log = (run / "log.txt").open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # 1 s: only where it is wanted
+
+            self._board = SummaryWriter(str(run / "tb"), purge_step=resumed_at + 1)
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(
+                "training", total=steps, completed=resumed_at, figures=""
+            )
+            self._bar.start()
+
+    def say(self, *lines: str) -> None:
+        """Sentences for people: on the screen and in log.txt."""
+        if self.speaks:
+            for line in lines:
+                self.console.print(line, markup=False)
+                self._log.write(line + "\n")
+            self._log.flush()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, whole at once; its numbers go to TensorBoard too."""
+        if not self.speaks:
+            return
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    kind = "val/" + name[4:] if name.startswith("val_") else "train/" + name
+                    self._board.add_scalar(kind, value, line["step"])
+        self._show(line)
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Ends the bar and writes what is buffered; further lines are refused."""
+        if not self.speaks:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        self._metrics.close()
+        self._log.close()
+        self.speaks = False
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if "val_accuracy" in line:
+            text = f"validation loss {line['val_loss']:.4f}  accuracy {line['val_accuracy']:.1%}"
+            self.say(f"step {line['step']}  epoch {line['epoch']}  {text}")
+            return
+        figures = (
+            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  "
+            f"{line['images_per_s']:.0f} images/s  waiting for data {line['wait_share']:.1%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, figures=figures)
+        else:
+            self.console.print(f"step {line['step']}  {figures}", markup=False)
+        self._log.write(f"step {line['step']}  epoch {line['epoch']}  {figures}\n")
+        self._log.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a .jsonl; a last line that a crash tore is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _cut_back(path: Path, step: int):
+    """Keep the lines up to `step`: what a killed run wrote behind its last checkpoint comes again."""
+    kept = [line for line in read_lines(path) if step and line["step"] <= step]
+    replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return path.open("a", encoding="utf-8")
+
+
+def verdict(device: torch.device, wait_share: float, images_per_s: float) -> str:
+    """What bound the run, in one sentence, from the share of its steps spent waiting for data."""
+    where = "GPU" if device.type == "cuda" else "CPU"
+    rate = f"{images_per_s:,.0f} images/s"
+    if wait_share >= 0.5:
+        return (
+            f"bound by loading: {wait_share:.0%} of the time went into waiting for data at {rate}; "
+            "give it more --workers, or smaller pictures (dataprep/to_ffcv.py --short-side)"
+        )
+    if wait_share >= 0.05:
+        return (
+            f"bound by the network's step on the {where}, but {wait_share:.0%} of the time went into "
+            f"waiting for data at {rate}: more --workers would help"
+        )
+    return (
+        f"bound by the network's step on the {where}: {wait_share:.1%} waiting for data at {rate}"
+    )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Two aligned columns, as lines."""
+    rows = list(rows)
+    wide = max(len(name) for name, _ in rows)
+    return [f"  {name:<{wide}}  {value}" for name, value in rows]

@@ -1,0 +1,308 @@
+"""The training loop, the same for every method: step, validation, log lines, checkpoints."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrot import checkpoint, dist
+from fastrot.config import Config, Stopped
+from fastrot.core import Batch, Losses, Method
+from fastrot.data.plan import Loader
+from fastrot.journal import Journal, Meter
+from fastrot.optim import Rates
+
+
+@dataclass
+class Story:
+    """What a run has been through, over all its starts; goes into checkpoints and the summary."""
+
+    images: int = 0  # seen in training, over all ranks
+    seconds: float = 0.0  # of training, without validation
+    waited: float = 0.0  # of these seconds: waiting for data
+    val_first: dict[str, float] = field(default_factory=dict)  # before training
+    val: dict[str, float] = field(default_factory=dict)  # the latest
+    best: float = -math.inf  # validation accuracy
+
+    def images_per_s(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def wait_share(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and writes."""
+
+    method: Method
+    net: Callable[[Any], Any]  # method.net, perhaps compiled, perhaps wrapped by DDP
+    optimizer: torch.optim.Optimizer
+    rates: Rates
+    device: torch.device
+    dtype: torch.dtype  # of the network's arithmetic
+    step: int = 0  # the optimiser's steps so far
+    fresh: bool = True  # no step taken yet in this run
+    meter: Meter = field(default_factory=Meter)
+    story: Story = field(default_factory=Story)
+
+    def __post_init__(self):
+        # float16 gradients underflow; bfloat16 and float32 need no scaling
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        )
+
+    def descend(self, loss: Tensor) -> None:
+        """Gradient and optimiser's step at this step's rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Called on all ranks."""
+        return {
+            "step": self.step,
+            "net": self.method.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method": self.method.state_dict(),
+            "meter": self.meter.state_dict(),
+            "story": vars(self.story),
+            "rng": checkpoint.random_state(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.fresh = state["step"], False
+        self.method.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.method.load_state_dict(state["method"])
+        self.meter.load_state_dict(state["meter"], self.device)
+        self.story = Story(**state["story"])
+        checkpoint.set_random_state(state["rng"], self.device)
+
+
+def train_step(state: TrainState, batch: Batch) -> Losses:
+    """One step: views, network, losses, descent, the method's own writes. Waits for nothing."""
+    views = state.method.views(batch)
+    with state.autocast():
+        outputs = state.net(views)
+    if state.fresh:
+        state.method.first(outputs, batch)
+        state.fresh = False
+    losses = state.method.losses(outputs, batch)
+    state.descend(losses.total)
+    state.method.after_step(outputs, batch)
+    return losses.detached()
+
+
+@torch.no_grad()
+def validate(state: TrainState, loader: Loader) -> dict[str, float]:
+    """The method's scores over a whole view: sums and counts over all ranks, divided once.
+
+    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics.
+    """
+    net = state.method.net
+    dist.broadcast_([b for b in net.buffers() if b.is_floating_point()])
+    net.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in loader.epoch(0):
+        with state.autocast():
+            outputs = net(state.method.views(batch))
+            scores = state.method.score(outputs, batch)
+        for name, (total, count) in scores.items():
+            both = torch.stack([total, count]).double()
+            sums[name] = sums[name] + both if name in sums else both
+    net.train()
+    if dist.world() > 1:  # a rank whose share is empty has no names: rank 0 never is
+        for name in dist.agree(list(sums)):
+            sums[name] = dist.sum_over_ranks(
+                sums.get(name, torch.zeros(2, dtype=torch.float64, device=state.device))
+            )
+    return {name: (both[0] / both[1]).item() for name, both in sums.items()}
+
+
+def fit(
+    state: TrainState,
+    loader: Loader,
+    judge: Loader | None,
+    journal: Journal,
+    cfg: Config,
+    save: Callable[[str], None],
+    at_epoch: Callable[[], None],
+) -> None:
+    """Train from `state.step` to the end, which is `state.rates.steps` or --max-steps.
+
+    `save(name)` writes checkpoints/`name`; `at_epoch` draws the run's page.
+    """
+    end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
+    if judge is not None and state.step == 0:
+        state.story.val_first = _judged(state, judge, journal, len(loader))
+    at_epoch()
+    state.method.net.train()
+    while state.step < end:
+        number, start = divmod(state.step, len(loader))
+        timer = _Timer(state.story)
+        for batch in timer.waits(loader.epoch(number, start)):
+            losses = train_step(state, batch)
+            state.step += 1
+            state.story.images += len(batch.index) * dist.world()
+            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+            journal.advance(state.step)
+            if state.step % cfg.log_every == 0 or state.step == end:
+                means = state.meter.read()
+                line = {"step": state.step, "epoch": number, **means, **timer.lap()}
+                journal.write(line | {"lr": state.rates(state.step - 1)})
+                _go_on_only_if_finite(math.isfinite(means["loss"]), state, journal.run)
+            if state.step == end:
+                break
+            if state.step % cfg.checkpoint_every == 0 and state.step % len(loader):
+                timer.lap()
+                _save(state, cfg, journal.run, save)
+                timer.begin()
+        timer.lap()
+        due = (number + 1) % cfg.validate_every == 0 and state.step % len(loader) == 0
+        if judge is not None and (due or state.step == end):
+            state.story.val = _judged(state, judge, journal, len(loader))
+            if state.story.val["accuracy"] > state.story.best:
+                state.story.best = state.story.val["accuracy"]
+                if cfg.keep_best:
+                    save("best.pt")
+        _save(state, cfg, journal.run, save)
+        at_epoch()
+
+
+def _judged(state: TrainState, judge: Loader, journal: Journal, batches: int) -> dict[str, float]:
+    scores = validate(state, judge)
+    named = {f"val_{name}": value for name, value in scores.items()}
+    journal.write({"step": state.step, "epoch": state.step // batches, **named})
+    return scores
+
+
+def _save(state: TrainState, cfg: Config, run: Path, save: Callable[[str], None]) -> None:
+    """last.pt, and step_N.pt where asked: only of a state that is finite throughout."""
+    kept = [*state.method.net.state_dict().values(), *state.method.state_dict().values()]
+    finite = checkpoint.all_finite([*kept, *state.meter.sums.values()])
+    _go_on_only_if_finite(finite, state, run)
+    save("last.pt")
+    if cfg.keep_every and state.step % cfg.keep_every == 0:
+        save(f"step_{state.step}.pt")
+
+
+def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
+    if not finite:
+        last = run / "checkpoints" / "last.pt"
+        good = (
+            f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        )
+        raise Stopped(
+            f"the loss or a weight is not finite at step {state.step}; {good}: "
+            "start again with a smaller --lr, or --precision fp32"
+        )
+
+
+class _Timer:
+    """Training seconds and the share of them spent waiting for data; adds both to the story."""
+
+    def __init__(self, story: Story):
+        self.story = story
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what went by since the last lap: a checkpoint, a validation."""
+        self.since, self.waited, self.images = time.perf_counter(), 0.0, self.story.images
+
+    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, timed: how long each kept the loop waiting. Closes them at the end."""
+        try:
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - asked
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            _close(batches)
+
+    def lap(self) -> dict[str, float]:
+        """images/s and wait share since the last lap."""
+        seconds, waited = time.perf_counter() - self.since, self.waited
+        images = self.story.images - self.images
+        self.story.seconds += seconds
+        self.story.waited += waited
+        self.begin()
+        return {"images_per_s": images / seconds, "wait_share": waited / seconds}
+
+
+def epochs_within(
+    seconds: float, state: TrainState, loader: Loader, judge: Loader | None
+) -> tuple[int, float]:
+    """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
+
+    Measures 20 training steps and up to 5 validation batches after 3 to warm up; undoes what they did.
+    """
+    weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
+    method, random = state.method.state_dict(), checkpoint.random_state(state.device)
+    state.method.net.train()
+    step = _seconds_each(loader, 20, state.device, lambda batch: train_step(state, batch))
+    epoch = step * len(loader)
+    state.method.net.load_state_dict(weights)
+    state.method.load_state_dict(method)
+    state.optimizer.state.clear()
+    state.__post_init__()  # the gradient scaler begins anew
+    state.fresh = True
+    if judge is not None:
+        state.method.net.eval()
+        epoch += len(judge) * _seconds_each(judge, 5, state.device, lambda b: _look(state, b))
+    checkpoint.set_random_state(random, state.device)
+    return dist.agree((max(1, int(seconds // epoch)), epoch))
+
+
+@torch.no_grad()
+def _look(state: TrainState, batch: Batch) -> None:
+    with state.autocast():
+        state.method.score(state.method.net(state.method.views(batch)), batch)
+
+
+def _seconds_each(
+    loader: Loader, steps: int, device: torch.device, work: Callable[[Batch], Any]
+) -> float:
+    """Seconds a batch, loading included, after 3 batches to warm up; short epochs are begun again."""
+    done, begun, warm = 0, time.perf_counter(), 3
+    while done < warm + steps:
+        batches = loader.epoch(0)
+        for batch in batches:
+            if done == warm:
+                _wait_for(device)
+                begun = time.perf_counter()
+            work(batch)
+            done += 1
+            if done == warm + steps:
+                break
+        _close(batches)
+    _wait_for(device)
+    return (time.perf_counter() - begun) / steps
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _close(batches: Iterator[Batch]) -> None:
+    close = getattr(batches, "close", None)  # a generator's: ends the workers behind it
+    if close is not None:
+        close()

@@ -1,0 +1,45 @@
+"""RotNet: tell which of four quarter turns a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrot import config
+from fastrot.backbones.heads import Classifier
+from fastrot.backbones.staged import Staged
+from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.methods.scores import classification_scores
+from fastrot.ops.turns import turned_views
+
+TURNS = (0, 1, 2, 3)  # quarter turns counter-clockwise; the label of a view is its turn
+
+
+class RotNet(Method):
+    """All four turns of each crop in one batch; mean cross-entropy over the 4 B views."""
+
+    def __init__(self, cfg: config.RotNet, trunk: Staged, facts: Facts):
+        self.crops = (cfg.crop,)
+        self.net = Classifier(trunk, len(TURNS))
+        self.facts = facts
+
+    @torch.no_grad()
+    def views(self, batch: Batch) -> Float[Tensor, "v 3 s s"]:
+        return turned_views(
+            batch.images, TURNS, self.facts.mean, self.facts.std, dtype=self.facts.dtype
+        )
+
+    def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
+        turn = _turns(outputs)
+        right = (outputs.argmax(dim=1) == turn).float().mean()
+        return Losses({"loss_cls": F.cross_entropy(outputs.float(), turn)}, {"accuracy": right})
+
+    def score(
+        self, outputs: Float[Tensor, "v 4"], batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return classification_scores(outputs, _turns(outputs))
+
+
+def _turns(outputs: Tensor) -> Tensor:
+    """Labels of image-major views: 0 1 2 3 0 1 2 3 ..."""
+    return torch.arange(len(outputs), device=outputs.device) % len(TURNS)

@@ -1,0 +1,17 @@
+"""What methods report when they are evaluated: sums and counts, added over batches and ranks before dividing."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def classification_scores(
+    logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Cross-entropy and top-1 accuracy as (sum, count), in float32: counts of pictures stay exact to 2**24."""
+    count = torch.tensor(float(len(label)), device=logits.device)
+    return {
+        "loss": (F.cross_entropy(logits.float(), label, reduction="sum"), count),
+        "accuracy": ((logits.argmax(dim=1) == label).float().sum(), count),
+    }

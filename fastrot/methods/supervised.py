@@ -1,0 +1,40 @@
+"""Supervised classification of upright pictures: the yardstick of the self-supervised methods."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrot import config
+from fastrot.backbones.heads import Classifier
+from fastrot.backbones.staged import Staged
+from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.methods.scores import classification_scores
+from fastrot.ops.turns import turned_views
+
+
+class Supervised(Method):
+    """One upright view of each crop; mean cross-entropy over the B pictures."""
+
+    wants_labels = True
+
+    def __init__(self, cfg: config.Supervised, trunk: Staged, facts: Facts):
+        self.crops = (cfg.crop,)
+        self.net = Classifier(trunk, facts.classes)
+        self.facts = facts
+
+    @torch.no_grad()
+    def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
+        return turned_views(
+            batch.images, (0,), self.facts.mean, self.facts.std, dtype=self.facts.dtype
+        )
+
+    def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:
+        right = (outputs.argmax(dim=1) == batch.label).float().mean()
+        loss = F.cross_entropy(outputs.float(), batch.label)
+        return Losses({"loss_cls": loss}, {"accuracy": right})
+
+    def score(
+        self, outputs: Float[Tensor, "b k"], batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        return classification_scores(outputs, batch.label)

@@ -1,0 +1,1 @@
+"""Kernels, one op a file: words and maths, reference, kernel, launch, public name."""

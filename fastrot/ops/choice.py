@@ -1,0 +1,40 @@
+"""Which form of an op runs: the PyTorch reference, or the Triton kernel."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from fastrot.config import Refused
+
+FORMS = ("reference", "triton")
+_forced: list[str] = []
+
+
+@contextmanager
+def using(form: str) -> Iterator[None]:
+    """Every op inside runs in this form, on any device: for tests and benchmarks.
+
+    It is read when an op runs, so it also holds inside what was compiled outside.
+    """
+    _forced.append(_checked(form, "using()"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def form_for(tensor: Tensor) -> str:
+    """`using`, else FASTROT_OPS, else the kernel on CUDA and the reference anywhere else."""
+    if _forced:
+        return _forced[-1]
+    if asked := os.environ.get("FASTROT_OPS"):
+        return _checked(asked, "FASTROT_OPS")
+    return "triton" if tensor.is_cuda else "reference"
+
+
+def _checked(form: str, setting: str) -> str:
+    if form not in FORMS:
+        raise Refused(f"{setting} got {form!r}: it wants {' or '.join(FORMS)}")
+    return form

@@ -1,0 +1,238 @@
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+"""uint8 crops -> quarter-turned, normalised, channels-last views.
+
+Shapes.  images uint8 [B, S, S, 3]; V turns of each image; out [B*V, 3, S, S] channels_last, that is [B*V, S, S, 3]
+         in memory. Row V*i + v is image i turned turns[v] * 90 degrees counter-clockwise, as numpy.rot90 does it.
+Maths.   out[i, j, c] = ((u / 255) - mean[c]) / std[c] in float32, in this order, then cast to the dtype, where u is
+         pixel [i, j], [j, S-1-i], [S-1-i, S-1-j] or [S-1-j, i] of channel c for 0, 1, 2, 3 turns.
+Idea.    A turn is an address: source = first + i * down + j * right, three numbers per turn. Each program owns a tile
+         of the output, 32 rows of 32 elements (channels are elements too, so rows are contiguous), and writes it for
+         every turn; the transposition happens in the addresses of the byte loads, which the L1 and L2 caches serve.
+Bytes.   3 B S S (1 + V * itemsize): the crop is read from memory once, each view is written once.
+         A thread loads 8 bytes a view (one 8-byte load where it is not turned, 8 single ones where it is; 16 times 2 for
+         float32) and stores them as 16-byte words; B * ceil(S / 32) * ceil(3 S / 32) programs of 128 threads. See
+         `python -m fastrot.ops.compile` for registers, spills and the widths in the machine code.
+Digits.  Reference and kernel give the same bits on every device: u / 255 is written as u * HI + u * LO, where u * HI
+         is exact, so that a compiler may or may not contract it into a fused multiply-add; the second
+         division is the reciprocal, corrected by its own exact residue. Tests go through all 256 values.
+"""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from fastrot.config import Refused
+from fastrot.ops.choice import form_for
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # torch's builds for the CPU come without it
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+# ---- reference ----
+
+
+def turned_views_reference(
+    images: UInt8[Tensor, "b s s 3"],
+    turns: Sequence[int] | Int64[Tensor, "b v"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Float[Tensor, "w s s 3"]:
+    """The views as they lie in memory. What the CPU runs and what tests trust."""
+    b, s = images.shape[:2]
+    values = torch.empty(b, s, 3 * s, dtype=torch.float32, device=images.device)
+    values.copy_(images.reshape(b, s, 3 * s))  # whole rows: inner loops of 3 channels are slow
+    # divided by tensors: CUDA multiplies by the reciprocal of a Python number, which rounds otherwise
+    values.div_(values.new_tensor(255.0))
+    values.sub_(values.new_tensor(mean).repeat(s)).div_(values.new_tensor(std).repeat(s))
+    values = values.to(dtype).view(b, s, s, 3)
+    if isinstance(turns, Tensor):
+        out = values.new_empty(b, turns.shape[1], s, s, 3)
+        for turn in range(4):
+            image, view = (turns == turn).nonzero(as_tuple=True)
+            out[image, view] = torch.rot90(values[image], turn, (1, 2))
+    else:
+        out = values.new_empty(b, len(turns), s, s, 3)
+        for view, turn in enumerate(turns):
+            out[:, view] = torch.rot90(values, turn, (1, 2))
+    return out.flatten(0, 1)
+
+
+# ---- kernel ----
+
+ROWS, WIDTH, WARPS = 32, 32, 4  # of a tile, in elements; 8 elements a thread
+
+if triton is not None:
+    HI = tl.constexpr(float.fromhex("0x1.0102p-8"))  # 1 / 255 to 16 bits: times a byte it is exact
+    LO = tl.constexpr(float.fromhex("-0x1.fdfdfep-25"))  # the rest
+
+    # fmt: off
+    @triton.jit
+    def _turned_views_kernel(
+        images, turns, out, size, mean0, mean1, mean2, std0, std1, std2,
+        VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # turns as digits to base 4, the first lowest; -1: read `turns`
+        FUSED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: on
+        width = 3 * size
+        across, down = tl.cdiv(width, WIDTH), tl.cdiv(size, ROWS)
+        program = tl.program_id(0)
+        image = (program // (across * down)).to(tl.int64)  # B * V * S * S * 3 can pass 2**31
+        tile = program % (across * down)
+        row = (tile // across * ROWS + tl.arange(0, ROWS))[:, None]
+        element = (tile % across * WIDTH + tl.arange(0, WIDTH))[None, :]
+        column, channel = element // 3, element % 3
+        inside = (row < size) & (element < width)
+        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
+        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
+        inverse = tl.div_rn(1.0, std)
+        source = images + image * width * size
+        for view in tl.static_range(VIEWS):
+            if PATTERN == -1:
+                turn = tl.load(turns + image * VIEWS + view).to(tl.int32) & 3
+                pixel = _source_pixel(row, column, size, turn)
+                offset = 3 * pixel + channel
+            elif (PATTERN >> 2 * view) & 3 == 0:
+                offset = row * width + element  # the same, in a form that is seen to be contiguous
+            else:
+                offset = 3 * _source_pixel(row, column, size, (PATTERN >> 2 * view) & 3) + channel
+            byte = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
+            centred = byte * HI + byte * LO - mean
+            if FUSED:  # IEEE's quotient in 3 instructions instead of 14 and a branch (Markstein 1990)
+                value = centred * inverse
+                value = tl.fma(tl.fma(-value, std, centred), inverse, value)
+            else:  # the interpreter's fma rounds twice
+                value = tl.div_rn(centred, std)
+            target = out + (image * VIEWS + view) * width * size + row * width + element
+            tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _source_pixel(row, column, size, turn):
+        """Which pixel of the crop is pixel [row, column] of the crop turned `turn` times."""
+        last = size - 1
+        if turn == 0:
+            pixel = row * size + column
+        elif turn == 1:
+            pixel = column * size + last - row
+        elif turn == 2:
+            pixel = (last - row) * size + last - column
+        else:
+            pixel = (last - column) * size + row
+        return pixel
+
+
+# ---- launch ----
+
+
+def _launch(
+    images: Tensor,
+    turns: Sequence[int] | Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    if triton is None:
+        raise Refused("the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise Refused(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
+    images = images.contiguous()
+    b, s = images.shape[:2]
+    if isinstance(turns, Tensor):
+        views, pattern, turns = turns.shape[1], -1, turns.contiguous()
+    else:
+        views, pattern, turns = len(turns), sum(t << 2 * v for v, t in enumerate(turns)), images
+    out = torch.empty(b * views, s, s, 3, dtype=dtype, device=images.device)
+    programs = b * triton.cdiv(s, ROWS) * triton.cdiv(3 * s, WIDTH)
+    if out.numel():
+        with torch.cuda.device_of(images):
+            _turned_views_kernel[(programs,)](
+                images, turns, out, s, *mean, *std,
+                VIEWS=views, PATTERN=pattern, FUSED=images.is_cuda, ROWS=ROWS, WIDTH=WIDTH,
+                num_warps=WARPS,
+            )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("fastrot::turned_views", mutates_args=())
+def _turned_views(
+    images: Tensor,
+    per_image: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
+    for_all: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    turns = for_all if per_image is None else per_image
+    run = _launch if form_for(images) == "triton" else turned_views_reference
+    return run(images, turns, mean, std, dtype).permute(0, 3, 1, 2)
+
+
+@_turned_views.register_fake
+def _(images, per_image, for_all, mean, std, dtype):
+    b, s = images.shape[:2]
+    views = len(for_all) if per_image is None else per_image.shape[1]
+    return images.new_empty(b * views, s, s, 3, dtype=dtype).permute(0, 3, 1, 2)
+
+
+# ---- public name ----
+
+
+def turned_views(
+    images: UInt8[Tensor, "b s s 3"],
+    turns: Sequence[int] | Int64[Tensor, "b v"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "w 3 s s"]:
+    """Every asked turn of every crop, normalised: image-major, channels_last. No gradient.
+
+    `turns` is one tuple for all images, or one row per image (kept modulo 4 on a GPU, where looking would wait).
+    """
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        raise Refused(
+            f"images are {tuple(images.shape)}: turned_views wants square ones, [B, S, S, 3]"
+        )
+    if images.dtype != torch.uint8:
+        raise Refused(f"images are {images.dtype}: turned_views wants torch.uint8")
+    if dtype not in DTYPES:
+        raise Refused(f"dtype got {dtype}: turned_views wants one of {DTYPES}")
+    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        raise Refused(f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0")
+    mean, std = [float(m) for m in mean], [float(s) for s in std]
+    if not isinstance(turns, Tensor):
+        if not turns or any(t not in (0, 1, 2, 3) for t in turns):
+            raise Refused(f"turns got {turns}: they want at least one of 0, 1, 2 and 3")
+        return _turned_views(images, None, list(turns), mean, std, dtype)
+    if turns.ndim != 2 or len(turns) != len(images) or turns.dtype != torch.int64:
+        raise Refused(
+            f"turns are {turns.dtype} {tuple(turns.shape)}: they want torch.int64 [{len(images)}, V]"
+        )
+    return _turned_views(images, turns, [], mean, std, dtype)
+
+
+# ---- what `make kernels` compiles ----
+
+
+def variants() -> list[dict]:
+    """The kernel as training uses it: all four turns, one turn, a turn of each image's own; at 224 pixels."""
+    rest = {"size": "i32", **dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")}
+    forms = {"0123": (4, 0b11100100), "0": (1, 0), "per image": (2, -1)}
+    return [
+        dict(
+            name=f"turned_views {form} {out}",
+            kernel=_turned_views_kernel,
+            signature={"images": "*u8", "turns": "*i64", "out": f"*{out}", **rest},
+            constants=dict(VIEWS=views, PATTERN=pattern, FUSED=True, ROWS=ROWS, WIDTH=WIDTH),
+            aligned=("images", "turns", "out", "size"),
+            warps=WARPS,
+        )
+        for out in ("bf16", "fp32")
+        for form, (views, pattern) in forms.items()
+    ]

@@ -1,0 +1,347 @@
+"""A run's page: plots/*.png and one index.html that opens from disk, made from the files of the run's folder."""
+
+import base64
+import html
+import io
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor, nn
+
+from fastrot.disk import replace_bytes
+from fastrot.evals.filters import first_filters
+from fastrot.evals.picture import FAINT, INK, legible, turned_sheet
+from fastrot.journal import read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#57606a"
+TERMS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # with blue and red: Okabe and Ito's colours
+POINTS = 400  # of a curve: more cannot be told apart at this size
+CURVES = ("accuracy", "loss", "throughput", "filters")
+
+
+def draw(
+    run: Path,
+    *,
+    net: nn.Module | None = None,
+    images: UInt8[Tensor, "n s s 3"] | None = None,
+    guesses: Float[Tensor, "n 4 4"] | None = None,
+) -> Path:
+    """Draw the run as it stands, from its first line on, and return its index.html.
+
+    `guesses[i, t]` are the probabilities of the four turns for picture i, shown with turn t. Without `net`
+    or `images`, their plots of an earlier call stay.
+    """
+    story, plots = Story(run), run / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    _save(plots / "accuracy.png", _accuracy(story))
+    _save(plots / "loss.png", _loss(story))
+    _save(plots / "throughput.png", _throughput(story))
+    if net is not None and (filters := first_filters(net)) is not None:
+        _save(plots / "filters.png", _filters(story, filters))
+    if images is not None and len(images):
+        known = {"overall": story.after, "chance": story.chance, "footer": story.footer}
+        turned_sheet(images, guesses, plots / "turned.png", **known)
+    replace_bytes(run / "index.html", _page(story).encode("utf-8", "replace"))
+    return run / "index.html"
+
+
+class Story:
+    """What the files of a run's folder tell; each may be missing."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.lines = [line for line in read_lines(run / "metrics.jsonl") if "step" in line]
+        self.step = int(self.last("step") or 0)
+        self.config, self.environment = _read(run / "config.yaml"), _read(run / "environment.json")
+        summary = _read(run / "summary.json")
+        # where a finished run was sent on its way again, the old summary no longer holds
+        self.summary = summary if (_number(summary.get("steps")) or 0) >= self.step else {}
+
+        method, first = self.config.get("method"), self.lines[0] if self.lines else {}
+        self.turns = isinstance(method, dict) and method.get("type") == "RotNet"
+        self.chance = _number(self.summary.get("chance", 0.25 if self.turns else None))
+        self.before = _number(self.summary.get("val_accuracy_first", first.get("val_accuracy")))
+        self.after = self.figure("val_accuracy")
+        self.footer = self._machine_and_versions()
+
+    def curve(self, name: str) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Steps and values of one number; neighbours are averaged where there are many. Unknown is NaN."""
+        rows = [(line["step"], _number(line[name])) for line in self.lines if name in line]
+        steps, values = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+        if len(steps) <= POINTS:
+            return steps, values
+        start = np.linspace(0, len(steps), POINTS, endpoint=False).astype(int)
+        known = ~np.isnan(values)
+        with np.errstate(invalid="ignore"):  # 0 / 0: a stretch without any number stays NaN
+            sums = np.add.reduceat(np.where(known, values, 0), start)
+            return steps[[*(start[1:] - 1), -1]], sums / np.add.reduceat(known.astype(int), start)
+
+    def last(self, name: str) -> float | None:
+        values = (_number(line.get(name)) for line in reversed(self.lines))
+        return next((value for value in values if value is not None), None)
+
+    def figure(self, name: str) -> float | None:
+        """Of the whole run where it has ended, else the latest."""
+        return _number(self.summary[name]) if name in self.summary else self.last(name)
+
+    def _machine_and_versions(self) -> str:
+        known = {k.removeprefix("versions."): v for k, v in _leaves(self.environment).items()}
+        device = known.get("device") or known.get("machine") or ""
+        named = ("fastrot", "torch", "python", "cuda", "commit")
+        parts = [f"{device}", *(f"{name} {known[name]!s:.18}" for name in named if known.get(name))]
+        return legible(" · ".join(part for part in parts if part))[:130]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    return found if isinstance(found, dict) else {}
+
+
+def _leaves(plain: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested tables as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    out = {}
+    for name, value in plain.items():
+        out |= _leaves(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
+    return out
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+# ---- curves ----
+
+
+def _accuracy(story: Story) -> "Figure":
+    figure, (axes,) = _figure("Accuracy", story)
+    _curve(axes, story, "accuracy", "training", BLUE, scale=100.0)
+    _curve(axes, story, "val_accuracy", "held-out", RED, scale=100.0, marker="o")
+    if story.chance is not None:
+        axes.axhline(100 * story.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+        place = (0.995, 100 * story.chance - 2.5)
+        right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
+        axes.text(*place, "chance", color=GREY, size=8, **right)
+    axes.set_ylim(0, 100)
+    axes.yaxis.set_major_formatter("{x:.0f}%")
+    _legend(axes)
+    return figure
+
+
+def _loss(story: Story) -> "Figure":
+    figure, (axes,) = _figure("Loss", story)
+    names = dict.fromkeys(name for line in story.lines for name in line if name.startswith("loss_"))
+    if len(names) > 1:  # a single term is the loss
+        for name, colour in zip(names, TERMS * len(names), strict=False):
+            _curve(axes, story, name, name.removeprefix("loss_"), colour, width=1.0)
+    _curve(axes, story, "loss", "training", BLUE)
+    _curve(axes, story, "val_loss", "held-out", RED, marker="o")
+    _legend(axes)
+    return figure
+
+
+def _throughput(story: Story) -> "Figure":
+    title = "Images per second, and share of time waiting for data"
+    figure, (speed, waiting) = _figure(title, story, panels=2)
+    _curve(speed, story, "images_per_s", "", BLUE)
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    _curve(waiting, story, "wait_share", "", RED, scale=100.0)
+    waiting.set(ylim=(0, 100), yticks=(0, 50, 100))
+    waiting.yaxis.set_major_formatter("{x:.0f}%")
+    return figure
+
+
+def _filters(story: Story, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
+    figure, (axes,) = _figure("Filters of the first layer", story)
+    axes.axis("off")
+    axes.autoscale()  # _figure fixed the limits
+    axes.set_position((0.018, 0.09, 0.94, 0.8))
+    axes.set_anchor("NW")
+    axes.imshow(filters)
+    return figure
+
+
+def _figure(title: str, story: Story, *, panels: int = 1) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5.6, 3.5), dpi=160)
+    grid = figure.subplots(panels, 1, sharex=True, squeeze=False)
+    figure.subplots_adjust(left=0.115, right=0.95, top=0.87, bottom=0.18, hspace=0.2)
+    figure.text(0.018, 0.935, title, size=11, weight="bold", color=INK)
+    figure.text(0.018, 0.022, story.footer, size=5.5, color=FAINT, parse_math=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#c4c9d0")
+        axes.tick_params(labelsize=8, colors=GREY, length=3)
+        axes.grid(axis="y", color="#eceef1", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(MaxNLocator(7 - 2 * panels))
+        axes.set_xlim(0, max(1, story.step))
+    grid[-1, 0].set_xlabel("step", size=8, color=GREY)
+    return figure, list(grid.flat)
+
+
+def _curve(
+    axes: "Axes",
+    story: Story,
+    name: str,
+    label: str,
+    colour: str,
+    *,
+    scale: float = 1.0,
+    width: float = 1.6,
+    marker: str = "",
+) -> None:
+    steps, values = story.curve(name)
+    if np.isnan(values).all():  # nothing yet
+        return
+    marker = (marker or "." * (len(steps) < 3)) if len(steps) <= 60 else ""
+    label = legible(label).replace("$", r"\$")  # which would begin a formula
+    look = {
+        "color": colour,
+        "linewidth": width,
+        "marker": marker,
+        "markersize": 4,
+        "clip_on": False,
+    }
+    axes.plot(steps, scale * values, label=label, **look)
+
+
+def _legend(axes: "Axes") -> None:
+    if axes.lines and axes.get_legend_handles_labels()[0]:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.985)}
+        axes.legend(frameon=False, fontsize=8, ncols=4, **place)
+
+
+def _save(path: Path, figure: "Figure") -> None:
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png")
+    replace_bytes(path, memory.getvalue())
+
+
+# ---- the page ----
+
+
+def _page(story: Story) -> str:
+    text, plots = html.escape, story.run / "plots"
+    state = f"step {story.step:,} · epoch {story.last('epoch') or 0:g}"
+    accuracy = f"{_percent(story.before)} <i>→</i> {_percent(story.after)}"
+    note = f"held-out pictures, before training → {'after' if story.summary else 'so far'}"
+    if story.after is None:  # nothing is held out
+        accuracy, note = _percent(story.last("accuracy")), "pictures that it trains on"
+    elif not any("val_accuracy" in line for line in story.lines[1:]):
+        accuracy, note = _percent(story.before), "held-out pictures, before training"
+    note += "" if story.chance is None else f" · chance {_percent(story.chance)}"
+    speed, seconds = story.figure("images_per_s"), _number(story.summary.get("seconds"))
+    tiles = [
+        ("Rotation accuracy" if story.turns else "Accuracy", accuracy, note),
+        ("Images per second", "-" if speed is None else f"{speed:,.0f}", "in training"),
+        ("Waiting for data", _percent(story.figure("wait_share")), "share of training time"),
+    ]
+    if seconds is not None:
+        tiles.append(("Training time", _duration(seconds), "without validation"))
+    verdict = story.summary.get("verdict")
+    backbone = story.config.get("backbone")
+    deep = (
+        isinstance(backbone, dict) and backbone.get("type") == "Nin"
+    )  # best before its last blocks
+    return PAGE.format(
+        name=text(str(story.config.get("preset", story.run.name))),
+        state=state if story.summary else f"{state} · still training",
+        tiles="".join(f"<div><h2>{k}</h2><b>{v}</b><p>{note}</p></div>" for k, v, note in tiles),
+        verdict="" if verdict is None else f'<p class="verdict">{text(str(verdict))}</p>',
+        curves="".join(_picture(plots / f"{name}.png") for name in CURVES),
+        turned=_picture(plots / "turned.png"),
+        run=text(str(story.run)),
+        quoted=text(json.dumps(str(story.run), ensure_ascii=False)),
+        stage="conv2" if deep else "conv5",
+        config=_table("Configuration", story.config),
+        environment=_table("Environment", story.environment),
+        footer=text(story.footer),
+    )
+
+
+def _picture(path: Path) -> str:
+    if not path.exists():
+        return ""
+    coded = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="{path.stem}" alt="{path.stem}" src="data:image/png;base64,{coded}">'
+
+
+def _table(title: str, plain: dict[str, Any]) -> str:
+    leaves = ((html.escape(str(k)), html.escape(str(v))) for k, v in _leaves(plain).items())
+    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in leaves)
+    return f"<details><summary>{title}</summary><table>{rows}</table></details>" if rows else ""
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}".replace(".0%", "%")
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.1f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{name} · fastrot</title>
+<style>
+:root {{ color-scheme: light; background: #fff; color: #1f2328; font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif }}
+body {{ max-width: 940px; margin: 40px auto; padding: 0 24px; overflow-wrap: anywhere }}
+h1 {{ font-size: 26px; margin: 0 }}
+h3 {{ font-size: 18px; margin: 28px 0 10px }}
+.state, .tiles h2, .tiles p, footer {{ color: #57606a; font-size: 13px; font-weight: normal; margin: 0 }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 12px 44px; margin: 28px 0 20px }}
+.tiles b {{ font-size: 28px; font-weight: 600 }}
+.tiles i {{ font-style: normal; font-weight: 400; color: #7a828c }}
+.verdict {{ border-left: 3px solid #0072B2; padding: 2px 14px; margin: 0 }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 24px; margin: 32px 0 20px -8px }}
+img {{ display: block; max-width: 100% }}
+.turned {{ margin-left: -22px }}
+pre {{ background: #f6f8fa; padding: 12px 14px; overflow-x: auto }}
+pre, code, table {{ font-size: 13px }}
+summary {{ cursor: pointer; font-weight: 600; margin-top: 12px }}
+table {{ border-collapse: collapse; margin: 8px 0 20px }}
+th, td {{ text-align: left; vertical-align: top; padding: 3px 24px 3px 0; border-bottom: 1px solid #eceef1 }}
+th {{ font-weight: normal; color: #57606a; overflow-wrap: normal }}
+footer {{ margin-top: 36px }}
+</style>
+<h1>{name}</h1>
+<p class="state">{state}</p>
+<div class="tiles">{tiles}</div>
+{verdict}
+<div class="curves">{curves}</div>
+{turned}
+<h3>Go on from here</h3>
+<p>The command that began this run, typed again, goes on from its last checkpoint. The trained net, in Python:</p>
+<pre>import fastrot
+
+net = fastrot.load({quoted})
+features = net.features(images, stage="{stage}")</pre>
+<p>The curves in TensorBoard: <code>tensorboard --logdir {run}/tb</code></p>
+{config}
+{environment}
+<footer>{footer}</footer>
+</html>
+"""

@@ -1,0 +1,446 @@
+"""One run from its folder's point of view: begun or resumed, trained, summed up."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+import fastrot
+from fastrot import assemble, checkpoint, config, dist, loop, page
+from fastrot.config import Config, Refused
+from fastrot.core import Batch, Data
+from fastrot.data.plan import Loader
+from fastrot.data.sources import held_out
+from fastrot.disk import replace_bytes
+from fastrot.evals.rotation import turn_guesses
+from fastrot.journal import Journal, cores, table, verdict
+from fastrot.loop import TrainState
+from fastrot.optim import Rates, sgd
+
+SHOWN = 8  # held-out pictures in the run's contact sheet
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def train(cfg: Config) -> int:
+    """Train as the config says, from the folder's last checkpoint where there is one."""
+    here = dist.place()
+    device = choose_device(cfg.device, here)
+    cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    run = Path(cfg.out or f"runs/{cfg.preset}")
+    last = run / "checkpoints" / "last.pt"
+    saved = checkpoint.load(last) if last.exists() else None
+    if saved is not None:
+        _compare(saved, cfg, here, run)
+    begun = time.perf_counter()
+    dist.start(here, device)
+    try:
+        _deterministic(cfg)
+        return _train(cfg, run, saved, here, device, begun)
+    finally:
+        dist.stop()
+
+
+def _train(
+    cfg: Config,
+    run: Path,
+    saved: dict[str, Any] | None,
+    here: dist.Place,
+    device: torch.device,
+    begun: float,
+) -> int:
+    data = assemble.open_data(cfg.data or "", cfg.loader)
+    cfg = _with_statistics(cfg, data)
+    run.mkdir(parents=True, exist_ok=True)
+    loader, judge = _loaders(cfg, data, run, here, device)
+    told = facts_of_run(cfg, data, loader, here, device)
+    if saved is not None:
+        _same_data(saved["facts"], told, run)
+    facts = assemble.facts(cfg, loader, device, DTYPES[cfg.precision])
+    torch.manual_seed(cfg.seed)
+    method = assemble.method(cfg, facts)
+    method.net.to(device, memory_format=torch.channels_last)
+    if saved is None and cfg.start_from is not None:
+        _start_from(method.net, cfg.start_from)
+    state = TrainState(
+        method=method,
+        net=assemble.wrapped(method.net, cfg, device),
+        optimizer=sgd(method.net, cfg.optim, 0.0),
+        rates=_rates(cfg, cfg.epochs or cfg.schedule.epochs, len(loader)),
+        device=device,
+        dtype=DTYPES[cfg.precision],
+    )
+    said = _set_length(state, cfg, saved, loader, judge)
+    told["epochs"] = state.rates.epochs
+    if saved is not None:
+        state.load_state_dict(saved)
+    journal = Journal(
+        run, steps=state.rates.steps, resumed_at=state.step, tensorboard=cfg.tensorboard
+    )
+    try:
+        if dist.rank() == 0:
+            plain = config.to_plain(cfg)
+            replace_bytes(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+            environment = json.dumps(environment_of(device, told), indent=1)
+            replace_bytes(run / "environment.json", environment.encode())
+        journal.say(*_greeting(cfg, state, loader, judge, run, told, saved), *said)
+        journal.say(*_other_machine(saved, told))
+
+        def save(name: str) -> None:
+            parts = {"config": config.to_plain(cfg), "facts": told, **state.state_dict()}
+            if dist.rank() == 0:
+                checkpoint.save(run / "checkpoints" / name, parts)
+
+        shown = _shown(cfg, run, judge, device) if dist.rank() == 0 else None
+
+        def at_epoch() -> None:
+            if dist.rank() == 0:
+                _draw(run, state, shown)
+
+        loop.fit(state, loader, judge, journal, cfg, save, at_epoch)
+        if dist.rank() == 0:
+            summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
+            replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
+            _draw(run, state, shown)
+            journal.say(*_in_words(summary, run))
+    finally:
+        journal.close()
+    return 0
+
+
+# ---- what the run is made of ----
+
+
+def choose_device(wish: str, here: dist.Place) -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda, but torch sees no GPU: use --device cpu, or torch with CUDA")
+    if wish == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if here.local >= torch.cuda.device_count():
+        raise Refused(
+            f"there are {here.local_world} processes on this machine but {torch.cuda.device_count()} "
+            "GPU(s): start one process a GPU, or use --device cpu"
+        )
+    torch.cuda.set_device(here.local)
+    return torch.device("cuda", here.local)
+
+
+def choose_precision(wish: config.Precision, device: torch.device) -> config.Precision:
+    """bf16 where the device multiplies in it, else float16 on a GPU and float32 on a CPU."""
+    if wish != "auto":
+        return wish
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    flags = Path("/proc/cpuinfo")
+    has = flags.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text())
+    return "bf16" if has else "fp32"
+
+
+def _deterministic(cfg: Config) -> None:
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing
+
+
+def _with_statistics(cfg: Config, data: Data) -> Config:
+    if cfg.statistics == "preset":
+        return cfg
+    if data.mean is None or data.std is None:
+        raise Refused(
+            f"--statistics data, but {cfg.data} carries none: use --statistics preset, or a .beton "
+            "that dataprep/to_ffcv.py wrote"
+        )
+    return dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
+
+
+def _loaders(
+    cfg: Config, data: Data, run: Path, here: dist.Place, device: torch.device
+) -> tuple[Loader, Loader | None]:
+    """The training loader, and what the run is judged on: --val, or the pictures set aside."""
+    each = dict(
+        batch=cfg.batch,
+        seed=cfg.seed,
+        rank=here.rank,
+        world=here.world,
+        device=device,
+        workers=cfg.workers if cfg.workers is not None else max(1, cores() // here.local_world),
+        enlarge=cfg.enlarge,
+    )
+    if cfg.val is not None:
+        judged = assemble.open_data(cfg.val)
+        return (
+            assemble.open_loader(data, assemble.training_view(cfg), **each),
+            assemble.open_loader(judged, assemble.evaluation_view(cfg), **each),
+        )
+    if cfg.hold_out == 0:
+        return assemble.open_loader(data, assemble.training_view(cfg), **each), None
+    aside = held_out(data.keys, cfg.hold_out)
+    learned, judged_rows = run / "rows-train.npy", run / "rows-val.npy"
+    if here.rank == 0:
+        _save_rows(learned, np.flatnonzero(~aside))
+        _save_rows(judged_rows, np.flatnonzero(aside))
+    dist.barrier()
+    return (
+        assemble.open_loader(data, assemble.training_view(cfg, learned), **each),
+        assemble.open_loader(data, assemble.evaluation_view(cfg, judged_rows), **each),
+    )
+
+
+def _save_rows(path: Path, rows: np.ndarray) -> None:
+    from fastrot.disk import write_atomically
+
+    write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
+
+
+def facts_of_run(
+    cfg: Config, data: Data, loader: Loader, here: dist.Place, device: torch.device
+) -> dict[str, Any]:
+    """What decides a run's numbers beside its config; goes into checkpoints."""
+    return {
+        "fingerprint": loader.fingerprint,
+        "images": loader.images,
+        "global_batch": cfg.batch * here.world,
+        "ranks": here.world,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "torch": str(torch.__version__),
+        "data": f"{getattr(data, 'format', type(data).__name__)} {cfg.data}",
+    }
+
+
+def _rates(cfg: Config, epochs: int, batches: int) -> Rates:
+    steps = epochs * batches
+    if cfg.schedule.steps is not None:
+        steps = cfg.schedule.steps
+        epochs = math.ceil(steps / batches)
+    return Rates(cfg.schedule, epochs=epochs, batches=batches, steps=steps, lr=cfg.lr)
+
+
+def _set_length(
+    state: TrainState,
+    cfg: Config,
+    saved: dict[str, Any] | None,
+    loader: Loader,
+    judge: Loader | None,
+) -> list[str]:
+    """With --budget: measure, choose the epochs, say so. A resumed run keeps those first chosen."""
+    if cfg.budget is None:
+        return []
+    if saved is not None:
+        state.rates = _rates(cfg, saved["facts"]["epochs"], len(loader))
+        return [f"--budget {cfg.budget}: {state.rates.epochs} epochs, as first chosen"]
+    seconds = seconds_of(cfg.budget)
+    epochs, epoch = loop.epochs_within(seconds, state, loader, judge)
+    state.rates = _rates(cfg, epochs, len(loader))
+    line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
+    return [line + (", which is longer than the budget" if epoch > seconds else "")]
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `30min`, `1.5h` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise Refused(f"--budget got {text!r}: it wants a time such as 90s, 30min or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+
+
+def _start_from(net: torch.nn.Module, source: str) -> None:
+    path = Path(source)
+    state = checkpoint.load(path / "checkpoints" / "last.pt" if path.is_dir() else path)
+    mine, theirs = net.state_dict(), state["net"]
+    if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
+        net.load_state_dict(theirs)
+        return
+    trunk = net.get_submodule("trunk")  # another task's head: its trunk alone
+    checkpoint.load_weights(trunk, assemble.trunk_weights(theirs), source)
+
+
+# ---- resuming ----
+
+
+def _compare(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) -> None:
+    """Refuse knobs that would make it another run, each by name, before any part is built."""
+    found = config.differences(saved["config"], config.to_plain(cfg))
+    found.pop("batch", None)  # the global batch is what counts
+    if saved["config"]["statistics"] == "data":
+        found.pop("mean", None), found.pop("std", None)  # they came from the data, and will again
+    before, now = saved["facts"]["global_batch"], cfg.batch * here.world
+    if before != now:
+        found["batch x processes"] = (before, now)
+    if found:
+        each = "; ".join(
+            f"{name if ' ' in name else config.knob(name)} was {old}, now {new}"
+            for name, (old, new) in found.items()
+        )
+        raise Refused(
+            f"{run} holds a run of other settings ({each}): use --out NEW for a new run, "
+            f"--start-from {run} to begin one with its weights, or the settings it had"
+        )
+
+
+def _same_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    if before["fingerprint"] != now["fingerprint"]:
+        raise Refused(
+            f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
+            f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
+        )
+
+
+def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """One line where something differs that changes bits but not what is computed."""
+    if saved is None:
+        return []
+    names = ("ranks", "threads", "device", "torch", "data")
+    before = saved["facts"]
+    other = [f"{n} were {before[n]}, now {now[n]}" for n in names if before[n] != now[n]]
+    return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
+
+
+# ---- what people are told ----
+
+
+def _greeting(cfg, state: TrainState, loader, judge, run, told, saved) -> list[str]:
+    trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
+    lines = [
+        f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
+        f"{trained:,} parameters, {cfg.precision} on {told['device']}",
+        f"{loader.images:,} pictures of {cfg.data}, judged on "
+        + (f"{judge.images:,}" if judge is not None else "none"),
+        f"global batch {told['global_batch']} ({cfg.batch} x {told['ranks']}), "
+        f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        *state.rates.in_words(),
+    ]
+    if saved is not None:
+        return [*lines, f"resumed at step {state.step}"]
+    return [*lines, f"writing to {run}"]
+
+
+def _shown(cfg: Config, run: Path, judge: Loader | None, device: torch.device) -> Batch | None:
+    """A few held-out pictures, evenly spread over the view, for the run's contact sheet."""
+    if judge is None:
+        return None
+    rows = np.linspace(0, judge.images - 1, min(SHOWN, judge.images)).round().astype(np.int64)
+    if judge.view.rows is not None:
+        rows = np.load(judge.view.rows)[rows]
+    path = run / "rows-shown.npy"
+    _save_rows(path, rows)
+    few = assemble.open_loader(
+        judge.data,
+        assemble.evaluation_view(cfg, path),
+        batch=len(rows),
+        device=device,
+        workers=0,
+        enlarge=True,
+    )
+    return next(iter(few.epoch(0)))
+
+
+def _draw(run: Path, state: TrainState, shown: Batch | None) -> None:
+    guesses = None if shown is None else turn_guesses(state.method, shown)
+    images = None if shown is None else shown.images.cpu()
+    page.draw(run, net=state.method.net, images=images, guesses=guesses)
+
+
+def _summary(
+    cfg: Config, state: TrainState, classes: int, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    story = state.story
+    answers = classes if state.method.wants_labels else 4
+    return {
+        "preset": cfg.preset,
+        "steps": state.step,
+        "epochs": state.step / state.rates.batches,
+        "images": story.images,
+        "seconds": round(story.seconds, 3),
+        "seconds_in_all": round(seconds, 3),
+        "images_per_s": story.images_per_s(),
+        "wait_share": story.wait_share(),
+        "val_accuracy_first": story.val_first.get("accuracy"),
+        "val_accuracy": story.val.get("accuracy"),
+        "val_loss": story.val.get("loss"),
+        "chance": 1 / answers,
+        "verdict": verdict(device, story.wait_share(), story.images_per_s()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "versions": versions(),
+    }
+
+
+def _in_words(summary: dict[str, Any], run: Path) -> list[str]:
+    def share(value: float | None) -> str:
+        return "not measured" if value is None else f"{value:.1%}"
+
+    files = {
+        "checkpoint": "checkpoints/last.pt",
+        "curves and pictures": "index.html",
+        "pictures": "plots",
+        "numbers": "metrics.jsonl",
+        "TensorBoard": "tb",
+    }
+    rows = [
+        (
+            "accuracy on held-out pictures",
+            f"{share(summary['val_accuracy'])} (before training {share(summary['val_accuracy_first'])}, "
+            f"chance {summary['chance']:.1%})",
+        ),
+        (
+            "speed",
+            f"{summary['images_per_s']:,.0f} images/s, {summary['images']:,} images in "
+            f"{summary['seconds']:.0f} s",
+        ),
+        ("waiting for data", share(summary["wait_share"])),
+        ("verdict", summary["verdict"]),
+        *((name, str(run / file)) for name, file in files.items() if (run / file).exists()),
+    ]
+    return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]
+
+
+def cpu_name() -> str:
+    """The processor's name and how many cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1].strip() if found else platform.processor() or 'CPU'}, {cores()} cores"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "fastrot": fastrot.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def environment_of(device: torch.device, told: dict[str, Any]) -> dict[str, Any]:
+    """environment.json: the machine, the versions and the command."""
+    return {
+        "machine": platform.platform(),
+        "device": told["device"],
+        "ranks": told["ranks"],
+        "threads": told["threads"],
+        "versions": versions() | {"cuda": torch.version.cuda},
+        "commit": _commit(),
+        "command": sys.argv,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None where fastrot is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,83 @@
+"""Train: `torchrun fastrot/train.py PRESET --data PATH [any knob]`; plain python, srun and `fastrot train` do the same."""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] == str(
+    Path(__file__).resolve().parent
+):  # run as a script: this would be fastrot/ itself
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import contextlib
+import io
+
+from fastrot import config, entry
+from fastrot.config import Config, Refused
+from fastrot.presets import PRESETS
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = command_line(sys.argv[1:] if argv is None else argv)
+    config.check(cfg)
+    cfg = config.resolved(cfg)
+    if cfg.data is None:
+        raise Refused("--data is missing: name a .beton file, an image folder, or synthetic")
+    from fastrot.run import train  # torch is imported here: a wrong knob is told before that
+
+    return train(cfg)
+
+
+def command_line(argv: list[str]) -> Config:
+    """A preset's config with the knobs of the command line; `--config FILE` replays a run's config.yaml.
+
+    Raises SystemExit for --help and for what cannot be parsed, told once by rank 0.
+    """
+    import tyro
+
+    quiet = contextlib.nullcontext() if entry.rank() == 0 else _silence()
+    with quiet:
+        if "--config" in argv:
+            at = argv.index("--config")
+            if at + 1 >= len(argv):
+                raise Refused("--config wants a file: the config.yaml of a run folder")
+            start = read_config(Path(argv[at + 1]))
+            rest = argv[:at] + argv[at + 2 :]
+            return tyro.cli(
+                Config,
+                default=start,
+                args=rest,
+                prog="train.py --config FILE",
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            )
+        presets = {name: ((make.__doc__ or "").strip(), make()) for name, make in PRESETS.items()}
+        return tyro.extras.overridable_config_cli(
+            presets,
+            args=argv,
+            prog="train.py",
+            config=(tyro.conf.FlagConversionOff,),
+        )
+
+
+def read_config(path: Path) -> Config:
+    """The config.yaml of a run, read back."""
+    import yaml
+
+    if not path.is_file():
+        raise Refused(f"--config {path} is no file: name the config.yaml of a run folder")
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(
+            f"--config {path} is not YAML: use the config.yaml of a run folder"
+        ) from error
+    return config.from_plain(plain)
+
+
+@contextlib.contextmanager
+def _silence():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+if __name__ == "__main__":
+    entry.run(main)

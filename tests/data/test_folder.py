@@ -1,0 +1,235 @@
+"""A folder as Data: rows, sizes and their cache, crops out of worker processes."""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import photo
+from PIL import Image
+
+from fastrot import core
+from fastrot.config import RandomResized, Refused, Shifted, Whole
+from fastrot.core import Picks, View
+from fastrot.data import crops, folder, plan, sources
+from fastrot.data import pictures as decoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """Paths whose headers were read."""
+    read, size_of = [], decoder.size_of
+
+    def noting(picture):
+        if isinstance(picture, str):
+            read.append(os.path.basename(picture))
+        return size_of(picture)
+
+    monkeypatch.setattr(decoder, "size_of", noting)
+    return read
+
+
+def picks(data: folder.Folder, rows, *recipes, epoch: int = 0) -> Picks:
+    loader = plan.Loader(data, View(crops=recipes or (Whole(size=16),)), batch=1)
+    return loader.picks(np.array(rows, np.int64), epoch)
+
+
+# ---- what a folder says of itself ----
+
+
+def test_a_folder_is_data(pictures):
+    data = folder.Folder(pictures)
+    source = sources.open_source("imagefolder", pictures)
+    assert isinstance(data, core.Data)
+    assert data.rows == len(data.labels) == len(data.keys) == 37
+    assert data.classes == ("class0", "class1", "class2")
+    assert [data.name(row) for row in range(37)] == [record.path for record in source.records]
+    assert data.labels.tolist() == [record.label for record in source.records]
+    assert data.fingerprint == sources.order_fingerprint(data.keys, data.labels)
+    assert data.numbers is None
+    assert data.rejected == []
+    rows = np.array([36, 0, 17])
+    truth = [decoder.decode(source.read(row)).shape[:2] for row in rows.tolist()]
+    assert data.sizes(rows).tolist() == [list(size) for size in truth]
+
+
+def test_what_cannot_be_read_is_named_and_is_no_row(pictures, tmp_path, caplog):
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    (root / "class0" / "000.jpg").write_bytes(b"text")
+    (root / "class1" / "zz.jpg").symlink_to("nowhere.jpg")
+    with caplog.at_level(logging.WARNING):
+        data = folder.Folder(root)
+    assert [path for path, _ in data.rejected] == ["class1/zz.jpg", "class0/000.jpg"]
+    assert len(caplog.messages) == 1
+    assert "'class0/000.jpg': its first bytes are no picture's" in caplog.messages[0]
+    assert data.rows == 36
+    assert data.name(0) == "class0/003.jpg"
+    assert data.numbers is not None  # torchvision lists the broken link too, behind class1's others
+    others = sum(data.labels == 1)
+    assert data.numbers.tolist() == [*range(1, 13 + others), *range(14 + others, 38)]
+
+
+def test_a_folder_without_a_readable_picture_is_refused(tmp_path):
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "x.jpg").write_bytes(b"text")
+    with pytest.raises(Refused, match=r"no picture that can be read; a/x.jpg: its first bytes"):
+        folder.Folder(tmp_path / "root")
+
+
+# ---- the cache of sizes ----
+
+
+def test_headers_are_read_once_and_again_where_a_file_changed(pictures, tmp_path, headers):
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    first = folder.Folder(root)
+    assert len(headers) == 37
+    headers.clear()
+    assert (folder.Folder(root)._sizes == first._sizes).all()
+    assert headers == []
+    Image.fromarray(photo(0, 30, 31)).save(root / "class0" / "000.jpg")
+    shutil.copy(root / "class0" / "003.jpg", root / "class0" / "new.jpg")
+    (root / "class1" / "001.jpg").unlink()
+    data = folder.Folder(root)
+    assert sorted(headers) == ["000.jpg", "new.jpg"]
+    assert data.sizes(np.array([0])).tolist() == [[30, 31]]
+    assert data.rows == 37
+
+
+def test_sizes_come_out_the_same_without_a_usable_cache(pictures, cache, headers, monkeypatch):
+    truth = folder.Folder(pictures)._sizes
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-7], b"\x80\x04" + whole, bytes(len(whole))):
+        file.write_bytes(damaged)
+        assert (folder.Folder(pictures)._sizes == truth).all()
+        assert file.read_bytes() == whole  # mended
+    (cache / "file").write_text("in the way")
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(cache / "file" / "below"))
+    assert (folder.Folder(pictures)._sizes == truth).all()
+
+
+def test_the_cache_lies_where_the_user_wants_it(pictures, tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTROT_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    folder.Folder(pictures)
+    (file,) = (tmp_path / "xdg" / "fastrot").iterdir()
+    assert file.suffix == ".npy"
+
+
+# ---- crops ----
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_are_the_boxes_of_the_decoded_pictures(pictures, workers):
+    data = folder.Folder(pictures)
+    recipes = (RandomResized(size=24), Shifted(size=16))
+    work = [picks(data, rows, *recipes) for rows in ([3, 36, 5], [0], [7, 7], list(range(9)))]
+    done = list(data.pictures(iter(work), CPU, workers))
+    assert len(done) == 4
+    for asked, got in zip(work, done, strict=True):
+        assert isinstance(got, tuple)
+        for boxes, size, crop in zip(asked.rows, asked.sizes, got, strict=True):
+            assert crop.shape == (len(boxes), size, size, 3)
+            assert crop.dtype == torch.uint8
+            for box, pixels in zip(boxes, crop.numpy(), strict=True):
+                truth = np.zeros_like(pixels)
+                path = os.path.join(data.root, data.name(int(box[0])))
+                with open(path, "rb") as file:
+                    crops.resample(decoder.decode(file.read()), box, truth)
+                assert (pixels == truth).all()
+
+
+def test_epochs_are_the_same_for_any_number_of_workers(pictures):
+    data = folder.Folder(pictures)
+    view = View(crops=(RandomResized(size=24),))
+    before = torch.get_rng_state()
+    seen = [
+        [
+            (batch.index.tolist(), batch.images.sum().item())
+            for batch in plan.Loader(data, view, batch=5, workers=workers).epoch(1, start=2)
+        ]
+        for workers in (0, 1, 2)
+    ]
+    assert len(seen[0]) == 5
+    assert seen[0] == seen[1] == seen[2]
+    assert (torch.get_rng_state() == before).all()
+
+
+def test_a_long_plan_is_read_only_a_little_ahead(pictures):
+    data = folder.Folder(pictures)
+    drawn = itertools.count()
+    work = picks(data, [1, 2])
+
+    def endless():
+        while True:
+            next(drawn)
+            yield work
+
+    done = data.pictures(endless(), CPU, 2)
+    for _ in range(3):
+        next(done)
+    assert next(drawn) <= 3 + 2 * 2
+    done.close()
+
+
+def children() -> int:
+    return len(multiprocessing.active_children())
+
+
+def test_breaking_off_leaves_no_process(pictures):
+    data = folder.Folder(pictures)
+    loader = plan.Loader(data, View(crops=(Whole(size=16),)), batch=2, workers=2)
+    for _ in loader.epoch(0):
+        assert children() == 2
+        break
+    deadline = time.monotonic() + 20
+    while children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:300]), "damaged"),
+        (lambda file: Image.fromarray(photo(0, 20, 21)).save(file), "and is 20 x 21"),
+    ],
+    ids=["gone", "cut", "replaced"],
+)
+def test_a_picture_that_changed_is_named(pictures, tmp_path, workers, change, said):
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    data = folder.Folder(root)
+    change(root / "class0" / "006.jpg")
+    work = [picks(data, [0, 1]), picks(data, [5, 2])]
+    done = data.pictures(iter(work), CPU, workers)
+    next(done)
+    with pytest.raises(Refused, match=f"row 2, 'class0/006.jpg'.*{said}") as told:
+        next(done)
+    assert "\n" not in str(told.value)
+    assert children() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unforeseen_error_names_the_picture_too(pictures, workers):
+    data = folder.Folder(pictures)
+    outside = Picks((np.array([[4, 900, 900, 8, 8, 0]]),), (8,))
+    with pytest.raises(RuntimeError, match=r"row 4, 'class0/012.jpg'"):
+        next(data.pictures(iter([outside]), CPU, workers))

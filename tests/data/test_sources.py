@@ -1,0 +1,462 @@
+"""What is a picture, in which order, under which key; and how it is decoded."""
+
+import io
+import os
+import pickle
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from conftest import DATA, photo
+from PIL import Image
+
+from fastrot.config import Refused
+from fastrot.data import pictures, sources
+
+JPEG = io.BytesIO()
+Image.fromarray(photo(0, 24, 32)).save(JPEG, "JPEG", quality=90)
+JPEG = JPEG.getvalue()
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def tree(root, files: dict[str, bytes]):
+    for path, data in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return root
+
+
+def accounted(source: sources.Source) -> bool:
+    return len(source.records) + len(source.rejected) + source.skipped == source.seen
+
+
+# ---- image folders ----
+
+
+def torchvision_lists(root) -> list[tuple[str, int]]:
+    from torchvision.datasets import ImageFolder
+
+    listed = ImageFolder(str(root), allow_empty=True).samples
+    return [(os.path.relpath(path, root), label) for path, label in listed]
+
+
+PLAIN = [
+    "b/2.jpg",
+    "b/10.jpg",
+    "a/x.jpeg",
+    "a/deep/er/1.JPG",
+    "a/deep-er/1.jpg",
+    "a-b/0.jpg",
+    "c/é.jpg",
+]
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
+def test_index_and_label_are_torchvisions(tmp_path, by_name):
+    tree(tmp_path, dict.fromkeys(PLAIN, JPEG))
+    source = sources.open_source("imagefolder", tmp_path, by_name=by_name)
+    assert [(r.path, r.label) for r in source.records] == torchvision_lists(tmp_path)
+    assert source.numbers is None
+    assert source.classes == ("a", "a-b", "b", "c")
+    assert accounted(source)
+
+
+def test_numbers_are_torchvisions_where_the_listing_differs(tmp_path):
+    odd = {"a/._x.jpg": JPEG, "a/text.jpg": b"hello", "b/0.gif": JPEG, "b/plain": JPEG}
+    tree(tmp_path, dict.fromkeys(PLAIN, JPEG) | odd)
+    source = sources.open_source("imagefolder", tmp_path)
+    theirs = [path for path, _ in torchvision_lists(tmp_path)]
+    assert source.numbers is not None
+    for record, number in zip(source.records, source.numbers.tolist(), strict=True):
+        assert number == (theirs.index(record.path) if record.path in theirs else -1)
+    assert {"b/0.gif", "b/plain"} <= {record.path for record in source.records}
+    assert accounted(source)
+
+
+FATES = {  # file -> what becomes of it: by its bytes, by its name
+    "a/good.jpg": (JPEG, "picture", "picture"),
+    "a/png_named.JPEG": (encoded(Image.new("RGB", (4, 4)), "PNG"), "picture", "picture"),
+    "a/no_suffix": (JPEG, "picture", "skip"),
+    "a/cut.jpg.tmp": (JPEG[:40], "picture", "skip"),
+    "a/text.jpg": (b"no picture at all", "reject", "picture"),
+    "a/empty.png": (b"", "reject", "picture"),
+    "a/double.jpg": (b"\0\5\26\7" + bytes(60), "skip", "picture"),
+    "a/notes.txt": (b"BM, he wrote, is short for P1 ", "skip", "skip"),
+    "a/.hidden.jpg": (JPEG, "skip", "skip"),
+    "a/._good.jpg": (b"\0\5\26\7" + bytes(60), "skip", "skip"),
+    ".hidden/x.jpg": (JPEG, "skip", "skip"),
+    "__MACOSX/a/good.jpg": (JPEG, "skip", "skip"),
+    "a/__MACOSX/good.jpg": (JPEG, "skip", "skip"),
+    "beside.jpg": (JPEG, "skip", "skip"),
+}
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
+def test_every_file_has_one_fate(tmp_path, by_name):
+    tree(tmp_path, {path: data for path, (data, *_) in FATES.items()})
+    source = sources.open_source("imagefolder", tmp_path, by_name=by_name)
+    fate = dict.fromkeys(FATES, "skip")
+    fate |= {record.path: "picture" for record in source.records}
+    fate |= {path: "reject" for path, _ in source.rejected}
+    assert fate == {path: wanted[by_name] for path, (_, *wanted) in FATES.items()}
+    assert source.seen == len(FATES)
+    assert accounted(source)
+    assert source.classes == ("a",)
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
+def test_links_are_followed_once_and_broken_ones_named(tmp_path, by_name):
+    root = tree(tmp_path / "root", {"b/0.jpg": JPEG, "c/1.jpg": JPEG})
+    tree(tmp_path / "elsewhere", {"2.jpg": JPEG})
+    (root / "b" / "link.jpg").symlink_to("0.jpg")
+    (root / "b" / "gone.jpg").symlink_to("nowhere.jpg")
+    (root / "b" / "gone.txt").symlink_to("nowhere.txt")
+    (root / "b" / "self.jpg").symlink_to("self.jpg")
+    (root / "c" / "parent").symlink_to("..")
+    (root / "a_link").symlink_to("c")  # sorts before the real folder, and must not take its place
+    (root / "d").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(root / "c" / "pipe.jpg")
+    source = sources.open_source("imagefolder", root, by_name=by_name)
+    paths = ["b/0.jpg", "b/link.jpg", "c/1.jpg", "d/2.jpg"]
+    assert [record.path for record in source.records] == paths
+    assert sorted(path for path, _ in source.rejected) == ["b/gone.jpg", "b/self.jpg"]
+    assert source.classes == ("b", "c", "d")
+    assert source.numbers is not None  # torchvision would list c twice: nothing is claimed
+    assert (source.numbers == -1).all()
+    assert accounted(source)
+
+
+@pytest.mark.parametrize(
+    ("files", "label_from", "paths"),
+    [
+        (["2.jpg", "10.jpg"], "folder", ["10.jpg", "2.jpg"]),
+        (["2.jpg", "a/1.jpg"], "none", ["2.jpg", "a/1.jpg"]),
+        (["2.jpg", "sub/notes.txt"], "folder", ["2.jpg"]),
+    ],
+    ids=["flat", "labels-not-wanted", "flat-with-papers"],
+)
+def test_flat_folders_have_no_labels(tmp_path, files, label_from, paths):
+    tree(tmp_path, {path: JPEG if path.endswith("jpg") else b"text" for path in files})
+    source = sources.open_source("imagefolder", tmp_path, label_from=label_from)
+    assert [record.path for record in source.records] == paths
+    assert {record.label for record in source.records} == {-1}
+    assert source.classes == ()
+    assert accounted(source)
+
+
+def test_a_source_goes_to_workers_and_reads_odd_names(tmp_path):
+    names = ["new\nline.jpg", "back\\slash.jpg", os.fsdecode(b"not_utf8_\xff\xfe.jpg"), "日本.jpg"]
+    tree(tmp_path, {f"a/{name}": JPEG for name in names})
+    source = pickle.loads(pickle.dumps(sources.open_source("imagefolder", tmp_path)))
+    assert {record.path for record in source.records} == {f"a/{name}" for name in names}
+    assert all(source.read(i) == JPEG for i in range(4))
+    assert len(set(sources.path_keys(r.path for r in source.records).tolist())) == 4
+
+
+# ---- text lists ----
+
+LINES = {
+    "a.jpg 3": ("a.jpg", 3),
+    "with space.jpg 1": ("with space.jpg", 1),
+    "with space.jpg": ("with space.jpg", -1),
+    "comma,in.jpg,2": ("comma,in.jpg", 2),
+    "a.jpg, 0": ("a.jpg", 0),
+    "a.jpg\t7": ("a.jpg", 7),
+    "a.jpg -1": ("a.jpg", -1),
+    "sub/a.jpg\r": ("sub/a.jpg", -1),
+    "-1 2.jpg": ("-1 2.jpg", -1),
+}
+
+
+def test_lines_of_a_text_list(tmp_path):
+    tree(tmp_path, {path: JPEG for path, _ in LINES.values()})
+    file = tmp_path / "list.txt"
+    file.write_bytes("\n\n".join(["\ufeff", *LINES]).encode())
+    source = sources.open_source("list", file)
+    assert [(r.path, r.label) for r in source.records] == list(LINES.values())
+    assert source.classes == tuple("01234567")
+    assert source.numbers is None
+    assert source.read(0) == JPEG
+    unlabelled = sources.open_source("list", file, label_from="none")
+    assert {record.label for record in unlabelled.records} == {-1}
+
+
+def test_a_text_list_names_what_it_cannot_take(tmp_path):
+    tree(tmp_path, {"a.jpg": JPEG, "b.jpg": b"text", "c.txt": b"text"})
+    (tmp_path / "list.txt").write_text(
+        f"{tmp_path}/a.jpg 1\ngone.jpg 1\nb.jpg 1\nc.txt 1\na.jpg 1\n"
+    )
+    source = sources.open_source("list", tmp_path / "list.txt")
+    assert [record.path for record in source.records] == ["a.jpg"]
+    assert [path for path, _ in source.rejected] == [
+        f"{tmp_path}/a.jpg",
+        "gone.jpg",
+        "b.jpg",
+        "c.txt",
+    ]
+    assert source.numbers is not None
+    assert source.numbers.tolist() == [4]
+    assert accounted(source)
+
+
+# ---- CIFAR-10 ----
+
+
+def cifar(root, **changes):
+    """Five batches and a test batch of four pictures each, as Python 3 and numpy write them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3072), dtype=np.uint8)
+    for i, name in enumerate([*sources.CIFAR_SPLITS["train"], "test_batch"]):
+        batch = {b"labels": [i, 1, 2, 3], b"data": pixels[i], **changes}
+        tree(root, {f"cifar-10-batches-py/{name}": pickle.dumps(batch, 2)})
+    return pixels
+
+
+def test_cifar10_is_read_in_its_own_order(tmp_path):
+    pixels = cifar(tmp_path)
+    for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
+        source = sources.open_source("cifar10", root)
+        assert [r.label for r in source.records[::4]] == [0, 1, 2, 3, 4]
+        assert source.records[5].path == "data_batch_2/00001"
+        assert len(pickle.dumps(source)) < 3000  # without the pixels
+        far = pickle.loads(pickle.dumps(source))
+        for copy in (source, far):
+            assert (copy.read(5) == pixels[1, 1].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    assert sources.open_source("cifar10", tmp_path, split="test").records[0].label == 5
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("EXECUTED",)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {b"labels": Evil()},
+        {b"data": np.array([Evil()], object)},
+        {b"labels": np.dtype("u1")},
+        {b"labels": [1]},
+        {b"labels": [10] * 4},
+        {b"labels": [True] * 4},
+        {b"data": np.zeros((4, 3000), np.uint8)},
+        {b"data": np.zeros((4, 3072), np.float32)},
+        {b"data": []},
+    ],
+    ids=["evil", "evil-array", "type", "few", "range", "bool", "narrow", "float", "list"],
+)
+def test_a_strange_cifar_batch_is_refused_and_runs_nothing(tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    cifar(tmp_path, **{})
+    good = pickle.loads((tmp_path / "cifar-10-batches-py/data_batch_3").read_bytes())
+    bad = tree(tmp_path, {"cifar-10-batches-py/data_batch_3": pickle.dumps(good | changes, 2)})
+    with pytest.raises(Refused, match="data_batch_3 is no CIFAR-10 batch"):
+        sources.open_source("cifar10", bad)
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+# ---- wrong use ----
+
+
+def test_wrong_use_gets_one_sentence(tmp_path):
+    tree(tmp_path, {"train/a/0.jpg": JPEG, "val/a/0.jpg": JPEG, "list.txt": b"train/a/0.jpg"})
+    tree(tmp_path, {"papers/a.txt": b"text", "cut/a/0.jpg": b""})
+    (tmp_path / "empty").mkdir()
+    cifar(tmp_path)
+    (tmp_path / "cifar-10-batches-py/data_batch_4").unlink()
+    for kind, path, options, said in [
+        ("imagefolder", "gone", {}, "gone does not exist"),
+        ("imagefolder", "empty", {}, "empty is empty"),
+        ("imagefolder", "papers", {}, "1 file.s. and no picture"),
+        ("imagefolder", "cut", {}, "a/0.jpg: it is empty"),
+        ("imagefolder", "list.txt", {}, "is a file"),
+        ("imagefolder", "", {"split": "test"}, "there are: .*train, val"),
+        ("list", "train", {}, "is a folder"),
+        ("list", "list.txt", {"split": "val"}, "no splits"),
+        ("cifar10", "", {"split": "val"}, "train, test"),
+        ("cifar10", "", {}, "has no data_batch_4"),
+    ]:
+        with pytest.raises(Refused, match=said) as told:
+            sources.open_source(kind, tmp_path / path, **options)
+        assert "\n" not in str(told.value)
+    assert len(sources.open_source("imagefolder", tmp_path, split="val").records) == 1
+
+
+# ---- keys ----
+
+
+def test_keys_are_what_they_were():
+    # stored beside prepared files: another value would lose hold-outs and fingerprints
+    assert sources.path_key("n01440764/n01440764_10026.JPEG") == KEY
+    keys = sources.path_keys(["a", "b"])
+    assert sources.order_fingerprint(keys, np.array([0, 1])) == FINGERPRINT
+    assert sources.order_fingerprint(keys[::-1], np.array([0, 1])) != FINGERPRINT
+
+
+KEY = 3201564428367291821
+FINGERPRINT = "44442093cbeadbca9ed474713ac939d1"
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("rows", [2, 10, 5000])
+def test_the_hold_out_is_never_none_and_never_all(rows, share):
+    for keys in (sources.path_keys(map(str, range(rows))), np.arange(rows, dtype=np.uint64)):
+        aside = sources.held_out(keys, share)
+        assert 0 < aside.sum() < rows
+        if rows == 5000:
+            assert abs(aside.mean() - share) < 0.02
+
+
+def test_the_hold_out_knows_pictures_by_their_key():
+    keys = sources.path_keys(map(str, range(2000)))
+    aside = sources.held_out(keys, 0.1)
+    assert (sources.held_out(keys[::-1], 0.1) == aside[::-1]).all()
+    assert (sources.held_out(keys[:1000], 0.1) == aside[:1000]).all()
+    assert not sources.held_out(keys, 0.0).any()
+    assert not sources.held_out(keys[:1], 0.5).any()
+
+
+# ---- pixels ----
+
+SMOOTH = Image.fromarray(photo(3, 24, 32))
+KINDS = {
+    "jpeg": encoded(SMOOTH, "JPEG", quality=95),
+    "png": encoded(SMOOTH, "PNG"),
+    "gif": encoded(SMOOTH.quantize(256), "GIF"),
+    "webp": encoded(SMOOTH, "WEBP", lossless=True),
+    "bmp": encoded(SMOOTH, "BMP"),
+    "tiff": encoded(SMOOTH, "TIFF"),
+    "ppm": encoded(SMOOTH, "PPM"),
+}
+MODES = {
+    "cmyk": encoded(SMOOTH.convert("CMYK"), "JPEG", quality=95),
+    "grey": encoded(SMOOTH.convert("L"), "PNG"),
+    "palette": encoded(SMOOTH.quantize(256), "PNG", transparency=3),
+    "alpha": encoded(Image.merge("RGBA", (*SMOOTH.split(), SMOOTH.convert("L"))), "PNG"),
+    "grey-alpha": encoded(Image.merge("LA", (SMOOTH.convert("L"),) * 2), "PNG"),
+    "grey-16": encoded(Image.fromarray(np.array(SMOOTH.convert("L"), np.uint16) * 257), "PNG"),
+    "grey-16-tiff": encoded(
+        Image.fromarray(np.array(SMOOTH.convert("L"), np.uint16) * 257), "TIFF"
+    ),
+    "bilevel": encoded(SMOOTH.convert("1"), "PNG"),
+    "animated": encoded(SMOOTH, "PNG", save_all=True, append_images=[SMOOTH.rotate(180)]),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *MODES])
+def test_every_kind_becomes_rgb(kind):
+    data = KINDS[kind] if kind in KINDS else MODES[kind]
+    picture = pictures.decode(data)
+    truth = np.asarray(SMOOTH, np.int16)
+    if "grey" in kind or kind == "bilevel":
+        truth = np.repeat(np.asarray(SMOOTH.convert("L"), np.int16)[..., None], 3, axis=2)
+    assert pictures.size_of(data) == picture.shape[:2] == (24, 32)
+    if kind != "bilevel":
+        assert np.abs(picture - truth).mean() < 6
+    if kind in KINDS:
+        assert pictures.sniff(data[: sources.HEAD]) == kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_orientation_is_applied_to_pixels_and_size(kind, orientation):
+    upright = np.asarray(SMOOTH)
+    stored = {  # what a camera that is held so writes down
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright.transpose(1, 0, 2), 2),
+        8: np.rot90(upright, -1),
+    }.get(orientation, upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(
+        kind, {}
+    )
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **lossless)
+    picture = pictures.decode(data)
+    assert picture.shape == upright.shape
+    assert np.abs(picture.astype(int) - upright).max() <= (6 if kind == "JPEG" else 0)
+    assert pictures.size_of(data) == pictures.size_of(io.BytesIO(data)) == (24, 32)
+
+
+def claims(width: int, height: int) -> bytes:
+    at = JPEG.index(b"\xff\xc0")
+    return JPEG[: at + 5] + struct.pack(">HH", height, width) + JPEG[at + 9 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"text", "first bytes"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "first bytes"),
+        (JPEG[: len(JPEG) * 3 // 4], "truncated"),
+        (KINDS["png"][: len(KINDS["png"]) // 2], "truncated"),
+        (KINDS["png"][:8], "header is damaged"),
+        (claims(65500, 65500), "178 megapixels"),
+        (claims(0, 10), "header is damaged"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+    ],
+    ids=[
+        "empty",
+        "text",
+        "postscript",
+        "cut-jpeg",
+        "cut-png",
+        "signature",
+        "bomb",
+        "no-width",
+        "floats",
+    ],
+)
+def test_a_bad_picture_has_one_reason(data, reason):
+    with pytest.raises(pictures.BadPicture, match=reason) as told:
+        pictures.decode(data)
+    assert "\n" not in str(told.value)
+
+
+def test_damaged_exif_does_not_cost_a_good_picture():
+    block = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + b"\x12\x01\3"
+    data = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + JPEG[2:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pictures.decode(data).shape == (24, 32, 3)
+        assert pictures.size_of(data) == (24, 32)
+
+
+@pytest.mark.parametrize("shape", [(24, 33), (33, 24), (333, 500), (7, 400), (20, 20)])
+@pytest.mark.parametrize(("short", "long"), [(16, None), (None, 25), (16, 20), (300, 350), (1, 1)])
+def test_sides_shrink_as_torchvisions_resize_rounds_them(shape, short, long):
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    picture = np.zeros((*shape, 3), np.uint8)
+    small = pictures.shrink(picture, short, long)
+    first = min(shape) if short is None else min(short, min(shape))
+    expected = _compute_resized_output_size(shape, [first])
+    if long is not None and max(expected) > long:
+        ratio = min(expected), max(expected)
+        sides = max(1, int(long * ratio[0] / ratio[1])), long
+        expected = sides if shape[0] <= shape[1] else sides[::-1]
+    assert small.shape[:2] == tuple(expected)
+    assert (small is picture) == (tuple(expected) == shape)
+
+
+def test_real_pictures_keep_their_places():
+    sample = DATA / "imagenet-sample"
+    if not sample.is_dir():
+        pytest.skip("no real pictures here")
+    source = sources.open_source("imagefolder", sample)
+    mine = [(record.path, record.label) for record in source.records]
+    assert mine == torchvision_lists(sample)
+    assert source.numbers is None
+    for i in range(0, len(mine), 25):
+        data = source.read(i)
+        assert pictures.decode(data).shape[:2] == pictures.size_of(data)

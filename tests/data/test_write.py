@@ -1,0 +1,427 @@
+"""What dataprep/to_ffcv.py promises: FFCV's format to the byte, nothing lost, the same bytes however made."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import photo
+from PIL import Image
+
+from fastrot import disk
+from fastrot.config import Refused
+from fastrot.data import prepare
+from fastrot.data.beton import write
+from fastrot.data.pictures import decode, shrink
+from fastrot.data.sources import open_source, order_fingerprint, path_keys
+
+SCRIPT = Path(__file__).parents[2] / "dataprep" / "to_ffcv.py"
+
+
+def options(root: Path, out: Path, **how) -> write.BetonOptions:
+    return write.BetonOptions(source="imagefolder", root=root, out=out, **{"workers": 0, **how})
+
+
+def main(*args) -> int:
+    spec = importlib.util.spec_from_file_location("to_ffcv", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(script)
+        return script.main([str(arg) for arg in args])
+    finally:
+        sys.path[:] = path
+
+
+def command(root, out, *args) -> list[str]:
+    return ["--source", "imagefolder", "--root", root, "--out", out, "--workers", 0, *args]
+
+
+def parse(path: Path):
+    """The format once more, from its description alone; every invariant that FFCV relies on is asserted."""
+    data = path.read_bytes()
+    version, fields = np.frombuffer(data, "<u2", 2)
+    page = int(np.frombuffer(data, "<u4", 1, 4)[0])
+    rows, table_at = (int(x) for x in np.frombuffer(data, "<u8", 2, 8))
+    assert (version, fields) == (2, 3)
+    assert rows > 0
+    assert page >= 2**21
+    assert page & (page - 1) == 0
+    for i, (kind, name) in enumerate([(2, b"image"), (1, b"label"), (1, b"index")]):
+        field = data[24 + 1041 * i : 24 + 1041 * (i + 1)]
+        assert field == bytes([kind]) + name.ljust(16, b"\0") + bytes(1024)
+    table = np.frombuffer(data[table_at:], "<u8").reshape(-1, 3)
+    assert len(table) == rows
+    assert table[:, 0].tolist() == list(range(rows))
+    assert len(set(table[:, 1].tolist())) == rows
+    pictures, labels, end = [], [], 24 + 1041 * 3 + 32 * rows
+    for (row, ptr, size), at in zip(table.tolist(), range(3147, end, 32), strict=True):
+        one = data[at : at + 32]
+        mode, (width, height) = one[0], np.frombuffer(one, "<u2", 2, 1).tolist()
+        label, index = np.frombuffer(one, "<i8", 2, 16).tolist()
+        assert np.frombuffer(one, "<u8", 1, 5)[0] == ptr
+        assert one[13:16] == b"\0\0\0"
+        assert index == row
+        assert size > 0
+        assert end <= ptr
+        assert ptr + size <= table_at
+        assert ptr // page == (ptr + size - 1) // page
+        end, record = ptr + size, data[ptr : ptr + size]
+        if mode == 1:
+            picture = np.frombuffer(record, np.uint8).reshape(height, width, 3)
+        else:
+            picture = simplejpeg.decode_jpeg(record)
+        assert picture.shape == (height, width, 3)
+        pictures.append(picture)
+        labels.append(label)
+    return pictures, labels, page
+
+
+def upright(root: Path, short_side=None, max_side=None) -> tuple[list[np.ndarray], list[int]]:
+    source = open_source("imagefolder", root)
+    pictures = [decode((root / r.path).read_bytes()) for r in source.records]
+    return [shrink(p, short_side, max_side) for p in pictures], [r.label for r in source.records]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.parent.iterdir())}
+
+
+# ---- what is in the file ----
+
+
+@pytest.mark.parametrize("how", [{}, {"short_side": 36}, {"max_side": 50}], ids=str)
+def test_raw_gives_back_every_bit(pictures, tmp_path, how):
+    out = tmp_path / "a.beton"
+    write.convert(options(pictures, out, encoding="raw", **how))
+    wanted, labels = upright(pictures, **how)
+    got, got_labels, page = parse(out)
+    assert got_labels == labels
+    assert page == 2**23
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("quality", "least"), [(90, 29), (60, 26)])
+def test_jpg_is_near_the_source(pictures, tmp_path, quality, least):
+    out = tmp_path / "a.beton"
+    write.convert(options(pictures, out, quality=quality))
+    for a, b in zip(parse(out)[0], upright(pictures)[0], strict=True):
+        error = np.square(a.astype(float) - b).mean()
+        assert 10 * np.log10(255**2 / error) > least
+
+
+def test_what_lies_beside_describes_the_file(pictures, tmp_path):
+    out = tmp_path / "a.beton"
+    write.convert(options(pictures, out, encoding="raw"))
+    source, data = open_source("imagefolder", pictures), out.read_bytes()
+    facts = json.loads((tmp_path / "a.beton.json").read_bytes())
+    crcs = np.load(tmp_path / "a.beton.crc.npy", allow_pickle=False)
+    keys = np.load(tmp_path / "a.beton.keys.npy", allow_pickle=False)
+    lines = (tmp_path / "a.beton.paths.jsonl").read_text().splitlines()
+    got, labels, _ = parse(out)
+    paths = [record.path for record in source.records]
+    assert [json.loads(line) for line in lines] == [
+        {"path": path, "number": i} for i, path in enumerate(paths)
+    ]
+    assert crcs.dtype == np.uint32
+    assert crcs.tolist() == [zlib.crc32(picture.tobytes()) for picture in got]
+    assert keys.tolist() == path_keys(paths).tolist()
+    assert facts["classes"] == ["class0", "class1", "class2"]
+    assert facts["fingerprint"] == order_fingerprint(keys, np.array(labels))
+    assert facts["numbers"] is None
+    table_at = int(np.frombuffer(data, "<u8", 1, 16)[0])
+    assert facts["head_crc"] == zlib.crc32(data[: 3147 + 32 * len(got)])
+    assert facts["table_crc"] == zlib.crc32(data[table_at:])
+    assert facts["rows"] == facts["seen"] == len(got)
+    assert (facts["max_height"], facts["max_width"]) == (70, 84)
+    pixels = np.concatenate([picture.reshape(-1, 3) for picture in got]) / 255
+    np.testing.assert_allclose(facts["mean"], pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(facts["std"], pixels.std(0), rtol=1e-9)
+    assert not list(tmp_path.glob("*.rejects.jsonl"))
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_statistics_are_exact_where_pictures_are_flat_and_large(value):
+    flat = np.full((1500, 2000, 3), value, np.uint8)
+    sums, squares = prepare._channel_sums(flat)
+    assert sums == (3_000_000 * value,) * 3
+    assert squares == (3_000_000 * value**2,) * 3
+
+
+@pytest.mark.parametrize("sizes", [[100, 5000, 3], [2**21, 2**21 - 1, 2**21 + 1, 7]], ids=str)
+def test_a_record_lies_inside_one_page_however_large(tmp_path, sizes, monkeypatch):
+    monkeypatch.setattr(write.layout, "PAGE", 2**21)
+    with open(tmp_path / "a", "x+b") as file:
+        packer = write.Packer(file, len(sizes) + 2)  # room for more rows than come
+        for size in sizes:
+            packer.add(bytes(size), mode=1, height=1, width=size % 65_536, label=0)
+        packer.finish()
+    header = np.fromfile(tmp_path / "a", write.layout.HEADER, 1)[0]
+    table = np.fromfile(tmp_path / "a", write.layout.TABLE, offset=int(header["table"]))
+    first, last = table["ptr"], table["ptr"] + table["size"] - 1
+    assert (first // header["page"] == last // header["page"]).all()
+    assert header["page"] == (2**22 if max(sizes) > 2**21 else 2**21)
+    assert [len(record) for _, record in write.read_part(tmp_path / "a")] == sizes
+
+
+def test_labels_limit_and_classes(pictures, tmp_path):
+    told = write.convert(options(pictures, tmp_path / "a.beton", limit=5, label_from="none"))
+    assert parse(tmp_path / "a.beton")[1] == [-1] * 5
+    assert (told.written, told.beyond_limit, told.seen) == (5, 32, 37)
+
+
+# ---- however it is made ----
+
+
+def test_bytes_depend_on_neither_workers_nor_parts(pictures, tmp_path):
+    made = []
+    for workers, part in [(0, 10_000), (1, 16), (2, 7), (3, 20)]:
+        out = tmp_path / f"{workers}-{part}" / "a.beton"
+        write.convert(options(pictures, out, workers=workers, short_side=36), part=part)
+        made.append(files(out))
+    assert made[1:] == made[:1] * 3
+
+
+def test_a_second_run_goes_on_from_whole_parts(pictures, tmp_path, monkeypatch):
+    straight, out = tmp_path / "straight" / "a.beton", tmp_path / "killed" / "a.beton"
+    write.convert(options(pictures, straight), part=10)
+    with monkeypatch.context() as broken:
+        broken.setattr(write, "merge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write.convert(options(pictures, out), part=10)
+    parts = out.parent / "a.beton.parts"
+    assert not out.exists()
+    assert len(parse(parts / "0000000010.beton")[0]) == 10  # a whole .beton of its own
+    (parts / "0000000030.json").unlink()  # the last part is not whole
+    with open(parts / "0000000010.beton", "r+b") as file:
+        file.truncate(999)  # cut short
+    (parts / ".merged.0.tmp").write_bytes(b"left by a killed run")
+    told = write.convert(options(pictures, out), part=10)
+    assert (told.converted, told.resumed) == (17, 20)
+    assert files(out) == files(straight)
+
+
+def test_a_changed_part_is_found(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "a.beton"
+    with monkeypatch.context() as broken:
+        broken.setattr(write, "merge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write.convert(options(pictures, out))
+    part = tmp_path / "a.beton.parts" / "0000000000.beton"
+    data = bytearray(part.read_bytes())
+    data[3147 + 32 * 37 + 500] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(Refused, match="run again"):
+        write.convert(options(pictures, out))
+    assert write.convert(options(pictures, out)).written == 37
+
+
+def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monkeypatch):
+    root, out = tmp_path / "pictures", tmp_path / "a.beton"
+    shutil.copytree(pictures, root)
+    with monkeypatch.context() as broken:
+        broken.setattr(write, "merge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write.convert(options(root, out))
+    with pytest.raises(Refused, match=r"a.beton.parts was begun with --quality 90, not 80"):
+        write.convert(options(root, out, quality=80))
+    (root / "class0" / "000.jpg").unlink()
+    with pytest.raises(Refused, match="begun from other pictures"):
+        write.convert(options(root, out))
+    assert write.convert(options(root, out, overwrite=True)).written == 36
+    assert write.convert(options(root, out)).already
+    with pytest.raises(Refused, match=r"made with --encoding jpg, not raw: add --overwrite"):
+        write.convert(options(root, out, encoding="raw"))
+    assert write.convert(options(root, out, encoding="raw", overwrite=True)).written == 36
+    with open(out, "r+b") as file:
+        file.truncate(10_000)
+    with pytest.raises(Refused, match="no whole file of ours"):
+        write.convert(options(root, out, encoding="raw"))
+
+
+def test_two_conversions_do_not_share_parts(pictures, tmp_path):
+    out = tmp_path / "a.beton"
+    with (
+        prepare.parts_folder(write.side(out, "parts"), {}, False),
+        pytest.raises(Refused, match="another conversion"),
+    ):
+        write.convert(options(pictures, out))
+
+
+# ---- what is told ----
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """Three good pictures, two bad ones of which one is only found while decoding, one text."""
+    root = tmp_path / "damaged" / "a"
+    root.mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(photo(i)).save(root / f"{i}.jpg")
+    (root / "1cut.jpg").write_bytes((root / "1.jpg").read_bytes()[:900])
+    (root / "empty.png").touch()
+    (root / "notes.txt").write_text("no picture")
+    return root.parent
+
+
+def test_rejects_are_named_and_counted(damaged, tmp_path, capsys):
+    out = tmp_path / "a.beton"
+    assert main(*command(damaged, out)) == 1
+    said = capsys.readouterr().out
+    assert "3 written + 2 rejected + 1 skipped = 6 files seen" in said
+    assert "rejected: a/1cut.jpg: " in said
+    lines = [json.loads(x) for x in (tmp_path / "a.beton.rejects.jsonl").read_text().splitlines()]
+    assert {line["path"] for line in lines} == {"a/1cut.jpg", "a/empty.png"}
+    assert all(line["reason"] for line in lines)
+    assert len(parse(out)[0]) == 3
+    numbers = json.loads((tmp_path / "a.beton.json").read_bytes())["numbers"]
+    assert numbers == [0, 2, 3]  # torchvision's, which counts the bad ones
+    assert main(*command(damaged, out, "--allow-rejects")) == 0  # already there
+    assert main(*command(damaged, out)) == 1
+
+
+def test_a_part_of_rejects_alone(damaged, tmp_path):
+    told = write.convert(options(damaged, tmp_path / "a.beton"), part=1)
+    assert (told.written, len(told.rejects)) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--short-side", 32, "--max-side", 32], "--max-side 32 both set the size"),
+        (["--quality", 0], "--quality got 0"),
+        (["--limit", 0], "--limit got 0"),
+        (["--split", "nowhere"], "nowhere"),
+        (["--out", "a.tar"], "must end in .beton"),
+        (["--root", "/no/such/folder"], "/no/such/folder"),
+    ],
+    ids=lambda x: None if isinstance(x, list) else x,
+)
+def test_wrong_use_is_one_sentence(pictures, tmp_path, capsys, args, says):
+    assert main(*command(pictures, tmp_path / "a.beton", *args)) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_picture_at_all(tmp_path, capsys):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    (root / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    assert main(*command(root, tmp_path / "a.beton")) == 2
+    assert "cut.jpg" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_estimate_is_near_and_writes_nothing(pictures, tmp_path, capsys):
+    out = tmp_path / "a.beton"
+    assert main(*command(pictures, out, "--estimate", "--encoding", "raw")) == 0
+    assert "exact" in capsys.readouterr().out
+    told = write.convert(options(pictures, out, estimate=True, quality=75))
+    assert not list(tmp_path.iterdir())
+    write.convert(options(pictures, out, quality=75))
+    assert abs(told.bytes / out.stat().st_size - 1) < 0.1
+    errors, pixels = 0.0, 0
+    for a, b in zip(parse(out)[0], upright(pictures)[0], strict=True):
+        errors, pixels = errors + np.square(a.astype(float) - b).sum(), pixels + a.size
+    assert told.psnr == pytest.approx(10 * np.log10(255**2 * pixels / errors), abs=1e-6)
+
+
+# ---- processes ----
+
+
+def test_a_raising_worker_is_surfaced():
+    with pytest.raises(ValueError, match="'seven'"):
+        list(prepare.spread(int, ["7", "seven"], 1))
+
+
+def test_a_killed_worker_is_one_sentence():
+    with pytest.raises(prepare.Stopped, match=r"run the same command again.*--workers than 1"):
+        list(prepare.spread(os._exit, [9], 1))
+
+
+def test_a_bug_names_the_picture(pictures):
+    class Broken(write.Coder):
+        def encode(self, picture):
+            raise ZeroDivisionError
+
+    source = open_source("imagefolder", pictures)
+    with pytest.raises(RuntimeError, match=r"class0/000.jpg.*ZeroDivisionError"):
+        prepare.encode_chunk(prepare.Recipe(Broken()), prepare.chunk_of(source, 0, 3))
+
+
+def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
+    """By hand in a process of its own: parts of 16, and a source slow enough to be interrupted."""
+    out = tmp_path / "a.beton"
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from fastrot.data import prepare; from fastrot.data.beton import write\n"
+        "made = prepare.Part.make\n"
+        "def slow(*args): made(*args); print('part', flush=True); time.sleep(60)\n"
+        "prepare.Part.make = slow\n"
+        f"o = write.BetonOptions(source='imagefolder', root=Path({str(pictures)!r}), "
+        f"out=Path({str(out)!r}), workers=1)\n"
+        "if __name__ == '__main__': sys.exit(prepare.run(lambda: write.convert(o, part=16), False))\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    run = subprocess.Popen(
+        [sys.executable, script], env=environment, stdout=-1, stderr=-1, text=True
+    )
+    assert run.stdout.readline() == "part\n"
+    start = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert run.returncode == 130
+    assert "Traceback" not in error
+    assert write.convert(options(pictures, out), part=16).resumed == 16
+
+
+def test_the_command_runs_from_anywhere(pictures, tmp_path):
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, command(pictures, "made/a.beton")), "--workers", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "37 written" in run.stdout
+    assert len(parse(tmp_path / "made" / "a.beton")[0]) == 37
+
+
+# ---- disk.py ----
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    disk.replace_bytes(path, b"old")
+
+    def fails(file):
+        file.write(b"half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        disk.write_atomically(path, fails)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_options_that_change_no_byte_are_named():
+    names = {field.name for field in dataclasses.fields(write.BetonOptions)}
+    assert set(prepare.FREE) < names

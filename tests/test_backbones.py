@@ -1,0 +1,317 @@
+"""Backbones: the originals' outputs to the digit, their sizes, and what every trunk promises."""
+
+import hashlib
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastrot import assemble, config
+from fastrot.backbones import alexnet, nin
+from fastrot.backbones.heads import Classifier
+from fastrot.config import Refused
+from fastrot.ops.turns import turned_views
+from tests.conftest import golden
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
+TOLERANCE = {"f32": dict(rtol=1e-5, atol=3e-5), "f64": dict(rtol=1e-12, atol=1e-12)}
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+
+
+def weights(file: dict, prefix: str) -> dict[str, torch.Tensor]:
+    return {k[len(prefix) :]: torch.tensor(v) for k, v in file.items() if k.startswith(prefix)}
+
+
+def views(file: dict, kind: str) -> torch.Tensor:
+    images = torch.tensor(file["image_u8"])
+    return turned_views(images, (0, 1, 2, 3), MEAN, STD, torch.float32).to(DTYPES[kind])
+
+
+def compare(got: torch.Tensor, want: np.ndarray, kind: str) -> None:
+    want = torch.as_tensor(want).to(got.dtype)
+    torch.testing.assert_close(got.detach(), want, **TOLERANCE[kind])
+
+
+def compare_stage(out: torch.Tensor, file: dict, key: str, kind: str) -> None:
+    """A stage's output against whatever the file keeps of it."""
+    flat = out.double().flatten()
+    sums = np.array([flat.sum().item(), flat.square().sum().item()])
+    # a sum cancels: its error is measured against the sum of magnitudes
+    scale = {"f32": 1e-5, "f64": 1e-12}[kind] * np.array([flat.abs().sum().item(), sums[1]])
+    assert (np.abs(sums - [file[f"{key}_sum"], file[f"{key}_sumsq"]]) <= scale).all()
+    if key in file:
+        compare(out, file[key], kind)
+    if f"{key}_first2" in file:
+        compare(out[:2], file[f"{key}_first2"], kind)
+    if f"{key}_probe" in file:
+        # (read in the original's order of memory)
+        compare(
+            out.contiguous().flatten()[:: max(1, out.numel() // 257)], file[f"{key}_probe"], kind
+        )
+
+
+# ---- parity ----
+
+
+@pytest.fixture(scope="module")
+def small() -> dict:
+    return golden("alexnet_small")
+
+
+def small_alexnet(file: dict, kind: str) -> alexnet.AlexNet:
+    net = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
+    net.load_state_dict(alexnet.from_original(weights(file, "sd__"), net))
+    return net.to(DTYPES[kind])
+
+
+def heads(file: dict, kind: str) -> tuple[nn.Linear, nn.Linear]:
+    """The original's rotation head and its embedding, on halves of fc_block."""
+    out = []
+    for name in ("cls__fc_classifier.0", "norm__norm.0"):
+        weight, bias = torch.tensor(file[f"{name}.weight"]), torch.tensor(file[f"{name}.bias"])
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+        head.load_state_dict({"weight": weight, "bias": bias})
+        out.append(head.to(DTYPES[kind]))
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+@torch.no_grad()
+def test_small_alexnet_in_eval_gives_every_stage_of_the_original(small, kind):
+    net = small_alexnet(small, kind).eval()
+    outputs = dict(zip(STAGES, net.outputs(views(small, kind), STAGES), strict=True))
+    for stage in STAGES:
+        compare_stage(outputs[stage], small, f"eval_{kind}_{stage}", kind)
+    rotation, embedding = heads(small, kind)
+    half = outputs["fc_block"].shape[1] // 2
+    kept, left = outputs["fc_block"].split(half, dim=1)
+    compare(rotation(kept), small[f"eval_{kind}_logits_rot"], kind)
+    compare(rotation(left), small[f"eval_{kind}_logits_inv"], kind)
+    mean = left.unflatten(0, (-1, 4)).mean(dim=1)
+    embed = embedding(mean)
+    compare(embed / embed.norm(dim=1, keepdim=True), small[f"eval_{kind}_embed"], kind)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+@torch.no_grad()
+def test_small_alexnet_in_training_gives_the_original_and_its_running_statistics(small, kind):
+    net = small_alexnet(small, kind).train()
+    compare(net(views(small, kind)), small[f"train_{kind}_fc_block"], kind)
+    after = alexnet.from_original(
+        {**weights(small, "sd__"), **weights(small, f"train_{kind}_after__")}, net
+    )
+    now = net.state_dict()
+    for key in (k for k in after if "running" in k):
+        compare(now[key], after[key].numpy(), kind)
+
+
+def from_recipe(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """The weights of alexnet_full, as tests/golden/README.md describes them."""
+    draw = np.random.RandomState((zlib.crc32(name.encode()) + seed) & 0xFFFFFFFF)
+    if name.endswith("num_batches_tracked"):
+        return np.zeros((), np.int64)
+    if name.endswith(("running_mean", "bias")):
+        return (0.1 * draw.standard_normal(shape)).astype(np.float32)
+    if name.endswith("running_var") or len(shape) == 1:
+        return draw.uniform(0.5, 1.5, shape).astype(np.float32)
+    return (np.sqrt(2 / np.prod(shape[1:])) * draw.standard_normal(shape)).astype(np.float32)
+
+
+@torch.no_grad()
+def test_full_alexnet_gives_every_stage_of_the_original():
+    file = golden("alexnet_full")
+    shapes = json.loads(str(file["param_shapes_json"]))
+    state = {}
+    names = [str(n) for n in file["param_names"]]
+    for name, shape, sha in zip(
+        names,
+        shapes.values() if isinstance(shapes, dict) else shapes,
+        file["param_sha256"],
+        strict=True,
+    ):
+        value = from_recipe(name, tuple(shape), seed=0)
+        assert hashlib.sha256(value.tobytes()).hexdigest() == sha, name
+        state[name] = torch.tensor(value)
+    net = alexnet.alexnet(config.AlexNet(), 224)
+    net.load_state_dict(alexnet.from_original(state, net))
+    net = net.double().eval()
+    for stage, out in zip(STAGES, net.outputs(views(file, "f64"), STAGES), strict=True):
+        assert list(out.shape[1:]) == list(file[f"eval_f64_{stage}_shape"][1:]), stage
+        compare_stage(out, file, f"eval_f64_{stage}", "f64")
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "classes", "pooled"),
+    [("s4", 4, 4, False), ("s3", 3, 10, True), ("s5", 5, 4, False), ("s4avg", 4, 4, True)],
+)
+@torch.no_grad()
+def test_small_nin_gives_the_original(name, stages, classes, pooled):
+    file = golden("nin_small")
+    images = torch.tensor(file["x"])
+    for kind, dtype in DTYPES.items():
+        net = Classifier(nin.Nin(stages=stages, pool_conv3=pooled, channels=(12, 10, 6)), classes)
+        net.load_state_dict(nin.from_original(weights(file, f"{name}__sd__"), net))
+        net = net.to(dtype).eval()
+        names = net.trunk.stages
+        for stage, out in zip(names, net.trunk.outputs(images.to(dtype), names), strict=True):
+            assert tuple(out.shape) == tuple(file[f"{name}__{stage}_shape"])
+            if kind == "f64":
+                compare_stage(out, file, f"{name}__eval_f64_{stage}", kind)
+            elif stage == "conv2":
+                compare(out, file[f"{name}__eval_f32_conv2"], kind)
+        compare(net(images.to(dtype)), file[f"{name}__eval_{kind}_classifier"], kind)
+        net.train()
+        compare(net(images.to(dtype)), file[f"{name}__train_{kind}_classifier"], kind)
+
+
+# ---- sizes and counts ----
+
+
+def count(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        assert count(alexnet.alexnet(config.AlexNet(), 224)) == 57_014_336
+        assert count(Classifier(nin.nin(config.Nin(), 32), 4)) == 1_411_140
+        assert count(Classifier(nin.nin(config.Nin(stages=3), 32), 10)) == 1_005_642
+
+
+def test_width_scales_every_layer():
+    net = alexnet.alexnet(config.AlexNet(width=0.25), 64)
+    assert [net.channels[s] for s in STAGES if s[:4] == "conv"] == [16, 48, 96, 64, 64]
+    assert net.channels["fc_block"] == 1024
+    assert set(alexnet.alexnet(config.AlexNet(width=1e-6), 64).channels.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "side"),
+    [
+        pytest.param(63, 11, 4, 1, id="least"),
+        pytest.param(64, 11, 4, 1, id="small-crops"),
+        pytest.param(96, 11, 4, 2, id="medium"),
+        pytest.param(128, 11, 4, 3, id="large"),
+        pytest.param(224, 11, 4, 6, id="paper"),
+        pytest.param(29, 5, 2, 1, id="small-kernel-least"),
+        pytest.param(64, 5, 2, 3, id="small-kernel"),
+    ],
+)
+@torch.no_grad()
+def test_alexnet_takes_any_size_from_its_least_on(size, kernel, stride, side):
+    cfg = config.AlexNet(width=0.05, kernel=kernel, stride=stride)
+    net = alexnet.alexnet(cfg, size).eval()
+    pool5, last = net.outputs(torch.rand(2, 3, size, size), ("pool5", "fc_block"))
+    assert pool5.shape == (2, net.channels["pool5"], side, side)
+    assert last.shape == (2, net.channels["fc_block"])
+
+
+def test_alexnet_refuses_smaller_images_and_names_the_way_out():
+    with pytest.raises(Refused, match=r"--image-size got 62: .* at least 63; .*kernel 5"):
+        alexnet.alexnet(config.AlexNet(), 62)
+    with pytest.raises(Refused, match="at least 29"):
+        alexnet.alexnet(config.AlexNet(kernel=5, stride=2), 28)
+
+
+# ---- original checkpoints ----
+
+
+def test_original_keys_may_be_nested_and_prefixed(small):
+    net = small_alexnet(small, "f32")
+    state = {"network": {f"module.{k}": v for k, v in weights(small, "sd__").items()}, "epoch": 3}
+    assert set(alexnet.from_original(state, net)) == set(net.state_dict())
+
+
+def test_the_original_classifier_goes_to_the_head(small):
+    state = weights(small, "sd__")
+    state["_feature_blocks.9.0.weight"], state["_feature_blocks.9.0.bias"] = (
+        torch.ones(4, 48),
+        torch.ones(4),
+    )
+    trunk = small_alexnet(small, "f32")
+    net = Classifier(trunk, 4)
+    net.load_state_dict(alexnet.from_original(state, net))
+    assert (net.head.weight == 1).all()
+    assert set(alexnet.from_original(state, trunk)) == set(trunk.state_dict())
+
+
+def test_weights_of_another_size_are_refused_by_key_or_loaded_without_the_linears(small):
+    state = weights(small, "sd__")
+    net = alexnet.AlexNet(128, channels=(4, 6, 8, 5, 5), hidden=48)
+    with pytest.raises(
+        Refused, match=r"fc_block.fc1.weight \(48, 180\) into \(48, 45\).*convolutions"
+    ):
+        alexnet.from_original(state, net)
+    found = alexnet.from_original(state, net, convolutions_only=True)
+    missing = net.load_state_dict(found, strict=False).missing_keys
+    assert missing
+    assert all(key.startswith("fc_block.") for key in missing)
+    assert (net.conv5.conv.weight == state["_feature_blocks.6.0.weight"]).all()
+
+
+def test_other_networks_are_refused(small):
+    with pytest.raises(Refused, match=r"_feature_blocks\.0\.0\.weight"):
+        nin.from_original(weights(small, "sd__"), nin.Nin(channels=(12, 10, 6)))
+
+
+# ---- what every trunk promises ----
+
+SMALL = {
+    config.AlexNet: (config.AlexNet(width=0.05), 64),
+    config.Nin: (config.Nin(width=0.05), 32),
+}
+
+
+@pytest.fixture(params=assemble.BACKBONES, ids=lambda kind: kind.__name__)
+def trunk_and_images(request):
+    cfg, size = SMALL[request.param]
+    torch.manual_seed(0)
+    return assemble.BACKBONES[request.param](cfg, size), torch.rand(3, 3, size, size)
+
+
+@torch.no_grad()
+def test_outputs_come_in_the_order_of_the_request(trunk_and_images):
+    trunk, images = trunk_and_images
+    trunk.eval()
+    backwards = trunk.outputs(images, trunk.stages[::-1])
+    for stage, out in zip(trunk.stages[::-1], backwards, strict=True):
+        assert torch.equal(out, trunk.outputs(images, (stage,))[0])
+        assert out.shape[1] == trunk.channels[stage]
+    assert torch.equal(trunk(images), backwards[0])
+
+
+@torch.no_grad()
+def test_later_stages_are_not_run(trunk_and_images):
+    trunk, images = trunk_and_images
+    ran = []
+    for name in trunk.stages:
+        getattr(trunk, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    trunk.outputs(images, (trunk.stages[1], trunk.stages[0]))
+    assert ran == list(trunk.stages[:2])
+
+
+def test_an_unknown_stage_is_refused(trunk_and_images):
+    trunk, images = trunk_and_images
+    with pytest.raises(Refused, match="no stage is called 'conv9': choose from conv1"):
+        trunk.outputs(images, ("conv9",))
+
+
+def test_a_classifier_learns_in_bfloat16_and_channels_last(trunk_and_images):
+    trunk, images = trunk_and_images
+    net = Classifier(trunk, 4).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(images.contiguous(memory_format=torch.channels_last))
+    assert logits.shape == (3, 4)
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_classifier_traces_without_a_graph_break(trunk_and_images):
+    trunk, images = trunk_and_images
+    net = Classifier(trunk, 4).eval()
+    traced = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(images), net(images))

@@ -1,0 +1,114 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from fastrot import config, train
+from fastrot.config import Config, Refused, Schedule
+from fastrot.presets import PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_survives_yaml(preset):
+    cfg = config.resolved(PRESETS[preset]())
+    config.check(cfg)
+    text = yaml.safe_dump(config.to_plain(cfg))
+    assert config.from_plain(yaml.safe_load(text)) == cfg
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_line_gives_the_preset(preset):
+    assert train.command_line([preset]) == PRESETS[preset]()
+    assert PRESETS[preset]().preset == preset
+
+
+def test_knobs_of_each_part_are_on_the_command_line():
+    cfg = train.command_line(
+        ["demo", "--epochs", "3", "--schedule.steps", "None", "--backbone.width", ".5"]
+        + ["--method.crop.scale", ".2", ".9", "--optim.momentum", "0.8", "--data", "x"]
+    )
+    assert (cfg.epochs, cfg.backbone.width, cfg.method.crop.scale) == (3, 0.5, (0.2, 0.9))
+    assert (cfg.optim.momentum, cfg.data) == (0.8, "x")
+
+
+def test_a_config_file_is_replayed_with_changes(tmp_path):
+    path = tmp_path / "config.yaml"
+    cfg = dataclasses.replace(config.resolved(PRESETS["rotnet-nin-cifar10"]()), seed=3, data="d")
+    path.write_text(yaml.safe_dump(config.to_plain(cfg)))
+    assert train.command_line(["--config", str(path)]) == cfg
+    changed = train.command_line(["--config", str(path), "--seed", "4"])
+    assert changed == dataclasses.replace(cfg, seed=4)
+
+
+BAD = {
+    "batch": (["--batch", "0"], "--batch"),
+    "lr": (["--lr", "-1"], "--lr"),
+    "hold-out": (["--hold-out", "1"], "--hold-out"),
+    "scale": (["--method.crop.scale", "0.9", "0.1"], "--method.crop.scale"),
+    "two-lengths": (["--epochs", "3", "--budget", "1h"], "--budget"),
+    "width": (["--backbone.width", "0"], "--backbone.width"),
+    "std": (["--std", "0", "1", "1"], "--std"),
+    "table": (["--schedule.table", "9", "0.1", "3", "0.2"], "--schedule.table"),
+    "no-data": ([], "--data"),
+}
+
+
+@pytest.mark.parametrize(("args", "names"), BAD.values(), ids=BAD)
+def test_a_knob_out_of_range_is_named(args, names):
+    with pytest.raises(Refused, match=names):
+        train.main(["rotnet-alexnet", *args])
+
+
+@pytest.mark.parametrize("args", [["demo", "--bacth", "3"], ["dmo"]], ids=["knob", "preset"])
+def test_a_wrong_name_gets_a_suggestion(args, capsys):
+    with pytest.raises(SystemExit) as left:
+        train.command_line(args)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert ("--batch" if "demo" in args else "demo") in said.out + said.err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_rank_0_complains(rank, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        train.command_line(["demo", "--bacth", "3"])
+    said = capsys.readouterr()
+    assert bool(said.out + said.err) == (rank == "0")
+
+
+def test_image_size_goes_into_the_recipe():
+    cfg = dataclasses.replace(PRESETS["rotnet-alexnet"](), image_size=96)
+    assert config.resolved(cfg).method.crop.size == 96
+    within = config.with_size(config.Within(), 112)
+    assert (within.size, within.short) == (112, 128)
+
+
+def test_free_knobs_do_not_make_another_run():
+    a = Config(data="a", workers=3, log_every=7, max_steps=9)
+    b = Config(data="b", seed=1, schedule=Schedule(kind="cosine"))
+    found = config.differences(config.to_plain(a), config.to_plain(b))
+    assert found == {"seed": (0, 1), "schedule.kind": ("table", "cosine")}
+
+
+PLAIN = {
+    "unknown": ({"colour": 1}, "colour"),
+    "type": ({"batch": "many"}, "batch"),
+    "part": ({"method": {"type": "Simclr"}}, "method"),
+    "choice": ({"precision": "fp8"}, "precision"),
+}
+
+
+@pytest.mark.parametrize(("plain", "names"), PLAIN.values(), ids=PLAIN)
+def test_a_config_file_that_does_not_fit_is_named(plain, names):
+    with pytest.raises(Refused, match=names):
+        config.from_plain(plain)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_knob_has_help(preset, capsys):
+    with pytest.raises(SystemExit):
+        train.command_line([preset, "--help"])
+    text = capsys.readouterr().out
+    for name in ("--data", "--budget", "--hold-out", "--schedule.warmup", "--backbone.width"):
+        assert name in text

@@ -1,0 +1,114 @@
+"""Contracts that every method keeps, over the table; then what each one computes."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastrot import assemble, config
+from fastrot.core import Batch, Facts
+from fastrot.loop import TrainState, train_step
+from fastrot.optim import Rates, sgd
+
+SIZE, IMAGES, CLASSES = 32, 6, 3
+
+
+def batch(seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    crops = torch.randint(0, 256, (IMAGES, SIZE, SIZE, 3), dtype=torch.uint8, generator=draw)
+    crops[:, : SIZE // 2] //= 4  # dark above, bright below: there is something to learn
+    return Batch(
+        (crops,), torch.arange(IMAGES), torch.arange(IMAGES) % CLASSES, torch.tensor([0, 0])
+    )
+
+
+def build(kind: type, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    cfg = config.Config(
+        method=kind(),
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
+    )
+    facts = Facts(
+        images=IMAGES,
+        classes=CLASSES,
+        mean=cfg.mean,
+        std=cfg.std,
+        size=SIZE,
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        fingerprint="",
+    )
+    return assemble.method(cfg, facts)
+
+
+def state_of(method, lr: float = 0.02) -> TrainState:
+    schedule = config.Schedule(kind="constant", table=((1, lr),))
+    return TrainState(
+        method=method,
+        net=method.net,
+        optimizer=sgd(method.net, config.Sgd(), lr),
+        rates=Rates(schedule, epochs=1, batches=100, steps=100),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("kind", assemble.METHODS, ids=lambda kind: kind.__name__)
+def test_loss_falls_on_one_batch(kind):
+    state = state_of(build(kind))
+    losses = [train_step(state, batch()).total.item() for _ in range(25)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kind", assemble.METHODS, ids=lambda kind: kind.__name__)
+def test_losses_write_nothing(kind):
+    method = build(kind)
+    outputs = method.net(method.views(batch()))
+    before = {k: v.clone() for k, v in method.net.state_dict().items()}
+    first = method.losses(outputs, batch())
+    again = method.losses(outputs, batch())
+    assert torch.equal(first.total, again.total)
+    assert all(torch.equal(before[k], v) for k, v in method.net.state_dict().items())
+    assert not method.views(batch()).requires_grad
+
+
+@pytest.mark.parametrize("kind", assemble.METHODS, ids=lambda kind: kind.__name__)
+def test_scores_are_the_losses_added_up(kind):
+    method = build(kind)
+    method.net.eval()
+    with torch.no_grad():
+        outputs = method.net(method.views(batch()))
+        losses, scores = method.losses(outputs, batch()), method.score(outputs, batch())
+    total, count = scores["loss"]
+    torch.testing.assert_close(total / count, losses.total)
+    total, count = scores["accuracy"]
+    torch.testing.assert_close(total / count, losses.metrics["accuracy"])
+
+
+def test_rotnet_labels_each_view_with_its_turn():
+    method = build(config.RotNet)
+    images = batch().images.numpy()
+    views = method.views(batch())
+    assert views.shape == (4 * IMAGES, 3, SIZE, SIZE)
+    mean, std = np.array(method.facts.mean), np.array(method.facts.std)
+    logits = torch.randn(4 * IMAGES, 4)
+    for i in range(IMAGES):
+        for turn in range(4):
+            turned = (np.rot90(images[i], turn) / 255 - mean) / std
+            np.testing.assert_allclose(
+                views[4 * i + turn].permute(1, 2, 0).numpy(), turned, atol=1e-5
+            )
+    turn = torch.tensor([0, 1, 2, 3] * IMAGES)
+    losses = method.losses(logits, batch())
+    torch.testing.assert_close(losses.total, F.cross_entropy(logits, turn))
+    assert losses.metrics["accuracy"].item() == pytest.approx(
+        (logits.argmax(1) == turn).float().mean().item()
+    )
+
+
+def test_a_fresh_rotnet_is_at_chance():
+    """Expected value of an untrained model: ln 4."""
+    method = build(config.RotNet)
+    loss = method.losses(method.net(method.views(batch())), batch()).total.item()
+    assert abs(loss - np.log(4)) < 0.25

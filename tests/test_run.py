@@ -1,0 +1,282 @@
+"""Whole runs in this process: what the folder holds, resuming to the bit, wrong use."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastrot
+from fastrot import checkpoint, loop, run, train
+from fastrot.config import Refused, Stopped
+
+TINY = [
+    "demo",
+    "--image-size",
+    "32",
+    "--batch",
+    "4",
+    "--backbone.width",
+    "0.1",
+    "--enlarge",
+    "True",
+]
+TINY += ["--schedule.steps", "20", "--log-every", "3", "--checkpoint-every", "4", "--workers", "1"]
+TINY += [
+    "--tensorboard",
+    "False",
+    "--device",
+    "cpu",
+    "--validate-every",
+    "1",
+    "--precision",
+    "fp32",
+]
+
+
+def go(pictures, out, *more: str) -> int:
+    return train.main([*TINY, "--data", str(pictures), "--out", str(out), *more])
+
+
+def leaves(state, at: str = "") -> dict[str, object]:
+    """Everything that a resumed run must have equal: not its clock."""
+    if isinstance(state, dict):
+        parts = state.items()
+    elif isinstance(state, (list, tuple)):
+        parts = enumerate(state)
+    else:
+        return {at: state}
+    out: dict[str, object] = {}
+    for name, value in parts:
+        if name not in ("seconds", "waited"):
+            out |= leaves(value, f"{at}.{name}")
+    return out
+
+
+def assert_same_bits(a, b) -> None:
+    mine, others = leaves(checkpoint.load(a)), leaves(checkpoint.load(b))
+    assert mine.keys() == others.keys()
+    for name, value in mine.items():
+        if name.startswith(".config.") and name.split(".")[2] in ("out", "max_steps", "workers"):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, others[name]), name
+        else:
+            assert value == others[name], name
+
+
+@pytest.fixture(scope="module")
+def straight(pictures, tmp_path_factory):
+    """A run of 20 steps, never broken off: two and a half epochs."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert go(pictures, out) == 0
+    return out
+
+
+def test_a_run_folder_holds_what_it_promises(straight):
+    names = ["config.yaml", "metrics.jsonl", "summary.json", "environment.json", "log.txt"]
+    names += ["index.html", "plots", "checkpoints/last.pt", "rows-train.npy", "rows-val.npy"]
+    assert not [name for name in names if not (straight / name).exists()]
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [3, 6, 9, 12, 15, 18, 20]
+    for line in logged:
+        assert {"step", "epoch", "loss", "accuracy", "images_per_s", "wait_share"} <= set(line)
+        assert 0 <= line["accuracy"] <= 1
+        assert 0 <= line["wait_share"] <= 1
+    judged = [line["step"] for line in lines if "val_accuracy" in line]
+    assert judged[0] == 0
+    assert judged[-1] == 20
+    summary = json.loads((straight / "summary.json").read_text())
+    assert (
+        summary["val_accuracy_first"] == next(li for li in lines if li["step"] == 0)["val_accuracy"]
+    )
+    assert {"val_accuracy", "images", "seconds", "verdict", "chance"} <= set(summary)
+    assert (summary["images"], summary["steps"], summary["chance"]) == (80, 20, 0.25)
+
+
+def test_the_hold_out_is_never_trained_on(straight, pictures):
+    learned, judged = (np.load(straight / f"rows-{name}.npy") for name in ("train", "val"))
+    assert not set(learned) & set(judged)
+    assert sorted([*learned, *judged]) == list(range(37))
+    assert len(judged) >= 1
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 13], ids=lambda n: f"after-{n}")
+def test_a_run_broken_off_goes_on_to_the_same_bits(straight, pictures, tmp_path, stop, capsys):
+    go(pictures, tmp_path, "--max-steps", str(stop))
+    capsys.readouterr()
+    go(pictures, tmp_path, "--workers", "0")
+    assert f"resumed at step {stop}" in capsys.readouterr().out
+    assert_same_bits(straight / "checkpoints" / "last.pt", tmp_path / "checkpoints" / "last.pt")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [5, 6, 10, 17], ids=lambda n: f"killed-at-{n}")
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    straight, pictures, tmp_path, at, monkeypatch
+):
+    """Killed between checkpoints: steps and lines behind the last one come again, the same."""
+    step = loop.train_step
+
+    def deadly(state, batch):
+        if state.step == at:
+            raise Killed
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", deadly)
+    with pytest.raises(Killed):
+        go(pictures, tmp_path)
+    monkeypatch.undo()
+    go(pictures, tmp_path)
+    assert_same_bits(straight / "checkpoints" / "last.pt", tmp_path / "checkpoints" / "last.pt")
+    clock = {"images_per_s", "wait_share"}
+    both = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in clock}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (straight, tmp_path)
+    ]
+    assert both[0] == [line for line in both[1]]
+
+
+def test_a_finished_run_prints_its_summary_and_changes_nothing(straight, pictures, capsys):
+    before = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
+    assert go(pictures, straight) == 0
+    assert "is done after 20 steps" in capsys.readouterr().out
+    after = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
+    assert before.keys() == after.keys()
+    assert len(json.loads((straight / "summary.json").read_text())) > 5
+
+
+def test_another_seed_is_another_run(straight, pictures):
+    with pytest.raises(Refused, match=r"--seed was 0, now 5.*--out NEW.*--start-from"):
+        go(pictures, straight, "--seed", "5")
+
+
+def test_other_pictures_are_refused(straight, pictures, tmp_path):
+    with pytest.raises(Refused, match="other pictures"):
+        go("synthetic:37", straight)
+
+
+def test_start_from_begins_with_the_weights_of_another_run(straight, pictures, tmp_path):
+    go(pictures, tmp_path, "--start-from", str(straight), "--max-steps", "1", "--lr", "1e-9")
+    mine = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["net"]
+    theirs = checkpoint.load(straight / "checkpoints" / "last.pt")["net"]
+    for name in mine:
+        if name.endswith("weight"):
+            torch.testing.assert_close(mine[name], theirs[name], atol=1e-6, rtol=0)
+
+
+def test_budget_chooses_the_epochs_and_keeps_them(pictures, tmp_path, capsys, monkeypatch):
+    args = ["--schedule.steps", "None", "--budget", "3s"]
+    monkeypatch.setattr(loop, "_seconds_each", lambda *_: 0.1)  # a machine of known speed
+    go(pictures, tmp_path, *args, "--max-steps", "2")
+    said = capsys.readouterr().out
+    assert "--budget 3s: an epoch takes" in said
+    steps = json.loads((tmp_path / "environment.json").read_text())
+    assert steps["ranks"] == 1
+    epochs = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["facts"]["epochs"]
+    batches = len(np.load(tmp_path / "rows-train.npy")) // 4
+    assert epochs == int(3 / (0.1 * batches + 0.1))
+    monkeypatch.setattr(loop, "_seconds_each", lambda *_: 1e9)
+    go(pictures, tmp_path, *args, "--max-steps", "3")
+    assert f"{epochs} epochs, as first chosen" in capsys.readouterr().out
+
+
+def test_measuring_a_budget_leaves_no_trace(pictures, tmp_path):
+    """The first steps after it have the bits of a run without."""
+    more = ["--max-steps", "4", "--schedule.kind", "constant"]
+    go(pictures, tmp_path / "a", *more, "--schedule.steps", "None", "--budget", "1s")
+    go(pictures, tmp_path / "b", *more)
+    a, b = (checkpoint.load(tmp_path / x / "checkpoints" / "last.pt") for x in "ab")
+    assert all(torch.equal(a["net"][k], b["net"][k]) for k in a["net"])
+    assert torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
+
+
+def test_not_a_number_stops_the_run_at_the_next_log_line(straight, pictures, tmp_path, monkeypatch):
+    step = loop.train_step
+
+    def poisoned(state, batch):
+        if state.step == 10:
+            with torch.no_grad():
+                next(state.method.net.parameters()).fill_(math.nan)
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(Stopped, match=r"step 12; the last good checkpoint is .*last\.pt"):
+        go(pictures, tmp_path, "--checkpoint-every", "100")
+    last = checkpoint.load(tmp_path / "checkpoints" / "last.pt")  # of the end of epoch 0
+    assert all(torch.isfinite(v.float()).all() for v in last["net"].values())
+
+
+def test_load_gives_the_features_of_each_stage(straight):
+    """The README's snippet."""
+    trunk = fastrot.load(straight)
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    features = trunk.features(images, stage="conv5")
+    assert features.shape[:2] == (2, trunk.net.channels["conv5"])
+    assert torch.isfinite(features).all()
+    assert torch.equal(features, trunk.features(images, stage="conv5"))
+    with pytest.raises(Refused, match="conv9.*conv1"):
+        trunk.features(images, stage="conv9")
+
+
+def test_best_and_numbered_checkpoints_are_kept_as_asked(pictures, tmp_path):
+    go(pictures, tmp_path, "--max-steps", "9", "--keep-best", "True", "--keep-every", "4")
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert {"last.pt", "best.pt", "step_4.pt", "step_8.pt"} == kept
+
+
+WRONG = {
+    "no-such-path": (["--data", "no/such/place"], "does not exist"),
+    "no-known-format": (["--data", __file__], "known format|not a"),
+    "small-pictures": (["--image-size", "300", "--enlarge", "False"], "--image-size"),
+    "batch-too-large": (["--batch", "5000"], "--batch"),
+    "budget": (["--schedule.steps", "None", "--budget", "soon"], "--budget"),
+    "statistics": (["--statistics", "data"], "--statistics"),
+    "net-too-small": (["--image-size", "9"], "--image-size"),
+    "checkpoint-gone": (["--start-from", "no/such/run"], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("args", "names"), WRONG.values(), ids=WRONG)
+def test_wrong_use_gets_one_sentence(pictures, tmp_path, args, names):
+    with pytest.raises(Refused, match=names) as told:
+        go(pictures, tmp_path, *args)
+    assert "\n" not in str(told.value)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(pictures, tmp_path):
+    go(pictures, tmp_path, "--max-steps", "2")
+    last = tmp_path / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-500])
+    with pytest.raises(Refused, match=r"last\.pt is cut short"):
+        go(pictures, tmp_path)
+
+
+def test_supervised_refuses_data_without_labels(pictures, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
+        (flat / f"{i}.jpg").write_bytes(path.read_bytes())
+    args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "True", "--batch", "4"]
+    with pytest.raises(Refused, match="labels"):
+        train.main([*args, "--data", str(flat), "--out", str(tmp_path / "run"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
+def test_budgets_are_times(text, seconds):
+    assert run.seconds_of(text) == seconds
+
+
+def test_story_is_plain(straight):
+    """A checkpoint holds tensors and plain values only."""
+    state = checkpoint.load(straight / "checkpoints" / "last.pt")
+    assert set(state["story"]) == {f.name for f in dataclasses.fields(loop.Story)}
