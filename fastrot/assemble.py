@@ -3,6 +3,7 @@
 A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -191,5 +192,9 @@ def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
     if dist.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        ddp = nn.parallel.DistributedDataParallel
+        # torch 2.14 renamed the option and warns of its old name
+        names = inspect.signature(ddp.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        net = ddp(net, device_ids=ids, **{name: False})
     return net

@@ -54,8 +54,12 @@ def start(here: Place, device: torch.device) -> None:
     distributed.init_process_group(backend, rank=here.rank, world_size=here.world)
 
 
-def stop() -> None:
+def stop(*, together: bool = False) -> None:
+    """Leave the others. `together` waits for them first: a rank that leaves early can abort one that is
+    still at it. Not after an error, where the others may never come."""
     if distributed.is_initialized():
+        if together:
+            distributed.barrier()
         distributed.destroy_process_group()
 
 

@@ -44,11 +44,14 @@ def train(cfg: Config) -> int:
         _compare(saved, cfg, here, run)
     begun = time.perf_counter()
     dist.start(here, device)
+    finished = False
     try:
         _deterministic(cfg)
-        return _train(cfg, run, saved, here, device, begun)
+        _train(cfg, run, saved, here, device, begun)
+        finished = True
     finally:
-        dist.stop()
+        dist.stop(together=finished)
+    return 0
 
 
 def _train(
@@ -58,7 +61,7 @@ def _train(
     here: dist.Place,
     device: torch.device,
     begun: float,
-) -> int:
+) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader)
     cfg = _with_statistics(cfg, data)
     run.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,6 @@ def _train(
             journal.say(*_in_words(summary, run))
     finally:
         journal.close()
-    return 0
 
 
 # ---- what the run is made of ----

@@ -53,7 +53,7 @@ def boxes(
 
 
 def _random_resized(recipe: RandomResized, h, w, draw: "_Draws"):
-    """torchvision's distribution: area and log aspect even, ten tries, then the largest centred box."""
+    """The distribution of torchvision: area and log aspect even, ten tries, then the largest centred box."""
     low, high = np.log(recipe.ratio)
     y, x, bh, bw = (np.zeros_like(h) for _ in range(4))
     left = np.arange(len(h))  # still without a box

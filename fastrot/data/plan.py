@@ -99,8 +99,7 @@ class Loader:
             )
         finally:
             batches.close()
-            if hasattr(pictures, "close"):
-                pictures.close()
+            getattr(pictures, "close", lambda: None)()
 
     def picks(self, index: np.ndarray, epoch: int) -> Picks:
         """Boxes and flips of rows in an epoch, one array for each recipe of the view."""
@@ -152,10 +151,9 @@ def _read_rows(path, rows: int) -> np.ndarray:
     chosen = np.load(path, allow_pickle=False)
     if chosen.ndim != 1 or chosen.dtype != np.int64:
         raise Refused(f"{path} holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array")
-    if len(chosen) and not (0 <= chosen.min() and chosen.max() < rows):
-        raise Refused(
-            f"{path} names row {chosen.max()}, but the data has {rows}: make it from this data"
-        )
+    if len(chosen) and (chosen.min() < 0 or chosen.max() >= rows):
+        beyond = chosen.min() if chosen.min() < 0 else chosen.max()
+        raise Refused(f"{path} names row {beyond}, but the data has {rows}: make it from this data")
     if len(np.unique(chosen)) != len(chosen):
         raise Refused(f"{path} names a row twice: each row may stand in it once")
     return chosen
@@ -167,7 +165,7 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
     Pinned host memory comes from torch's caching allocator, which keeps a block until its copy is done.
     """
     side = torch.cuda.Stream(device)
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    ahead: tuple | None = None  # a batch, and the event of its copy
     for host in batches:
         with torch.cuda.stream(side):
             copied = (_to(host, device), side.record_event())

@@ -70,9 +70,7 @@ class Options:
     workers: int | None = None  # processes; 0: none but this one; default: the cores at hand
     allow_rejects: bool = False  # exit with status 0 even if pictures were rejected
     overwrite: bool = False  # replace a finished --out, and parts made with other options
-    estimate: bool = (
-        False  # convert 200 pictures in memory, tell size, time and quality, write nothing
-    )
+    estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
 
     def check(self) -> None:
         for name, least in {"short_side": 1, "max_side": 1, "limit": 1, "workers": 0}.items():
@@ -86,7 +84,13 @@ class Options:
 
     @property
     def processes(self) -> int:
-        return len(os.sched_getaffinity(0)) if self.workers is None else self.workers
+        if self.workers is not None:
+            return self.workers
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
 
 
 FREE = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate")  # change no byte
@@ -109,7 +113,8 @@ def open_source_of(options: Options) -> Source:
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first thing in which two plans differ, as words: what theirs has, and ours."""
-    for name in ours.keys() | theirs.keys():
+    names = sorted(ours.keys() | theirs.keys(), key=lambda name: (name == "listing", name))
+    for name in names:  # another split lists other pictures: the split is what to tell
         if ours.get(name) != theirs.get(name):
             if name == "listing":
                 return "from other pictures or labels than the source lists now"
@@ -437,7 +442,10 @@ def make_parts(
 
 @contextlib.contextmanager
 def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """The folder of parts, held by this process alone, with nothing in it but whole parts of this plan."""
+    """The folder of parts, held by this process alone, with nothing in it but whole parts of this plan.
+
+    It is gone when the work under it is done, and stays when that is broken off.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as lock:
         try:
@@ -460,10 +468,7 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
                 file.unlink()
         replace_bytes(begun, json.dumps(plan).encode())
         yield
-
-
-def drop_parts(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- what is told ----
@@ -523,7 +528,7 @@ class Estimate:
         quality = "exact" if self.psnr is None else f"PSNR {self.psnr:.1f} dB"
         yield (
             f"estimate from {self.tried:,} pictures for {self.pictures:,}: {self.bytes:,} bytes, "
-            f"{self.minutes:.1f} minutes, {quality}; nothing was written"
+            f"{self.minutes:.2f} minutes, {quality}; nothing was written"
         )
 
 

@@ -167,12 +167,13 @@ def _top(path: str) -> str:
 def _walk(root: str) -> tuple[list[_Folder], list[tuple[str, str]], bool]:
     """Folders in torchvision's order; folders that cannot be read; whether one was met a second time.
 
-    Links to folders wait until all real folders are entered: else a link could stand for a class.
+    Links to folders wait until all real folders are entered, hidden folders until all others are: else a
+    link could stand for a class, or a hidden folder hide what a class links to.
     """
     folders, unreadable, entered_twice = [], [], False
-    entered, linked = set(), [("", False)]
-    while linked:
-        within = [linked.pop(0)]
+    entered, linked, concealed = set(), [("", False)], []
+    while linked or concealed:
+        within = [(linked or concealed).pop(0)]
         while within:
             path, hidden = within.pop()
             at = os.path.join(root, path)
@@ -194,8 +195,8 @@ def _walk(root: str) -> tuple[list[_Folder], list[tuple[str, str]], bool]:
                     files.append((entry.name, entry.is_file(follow_symlinks=False)))
                     continue
                 inside = f"{path}/{entry.name}" if path else entry.name
-                to = linked if link else within
-                to.append((inside, hidden or _hidden(entry.name)))
+                below = hidden or _hidden(entry.name)
+                (concealed if below else linked if link else within).append((inside, below))
             folders.append(_Folder(path, files, hidden))
     folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
     return folders, unreadable, entered_twice

@@ -28,7 +28,9 @@ class Synthetic:
         self.rows = images
         self.labels = np.arange(images, dtype=np.int64) % CLASSES
         self.classes = tuple(f"class{i}" for i in range(CLASSES))
-        self.keys = np.arange(images, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # spread evenly
+        self.keys = np.arange(images, dtype=np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )  # spread evenly
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self._noise = np.random.default_rng(0).integers(0, 256, 2**22, dtype=np.uint8)
 

@@ -9,7 +9,7 @@ from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, Facts, Losses, Method
-from fastrot.methods.scores import classification_scores
+from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.turns import turned_views
 
 TURNS = (0, 1, 2, 3)  # quarter turns counter-clockwise; the label of a view is its turn
@@ -32,7 +32,7 @@ class RotNet(Method):
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
         turn = _turns(outputs)
         right = (outputs.argmax(dim=1) == turn).float().mean()
-        return Losses({"loss_cls": F.cross_entropy(outputs.float(), turn)}, {"accuracy": right})
+        return Losses({"loss_cls": F.cross_entropy(wide(outputs), turn)}, {"accuracy": right})
 
     def score(
         self, outputs: Float[Tensor, "v 4"], batch: Batch

@@ -6,12 +6,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def wide(outputs: Tensor) -> Tensor:
+    """float32 at least: half precision widened, float64 kept."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 def classification_scores(
     logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Cross-entropy and top-1 accuracy as (sum, count), in float32: counts of pictures stay exact to 2**24."""
     count = torch.tensor(float(len(label)), device=logits.device)
     return {
-        "loss": (F.cross_entropy(logits.float(), label, reduction="sum"), count),
+        "loss": (F.cross_entropy(wide(logits), label, reduction="sum"), count),
         "accuracy": ((logits.argmax(dim=1) == label).float().sum(), count),
     }

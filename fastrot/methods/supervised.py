@@ -9,7 +9,7 @@ from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, Facts, Losses, Method
-from fastrot.methods.scores import classification_scores
+from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.turns import turned_views
 
 
@@ -31,7 +31,7 @@ class Supervised(Method):
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:
         right = (outputs.argmax(dim=1) == batch.label).float().mean()
-        loss = F.cross_entropy(outputs.float(), batch.label)
+        loss = F.cross_entropy(wide(outputs), batch.label)
         return Losses({"loss_cls": loss}, {"accuracy": right})
 
     def score(

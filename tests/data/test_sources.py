@@ -121,12 +121,14 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path, by_name):
     (root / "c" / "parent").symlink_to("..")
     (root / "a_link").symlink_to("c")  # sorts before the real folder, and must not take its place
     (root / "d").symlink_to(tmp_path / "elsewhere")
+    tree(root, {".store/e/3.jpg": JPEG})
+    (root / "e").symlink_to(".store/e")
     os.mkfifo(root / "c" / "pipe.jpg")
     source = sources.open_source("imagefolder", root, by_name=by_name)
-    paths = ["b/0.jpg", "b/link.jpg", "c/1.jpg", "d/2.jpg"]
+    paths = ["b/0.jpg", "b/link.jpg", "c/1.jpg", "d/2.jpg", "e/3.jpg"]
     assert [record.path for record in source.records] == paths
     assert sorted(path for path, _ in source.rejected) == ["b/gone.jpg", "b/self.jpg"]
-    assert source.classes == ("b", "c", "d")
+    assert source.classes == ("b", "c", "d", "e")
     assert source.numbers is not None  # torchvision would list c twice: nothing is claimed
     assert (source.numbers == -1).all()
     assert accounted(source)

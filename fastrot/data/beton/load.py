@@ -5,6 +5,7 @@ be checked without decoding is checked at the door, and each record against its 
 JPEG with one flipped bit decodes without complaint four times in five.
 """
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -13,7 +14,6 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -48,6 +48,7 @@ class DamagedRecord(ValueError):
 class Beton:
     """`core.Data` of a `.beton` file.
 
+    numbers   each row's index in torchvision's ImageFolder, where these differ; None: the row itself
     contents  header, rows and table
     manifest  what FILE.beton.json says; empty where there is none
     """
@@ -59,7 +60,9 @@ class Beton:
         self._map = _mapped(self.path)
         self._file = np.frombuffer(self._map, np.uint8)
         self.contents = _parse(self._file, self.path)
-        self._ptr, self._size, self._sizes, self._raw, self.labels = self.contents[:5]
+        self._ptr, self._size = self.contents.ptr, self.contents.size
+        self._sizes, self._raw = self.contents.sizes, self.contents.raw
+        self.labels = self.contents.labels
         self.rows = len(self._ptr)
         side = _side_files(self.path, self.contents)
         self.manifest, self._crc = side.manifest, side.crc
@@ -67,6 +70,8 @@ class Beton:
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self.classes = tuple(self.manifest.get("classes", _names(self.labels)))
         self.mean, self.std = (_triple(self.manifest.get(name)) for name in ("mean", "std"))
+        numbers = self.manifest.get("numbers")
+        self.numbers = None if numbers is None else np.array(numbers, np.int64)
         self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
         self._scratch = threading.local()
 
@@ -76,14 +81,6 @@ class Beton:
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         """Heights and widths."""
         return self._sizes[rows]
-
-    @cached_property
-    def numbers(self) -> Int64[np.ndarray, " n"] | None:
-        """Each row's index in torchvision's ImageFolder, where these differ; None: the row itself."""
-        if not self.manifest.get("numbers"):
-            return None
-        with open(f"{self.path}.paths.jsonl", "rb") as lines:
-            return np.array([json.loads(line)["number"] for line in lines], np.int64)
 
     def name(self, row: int) -> str:
         """Where the picture came from, if FILE.beton.paths.jsonl tells."""
@@ -125,19 +122,10 @@ class Beton:
                 self._announce(picks)
                 out = _buffers(ring, picks)
                 images = len(picks.rows[0])
-                ahead.append(
-                    _Ahead(
-                        out,
-                        [
-                            pool.submit(self._fill, picks, out, at, min(at + TASK, images))
-                            for at in range(0, images, TASK)
-                        ],
-                    )
-                )
-                del (
-                    out
-                )  # else this frame would keep the newest batch's buffer from being used again
-                tasks += len(ahead[-1].tasks)
+                parts = [(at, min(at + TASK, images)) for at in range(0, images, TASK)]
+                ahead.append(_Ahead(out, [pool.submit(self._fill, picks, out, *p) for p in parts]))
+                del out  # else this frame would keep a buffer from being used again
+                tasks += len(parts)
                 while len(ahead) > AHEAD and tasks > 2 * workers:
                     tasks -= len(ahead[0].tasks)
                     yield ahead.popleft().done()
@@ -156,8 +144,9 @@ class Beton:
         rows = picks.rows[0][:, 0]
         first = self._ptr[rows] // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = self._ptr[rows] + self._size[rows] - first
-        for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
-            self._map.madvise(mmap.MADV_WILLNEED, start, length)
+        with contextlib.suppress(OSError):  # it is only advice
+            for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
+                self._map.madvise(mmap.MADV_WILLNEED, start, length)
 
     def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
@@ -184,10 +173,8 @@ class Beton:
         except ValueError as error:
             self._damaged(row, str(error))
         if picture.shape != (height, width, 3):
-            self._damaged(
-                row,
-                f"it is {picture.shape[0]} x {picture.shape[1]}, its row says {height} x {width}",
-            )
+            found = "{} x {}".format(*picture.shape)
+            self._damaged(row, f"it is {found} pixels, its row says {height} x {width}")
         return picture
 
     def _damaged(self, row: int, why: str) -> NoReturn:
@@ -283,7 +270,7 @@ def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
     inside = (ptr >= end) & (ptr < at) & (size > 0) & (size <= at - ptr)
     if not inside.all() or not sizes.all() or (image["mode"] > RAW).any():
         raise Refused(f"{path} is damaged: its rows and its table do not agree; {_AGAIN}")
-    if (size[raw] != 3 * sizes[raw].astype(np.uint64).prod(axis=1)).any():
+    if (size[raw] != 3 * image["height"][raw].astype(np.uint64) * image["width"][raw]).any():
         raise Refused(f"{path} is damaged: a raw picture is not 3 x width x height bytes; {_AGAIN}")
     names = described["name"].tolist()
     return Contents(

@@ -7,15 +7,20 @@
     OUT.beton.rejects.jsonl {"path", "reason"} of each picture left out, where there are any
     OUT.beton.json          all else: classes, statistics, fingerprint, options, counts, versions
 
-These belong together: `json["head_crc"]` (header, fields and rows) and `json["table_crc"]` name the one .beton
-that they describe. The .beton comes last; one that is replaced goes first. So a reader that finds a .beton
-finds its whole set, and one that opens a file that was carried here alone is told by the crc.
+The .json has rows, classes, mean and std (of red, green, blue over all pixels before encoding, 0..1),
+fingerprint, numbers (a list where the source's differ from the rows, else null), page, max_height, max_width,
+counts, options and versions.
+
+These files belong together: the .json's head_crc (header, fields and rows) and table_crc name the one .beton
+that it describes. The .beton comes last; one that is replaced goes first. So a reader that finds a .beton
+finds its whole set, and the two crcs tell of one that was carried here alone.
 
 Every picture is decoded, shrunk where asked, and encoded anew, also a JPEG that could have been copied: one
 encoder, one quality, no EXIF, no surprise. The file is packed from the parts' records in order, so its bytes
 depend on neither workers nor parts.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -27,10 +32,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8, UInt32
 
 import fastrot
 from fastrot.config import Refused
@@ -210,8 +215,12 @@ def convert(
     plan = prepare.plan_of(options, source)
     finished = _finished(out, plan) if not options.overwrite else None
     if finished is not None:
-        prepare.drop_parts(parts_at)  # of a run that was killed at its very end
+        if parts_at.exists():  # left by a run that was killed at its very end
+            with contextlib.suppress(Refused), prepare.parts_folder(parts_at, plan, True):
+                pass
         return _summary(options, source, finished, already=True)
+
+    facts = None
     with prepare.parts_folder(parts_at, {**plan, "part": part}, options.overwrite):
         parts = prepare.parts_of(parts_at, count, ".beton", part)
         missing = [p for p in parts if not p.whole()]
@@ -225,8 +234,14 @@ def convert(
                 min(options.processes, -(-left // prepare.CHUNK)),
                 tick,
             )
-        facts = _publish(options, source, plan, parts)
-    prepare.drop_parts(parts_at)
+        found = _gather(parts, source)
+        if len(found.written):
+            facts = _publish(options, source, plan, parts, found)
+    if facts is None:
+        path, reason = found.rejects[0]
+        raise Refused(
+            f"no picture of {len(found.rejects):,} could be used; the first, {path}: {reason}"
+        )
     return _summary(
         options,
         source,
@@ -238,22 +253,35 @@ def convert(
     )
 
 
-def _publish(
-    options: BetonOptions, source: Source, plan: dict[str, Any], parts: list[prepare.Part]
-) -> dict[str, Any]:
-    """Merge the parts and put the set in its place, the .beton last; what its .json says."""
-    out = options.out
+class _Found(NamedTuple):
+    """What the parts hold, together."""
+
+    total: prepare.Tally  # statistics alone
+    crcs: UInt32[np.ndarray, " n"]
+    written: Int64[np.ndarray, " n"]  # numbers of records in the source
+    rejects: list[tuple[str, str]]  # path, reason; those of the source first
+
+
+def _gather(parts: list[prepare.Part], source: Source) -> _Found:
     total, crcs, written, rejects = prepare.Tally(), [], [], list(source.rejected)
     for tally in (part.tally() for part in parts):
         total.add(tally)
         crcs.append(np.array(tally.crcs, np.uint32))
         written.append(np.array(tally.records, np.int64))
         rejects += [(source.records[i].path, reason) for i, reason in tally.rejects]
-    crcs, written = np.concatenate(crcs), np.concatenate(written)
-    if not len(written):
-        prepare.drop_parts(parts[0].folder)
-        path, reason = rejects[0]
-        raise Refused(f"no picture of {len(rejects):,} could be used; the first, {path}: {reason}")
+    return _Found(total, np.concatenate(crcs), np.concatenate(written), rejects)
+
+
+def _publish(
+    options: BetonOptions,
+    source: Source,
+    plan: dict[str, Any],
+    parts: list[prepare.Part],
+    found: _Found,
+) -> dict[str, Any]:
+    """Merge the parts and put the set in its place, the .beton last; what its .json says."""
+    out = options.out
+    total, crcs, written, rejects = found
     merged = parts[0].folder / "merged"
     write_atomically(merged, lambda file: merge(parts, len(written), file))
 

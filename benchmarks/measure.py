@@ -1,0 +1,155 @@
+"""Benchmark rows: one JSON object a line, with the machine, the versions and the commit that they come from."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def row(what: str, **fields: Any) -> dict[str, Any]:
+    """One figure and where it comes from. COMMIT and DIRTY tell the commit where there is no .git."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "what": what,
+        **fields,
+        "gpu": gpu.name if gpu else None,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **_driver(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        **_commit(),
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def append(path: str | Path, row: Mapping[str, Any]) -> None:
+    """Add one line to a file of results."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def results(device: str) -> Path:
+    """The file of results of this machine's GPU, or of its CPU."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return ROOT / "benchmarks" / "results" / f"{name.lower().replace(' ', '-')}.jsonl"
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], device: str, *, seconds: float, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turns so that clocks and neighbours touch all alike."""
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    times = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, run in runs.items():
+            times[name].append(_timed(run, device))
+    return times
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 in milliseconds."""
+    fifths = statistics.quantiles(seconds, n=5)
+    return {
+        "unit": "ms",
+        "p20": 1e3 * fifths[0],
+        "p50": 1e3 * statistics.median(seconds),
+        "p80": 1e3 * fifths[3],
+        "reps": len(seconds),
+    }
+
+
+def _timed(run: Callable[[], Any], device: str) -> float:
+    if device != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    # several calls between two events: the launch of one is hidden behind the work of another
+    begin, end, calls = (
+        torch.cuda.Event(enable_timing=True),
+        torch.cuda.Event(enable_timing=True),
+        10,
+    )
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls / 1e3
+
+
+def _commit() -> dict[str, Any]:
+    if commit := os.environ.get("COMMIT"):
+        return {"commit": commit, "dirty": os.environ.get("DIRTY", "0") not in ("", "0")}
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+        )
+        # rows of results that this very run adds are no change of the code
+        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+        changed = subprocess.run(status, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise SystemExit(
+            "a benchmark row needs the commit: run inside the git checkout, or set COMMIT and DIRTY=0 or 1"
+        ) from None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
+
+
+def _driver() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"driver": None, "power_limit_w": None}
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,power.limit",
+        "--format=csv,noheader,nounits",
+        "-i",
+        "0",
+    ]
+    try:
+        said = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        driver, watts = (part.strip() for part in said.split(","))
+        return {"driver": driver, "power_limit_w": float(watts)}
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return {"driver": None, "power_limit_w": None}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(module: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,263 @@
+"""What is in prepared data: `python dataprep/look.py FILE.beton` prints it, and draws crops turned four ways.
+
+    --verify    read and decode every record; each bad one is named, and the exit status is 1
+
+Works for image folders too.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from anywhere
+
+import numpy as np
+import tyro
+
+if TYPE_CHECKING:  # torch takes seconds: the command line is read before
+    from PIL import Image
+
+    from fastrot.core import Batch, Data
+
+TURNS = ("upright", "90°", "180°", "270°")
+INK, FAINT = "#1f2328", "#7a828c"
+GAP, MARGIN, LINE = 6, 28, 26  # pixels; LINE: for the class name under a row
+TASK = 64  # pictures a thread verifies at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What is in a prepared file or an image folder: facts, checks, and a sheet of crops turned four ways."""
+
+    data: tyro.conf.Positional[Path]  # FILE.beton or an image folder
+    out: Path | None = None  # PNG of the crops; default: NAME-look.png beside the data, or here
+    size: int = 128  # pixels a side of the crops
+    pictures: int = 12  # on the sheet
+    seed: int = 0  # of the order and the crops
+    verify: bool = False  # read and decode every record, and name each that is damaged
+
+
+def main(args: list[str] | None = None) -> int:
+    options = tyro.cli(Look, args=args)
+    from fastrot.config import Refused
+    from fastrot.data.beton.load import DamagedRecord
+
+    try:
+        return look(options)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or options.data}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except DamagedRecord as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def look(options: Look) -> int:
+    from fastrot.assemble import open_data
+    from fastrot.config import Refused
+
+    for name in ("size", "pictures"):
+        if getattr(options, name) < 1:
+            raise Refused(f"--{name} got {getattr(options, name)}: it wants at least 1")
+    start = time.perf_counter()
+    data = open_data(options.data)
+    opened = time.perf_counter() - start
+    for name, words in facts(data, options.data, opened):
+        print(f"{name:<12}{words}")
+    bad = verify(data) if options.verify else 0
+    if not bad:
+        out = options.out or beside(options.data)
+        draw(data, options, out)
+        print(f"{'sheet':<12}{out}")
+    return 1 if bad else 0
+
+
+# ---- in words ----
+
+
+def facts(data: "Data", path: Path, opened: float) -> Iterator[tuple[str, str]]:
+    yield "data", f"{path}, {data.rows:,} pictures, opened in {1000 * opened:.0f} ms"
+    sizes = data.sizes(np.arange(data.rows))
+    short, long = spread(sizes.min(axis=1)), spread(sizes.max(axis=1))
+    yield "pixels", f"short side {short}, long side {long} (least / median / most)"
+    if hasattr(data, "contents"):
+        yield from of_file(data, path)
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None:
+            yield name, " ".join(f"{v:.4f}" for v in values) + "  (red, green, blue; 0 to 1)"
+    if rejected := getattr(data, "rejected", None):
+        yield "left out", f"{len(rejected):,}, the first {rejected[0][0]!r}: {rejected[0][1]}"
+    yield from of_labels(data)
+    yield "fingerprint", data.fingerprint
+
+
+def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
+    """Header, records and what lies beside a .beton."""
+    c, facts = data.contents, data.manifest
+    kinds = {0: "float", 1: "int", 2: "image", 3: "bytes", 4: "array", 5: "json", 6: "tensor"}
+    fields = ", ".join(f"{name} ({kinds[kind]})" for name, kind in c.fields)
+    yield "file", f"{path.stat().st_size / 1e6:,.1f} MB, pages of {c.page / 2**20:g} MiB: {fields}"
+    raw = int(c.raw.sum())
+    kilobytes = " / ".join(
+        f"{v / 1000:.1f}" for v in (c.size.min(), np.median(c.size), c.size.max())
+    )
+    yield "records", f"{data.rows - raw:,} jpg, {raw:,} raw, {kilobytes} kB (least / median / most)"
+    if not facts:
+        yield "beside it", "nothing: no checksums, no class names, no paths"
+        yield "checked", "header, rows and table fit together; records only by --verify"
+        return
+    chosen = {k: v for k, v in facts["options"].items() if k != "listing" and v is not None}
+    yield "made with", ", ".join(f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
+    yield "by", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    counts = ("seen", "rejected", "skipped")
+    yield "source", ", ".join(f"{facts[k]:,} {k}" for k in counts) + f", {data.rows:,} written"
+    yield (
+        "checked",
+        "header, rows and table fit together and have their checksums; so have the path hashes",
+    )
+
+
+def of_labels(data: "Data") -> Iterator[tuple[str, str]]:
+    """A bar for each class, or for the largest and the smallest of many."""
+    count = np.bincount(data.labels[data.labels >= 0], minlength=len(data.classes))
+    without = int((data.labels < 0).sum())
+    if without:
+        yield "labels", f"{without:,} pictures have none"
+    if not count.any():
+        return
+    order = np.argsort(-count, kind="stable")
+    few, most, mid = count.min(), count.max(), np.median(count)
+    yield (
+        "classes",
+        f"{len(count):,} with {few:,} / {mid:,.0f} / {most:,} pictures (least / median / most)",
+    )
+    shown = order if len(order) <= 12 else np.concatenate([order[:5], order[-3:]])
+    for place, label in enumerate(shown):
+        if len(order) > 12 and place == 5:
+            yield "", "..."
+        bar = "█" * max(1, round(30 * count[label] / most)) if count[label] else ""
+        yield "", f"{name_of(data, label)[:24]:<24} {count[label]:>9,} {bar}"
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{values.min()} / {np.median(values):.0f} / {values.max()}"
+
+
+def name_of(data: "Data", label: int) -> str:
+    return "no label" if label < 0 else data.classes[label] if data.classes else str(label)
+
+
+# ---- every record ----
+
+
+def verify(data) -> int:
+    """Read and decode every record; name the bad ones, and tell how many."""
+    from fastrot.data.pictures import BadPicture, decode
+    from fastrot.journal import cores
+
+    def read(row: int) -> None:
+        if hasattr(data, "picture"):
+            data.picture(row)  # checks its crc and its size too
+        else:
+            decode((data.root / data.name(row)).read_bytes())
+
+    def task(start: int) -> list[str]:
+        found = []
+        for row in range(start, min(start + TASK, data.rows)):
+            try:
+                read(row)
+            except (BadPicture, ValueError, OSError) as error:
+                words = str(error)
+                found.append(
+                    words if words.startswith("row ") else f"row {row} ({data.name(row)}): {error}"
+                )
+        return found
+
+    start, bad = time.perf_counter(), 0
+    with ThreadPoolExecutor(cores()) as pool:
+        for found in pool.map(task, range(0, data.rows, TASK)):
+            bad += len(found)
+            print("".join(line + "\n" for line in found), end="", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    state = f"{bad:,} DAMAGED" if bad else "all whole"
+    print(f"{'verified':<12}{data.rows:,} records read and decoded in {seconds:.1f} s: {state}")
+    return bad
+
+
+# ---- the sheet ----
+
+
+def beside(path: Path) -> Path:
+    """NAME-look.png beside the data where one may write there, else in the current folder."""
+    path = path.resolve()
+    folder = path.parent if os.access(path.parent, os.W_OK) else Path.cwd()
+    return folder / f"{path.stem if path.is_file() else path.name}-look.png"
+
+
+def draw(data: "Data", options: Look, out: Path) -> None:
+    """The crops that the first step of a training run would see, each turned four ways."""
+    import io
+
+    from fastrot.assemble import open_loader
+    from fastrot.config import RandomResized
+    from fastrot.core import View
+    from fastrot.disk import replace_bytes
+
+    view = View(crops=(RandomResized(size=options.size),))
+    shown = min(options.pictures, data.rows)
+    loader = open_loader(data, view, batch=shown, seed=options.seed, workers=0, enlarge=True)
+    batches = loader.epoch(0)
+    memory = io.BytesIO()
+    sheet(data, next(batches), options).save(memory, "PNG")
+    batches.close()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(out, memory.getvalue())
+
+
+def sheet(data: "Data", batch: "Batch", options: Look) -> "Image.Image":
+    """Two pictures side by side, four turns each (numpy.rot90), the class name under them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(20)
+    size, count = options.size, len(batch.images)
+    beside_each_other = 1 if count == 1 else 2
+    block = 4 * size + 3 * GAP
+    lines, top = -(-count // beside_each_other), 84
+    width = beside_each_other * block + (beside_each_other + 1) * MARGIN
+    page = Image.new("RGB", (width, top + lines * (size + LINE + GAP) + MARGIN // 2), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((MARGIN, 16), legible(options.data.resolve().name), fill=INK, font=bold)
+    words = f"crops as training sees them (RandomResized, {size} pixels, seed {options.seed})"
+    if width > 900:  # else it would meet the name
+        pen.text((width - MARGIN, 22), words, fill=FAINT, font=font, anchor="ra")
+    for column in range(beside_each_other):
+        for turn, heading in enumerate(TURNS):
+            at = MARGIN + column * (block + MARGIN) + turn * (size + GAP)
+            pen.text((at, top - 24), heading, fill=FAINT, font=font)
+    for i, crop in enumerate(batch.images.numpy()):
+        x = MARGIN + i % beside_each_other * (block + MARGIN)
+        y = top + i // beside_each_other * (size + LINE + GAP)
+        for turn in range(4):
+            turned = Image.fromarray(np.ascontiguousarray(np.rot90(crop, turn)))
+            page.paste(turned, (x + turn * (size + GAP), y))
+        row, label = int(batch.index[i]), int(batch.label[i])
+        pen.text((x, y + size + 5), legible(name_of(data, label)), fill=INK, font=font)
+        pen.text((x + block, y + size + 5), f"row {row:,}", fill=FAINT, font=font, anchor="ra")
+    return page
+
+
+def legible(text: str) -> str:
+    """The text, with a question mark for what the font may lack."""
+    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

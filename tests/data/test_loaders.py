@@ -1,0 +1,275 @@
+"""What holds for every loader: a new format is covered by a line in FORMATS."""
+
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import photo
+from PIL import Image
+from plain_beton import write_beton
+
+from fastrot.assemble import open_data, open_loader
+from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
+from fastrot.core import Data, View
+from fastrot.data.beton.write import BetonOptions, convert
+
+FORMATS = ("folder", "beton", "raw-beton", "ffcv-beton", "synthetic")
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton")
+TRAINING = View(crops=(RandomResized(size=24),))
+EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)
+BATCH = 5
+
+
+@pytest.fixture(scope="session")
+def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
+    """The same 37 pictures in every format (synthetic and ffcv-beton: others)."""
+    out = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTROT_CACHE_DIR", str(out / "cache"))
+        folder = open_data(pictures)
+    for encoding, name in (("jpg", "beton"), ("raw", "raw-beton")):
+        convert(
+            BetonOptions(
+                source="imagefolder",
+                root=pictures,
+                out=out / f"{name}.beton",
+                encoding=encoding,
+                workers=0,
+            )
+        )
+    photos = [photo(i, 50 + i, 60) for i in range(23)]
+    write_beton(out / "ffcv-beton.beton", photos, {"image": "image", "label": ("int", range(23))})
+    betons = {name: open_data(out / f"{name}.beton") for name in FORMATS if "beton" in name}
+    return {"folder": folder, "synthetic": open_data("synthetic:31"), **betons}
+
+
+@pytest.fixture(params=FORMATS)
+def data(request, prepared) -> Data:
+    return prepared[request.param]
+
+
+def epoch(data, view, number=0, start=0, *, batch=BATCH, workers=0, **how):
+    loader = open_loader(data, view, batch=batch, workers=workers, **how)
+    return list(loader.epoch(number, start))
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.index, y.index)
+        and torch.equal(x.label, y.label)
+        and torch.equal(x.clock, y.clock)
+        and all(torch.equal(s, t) for s, t in zip(x.crops, y.crops, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def by_index(batches) -> dict[int, np.ndarray]:
+    found = {}
+    for batch in batches:
+        for index, crop in zip(batch.index.tolist(), batch.images.numpy(), strict=True):
+            assert index not in found
+            found[index] = crop
+    return found
+
+
+def subset(tmp_path, rows):
+    np.save(tmp_path / "rows.npy", np.array(rows, np.int64))
+    return tmp_path / "rows.npy"
+
+
+def test_it_is_data(data):
+    assert isinstance(data, Data)
+    assert len(data.labels) == len(data.keys) == data.rows
+    assert len(np.unique(data.keys)) == data.rows
+    assert data.labels.max() < len(data.classes)
+
+
+def test_an_epoch_in_training(data):
+    batches = epoch(data, TRAINING, 3)
+    assert len(batches) == data.rows // BATCH  # the ragged tail is dropped
+    for k, batch in enumerate(batches):
+        assert batch.images.shape == (BATCH, 24, 24, 3)
+        assert batch.images.dtype == torch.uint8
+        assert batch.label.tolist() == data.labels[batch.index.numpy()].tolist()
+        assert batch.clock.tolist() == [3, 3 * len(batches) + k]
+    seen = [i for batch in batches for i in batch.index.tolist()]
+    assert len(set(seen)) == len(seen)
+    assert seen != sorted(seen)
+
+
+def test_evaluation_is_in_data_order_with_the_tail(data):
+    batches = epoch(data, EVALUATION)
+    assert [i for batch in batches for i in batch.index.tolist()] == list(range(data.rows))
+    assert len(batches[-1].images) == data.rows % BATCH
+
+
+def test_epochs_and_seeds_differ_and_repeat(data):
+    first = epoch(data, TRAINING, 0)
+    assert same(first, epoch(data, TRAINING, 0))
+    for other in (epoch(data, TRAINING, 1), epoch(data, TRAINING, 0, seed=1)):
+        assert not torch.equal(first[0].index, other[0].index)
+        assert not torch.equal(first[0].images, other[0].images)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("view", [TRAINING, EVALUATION], ids=["training", "evaluation"])
+def test_any_number_of_workers_gives_equal_bytes(data, view):
+    alone = epoch(data, view, 1)
+    for workers in (1, 2, 3):
+        assert same(alone, epoch(data, view, 1, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_start_in_the_middle(data, workers):
+    whole = epoch(data, TRAINING, 2)
+    for start in (1, len(whole) - 1, len(whole)):
+        assert same(whole[start:], epoch(data, TRAINING, 2, start, workers=workers))
+
+
+def test_two_ranks_draw_the_global_batches_of_one_process(data):
+    alone = epoch(data, TRAINING, 1, batch=6)
+    ranks = [epoch(data, TRAINING, 1, batch=3, rank=rank, world=2) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == len(alone)
+    for one, *shares in zip(alone, *ranks, strict=True):
+        wanted, got = by_index([one]), by_index(shares)  # by_index: no row twice
+        assert wanted.keys() == got.keys()
+        assert all(np.array_equal(wanted[i], got[i]) for i in wanted)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_evaluation_without_overlap(data, world):
+    ranks = [b for r in range(world) for b in epoch(data, EVALUATION, rank=r, world=world)]
+    assert sorted(by_index(ranks)) == list(range(data.rows))
+
+
+def test_an_owned_view_gives_each_rank_its_own_rows(data):
+    view = View(crops=TRAINING.crops, owned=True)
+    for rank in (0, 1):
+        batches = epoch(data, view, rank=rank, world=2)
+        assert len(batches) == data.rows // 2 // BATCH
+        assert {i % 2 for i in by_index(batches)} == {rank}
+
+
+def test_index_keeps_its_meaning_in_a_subset(data, tmp_path):
+    rows = subset(tmp_path, [1, 2, 3, 5, 8, 13, 21, 4, 7, 11])
+    whole = by_index(epoch(data, View(crops=TRAINING.crops, shuffled=False), 4))
+    part = by_index(epoch(data, View(crops=TRAINING.crops, rows=rows), 4))
+    assert sorted(part) == sorted(np.load(rows).tolist())
+    assert all(np.array_equal(part[i], whole[i]) for i in part)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([0, 10**6], "row 1000000"),
+        ([-1, 3], "row -1"),
+        ([1, 1], "twice"),
+        ([], "no pictures"),
+        ([0, 1], "--batch 5"),
+    ],
+)
+def test_a_subset_that_cannot_be_is_refused(data, tmp_path, rows, words):
+    with pytest.raises(Refused, match=words):
+        epoch(data, View(crops=TRAINING.crops, rows=subset(tmp_path, rows)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_recipes_in_one_view(data, workers):
+    view = View(crops=(RandomResized(size=24), Whole(size=17)))
+    for batch, one in zip(epoch(data, view, workers=workers), epoch(data, TRAINING), strict=True):
+        assert torch.equal(batch.crops[0], one.images)
+        assert batch.crops[1].shape == (BATCH, 17, 17, 3)
+
+
+def test_two_equal_recipes_draw_different_boxes(data):
+    twice = View(crops=(RandomResized(size=24),) * 2)
+    assert all(not torch.equal(*batch.crops) for batch in epoch(data, twice))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_stays_valid_after_later_ones_are_drawn(data, workers):
+    """Also a part of it, or one that outlives its epoch: buffers are used again, but never under a reader."""
+    loader = open_loader(data, TRAINING, batch=3, workers=workers)
+    kept, copies = [], []
+    for number in range(3):
+        for k, batch in enumerate(loader.epoch(number)):
+            keep = batch.images if k % 3 else batch.images[1:, 3:]
+            if k % 2:
+                kept.append(keep if k % 4 == 1 else keep.numpy()[:2])
+                copies.append(torch.as_tensor(kept[-1]).clone())
+            del batch, keep
+    assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "raised"])
+def test_breaking_off_leaks_no_thread_and_no_process(data, how):
+    loader = open_loader(data, TRAINING, batch=2, workers=2)
+    threads = set(threading.enumerate())
+    batches = loader.epoch(0)
+    next(batches)
+    if how == "closed":
+        batches.close()
+    elif how == "raised":
+        with pytest.raises(RuntimeError, match="enough"):
+            batches.throw(RuntimeError("enough"))
+    del batches
+    assert not set(threading.enumerate()) - threads
+    assert not multiprocessing.active_children()
+
+
+# ---- across formats ----
+
+
+@pytest.mark.parametrize("name", OF_ONE_FOLDER[1:])
+def test_boxes_and_flips_are_equal_in_all_formats(prepared, name):
+    view = View(crops=(RandomResized(size=24), Shifted(size=24), Within(size=24, short=28)))
+    folder, other = (open_loader(prepared[n], view, batch=BATCH) for n in ("folder", name))
+    assert other.fingerprint == folder.fingerprint
+    assert other.data.classes == folder.data.classes
+    assert np.array_equal(other.data.keys, folder.data.keys)
+    index = np.arange(folder.images)[::-1].copy()
+    for ours, theirs in zip(folder.picks(index, 7).rows, other.picks(index, 7).rows, strict=True):
+        assert np.array_equal(ours, theirs)
+    for ours, theirs in zip(folder.epoch(1), other.epoch(1), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+
+
+def test_raw_beton_gives_the_folders_pixels(prepared):
+    for view in (TRAINING, EVALUATION):
+        assert same(epoch(prepared["folder"], view), epoch(prepared["raw-beton"], view))
+
+
+def test_jpeg_beton_gives_the_folders_pixels_but_for_jpegs_loss(prepared):
+    pairs = zip(epoch(prepared["folder"], TRAINING), epoch(prepared["beton"], TRAINING))  # noqa: B905
+    apart = np.concatenate([(a.images.float() - b.images.float()).abs().numpy() for a, b in pairs])
+    assert apart.mean() < 4
+    assert np.quantile(apart, 0.99) < 20
+
+
+def test_a_folder_of_pngs_and_its_raw_beton_are_equal(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
+    for i in range(9):
+        (tmp_path / "png" / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(i, 30 + i, 41)).save(tmp_path / "png" / f"c{i % 2}" / f"{i}.png")
+    raw = tmp_path / "raw.beton"
+    convert(
+        BetonOptions(
+            source="imagefolder", root=tmp_path / "png", out=raw, encoding="raw", workers=0
+        )
+    )
+    view = View(crops=(RandomResized(size=24), Shifted(size=24)))
+    assert same(epoch(tmp_path / "png", view), epoch(raw, view))
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(data):
+    for number in range(3):
+        there = epoch(data, TRAINING, number, workers=2, device="cuda")
+        torch.cuda.synchronize()
+        for a, b in zip(epoch(data, TRAINING, number), there, strict=True):
+            assert b.images.is_cuda
+            assert torch.equal(a.images, b.images.cpu())
+            assert torch.equal(a.index, b.index.cpu())
+            assert torch.equal(a.clock, b.clock.cpu())

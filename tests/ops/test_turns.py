@@ -1,0 +1,239 @@
+"""turned_views: the reference is numpy's rot90 and the originals' float32 steps; the kernel is the reference, bit for bit."""
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from fastrot.config import Refused
+from fastrot.ops import compile as compiler
+from fastrot.ops import turns as op
+from fastrot.ops.choice import form_for, using
+from fastrot.ops.turns import turned_views
+from tests.conftest import golden
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = {
+    "imagenet": (MEAN, STD),
+    "cifar": ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    "plain": ((0.0, 0.5, 1.0), (1.0, 0.5, 0.3)),
+}
+ALL = (0, 1, 2, 3)
+TURNS = {
+    "all": ALL,
+    "upright": (0,),
+    "some-again": (3, 1, 1),
+    "per-image": torch.tensor([[0, 1, 2], [3, 3, 0], [2, 1, 0]]),
+}
+SIZES = [
+    pytest.param(1, id="one-pixel"),
+    pytest.param(5, id="under-one-tile"),
+    pytest.param(32, id="whole-tiles"),  # 32 rows of 3 * 32 elements
+    pytest.param(43, id="ragged-in-both-directions"),
+    pytest.param(64, id="small-crops"),
+]
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+interpreted = pytest.mark.skipif(
+    op.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
+)
+
+
+def crops(images: int, size: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(size)
+    return torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=draw)
+
+
+def by_numpy(images: torch.Tensor, turns, mean, std) -> np.ndarray:
+    """Views [B*V, S, S, 3] in float32, as the originals take their steps."""
+    each = turns.tolist() if isinstance(turns, torch.Tensor) else [turns] * len(images)
+    turned = [np.rot90(i, t) for i, row in zip(images.numpy(), each, strict=True) for t in row]
+    values = np.stack(turned).astype(np.float32) / np.float32(255)
+    return (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+
+# ---- reference ----
+
+
+def test_turns_are_those_of_the_original_code():
+    file = golden("rotation")
+    views = turned_views(torch.tensor(file["sq"])[None], ALL, (0.0,) * 3, (1.0,) * 3, torch.float32)
+    for view, degrees in zip(views, (0, 90, 180, 270), strict=True):
+        bytes_back = (view.permute(1, 2, 0) * 255).round().to(torch.uint8)
+        assert (bytes_back.numpy() == file[f"sq_rot{degrees}"]).all()
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_reference_equals_numpy_bit_for_bit(turns, dtype, statistics):
+    images = crops(3, 20)
+    views = turned_views(images, turns, *STATISTICS[statistics], dtype)
+    assert views.dtype == dtype
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    want = torch.from_numpy(by_numpy(images, turns, *STATISTICS[statistics])).to(dtype)
+    assert torch.equal(views.permute(0, 2, 3, 1), want)
+
+
+# ---- kernel ----
+
+
+def kernel_equals_reference(images, turns, statistics, dtype):
+    with using("reference"):
+        want = turned_views(
+            images.cpu(), turns if isinstance(turns, tuple) else turns.cpu(), *statistics, dtype
+        )
+    with using("triton"):
+        got = turned_views(images, turns, *statistics, dtype)
+    assert got.stride() == want.stride()
+    assert torch.equal(got.cpu(), want)
+
+
+# the interpreter cuts bfloat16 off instead of rounding it, hence the other two
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("size", SIZES)
+def test_interpreted_kernel_equals_the_reference(size, turns, dtype):
+    kernel_equals_reference(crops(3, size), turns, STATISTICS["imagenet"], dtype)
+
+
+@interpreted
+def test_interpreted_kernel_at_the_papers_size():
+    kernel_equals_reference(crops(1, 224), (1, 2), STATISTICS["cifar"], torch.float16)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("size", [*SIZES, pytest.param(224, id="paper")])
+def test_kernel_equals_the_reference_on_a_gpu(size, turns, dtype):
+    turns = turns.cuda() if isinstance(turns, torch.Tensor) else turns
+    for statistics in STATISTICS.values():
+        kernel_equals_reference(crops(3, size).cuda(), turns, statistics, dtype)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_kernel_writes_past_two_to_the_31_elements():
+    images = crops(3, 64).cuda().repeat(60_000, 1, 1, 1)  # 2.2e9 bytes of crops
+    last = turned_views(images, (1,), MEAN, STD, torch.bfloat16)[-3:]
+    assert torch.equal(last, turned_views(images[-3:], (1,), MEAN, STD, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_nothing_waits_for_the_gpu():
+    images, turns = crops(3, 64).cuda(), TURNS["per-image"].cuda()
+    turned_views(images, turns, MEAN, STD)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        turned_views(images, turns, MEAN, STD)
+        turned_views(images, ALL, MEAN, STD)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- the two divisions that the kernel writes otherwise ----
+
+
+def nearest(exact: Fraction) -> np.float32:
+    """Round to float32, ties to even."""
+    near = np.float32(float(exact))
+    around = (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf)))
+    return min(around, key=lambda c: (abs(Fraction(float(c)) - exact), int(c.view(np.int32)) & 1))
+
+
+def fused(a, b, c) -> np.float32:
+    return nearest(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)))
+
+
+def test_a_byte_over_255_is_exact_however_the_compiler_contracts_it():
+    high, low = (
+        np.float32(float.fromhex("0x1.0102p-8")),
+        np.float32(float.fromhex("-0x1.fdfdfep-25")),
+    )
+    if op.triton is not None:
+        assert (float(high), float(low)) == (op.HI.value, op.LO.value)
+    for byte in np.arange(256, dtype=np.float32):
+        want = byte / np.float32(255)
+        assert byte * high + byte * low == want
+        assert fused(byte, high, byte * low) == fused(byte, low, byte * high) == want
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_the_corrected_reciprocal_divides_as_ieee_does(statistics):
+    for mean, std in zip(*np.array(STATISTICS[statistics], np.float32), strict=True):
+        inverse = np.float32(1) / std
+        for centred in np.arange(256, dtype=np.float32) / np.float32(255) - mean:
+            value = centred * inverse
+            residue = fused(-value, std, centred)
+            assert fused(residue, inverse, value) == centred / std
+
+
+# ---- as an operator ----
+
+
+def test_the_operator_keeps_torchs_rules():
+    images, turns = crops(3, 6), TURNS["per-image"]
+    for arguments in (
+        (images, None, list(ALL), list(MEAN), list(STD), torch.float32),
+        (images, turns, [], list(MEAN), list(STD), torch.float16),
+    ):
+        torch.library.opcheck(op._turned_views, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(images=torch.zeros(1, 4, 5, 3, dtype=torch.uint8)), "square"),
+        (dict(images=torch.zeros(1, 4, 4, 3)), "torch.uint8"),
+        (dict(turns=(0, 4)), r"turns got \(0, 4\)"),
+        (dict(turns=()), "at least one"),
+        (dict(turns=torch.zeros(2, 1, dtype=torch.int64)), r"torch.int64 \[1, V\]"),
+        (dict(turns=torch.tensor([[4]])), "0, 1, 2 and 3"),
+        (dict(std=(0.2, 0.0, 0.2)), "above 0"),
+        (dict(dtype=torch.int32), "torch.int32"),
+    ],
+)
+def test_wrong_use_is_refused(change, words):
+    right = dict(images=crops(1, 4), turns=ALL, mean=MEAN, std=STD, dtype=torch.float32)
+    unchecked = getattr(turned_views, "__wrapped__", turned_views)  # before the tests' shape checks
+    with pytest.raises(Refused, match=words):
+        unchecked(**{**right, **change})
+
+
+def test_a_wrong_form_is_refused(monkeypatch):
+    with pytest.raises(Refused, match=r"using\(\) got 'cuda'"), using("cuda"):
+        pass
+    monkeypatch.setenv("FASTROT_OPS", "fast")
+    with pytest.raises(Refused, match="FASTROT_OPS got 'fast': it wants reference or triton"):
+        form_for(torch.zeros(1))
+
+
+def test_using_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTROT_OPS", "triton")
+    assert form_for(torch.zeros(1)) == "triton"
+    with using("reference"):
+        assert form_for(torch.zeros(1)) == "reference"
+
+
+# ---- machine code ----
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spills_and_store_16_bytes():
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", compiler.__name__], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert rows
+    assert all(row[-2] == "16" for row in rows), done.stdout

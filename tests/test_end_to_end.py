@@ -1,0 +1,108 @@
+"""Real commands in processes of their own: torchrun, two gloo ranks, a kill, exit statuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import TINY, assert_same_bits
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*command: str, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **more,
+    )
+
+
+@pytest.mark.ddp
+def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path):
+    """With the same global batch; BatchNorm in eval mode in both (see rank_losses.py)."""
+    script = ROOT / "tests" / "rank_losses.py"
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert run(sys.executable, script, pictures, one).returncode == 0
+    done = run(*TWO, script, pictures, two)
+    assert done.returncode == 0, done.stderr
+    mine, others = json.loads(one.read_text()), json.loads(two.read_text())
+    assert mine["seen"] == others["seen"]
+    assert mine["losses"] == pytest.approx(others["losses"], rel=1e-12)
+    assert mine["weights"] == pytest.approx(others["weights"], rel=1e-10, abs=1e-13)
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command = [*TWO, "fastrot/train.py", *TINY, "--batch", "2", "--data", pictures]
+    done = run(*command, "--out", straight, "--max-steps", "12")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is done after 12 steps") == 1  # rank 0 speaks for all
+    assert run(*command, "--out", broken, "--max-steps", "7").returncode == 0
+    done = run(*command, "--out", broken, "--max-steps", "12")
+    assert "resumed at step 7" in done.stdout, done.stderr
+    assert_same_bits(straight / "checkpoints" / "last.pt", broken / "checkpoints" / "last.pt")
+
+
+@pytest.mark.ddp
+def test_wrong_use_is_said_once_under_torchrun(tmp_path):
+    done = run(*TWO, "fastrot/train.py", *TINY, "--data", "no/such/place")
+    assert done.returncode != 0
+    assert done.stderr.count("--data no/such/place does not exist") == 1
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(pictures, tmp_path):
+    """SIGKILL in the middle of training; the same command again."""
+    more = ["--schedule.steps", "300", "--checkpoint-every", "5", "--validate-every", "9"]
+    command = [sys.executable, "fastrot/train.py", *TINY, *more, "--data", pictures]
+    killed = subprocess.Popen(
+        [str(c) for c in [*command, "--out", tmp_path / "killed"]],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+    )
+    last = tmp_path / "killed" / "checkpoints" / "last.pt"
+    until = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert killed.poll() is None, "it ended before it could be killed"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    step = torch.load(last, weights_only=True)["step"]
+    assert 0 < step < 300
+    done = run(*command, "--out", tmp_path / "killed")
+    assert f"resumed at step {step}" in done.stdout, done.stderr
+    assert run(*command, "--out", tmp_path / "straight").returncode == 0
+    assert_same_bits(last, tmp_path / "straight" / "checkpoints" / "last.pt")
+
+
+def test_statuses_of_the_command(tmp_path):
+    """0 for help, 2 and one sentence without a traceback for wrong use, from any folder."""
+    script = str(ROOT / "fastrot" / "train.py")
+    wrong = subprocess.run(
+        [sys.executable, script, "demo", "--data", "x.beton"],
+        cwd=tmp_path,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "Traceback" not in wrong.stderr
+    helped = run(sys.executable, "-m", "fastrot", "train", "demo", "--help")
+    assert helped.returncode == 0
+    assert "--max-steps" in helped.stdout
