@@ -196,5 +196,6 @@ def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
         # torch 2.14 renamed the option and warns of its old name
         names = inspect.signature(ddp.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        net = ddp(net, device_ids=ids, **{name: False})
+        options: dict[str, Any] = {name: False}
+        net = ddp(net, device_ids=ids, **options)
     return net

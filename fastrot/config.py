@@ -285,7 +285,7 @@ def to_plain(part: Any) -> Any:
 
 def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
-    if hint is Any or plain is None:
+    if plain is None:
         return plain
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         choices = [c for c in typing.get_args(hint) if c is not type(None)]
@@ -322,6 +322,7 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
         return plain
     if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
         return float(plain)
+    assert isinstance(hint, type)
     if not isinstance(plain, hint):
         raise Refused(f"{name} got {plain!r}: it wants {hint.__name__}")
     return plain

@@ -55,8 +55,9 @@ def start(here: Place, device: torch.device) -> None:
 
 
 def stop(*, together: bool = False) -> None:
-    """Leave the others. `together` waits for them first: a rank that leaves early can abort one that is
-    still at it. Not after an error, where the others may never come."""
+    """Leave the others. `together` waits for them first, since a rank that leaves early can abort one
+    that is still at it; not after an error, where the others may never come.
+    """
     if distributed.is_initialized():
         if together:
             distributed.barrier()

@@ -19,10 +19,10 @@ import yaml
 import fastrot
 from fastrot import assemble, checkpoint, config, dist, loop, page
 from fastrot.config import Config, Refused
-from fastrot.core import Batch, Data
+from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
 from fastrot.data.sources import held_out
-from fastrot.disk import replace_bytes
+from fastrot.disk import replace_bytes, write_atomically
 from fastrot.evals.rotation import turn_guesses
 from fastrot.journal import Journal, cores, table, verdict
 from fastrot.loop import TrainState
@@ -72,7 +72,7 @@ def _train(
     facts = assemble.facts(cfg, loader, device, DTYPES[cfg.precision])
     torch.manual_seed(cfg.seed)
     method = assemble.method(cfg, facts)
-    method.net.to(device, memory_format=torch.channels_last)
+    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if saved is None and cfg.start_from is not None:
         _start_from(method.net, cfg.start_from)
     state = TrainState(
@@ -171,38 +171,38 @@ def _loaders(
     cfg: Config, data: Data, run: Path, here: dist.Place, device: torch.device
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
-    each = dict(
-        batch=cfg.batch,
-        seed=cfg.seed,
-        rank=here.rank,
-        world=here.world,
-        device=device,
-        workers=cfg.workers if cfg.workers is not None else max(1, cores() // here.local_world),
-        enlarge=cfg.enlarge,
-    )
+    share = max(1, cores() // here.local_world)
+
+    def opened(data: Data, view: View) -> Loader:
+        return assemble.open_loader(
+            data,
+            view,
+            batch=cfg.batch,
+            seed=cfg.seed,
+            rank=here.rank,
+            world=here.world,
+            device=device,
+            workers=share if cfg.workers is None else cfg.workers,
+            enlarge=cfg.enlarge,
+        )
+
     if cfg.val is not None:
         judged = assemble.open_data(cfg.val)
-        return (
-            assemble.open_loader(data, assemble.training_view(cfg), **each),
-            assemble.open_loader(judged, assemble.evaluation_view(cfg), **each),
-        )
+        view = assemble.evaluation_view(cfg)
+        return opened(data, assemble.training_view(cfg)), opened(judged, view)
     if cfg.hold_out == 0:
-        return assemble.open_loader(data, assemble.training_view(cfg), **each), None
+        return opened(data, assemble.training_view(cfg)), None
     aside = held_out(data.keys, cfg.hold_out)
-    learned, judged_rows = run / "rows-train.npy", run / "rows-val.npy"
+    learned, judged = run / "rows-train.npy", run / "rows-val.npy"
     if here.rank == 0:
         _save_rows(learned, np.flatnonzero(~aside))
-        _save_rows(judged_rows, np.flatnonzero(aside))
+        _save_rows(judged, np.flatnonzero(aside))
     dist.barrier()
-    return (
-        assemble.open_loader(data, assemble.training_view(cfg, learned), **each),
-        assemble.open_loader(data, assemble.evaluation_view(cfg, judged_rows), **each),
-    )
+    view = assemble.evaluation_view(cfg, judged)
+    return opened(data, assemble.training_view(cfg, learned)), opened(data, view)
 
 
 def _save_rows(path: Path, rows: np.ndarray) -> None:
-    from fastrot.disk import write_atomically
-
     write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
 
 
@@ -277,7 +277,7 @@ def _compare(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) ->
     found = config.differences(saved["config"], config.to_plain(cfg))
     found.pop("batch", None)  # the global batch is what counts
     if saved["config"]["statistics"] == "data":
-        found.pop("mean", None), found.pop("std", None)  # they came from the data, and will again
+        found = {k: v for k, v in found.items() if k not in ("mean", "std")}  # will come again
     before, now = saved["facts"]["global_batch"], cfg.batch * here.world
     if before != now:
         found["batch x processes"] = (before, now)

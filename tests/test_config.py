@@ -24,8 +24,22 @@ def test_the_command_line_gives_the_preset(preset):
 
 def test_knobs_of_each_part_are_on_the_command_line():
     cfg = train.command_line(
-        ["demo", "--epochs", "3", "--schedule.steps", "None", "--backbone.width", ".5"]
-        + ["--method.crop.scale", ".2", ".9", "--optim.momentum", "0.8", "--data", "x"]
+        [
+            "demo",
+            "--epochs",
+            "3",
+            "--schedule.steps",
+            "None",
+            "--backbone.width",
+            ".5",
+            "--method.crop.scale",
+            ".2",
+            ".9",
+            "--optim.momentum",
+            "0.8",
+            "--data",
+            "x",
+        ]
     )
     assert (cfg.epochs, cfg.backbone.width, cfg.method.crop.scale) == (3, 0.5, (0.2, 0.9))
     assert (cfg.optim.momentum, cfg.data) == (0.8, "x")

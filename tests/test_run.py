@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
         ]
         for folder in (straight, tmp_path)
     ]
-    assert both[0] == [line for line in both[1]]
+    assert both[0] == both[1]
 
 
 def test_a_finished_run_prints_its_summary_and_changes_nothing(straight, pictures, capsys):
@@ -224,7 +224,7 @@ def test_load_gives_the_features_of_each_stage(straight):
     assert features.shape[:2] == (2, trunk.net.channels["conv5"])
     assert torch.isfinite(features).all()
     assert torch.equal(features, trunk.features(images, stage="conv5"))
-    with pytest.raises(Refused, match="conv9.*conv1"):
+    with pytest.raises(Refused, match=r"conv9.*conv1"):
         trunk.features(images, stage="conv9")
 
 

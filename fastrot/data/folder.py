@@ -40,7 +40,8 @@ class Folder:
     """
 
     format = "folder"
-    mean = std = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __init__(self, root: str | Path, *, label_from: Literal["folder", "none"] = "folder"):
         source = sources.open_source("imagefolder", root, label_from=label_from, by_name=True)

@@ -22,7 +22,8 @@ class Synthetic:
     """
 
     format = "synthetic"
-    mean = std = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __init__(self, images: int = IMAGES):
         self.rows = images
