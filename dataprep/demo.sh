@@ -9,7 +9,7 @@ if [ -z "$data" ]; then
   options=
 elif [ -d "$data" ]; then
   root=$data name=demo-$(basename "$(cd "$data" && pwd)")
-  options="--short-side 96 --limit 20000 --allow-rejects True"  # 64-pixel crops need no more
+  options="--short-side 96 --limit 20000 --allow-rejects"  # 64-pixel crops need no more
 else
   echo "fastrot: DATA=$data is no folder: name a folder of pictures" >&2
   exit 2

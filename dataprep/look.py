@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, fr
 import numpy as np
 import tyro
 
+from fastrot import entry
+
 if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
 
@@ -44,20 +46,7 @@ class Look:
 
 def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Look, args=args)
-    from fastrot.config import Refused
-    from fastrot.data.beton.load import DamagedRecord
-
-    try:
-        return look(options)
-    except Refused as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{error.filename or options.data}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except DamagedRecord as error:
-        print(error, file=sys.stderr)
-        return 1
+    return entry.status(lambda: look(options))
 
 
 def look(options: Look) -> int:
@@ -161,7 +150,7 @@ def name_of(data: "Data", label: int) -> str:
 def verify(data) -> int:
     """Read and decode every record; name the bad ones, and tell how many."""
     from fastrot.data.pictures import BadPicture, decode
-    from fastrot.journal import cores
+    from fastrot.entry import cores
 
     def read(row: int) -> None:
         if hasattr(data, "picture"):

@@ -6,7 +6,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from anywhere
 
 
+from fastrot import entry
+
+
 def main(args: list[str] | None = None) -> int:
+    return entry.status(lambda: _convert(args))
+
+
+def _convert(args: list[str] | None) -> int:
     import tyro
 
     from fastrot.data import prepare

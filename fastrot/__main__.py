@@ -10,7 +10,7 @@ COMMANDS = {"train": "train a network: fastrot train PRESET --data PATH"}
 
 
 def main() -> None:
-    entry.run(_main)
+    sys.exit(entry.status(_main))
 
 
 def _main() -> int:

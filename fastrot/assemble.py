@@ -19,7 +19,7 @@ from fastrot.config import Config, Refused
 from fastrot.core import Data, Facts, Method, View
 from fastrot.data import crops
 from fastrot.data.plan import Loader
-from fastrot.journal import cores
+from fastrot.entry import cores
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 from fastrot.ops.turns import turned_views

@@ -1,13 +1,13 @@
 """What all commands share at the door: errors for people in one sentence, the status, and said once.
 
-0 done; 1 stopped or rejects; 2 wrong use; 130 interrupted. Standard library only.
+0 done; 1 stopped, or pictures rejected; 2 wrong use; 130 interrupted. FASTROT_TRACEBACK=1 shows where an
+error came from. Standard library only.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 from fastrot.config import Refused, Stopped
 
@@ -17,21 +17,27 @@ def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function and leave with its status."""
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def status(main: Callable[[], int | None]) -> int:
+    """Run a command's main function; the status to leave with."""
     try:
-        status = main() or 0
+        code = main() or 0
     except (Refused, Stopped, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # no file of the user's: a fault of ours
-        complain(str(error))
-        status = 1 if isinstance(error, Stopped) else 2
+        if os.environ.get("FASTROT_TRACEBACK") == "1":
+            raise
+        of_a_file = isinstance(error, OSError) and error.filename is not None
+        complain(f"{error.filename}: {error.strerror}" if of_a_file else str(error))
+        code = 2 if isinstance(error, Refused) else 1
     except KeyboardInterrupt:
-        complain("interrupted")
-        status = 130
+        complain("interrupted; the same command goes on where it was")
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(status)
+    return code
 
 
 def complain(sentence: str) -> None:
@@ -39,4 +45,10 @@ def complain(sentence: str) -> None:
     if rank():
         time.sleep(5)  # rank 0 met the same, or torchrun ends this process
         sentence = f"rank {rank()}: {sentence}"
-    print(f"fastrot: {sentence}", file=sys.stderr)
+    print(f"fastrot: {printable(sentence)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: odd bytes and control characters of file names as escapes."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

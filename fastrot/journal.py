@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, log.txt, TensorBoard, the progress bar. Numbers stay on the device until asked."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -167,11 +166,6 @@ def verdict(device: torch.device, wait_share: float, images_per_s: float) -> str
     return (
         f"bound by the network's step on the {where}: {wait_share:.1%} waiting for data at {rate}"
     )
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:

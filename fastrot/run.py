@@ -23,8 +23,9 @@ from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
 from fastrot.data.sources import held_out
 from fastrot.disk import replace_bytes, write_atomically
+from fastrot.entry import cores
 from fastrot.evals.rotation import turn_guesses
-from fastrot.journal import Journal, cores, table, verdict
+from fastrot.journal import Journal, table, verdict
 from fastrot.loop import TrainState
 from fastrot.optim import Rates, sgd
 

@@ -47,14 +47,13 @@ def command_line(argv: list[str]) -> Config:
                 default=start,
                 args=rest,
                 prog="train.py --config FILE",
-                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+                config=(tyro.conf.AvoidSubcommands,),
             )
         presets = {name: ((make.__doc__ or "").strip(), make()) for name, make in PRESETS.items()}
         return tyro.extras.overridable_config_cli(
             presets,
             args=argv,
             prog="train.py",
-            config=(tyro.conf.FlagConversionOff,),
         )
 
 
@@ -80,4 +79,4 @@ def _silence():
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    sys.exit(entry.status(main))

@@ -229,7 +229,7 @@ def test_load_gives_the_features_of_each_stage(straight):
 
 
 def test_best_and_numbered_checkpoints_are_kept_as_asked(pictures, tmp_path):
-    go(pictures, tmp_path, "--max-steps", "9", "--keep-best", "True", "--keep-every", "4")
+    go(pictures, tmp_path, "--max-steps", "9", "--keep-best", "--keep-every", "4")
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     assert {"last.pt", "best.pt", "step_4.pt", "step_8.pt"} == kept
 
@@ -237,7 +237,7 @@ def test_best_and_numbered_checkpoints_are_kept_as_asked(pictures, tmp_path):
 WRONG = {
     "no-such-path": (["--data", "no/such/place"], "does not exist"),
     "no-known-format": (["--data", __file__], "known format|not a"),
-    "small-pictures": (["--image-size", "300", "--enlarge", "False"], "--image-size"),
+    "small-pictures": (["--image-size", "300", "--no-enlarge"], "--image-size"),
     "batch-too-large": (["--batch", "5000"], "--batch"),
     "budget": (["--schedule.steps", "None", "--budget", "soon"], "--budget"),
     "statistics": (["--statistics", "data"], "--statistics"),
@@ -266,7 +266,7 @@ def test_supervised_refuses_data_without_labels(pictures, tmp_path):
     flat.mkdir()
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
         (flat / f"{i}.jpg").write_bytes(path.read_bytes())
-    args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "True", "--batch", "4"]
+    args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "--batch", "4"]
     with pytest.raises(Refused, match="labels"):
         train.main([*args, "--data", str(flat), "--out", str(tmp_path / "run"), "--device", "cpu"])
 

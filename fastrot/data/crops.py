@@ -122,7 +122,7 @@ def check_sizes(recipe: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool 
     if not isinstance(recipe, (Shifted, Whole)) and middle < recipe.size and not enlarge:
         raise Refused(
             f"the crop is {recipe.size} pixels a side, but half of the pictures have a short side of at most "
-            f"{middle}: set --image-size {middle} or smaller, or --enlarge True to stretch them"
+            f"{middle}: set --image-size {middle} or smaller, or --enlarge to stretch them"
         )
 
 

@@ -20,7 +20,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 import zlib
@@ -35,7 +34,8 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from fastrot.config import Refused
+from fastrot import entry
+from fastrot.config import Refused, Stopped, knob
 from fastrot.data.sources import Record, Source, open_source
 from fastrot.disk import replace_bytes
 
@@ -46,10 +46,6 @@ JUDGED = 200  # pictures that --estimate converts
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-
-
-class Stopped(RuntimeError):
-    """The conversion could not go on, told in one sentence. Scripts exit with status 1."""
 
 
 # ---- the command line ----
@@ -76,7 +72,7 @@ class Options:
         for name, least in {"short_side": 1, "max_side": 1, "limit": 1, "workers": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise Refused(f"{_knob(name)} got {value}: it wants at least {least}")
+                raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
         if self.short_side is not None and self.max_side is not None:
             raise Refused(
                 f"--short-side {self.short_side} and --max-side {self.max_side} both set the size: give one"
@@ -84,13 +80,7 @@ class Options:
 
     @property
     def processes(self) -> int:
-        if self.workers is not None:
-            return self.workers
-        return (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        return entry.cores() if self.workers is None else self.workers
 
 
 FREE = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate")  # change no byte
@@ -118,12 +108,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         if ours.get(name) != theirs.get(name):
             if name == "listing":
                 return "from other pictures or labels than the source lists now"
-            return f"with {_knob(name)} {theirs.get(name)}, not {ours.get(name)}"
+            return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
     return None
-
-
-def _knob(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 # ---- one picture, in a worker ----
@@ -509,7 +495,7 @@ class Summary:
         if self.resumed:
             yield f"{self.resumed:,} of them stood in whole parts of an earlier run"
         for path, reason in self.rejects[:10]:
-            yield f"rejected: {printable(path)}: {reason}"
+            yield f"rejected: {entry.printable(path)}: {reason}"
         if len(self.rejects) > 10:
             yield f"and {len(self.rejects) - 10:,} more: see {self.out}.rejects.jsonl"
 
@@ -593,25 +579,9 @@ def progress_bar(total: int, before: int = 0) -> Iterator[Callable[[int], None]]
         yield tick
 
 
-def printable(path: str) -> str:
-    """A path that any terminal takes: odd bytes and control characters as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def run(convert: Callable[[], Summary | Estimate], allow_rejects: bool) -> int:
-    """Do it, tell it, and give the exit status: 1 with rejects, 2 for wrong use, 130 for Ctrl-C."""
-    try:
-        told = convert()
-    except Refused as e:
-        print(printable(str(e)), file=sys.stderr)
-        return 2
-    except (Stopped, OSError) as e:  # a killed worker, a full disk
-        print(printable(str(e)), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the whole parts", file=sys.stderr)
-        return 130
+    """Do it, tell it, and give the exit status: 1 with rejects."""
+    told = convert()
     for line in told.lines():
         print(line)
     rejected = isinstance(told, Summary) and told.rejects and not allow_rejects

@@ -19,7 +19,7 @@ from conftest import photo
 from PIL import Image
 
 from fastrot import disk
-from fastrot.config import Refused
+from fastrot.config import Refused, Stopped
 from fastrot.data import prepare
 from fastrot.data.beton import write
 from fastrot.data.pictures import decode, shrink
@@ -349,7 +349,7 @@ def test_a_raising_worker_is_surfaced():
 
 
 def test_a_killed_worker_is_one_sentence():
-    with pytest.raises(prepare.Stopped, match=r"run the same command again.*--workers than 1"):
+    with pytest.raises(Stopped, match=r"run the same command again.*--workers than 1"):
         list(prepare.spread(os._exit, [9], 1))
 
 
@@ -368,13 +368,14 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
     out = tmp_path / "a.beton"
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from fastrot.data import prepare; from fastrot.data.beton import write\n"
+        "from fastrot import entry; from fastrot.data import prepare; from fastrot.data.beton import write\n"
         "made = prepare.Part.make\n"
         "def slow(*args): made(*args); print('part', flush=True); time.sleep(60)\n"
         "prepare.Part.make = slow\n"
         f"o = write.BetonOptions(source='imagefolder', root=Path({str(pictures)!r}), "
         f"out=Path({str(out)!r}), workers=1)\n"
-        "if __name__ == '__main__': sys.exit(prepare.run(lambda: write.convert(o, part=16), False))\n"
+        "convert = lambda: write.convert(o, part=16)\n"
+        "if __name__ == '__main__': sys.exit(entry.status(lambda: prepare.run(convert, False)))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(program)

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import Refused, Stopped
 from fastrot.core import Picks
 from fastrot.data import crops
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
@@ -41,7 +41,7 @@ _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes,
 _AGAIN = "copy or prepare it again"
 
 
-class DamagedRecord(ValueError):
+class DamagedRecord(Stopped):
     """A picture whose bytes are not those that were written."""
 
 
