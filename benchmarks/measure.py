@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import resource
 import shlex
 import statistics
 import subprocess
@@ -26,14 +28,13 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
         **fields,
         "gpu": gpu.name if gpu else None,
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         **_driver(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        **{name: _version(name) for name in ("torchvision", "triton", "numpy", "simplejpeg")},
+        "opencv": _version("opencv-python-headless") or _version("opencv-python"),
         "cuda": torch.version.cuda,
         **_commit(),
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -42,17 +43,66 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
 
 
 def append(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a file of results."""
+    """Add one line to a file of results. Raises ValueError for a row that does not say its commit."""
+    if not row.get("commit"):
+        raise ValueError(f"the row {row.get('what')!r} has no commit: make it with measure.row")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def results(device: str) -> Path:
-    """The file of results of this machine's GPU, or of its CPU."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return ROOT / "benchmarks" / "results" / f"{name.lower().replace(' ', '-')}.jsonl"
+def results(device: str, out: Path | None = None) -> Path:
+    """The file of results of this machine's GPU, or of its CPU and cores; in the folder `out` where one is given."""
+    name = f"cpu {_cpu()} {_cores()} cores" if device != "cuda" else torch.cuda.get_device_name()
+    file = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".jsonl"
+    if out is not None and out.suffix == ".jsonl":
+        return out
+    return (out or ROOT / "benchmarks" / "results") / file
+
+
+def shared_data() -> Path:
+    """Where real pictures lie: $FASTROT_DATA, or beside the checkout."""
+    return Path(os.environ.get("FASTROT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def say(row: Mapping[str, Any]) -> None:
+    """A row for the eye."""
+    wall = f", {row['images_per_s']:,.0f} images/s" if row.get("images_per_s") else ""
+    print(
+        f"{row['what']}: {row.get('variant')}: {row['p50']:,.3g} {row['unit']} "
+        f"({row['p20']:,.3g} to {row['p80']:,.3g}){wall}{verdict(row)}",
+        flush=True,
+    )
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """The row's figure beside its target, in words; nothing where there is none."""
+    if row.get("target") is None:
+        return ""
+    more = row["better"] == "higher"
+    met = row["p50"] >= row["target"] if more else row["p50"] <= row["target"]
+    limit = f"at {'least' if more else 'most'} {row['target']:g} {row['unit']}"
+    return f" (target {limit}: {'met' if met else 'MISSED'})"
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    each = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in each)
+
+
+def middle(values: list[float], unit: str) -> dict[str, Any]:
+    """p20, p50 and p80 of repetitions; of a single one, itself."""
+    fifths = statistics.quantiles(values, n=5) if len(values) > 1 else values * 4
+    low, high = max(fifths[0], min(values)), min(fifths[3], max(values))
+    return {
+        "unit": unit,
+        "p20": low,
+        "p50": statistics.median(values),
+        "p80": high,
+        "reps": len(values),
+    }
 
 
 def interleaved(
@@ -70,16 +120,9 @@ def interleaved(
     return times
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
+def spread(seconds: list[float]) -> dict[str, Any]:
     """p20, p50 and p80 in milliseconds."""
-    fifths = statistics.quantiles(seconds, n=5)
-    return {
-        "unit": "ms",
-        "p20": 1e3 * fifths[0],
-        "p50": 1e3 * statistics.median(seconds),
-        "p80": 1e3 * fifths[3],
-        "reps": len(seconds),
-    }
+    return middle([1e3 * each for each in seconds], "ms")
 
 
 def _timed(run: Callable[[], Any], device: str) -> float:
@@ -110,7 +153,14 @@ def _commit() -> dict[str, Any]:
             [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
         )
         # rows of results that this very run adds are no change of the code
-        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+        status = [
+            *git,
+            "status",
+            "--porcelain",
+            "--",
+            ".",
+            *(f":!benchmarks/{made}" for made in ("results", "reports")),
+        ]
         changed = subprocess.run(status, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         raise SystemExit(
@@ -135,6 +185,10 @@ def _driver() -> dict[str, Any]:
         return {"driver": driver, "power_limit_w": float(watts)}
     except (OSError, subprocess.CalledProcessError, ValueError):
         return {"driver": None, "power_limit_w": None}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from fastrot import entry
+from fastrot.config import Stopped
 
 if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
@@ -163,7 +164,7 @@ def verify(data) -> int:
         for row in range(start, min(start + TASK, data.rows)):
             try:
                 read(row)
-            except (BadPicture, ValueError, OSError) as error:
+            except (BadPicture, Stopped, OSError) as error:
                 words = str(error)
                 found.append(
                     words if words.startswith("row ") else f"row {row} ({data.name(row)}): {error}"

@@ -29,8 +29,8 @@ def status(main: Callable[[], int | None]) -> int:
     except (Refused, Stopped, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
-        of_a_file = isinstance(error, OSError) and error.filename is not None
-        complain(f"{error.filename}: {error.strerror}" if of_a_file else str(error))
+        file = getattr(error, "filename", None)  # of an OSError that met a file
+        complain(str(error) if file is None else f"{file}: {getattr(error, 'strerror', error)}")
         code = 2 if isinstance(error, Refused) else 1
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on where it was")
