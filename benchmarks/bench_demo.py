@@ -1,0 +1,72 @@
+"""The demonstration as a newcomer sees it: `make demo` in a fresh checkout, timed from the first command to the last.
+
+    python -m benchmarks.bench_demo [--out FILE.jsonl or FOLDER]
+
+Clones the commit that stands here into a temporary folder, installation into a new .venv included.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+
+from benchmarks import measure
+from fastrot import entry
+from fastrot.config import Stopped
+
+MINUTES = 8  # on 2 cores without GPU, installation included
+ACCURACY = 0.6
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="FILE.jsonl or folder of results")
+    chosen = parser.parse_args(args)
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "fastrot"
+        subprocess.run(["git", "clone", "-q", str(measure.ROOT), str(checkout)], check=True)
+        begin = time.perf_counter()
+        done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=checkout)
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise Stopped(f"make demo ended with status {done.returncode}: see what it printed")
+        run = checkout / "runs" / "demo"
+        summary = json.loads((run / "summary.json").read_text())
+        picture = measure.ROOT / "benchmarks" / "reports" / "demo.png"
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copy(run / "plots" / "turned.png", picture)
+    where = measure.results("cpu" if summary["device"].endswith("cores") else "cuda", chosen.out)
+    for variant, figure, unit, target, better in (
+        ("installation, conversion and training", seconds / 60, "minutes", MINUTES, "lower"),
+        ("held-out rotation accuracy", summary["val_accuracy"], "share", ACCURACY, "higher"),
+    ):
+        row = measure.row(
+            "demo",
+            variant=variant,
+            mode="make demo",
+            shape={"steps": summary["steps"], "images": summary["images"]},
+            dtype="fp32 or bf16, by the processor",
+            **measure.middle([figure], unit),
+            warmup=0,
+            target=target,
+            better=better,
+            images_per_s=summary["images_per_s"],
+            wait_share=summary["wait_share"],
+            before=summary["val_accuracy_first"],
+            training_s=summary["seconds"],
+        )
+        measure.append(where, row)
+        measure.say(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.status(main))
