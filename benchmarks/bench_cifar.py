@@ -22,7 +22,7 @@ from benchmarks import measure
 from fastrot import entry
 from fastrot.config import Refused
 
-PRESET, WIDTH, BATCH, STEPS, RATE, JUDGED = "rotnet-nin-cifar10", 0.25, 64, 180, 0.1, 1000
+PRESET, WIDTH, BATCH, STEPS, RATE, JUDGED = "rotnet-nin-cifar10", 0.25, 64, 150, 0.1, 1000
 TARGET = 0.5  # of the turns right, on JUDGED test pictures
 LOG_EVERY = 10  # steps
 COPIES = "the pictures are copies of JPEG quality 95 (39.9 dB against the originals)"

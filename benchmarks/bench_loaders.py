@@ -17,8 +17,8 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
 import argparse
 import itertools
 import multiprocessing
-import os
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -210,7 +210,9 @@ def memory_of_epochs(path: str, batch: int, workers: int, epochs: int) -> list[f
     return held
 
 
-def process_rows(beton: Path, *, workers: int, reps: int, images: int) -> Iterator[dict[str, Any]]:
+def process_rows(
+    beton: Path, *, workers: int, reps: int, images: int, epochs: int = EPOCHS
+) -> Iterator[dict[str, Any]]:
     """First batch and memory growth, each in processes of their own."""
     batch = min(FIRST_BATCH, images // 2)
     waits = [_fresh(first_batch, str(beton), batch, workers) for _ in range(reps)]
@@ -224,9 +226,9 @@ def process_rows(beton: Path, *, workers: int, reps: int, images: int) -> Iterat
         better="lower",
     )
     batch = min(BATCH, images // 2)
-    held = _fresh(memory_of_epochs, str(beton), batch, workers, EPOCHS)
-    last = held[-EPOCHS // 2 :]
-    shape = {"size": SIZE, "batch": batch, "workers": workers, "epochs": EPOCHS}
+    held = _fresh(memory_of_epochs, str(beton), batch, workers, epochs)
+    last = held[-epochs // 2 :]
+    shape = {"size": SIZE, "batch": batch, "workers": workers, "epochs": epochs}
     yield row(
         "memory growth",
         OURS,
@@ -269,48 +271,49 @@ def _own_memory(process: str | int) -> float:
 
 
 def conversion_rows(
-    root: Path, work: Path, *, workers: int, times: int
+    root: Path, work: Path, *, workers: int, times: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
-    """Cost of to_ffcv.py on the pictures once and `times` over, and how its memory grew from one to the other."""
+    """Cost of to_ffcv.py on the pictures several times over, and how its memory grew with their number."""
     peaks, shape = [], {"short": 256, "quality": 90, "workers": workers}
-    for over in (1, times):
-        listing = work / f"{root.name}-x{over}.txt"
-        found = sorted(path for path in root.rglob("*") if path.is_file() and path.parent != root)
-        names = [os.path.relpath(path, work) for path in found]
-        listing.write_text("".join(f"{name} 0\n" for name in names * over))
-        out = work / f"{listing.stem}.beton"
-        wall, used = time.perf_counter(), measure.cpu_seconds()
-        parent, worker = convert("list", listing, out, workers, "--overwrite")
-        wall, used = time.perf_counter() - wall, measure.cpu_seconds() - used
+    pictures = [path for path in root.rglob("*") if path.is_file() and path.parent != root]
+    for over in times:
+        with tempfile.TemporaryDirectory(dir=work, prefix="conversion-") as folder:
+            for path, k in itertools.product(pictures, range(over)):
+                link = Path(folder) / "originals" / path.parent.name / f"{k}-{path.name}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+            wall, used = time.perf_counter(), measure.cpu_seconds()
+            out = Path(folder) / "made.beton"
+            parent, worker = convert(Path(folder) / "originals", out, workers)
+            wall, used = time.perf_counter() - wall, measure.cpu_seconds() - used
         peaks.append(parent + workers * worker)
-        for made in work.glob(f"{listing.stem}.*"):
-            made.unlink()
         yield row(
             "conversion",
-            f"{len(names) * over} pictures",
+            f"{len(pictures) * over:,} pictures",
             mode="start of the processes included",
             shape=shape,
-            **measure.middle([len(names) * over / used], "images/s and core"),
-            images_per_s=len(names) * over / wall,
-            parent_mb=round(parent, 1),
-            worker_mb=round(worker, 1),
+            **measure.middle([len(pictures) * over / used], "images/s and core"),
+            images_per_s=len(pictures) * over / wall,
+            parent_mb=parent,
+            worker_mb=worker,
         )
     yield row(
         "conversion memory",
-        f"{times} times the pictures / once",
-        mode="peaks of parent and workers together",
+        f"{times[1] // times[0]} times the pictures",
+        mode="peaks of parent and workers together, over those of fewer pictures",
         shape=shape,
         **measure.middle([peaks[1] / peaks[0]], "times"),
+        peaks_mb=peaks,
         target=1.1,
         better="lower",
     )
 
 
-def convert(source: str, root: Path, out: Path, workers: int, *more: str) -> tuple[float, float]:
+def convert(root: Path, out: Path, workers: int) -> tuple[float, float]:
     """Run to_ffcv.py; the most MB of its own that the parent held, and the most that any worker did."""
     script = measure.ROOT / "dataprep" / "to_ffcv.py"
-    said = ["--source", source, "--root", str(root), "--out", str(out), "--workers", str(workers)]
-    command = [sys.executable, str(script), *said, *PREPARE, "--allow-rejects", *more]
+    knobs = ("--source", "imagefolder", "--root", root, "--out", out, "--workers", workers)
+    command = [sys.executable, str(script), *map(str, knobs), *PREPARE, "--allow-rejects"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peaks = [0.0, 0.0]
 
@@ -360,7 +363,7 @@ def prepared(root: Path, work: Path, workers: int) -> Path:
     out = work / f"{root.name}-256-q90.beton"
     if not out.exists():
         work.mkdir(parents=True, exist_ok=True)
-        convert("imagefolder", root, out, workers)
+        convert(root, out, workers)
     return out
 
 
@@ -370,20 +373,23 @@ def main() -> int:
     parser.add_argument("--root", type=Path, help="class folders of original pictures")
     parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a short look, in under a minute")
+    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args()
     root, workers = originals(asked.root), cores()
     beton = prepared(root, asked.work, workers)
     images = fastrot.assemble.open_data(beton).rows
-    out = measure.results("cpu", asked.out)
+    out = measure.results("cpu", asked.out) if asked.out or not asked.quick else None
     seconds, reps = (0.5, 2) if asked.quick else (3.0, 7)
     rows = itertools.chain(
         loader_rows(root, beton, workers=workers, seconds=seconds, reps=reps),
         process_rows(beton, workers=workers, reps=2 if asked.quick else 5, images=images),
-        conversion_rows(root, asked.work, workers=workers, times=2 if asked.quick else 4),
+        conversion_rows(
+            root, asked.work, workers=workers, times=(1, 2) if asked.quick else (4, 12)
+        ),
     )
     for each in rows:
-        measure.append(out, each)
+        if out is not None:
+            measure.append(out, each)
         measure.say(each)
     return 0
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+from fastrot.config import Refused
+from fastrot.entry import cores
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,7 +31,7 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
         **fields,
         "gpu": gpu.name if gpu else None,
         "cpu": _cpu(),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         **_driver(),
         "python": platform.python_version(),
@@ -54,7 +57,7 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 
 def results(device: str, out: Path | None = None) -> Path:
     """The file of results of this machine's GPU, or of its CPU and cores; in the folder `out` where one is given."""
-    name = f"cpu {_cpu()} {_cores()} cores" if device != "cuda" else torch.cuda.get_device_name()
+    name = f"cpu {_cpu()} {cores()} cores" if device != "cuda" else torch.cuda.get_device_name()
     file = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".jsonl"
     if out is not None and out.suffix == ".jsonl":
         return out
@@ -76,14 +79,18 @@ def say(row: Mapping[str, Any]) -> None:
     )
 
 
+def met(row: Mapping[str, Any]) -> bool:
+    """Whether a row with a target has reached it."""
+    more = row["better"] == "higher"
+    return row["p50"] >= row["target"] if more else row["p50"] <= row["target"]
+
+
 def verdict(row: Mapping[str, Any]) -> str:
     """The row's figure beside its target, in words; nothing where there is none."""
     if row.get("target") is None:
         return ""
-    more = row["better"] == "higher"
-    met = row["p50"] >= row["target"] if more else row["p50"] <= row["target"]
-    limit = f"at {'least' if more else 'most'} {row['target']:g} {row['unit']}"
-    return f" (target {limit}: {'met' if met else 'MISSED'})"
+    limit = f"at {'least' if row['better'] == 'higher' else 'most'} {row['target']:g} {row['unit']}"
+    return f" (target {limit}: {'met' if met(row) else 'MISSED'})"
 
 
 def cpu_seconds() -> float:
@@ -163,7 +170,7 @@ def _commit() -> dict[str, Any]:
         ]
         changed = subprocess.run(status, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        raise SystemExit(
+        raise Refused(
             "a benchmark row needs the commit: run inside the git checkout, or set COMMIT and DIRTY=0 or 1"
         ) from None
     return {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}
@@ -185,10 +192,6 @@ def _driver() -> dict[str, Any]:
         return {"driver": driver, "power_limit_w": float(watts)}
     except (OSError, subprocess.CalledProcessError, ValueError):
         return {"driver": None, "power_limit_w": None}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:

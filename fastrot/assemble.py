@@ -41,10 +41,11 @@ def method(cfg: Config, facts: Facts) -> Method:
 # ---- data ----
 
 
-def open_data(path: str | Path, loader: str = "auto") -> Data:
+def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -> Data:
     """Open prepared pictures: FILE.beton, an image folder, `synthetic` or `synthetic:IMAGES`.
 
-    The format picks the reader; `loader` overrides. Raises Refused for what is no known format.
+    The format picks the reader; `loader` overrides. Raises Refused, naming `knob`, for what is no
+    known format.
     """
     name = str(path)
     if name.split(":")[0] == "synthetic":
@@ -52,11 +53,11 @@ def open_data(path: str | Path, loader: str = "auto") -> Data:
 
         count = name.partition(":")[2] or str(IMAGES)
         if not count.isdigit() or int(count) < 1:
-            raise Refused(f"--data got {name!r}: it wants synthetic, or synthetic:IMAGES")
+            raise Refused(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
         return Synthetic(int(count))
     path = Path(path)
     if not path.exists():
-        raise Refused(f"--data {path} does not exist: name a .beton file, a folder, or synthetic")
+        raise Refused(f"{knob} {path} does not exist: name a .beton file, a folder, or synthetic")
     kind = loader
     if loader == "auto":
         kind = "folder" if path.is_dir() else "beton" if path.suffix == ".beton" else "unknown"
@@ -70,7 +71,7 @@ def open_data(path: str | Path, loader: str = "auto") -> Data:
         return Folder(path)
     wants = {"beton": "a .beton file", "folder": "an image folder"}.get(loader, "a known format")
     raise Refused(
-        f"--data {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
+        f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
         "an image folder, or synthetic"
     )
 
@@ -109,7 +110,7 @@ def open_loader(
 
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
-    return View(crops=(cfg.method.crop,), rows=rows)
+    return View(crops=METHODS[type(cfg.method)].crops(cfg.method), rows=rows)
 
 
 def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
@@ -150,8 +151,8 @@ class Trunk(nn.Module):
 
 def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
     """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
-    path = Path(run)
-    state = checkpoint.load(path / "checkpoints" / "last.pt" if path.is_dir() else path)
+    path = checkpoint.of_run(run)
+    state = checkpoint.load(path)
     cfg = config.from_plain(state["config"])
     trunk = backbone(cfg.backbone, cfg.method.crop.size)
     checkpoint.load_weights(trunk, trunk_weights(state["net"]), str(path))
@@ -163,15 +164,24 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
 
 
-def facts(cfg: Config, loader: Loader, device: torch.device, dtype: torch.dtype) -> Facts:
-    """What the method may know, from the training loader."""
+def facts(
+    cfg: Config, loader: Loader, judge: Loader | None, device: torch.device, dtype: torch.dtype
+) -> Facts:
+    """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
+    if METHODS[type(cfg.method)].wants_labels:
+        for knob, each in (("--data", data), ("--val", data if judge is None else judge.data)):
+            if missing := int((each.labels < 0).sum()):
+                raise Refused(
+                    f"{cfg.preset} learns from labels, but {missing} of {each.rows} pictures of {knob} have "
+                    "none: prepare them with --label-from folder, or choose rotnet-alexnet"
+                )
+        if judge is not None and judge.data.classes != data.classes:
+            raise Refused(
+                f"--val has other classes than --data ({len(judge.data.classes)} and "
+                f"{len(data.classes)}): both need the same class folders"
+            )
     classes = len(data.classes) or int(data.labels.max()) + 1
-    if METHODS[type(cfg.method)].wants_labels and (data.labels < 0).any():
-        raise Refused(
-            f"{cfg.preset} learns from labels, but {int((data.labels < 0).sum())} of {data.rows} pictures "
-            "have none: prepare them with --label-from folder, or choose rotnet-alexnet"
-        )
     return Facts(
         images=loader.images,
         classes=classes,

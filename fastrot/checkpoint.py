@@ -21,6 +21,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda file: torch.save({"version": VERSION, **state}, file))
 
 
+def of_run(source: str | Path) -> Path:
+    """The last checkpoint of a run's folder; a file is itself."""
+    path = Path(source)
+    return path / "checkpoints" / "last.pt" if path.is_dir() else path
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint into host memory, each entry checked against its CRC first."""
     if not path.exists():
@@ -31,7 +37,7 @@ def load(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError):
         damaged = "its directory"
     if damaged is not None:
-        raise Refused(f"{path} is cut short or changed ({damaged}): use an older checkpoint")
+        raise Refused(f"{path} is cut short or changed ({damaged})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, EOFError) as error:
@@ -42,7 +48,7 @@ def load(path: Path) -> dict[str, Any]:
         found = state.get("version") if isinstance(state, dict) else None
         raise Refused(
             f"{path} has version {found!r}, this fastrot reads version {VERSION}: "
-            "use the fastrot that wrote it, or --start-from with its weights"
+            "use the fastrot that wrote it"
         )
     return state
 

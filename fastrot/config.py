@@ -5,6 +5,7 @@ may set it anew; every other knob must agree (see `differences`).
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -187,7 +188,7 @@ def check(cfg: Config) -> None:
     """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
     for name, least in {
         "epochs": 1,
-        "max_steps": 0,
+        "max_steps": 1,
         "batch": 1,
         "workers": 0,
         "log_every": 1,
@@ -200,38 +201,48 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < least:
             raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
-    if cfg.lr is not None and not cfg.lr > 0:
+    if cfg.lr is not None and not 0 < cfg.lr < math.inf:
         raise Refused(f"--lr got {cfg.lr}: it wants a number above 0")
+    if cfg.seed >= 2**63:
+        raise Refused(f"--seed got {cfg.seed}: it wants a number below 2**63")
+    if not 0 <= cfg.optim.momentum < 1:
+        raise Refused(f"--optim.momentum got {cfg.optim.momentum}: it wants 0 to below 1")
+    if not 0 <= cfg.optim.weight_decay < math.inf:
+        raise Refused(f"--optim.weight-decay got {cfg.optim.weight_decay}: it wants 0 or more")
     if not 0 <= cfg.hold_out < 1:
         raise Refused(
             f"--hold-out got {cfg.hold_out}: it wants a share from 0 (none) to below 1, such as 0.05"
         )
-    if not all(s > 0 for s in cfg.std):
+    if not all(0 < s < math.inf for s in cfg.std):
         raise Refused(f"--std got {cfg.std}: each of the three must be above 0")
+    if not all(math.isfinite(m) for m in cfg.mean):
+        raise Refused(f"--mean got {cfg.mean}: it wants three numbers, such as 0.485 0.456 0.406")
     if cfg.epochs is not None and cfg.budget is not None:
         raise Refused(
             f"--epochs {cfg.epochs} and --budget {cfg.budget} both set the length: give one"
         )
-    if cfg.schedule.steps is not None:
-        if cfg.schedule.steps < 1:
-            raise Refused(f"--schedule.steps got {cfg.schedule.steps}: it wants at least 1")
-        if cfg.epochs is not None or cfg.budget is not None:
-            raise Refused(
-                f"--schedule.steps {cfg.schedule.steps} already sets the length: add "
-                "--schedule.steps None to use --epochs or --budget"
-            )
-    if cfg.schedule.warmup < 0:
-        raise Refused(f"--schedule.warmup got {cfg.schedule.warmup}: it wants 0 or more epochs")
+    for name, value in (("steps", cfg.schedule.steps), ("epochs", cfg.schedule.epochs)):
+        if value is not None and value < 1:
+            raise Refused(f"--schedule.{name} got {value}: it wants at least 1")
+    for name, value in (("warmup", cfg.schedule.warmup), ("last", cfg.schedule.last)):
+        if not 0 <= value < math.inf:
+            raise Refused(f"--schedule.{name} got {value}: it wants 0 or more")
     rates = [rate for _, rate in cfg.schedule.table]
     ends = [end for end, _ in cfg.schedule.table]
-    if not rates or any(rate < 0 for rate in rates) or ends != sorted(set(ends)) or rates[0] == 0:
+    if (
+        not rates
+        or any(not 0 <= rate < math.inf for rate in rates)
+        or ends != sorted(set(ends))
+        or rates[0] == 0
+    ):
         raise Refused(
             f"--schedule.table got {cfg.schedule.table}: it wants (epoch, rate) pairs, epochs rising, "
             "rates of 0 or more, the first above 0"
         )
-    width = getattr(cfg.backbone, "width", 1.0)
-    if not width > 0:
-        raise Refused(f"--backbone.width got {width}: it wants a number above 0, such as 0.25")
+    if not 0 < cfg.backbone.width <= 64:
+        raise Refused(
+            f"--backbone.width got {cfg.backbone.width}: it wants a number above 0 and up to 64, such as 0.25"
+        )
     crop = cfg.method.crop
     if isinstance(crop, RandomResized):
         low, high = crop.scale
@@ -252,10 +263,22 @@ def check(cfg: Config) -> None:
 
 
 def resolved(cfg: Config) -> Config:
-    """The same run with the shorthands carried out: --image-size in the crop recipe."""
+    """The same run with its shorthands carried out, so that what is spelt out and what is meant compare equal.
+
+    --image-size goes into the crop recipe; --epochs and --budget take the place of --schedule.steps;
+    without any of them the schedule's own epochs are the run's, and without --lr its first rate.
+    """
+    schedule, epochs = cfg.schedule, cfg.epochs
+    if epochs is not None or cfg.budget is not None:
+        schedule = dataclasses.replace(schedule, steps=None)
+    elif schedule.steps is None:
+        epochs = schedule.epochs
+    lr = schedule.table[0][1] if cfg.lr is None else cfg.lr
     size = cfg.method.crop.size if cfg.image_size is None else cfg.image_size
     method = dataclasses.replace(cfg.method, crop=with_size(cfg.method.crop, size))
-    return dataclasses.replace(cfg, image_size=size, method=method)
+    return dataclasses.replace(
+        cfg, image_size=size, method=method, schedule=schedule, epochs=epochs, lr=lr
+    )
 
 
 def with_size(crop: Crop, size: int) -> Crop:
@@ -286,7 +309,9 @@ def to_plain(part: Any) -> Any:
 def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
     if plain is None:
-        return plain
+        if type(None) in typing.get_args(hint):
+            return None
+        raise Refused(f"{name or 'the config'} got null: give it a value, or leave the line out")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         choices = [c for c in typing.get_args(hint) if c is not type(None)]
         if isinstance(plain, dict):

@@ -112,9 +112,15 @@ class Data(Protocol):
 class Method(ABC):
     """A task: what it wants to see, what the network makes of it, what it costs."""
 
-    crops: tuple[Crop, ...]  # in training
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
+
+    @staticmethod
+    def crops(
+        cfg: Any,
+    ) -> tuple[Crop, ...]:  # * from its config: data is opened before the method is built
+        """Recipes of the crops that it wants in training."""
+        return (cfg.crop,)
 
     @abstractmethod
     def views(self, batch: Batch) -> Any:

@@ -51,7 +51,12 @@ def start(here: Place, device: torch.device) -> None:
         os.environ["MASTER_ADDR"] = _first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, rank=here.rank, world_size=here.world)
+    distributed.init_process_group(
+        backend,
+        rank=here.rank,
+        world_size=here.world,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def stop(*, together: bool = False) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, log.txt, TensorBoard, the progress bar. Numbers stay on the device until asked."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fastrot.disk import replace_bytes
 
 
 class Meter:
-    """Running means of named 0-d tensors, kept on the device between log lines."""
+    """Running means of named 0-d tensors, float32 on the device, between log lines."""
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
@@ -24,26 +25,35 @@ class Meter:
     def add(self, values: dict[str, Tensor]) -> None:
         """Waits for nothing."""
         for name, value in values.items():
+            value = value.float()
             self.sums[name] = value.clone() if name not in self.sums else self.sums[name] + value
         self.count += 1
 
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last read, and over all ranks.
+    def read(self, *, keep: bool = False) -> dict[str, float]:
+        """Means over the steps since the last read, and over all ranks; `keep` does not begin anew.
 
         Waits for the device: once per log line, never once per step.
         """
         if not self.count:
             return {}
-        sums = dist.sum_over_ranks(torch.stack([s.float() for s in self.sums.values()]))
+        sums = dist.sum_over_ranks(torch.stack(list(self.sums.values())))
         means = (sums / (self.count * dist.world())).tolist()
-        names, self.sums, self.count = list(self.sums), {}, 0
-        return dict(zip(names, means, strict=True))
+        named = dict(zip(self.sums, means, strict=True))
+        if not keep:
+            self.sums, self.count = {}, 0
+        return named
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "count": self.count}
+        """The sums of all ranks, a row each. Called on all of them."""
+        mine = torch.stack(list(self.sums.values())).cpu() if self.sums else torch.zeros(0)
+        rows = dist.gather_rows(mine[None]).clone()
+        return {"names": list(self.sums), "sums": rows, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {k: v.to(device) for k, v in state["sums"].items()}
+        """This rank's own sums; with another number of ranks their mean, which gives the same means."""
+        rows = state["sums"]
+        mine = rows[dist.rank()] if len(rows) == dist.world() else rows.mean(dim=0)
+        self.sums = dict(zip(state["names"], mine.to(device), strict=True))
         self.count = state["count"]
 
 
@@ -89,7 +99,10 @@ class Journal:
         """One line of metrics.jsonl, whole at once; its numbers go to TensorBoard too."""
         if not self.speaks:
             return
-        self._metrics.write(json.dumps(line) + "\n")
+        plain = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()
+        }
+        self._metrics.write(json.dumps(plain) + "\n")  # JSON has no NaN
         self._metrics.flush()
         if self._board is not None:
             for name, value in line.items():
@@ -143,8 +156,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_back(path: Path, step: int):
-    """Keep the lines up to `step`: what a killed run wrote behind its last checkpoint comes again."""
+    """Keep the lines up to `step`: what a killed run wrote behind its last checkpoint comes again.
+
+    A line that --max-steps alone brought about is marked `partial`, and goes when the run goes on.
+    """
     kept = [line for line in read_lines(path) if step and line["step"] <= step]
+    kept = [line for line in kept if not line.get("partial")]
     replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")
 

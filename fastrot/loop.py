@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastrot import checkpoint, dist
 from fastrot.config import Config, Stopped
@@ -145,56 +146,69 @@ def fit(
 ) -> None:
     """Train from `state.step` to the end, which is `state.rates.steps` or --max-steps.
 
+    Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on.
     `save(name)` writes checkpoints/`name`; `at_epoch` draws the run's page.
     """
     end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
+    batches = len(loader)
     if judge is not None and state.step == 0:
-        state.story.val_first = _judged(state, judge, journal, len(loader))
+        state.story.val_first = _judged(state, judge, journal, {"step": 0, "epoch": 0})
     at_epoch()
     state.method.net.train()
     while state.step < end:
-        number, start = divmod(state.step, len(loader))
-        timer = _Timer(state.story)
+        number, start = divmod(state.step, batches)
+        timer = _Timer(state.story, state.device)
         for batch in timer.waits(loader.epoch(number, start)):
             losses = train_step(state, batch)
             state.step += 1
             state.story.images += len(batch.index) * dist.world()
             state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
             journal.advance(state.step)
-            if state.step % cfg.log_every == 0 or state.step == end:
-                means = state.meter.read()
+            due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
+            if due or state.step == end:
+                means = state.meter.read(keep=not due)
                 line = {"step": state.step, "epoch": number, **means, **timer.lap()}
-                journal.write(line | {"lr": state.rates(state.step - 1)})
+                line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
+                journal.write(line)
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, journal.run)
             if state.step == end:
                 break
-            if state.step % cfg.checkpoint_every == 0 and state.step % len(loader):
+            if _checkpoint_is_due(state.step, cfg) and state.step % batches:
                 timer.lap()
                 _save(state, cfg, journal.run, save)
                 timer.begin()
         timer.lap()
-        due = (number + 1) % cfg.validate_every == 0 and state.step % len(loader) == 0
+        whole = state.step % batches == 0
+        due = state.step == state.rates.steps or (whole and (number + 1) % cfg.validate_every == 0)
         if judge is not None and (due or state.step == end):
-            state.story.val = _judged(state, judge, journal, len(loader))
-            if state.story.val["accuracy"] > state.story.best:
-                state.story.best = state.story.val["accuracy"]
-                if cfg.keep_best:
-                    save("best.pt")
+            line = {"step": state.step, "epoch": number} | ({} if due else {"partial": True})
+            state.story.val = _judged(state, judge, journal, line)
+        best = due and judge is not None and state.story.val["accuracy"] > state.story.best
+        if best:
+            state.story.best = state.story.val["accuracy"]
         _save(state, cfg, journal.run, save)
+        if best and cfg.keep_best:
+            save("best.pt")
         at_epoch()
 
 
-def _judged(state: TrainState, judge: Loader, journal: Journal, batches: int) -> dict[str, float]:
+def _judged(
+    state: TrainState, judge: Loader, journal: Journal, line: dict[str, Any]
+) -> dict[str, float]:
     scores = validate(state, judge)
-    named = {f"val_{name}": value for name, value in scores.items()}
-    journal.write({"step": state.step, "epoch": state.step // batches, **named})
+    journal.write(line | {f"val_{name}": value for name, value in scores.items()})
     return scores
 
 
+def _checkpoint_is_due(step: int, cfg: Config) -> bool:
+    return step % cfg.checkpoint_every == 0 or bool(cfg.keep_every and step % cfg.keep_every == 0)
+
+
 def _save(state: TrainState, cfg: Config, run: Path, save: Callable[[str], None]) -> None:
-    """last.pt, and step_N.pt where asked: only of a state that is finite throughout."""
+    """last.pt, and step_N.pt where asked: only of a state that is finite throughout, on all ranks."""
     kept = [*state.method.net.state_dict().values(), *state.method.state_dict().values()]
-    finite = checkpoint.all_finite([*kept, *state.meter.sums.values()])
+    bad = not checkpoint.all_finite([*kept, *state.meter.sums.values()])
+    finite = not dist.sum_over_ranks(torch.tensor(float(bad))).item()
     _go_on_only_if_finite(finite, state, run)
     save("last.pt")
     if cfg.keep_every and state.step % cfg.keep_every == 0:
@@ -213,11 +227,31 @@ def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
         )
 
 
+def settle(state: TrainState, batch: Batch) -> None:
+    """One forward and backward through DDP, forgotten again; before the first step of every start.
+
+    DDP puts its gradients into other buckets after its first backward. The order of a sum over three or
+    more ranks follows the buckets, so a resumed run that began with the first ones would differ in the
+    last bits from one that was never broken off.
+    """
+    if dist.world() == 1:
+        return
+    buffers = [(b, b.clone()) for b in state.method.net.buffers()]
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), state.autocast():
+        outputs = state.net(state.method.views(batch))
+    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    torch.stack([t.float().mean() for t in leaves]).sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in buffers:
+        buffer.data.copy_(before)
+
+
 class _Timer:
     """Training seconds and the share of them spent waiting for data; adds both to the story."""
 
-    def __init__(self, story: Story):
-        self.story = story
+    def __init__(self, story: Story, device: torch.device):
+        self.story, self.device = story, device
         self.begin()
 
     def begin(self) -> None:
@@ -238,7 +272,8 @@ class _Timer:
             _close(batches)
 
     def lap(self) -> dict[str, float]:
-        """images/s and wait share since the last lap."""
+        """images/s and wait share since the last lap, the steps under way included."""
+        _wait_for(self.device)
         seconds, waited = time.perf_counter() - self.since, self.waited
         images = self.story.images - self.images
         self.story.seconds += seconds
@@ -281,6 +316,8 @@ def _seconds_each(
     loader: Loader, steps: int, device: torch.device, work: Callable[[Batch], Any]
 ) -> float:
     """Seconds a batch, loading included, after 3 batches to warm up; short epochs are begun again."""
+    if not len(loader):
+        return 0.0
     done, begun, warm = 0, time.perf_counter(), 3
     while done < warm + steps:
         batches = loader.epoch(0)

@@ -28,6 +28,7 @@ from fastrot.evals.rotation import turn_guesses
 from fastrot.journal import Journal, table, verdict
 from fastrot.loop import TrainState
 from fastrot.optim import Rates, sgd
+from fastrot.presets import PRESETS
 
 SHOWN = 8  # held-out pictures in the run's contact sheet
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,8 +40,9 @@ def train(cfg: Config) -> int:
     device = choose_device(cfg.device, here)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
     run = Path(cfg.out or f"runs/{cfg.preset}")
+    _made(run)
     last = run / "checkpoints" / "last.pt"
-    saved = checkpoint.load(last) if last.exists() else None
+    saved = _last_checkpoint(last, run) if last.exists() else None
     if saved is not None:
         _compare(saved, cfg, here, run)
     begun = time.perf_counter()
@@ -65,14 +67,19 @@ def _train(
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader)
     cfg = _with_statistics(cfg, data)
-    run.mkdir(parents=True, exist_ok=True)
-    loader, judge = _loaders(cfg, data, run, here, device)
+    loader, judge = _loaders(cfg, data, run, saved, here, device)
     told = facts_of_run(cfg, data, loader, here, device)
     if saved is not None:
         _same_data(saved["facts"], told, run)
-    facts = assemble.facts(cfg, loader, device, DTYPES[cfg.precision])
+    facts = assemble.facts(cfg, loader, judge, device, DTYPES[cfg.precision])
     torch.manual_seed(cfg.seed)
     method = assemble.method(cfg, facts)
+    told["method"] = method.agree()
+    if saved is not None and saved["facts"]["method"] != told["method"]:
+        raise Refused(
+            f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
+            f"{told['method']}): use --out NEW"
+        )
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if saved is None and cfg.start_from is not None:
         _start_from(method.net, cfg.start_from)
@@ -80,20 +87,23 @@ def _train(
         method=method,
         net=assemble.wrapped(method.net, cfg, device),
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=_rates(cfg, cfg.epochs or cfg.schedule.epochs, len(loader)),
+        rates=_rates(cfg, cfg.epochs or 1, len(loader)),
         device=device,
         dtype=DTYPES[cfg.precision],
     )
     said = _set_length(state, cfg, saved, loader, judge)
     told["epochs"] = state.rates.epochs
+    if here.world > 1:
+        loop.settle(state, next(iter(loader.epoch(0))))
     if saved is not None:
         state.load_state_dict(saved)
-    journal = Journal(
-        run, steps=state.rates.steps, resumed_at=state.step, tensorboard=cfg.tensorboard
-    )
+    end = min(state.rates.steps, cfg.max_steps or state.rates.steps)
+    journal = Journal(run, steps=end, resumed_at=state.step, tensorboard=cfg.tensorboard)
     try:
         if dist.rank() == 0:
             plain = config.to_plain(cfg)
+            if cfg.budget is not None:  # what it came to, so that a replay is the same run
+                plain |= {"budget": None, "epochs": state.rates.epochs}
             replace_bytes(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
             environment = json.dumps(environment_of(device, told), indent=1)
             replace_bytes(run / "environment.json", environment.encode())
@@ -106,10 +116,15 @@ def _train(
                 checkpoint.save(run / "checkpoints" / name, parts)
 
         shown = _shown(cfg, run, judge, device) if dist.rank() == 0 else None
+        drawn, cost = -math.inf, 0.0  # when the page was last drawn, and the seconds that it took
 
         def at_epoch() -> None:
-            if dist.rank() == 0:
+            """The run's page, unless it were to cost more than a twentieth of the time."""
+            nonlocal drawn, cost
+            now = time.perf_counter()
+            if dist.rank() == 0 and now - drawn > 20 * cost:
                 _draw(run, state, shown)
+                drawn, cost = time.perf_counter(), time.perf_counter() - now
 
         loop.fit(state, loader, judge, journal, cfg, save, at_epoch)
         if dist.rank() == 0:
@@ -152,6 +167,8 @@ def choose_precision(wish: config.Precision, device: torch.device) -> config.Pre
 
 def _deterministic(cfg: Config) -> None:
     if cfg.deterministic:
+        # filling fresh memory would cost time and decide no bit
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing
@@ -169,7 +186,12 @@ def _with_statistics(cfg: Config, data: Data) -> Config:
 
 
 def _loaders(
-    cfg: Config, data: Data, run: Path, here: dist.Place, device: torch.device
+    cfg: Config,
+    data: Data,
+    run: Path,
+    saved: dict[str, Any] | None,
+    here: dist.Place,
+    device: torch.device,
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
     share = max(1, cores() // here.local_world)
@@ -188,16 +210,21 @@ def _loaders(
         )
 
     if cfg.val is not None:
-        judged = assemble.open_data(cfg.val)
+        judged = assemble.open_data(cfg.val, knob="--val")
         view = assemble.evaluation_view(cfg)
         return opened(data, assemble.training_view(cfg)), opened(judged, view)
     if cfg.hold_out == 0:
         return opened(data, assemble.training_view(cfg)), None
     aside = held_out(data.keys, cfg.hold_out)
     learned, judged = run / "rows-train.npy", run / "rows-val.npy"
-    if here.rank == 0:
-        _save_rows(learned, np.flatnonzero(~aside))
-        _save_rows(judged, np.flatnonzero(aside))
+    for path, rows in ((learned, np.flatnonzero(~aside)), (judged, np.flatnonzero(aside))):
+        if saved is not None and not (path.exists() and np.array_equal(np.load(path), rows)):
+            raise Refused(
+                f"{run} was trained on other pictures ({saved['facts']['data']}): "
+                "give the same --data and --val, or --out NEW"
+            )
+        if here.rank == 0 and saved is None:
+            _save_rows(path, rows)
     dist.barrier()
     view = assemble.evaluation_view(cfg, judged)
     return opened(data, assemble.training_view(cfg, learned)), opened(data, view)
@@ -260,8 +287,10 @@ def seconds_of(text: str) -> float:
 
 
 def _start_from(net: torch.nn.Module, source: str) -> None:
-    path = Path(source)
-    state = checkpoint.load(path / "checkpoints" / "last.pt" if path.is_dir() else path)
+    try:
+        state = checkpoint.load(checkpoint.of_run(source))
+    except Refused as error:
+        raise Refused(f"--start-from: {error}") from error
     mine, theirs = net.state_dict(), state["net"]
     if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
         net.load_state_dict(theirs)
@@ -289,8 +318,29 @@ def _compare(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) ->
         )
         raise Refused(
             f"{run} holds a run of other settings ({each}): use --out NEW for a new run, "
-            f"--start-from {run} to begin one with its weights, or the settings it had"
+            f"--out NEW --start-from {run} to begin one with its weights, or the settings it had"
         )
+
+
+def _made(run: Path) -> None:
+    """The run's folder, which must be one that can be written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(
+            f"--out {run} cannot be made ({error.strerror}): name another folder"
+        ) from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise Refused(f"--out {run} cannot be written: name a folder of your own")
+
+
+def _last_checkpoint(last: Path, run: Path) -> dict[str, Any]:
+    try:
+        return checkpoint.load(last)
+    except Refused as error:
+        kept = sorted(last.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
+        older = f"move {kept[-1]} in its place" if kept else "remove it to begin anew"
+        raise Refused(f"{error}; {older}, or use --out NEW") from error
 
 
 def _same_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
@@ -325,6 +375,11 @@ def _greeting(cfg, state: TrainState, loader, judge, run, told, saved) -> list[s
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
         *state.rates.in_words(),
     ]
+    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else told["global_batch"]
+    if told["global_batch"] != paper:
+        lines.append(
+            f"the preset's global batch is {paper}: the learning rate does not follow by itself, set --lr"
+        )
     if saved is not None:
         return [*lines, f"resumed at step {state.step}"]
     return [*lines, f"writing to {run}"]
@@ -442,6 +497,8 @@ def environment_of(device: torch.device, told: dict[str, Any]) -> dict[str, Any]
 def _commit() -> str | None:
     """The checkout's commit; None where fastrot is installed without one."""
     root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None  # git would tell of a repository around it
     try:
         asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()

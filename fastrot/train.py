@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-if sys.path[0] == str(
-    Path(__file__).resolve().parent
-):  # run as a script: this would be fastrot/ itself
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+HERE = Path(__file__).resolve().parent
+if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
+    sys.path[0] = str(HERE.parent)
 
 import contextlib
+import difflib
 import io
 
 from fastrot import config, entry
@@ -36,18 +36,20 @@ def command_line(argv: list[str]) -> Config:
 
     quiet = contextlib.nullcontext() if entry.rank() == 0 else _silence()
     with quiet:
-        if "--config" in argv:
-            at = argv.index("--config")
-            if at + 1 >= len(argv):
-                raise Refused("--config wants a file: the config.yaml of a run folder")
-            start = read_config(Path(argv[at + 1]))
-            rest = argv[:at] + argv[at + 2 :]
+        file, rest = _config_file(argv)
+        if file is not None:
             return tyro.cli(
                 Config,
-                default=start,
+                default=read_config(file),
                 args=rest,
                 prog="train.py --config FILE",
                 config=(tyro.conf.AvoidSubcommands,),
+            )
+        if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
+            near = difflib.get_close_matches(argv[0], PRESETS, n=1)
+            raise Refused(
+                f"there is no preset {argv[0]!r}: "
+                + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}")
             )
         presets = {name: ((make.__doc__ or "").strip(), make()) for name, make in PRESETS.items()}
         return tyro.extras.overridable_config_cli(
@@ -55,6 +57,23 @@ def command_line(argv: list[str]) -> Config:
             args=argv,
             prog="train.py",
         )
+
+
+def _config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The file behind --config, and the arguments that are left."""
+    at = [i for i, word in enumerate(argv) if word.split("=")[0] == "--config"]
+    if not at:
+        return None, argv
+    _, equals, file = argv[at[0]].partition("=")
+    after = at[0] + 1
+    if not equals:
+        file, after = "".join(argv[after : after + 1]), after + 1
+    rest = argv[: at[0]] + argv[after:]
+    if not file:
+        raise Refused("--config wants a file: the config.yaml of a run folder")
+    if rest and rest[0] in PRESETS:
+        raise Refused(f"--config {file} takes the place of the preset: leave {rest[0]!r} out")
+    return Path(file), rest
 
 
 def read_config(path: Path) -> Config:

@@ -36,7 +36,7 @@ def main(pictures: str, out: str) -> None:
         workers=0,
         enlarge=True,
     )
-    facts = assemble.facts(cfg, loader, torch.device("cpu"), torch.float64)
+    facts = assemble.facts(cfg, loader, None, torch.device("cpu"), torch.float64)
     torch.manual_seed(0)
     method = assemble.method(cfg, facts)
     method.net.double().eval()

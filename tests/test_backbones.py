@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from truth import golden
 
 from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
 from fastrot.backbones.heads import Classifier
 from fastrot.config import Refused
 from fastrot.ops.turns import turned_views
-from tests.conftest import golden
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]

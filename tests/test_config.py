@@ -50,7 +50,7 @@ def test_a_config_file_is_replayed_with_changes(tmp_path):
     cfg = dataclasses.replace(config.resolved(PRESETS["rotnet-nin-cifar10"]()), seed=3, data="d")
     path.write_text(yaml.safe_dump(config.to_plain(cfg)))
     assert train.command_line(["--config", str(path)]) == cfg
-    changed = train.command_line(["--config", str(path), "--seed", "4"])
+    changed = train.command_line([f"--config={path}", "--seed", "4"])
     assert changed == dataclasses.replace(cfg, seed=4)
 
 
@@ -62,6 +62,13 @@ BAD = {
     "two-lengths": (["--epochs", "3", "--budget", "1h"], "--budget"),
     "width": (["--backbone.width", "0"], "--backbone.width"),
     "std": (["--std", "0", "1", "1"], "--std"),
+    "momentum": (["--optim.momentum", "-1"], "--optim.momentum"),
+    "weight-decay": (["--optim.weight-decay", "nan"], "--optim.weight-decay"),
+    "lr-infinite": (["--lr", "inf"], "--lr"),
+    "mean": (["--mean", "nan", "0", "0"], "--mean"),
+    "seed": (["--seed", "99999999999999999999"], "--seed"),
+    "published-epochs": (["--schedule.epochs", "0"], "--schedule.epochs"),
+    "config-with-preset": (["--config", "x.yaml"], "--config x.yaml takes the place"),
     "table": (["--schedule.table", "9", "0.1", "3", "0.2"], "--schedule.table"),
     "no-data": ([], "--data"),
 }
@@ -73,13 +80,35 @@ def test_a_knob_out_of_range_is_named(args, names):
         train.main(["rotnet-alexnet", *args])
 
 
-@pytest.mark.parametrize("args", [["demo", "--bacth", "3"], ["dmo"]], ids=["knob", "preset"])
-def test_a_wrong_name_gets_a_suggestion(args, capsys):
+def test_a_wrong_knob_gets_a_suggestion(capsys):
     with pytest.raises(SystemExit) as left:
-        train.command_line(args)
+        train.command_line(["demo", "--bacth", "3"])
     assert left.value.code == 2
     said = capsys.readouterr()
-    assert ("--batch" if "demo" in args else "demo") in said.out + said.err
+    assert "--batch" in said.out + said.err
+
+
+def test_a_wrong_preset_gets_a_suggestion():
+    with pytest.raises(Refused, match="did you mean rotnet-alexnet"):
+        train.command_line(["rotnet-alexnt", "--data", "x"])
+    with pytest.raises(Refused, match="supervised-alexnet"):
+        train.command_line(["simclr"])
+
+
+def test_what_is_spelt_out_and_what_is_meant_are_the_same_run():
+    plain = config.resolved(train.command_line(["rotnet-alexnet"]))
+    spelt = config.resolved(
+        train.command_line(["rotnet-alexnet", "--epochs", "50", "--lr", "0.01"])
+    )
+    assert plain == spelt
+
+
+@pytest.mark.parametrize(
+    "args", [["--epochs", "3"], ["--budget", "9min"]], ids=["epochs", "budget"]
+)
+def test_a_length_takes_the_place_of_the_presets_steps(args):
+    assert config.resolved(train.command_line(["demo"])).schedule.steps == 1100
+    assert config.resolved(train.command_line(["demo", *args])).schedule.steps is None
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -110,6 +139,8 @@ PLAIN = {
     "type": ({"batch": "many"}, "batch"),
     "part": ({"method": {"type": "Simclr"}}, "method"),
     "choice": ({"precision": "fp8"}, "precision"),
+    "null": ({"batch": None}, "batch"),
+    "null-part": ({"schedule": None}, "schedule"),
 }
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import golden
 from torch import nn
+from truth import golden
 
 from fastrot import presets
 from fastrot.config import Schedule, Sgd

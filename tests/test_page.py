@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import photo
 from PIL import Image
 from torch import nn
+from truth import photo
 
 from fastrot import page
 from fastrot.evals import picture

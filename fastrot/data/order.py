@@ -42,9 +42,6 @@ class Shuffled:
             of = np.arange(rows, dtype=np.int64) if isinstance(rows, int) else rows
             self._sorted = of[np.argsort(hash64(*self._key, of), kind="stable")]
 
-    def __len__(self) -> int:
-        return self.images
-
     def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         if self._sorted is not None:
             return self._sorted[places]
@@ -56,11 +53,7 @@ class InOrder:
     """Data order, addressed the same way."""
 
     def __init__(self, rows: Int64[np.ndarray, " n"] | int):
-        self.images = rows if isinstance(rows, int) else len(rows)
         self._rows = None if isinstance(rows, int) else rows
-
-    def __len__(self) -> int:
-        return self.images
 
     def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         return places if self._rows is None else self._rows[places]

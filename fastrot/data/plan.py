@@ -4,6 +4,7 @@
 the same batches.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -159,12 +160,18 @@ def _read_rows(path, rows: int) -> np.ndarray:
     return chosen
 
 
+@functools.lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: torch keeps the memory of each stream apart, so a new one an epoch would let it grow."""
+    return torch.cuda.Stream(device)
+
+
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch copied to the GPU on a side stream while the one before is used.
 
     Pinned host memory comes from torch's caching allocator, which keeps a block until its copy is done.
     """
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
     ahead: tuple | None = None  # a batch, and the event of its copy
     for host in batches:
         with torch.cuda.stream(side):

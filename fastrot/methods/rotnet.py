@@ -19,7 +19,6 @@ class RotNet(Method):
     """All four turns of each crop in one batch; mean cross-entropy over the 4 B views."""
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, facts: Facts):
-        self.crops = (cfg.crop,)
         self.net = Classifier(trunk, len(TURNS))
         self.facts = facts
 

@@ -15,7 +15,7 @@ def classification_scores(
     logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Cross-entropy and top-1 accuracy as (sum, count), in float32: counts of pictures stay exact to 2**24."""
-    count = torch.tensor(float(len(label)), device=logits.device)
+    count = torch.full((), float(len(label)), device=logits.device)  # torch.tensor would wait
     return {
         "loss": (F.cross_entropy(wide(logits), label, reduction="sum"), count),
         "accuracy": ((logits.argmax(dim=1) == label).float().sum(), count),

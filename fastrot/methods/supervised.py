@@ -19,7 +19,6 @@ class Supervised(Method):
     wants_labels = True
 
     def __init__(self, cfg: config.Supervised, trunk: Staged, facts: Facts):
-        self.crops = (cfg.crop,)
         self.net = Classifier(trunk, facts.classes)
         self.facts = facts
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photo
 from plain_beton import write_beton
+from truth import photo
 
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, Refused, Whole

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import photo
+from truth import photo
 
 from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
 from fastrot.data import crops
@@ -294,7 +294,7 @@ def test_pictures_large_enough_pass(recipe, enlarge):
     [
         (Shifted(size=41), True, "row 0 has a short side of 40: set --image-size 40"),
         (RandomResized(size=201), False, "at most 200: set --image-size 200"),
-        (Within(), False, "--enlarge True"),
+        (Within(), False, "--enlarge"),
     ],
 )
 def test_pictures_too_small_are_refused(recipe, enlarge, words):

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import photo
 from PIL import Image
+from truth import photo
 
 from fastrot import core
 from fastrot.config import RandomResized, Refused, Shifted, Whole

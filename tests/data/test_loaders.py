@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import photo
 from PIL import Image
 from plain_beton import write_beton
+from truth import photo
 
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted, Whole, Within

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import photo
 from PIL import Image
 from plain_beton import write_beton
+from truth import photo
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"
 

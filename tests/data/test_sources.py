@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import DATA, photo
 from PIL import Image
+from truth import DATA, photo
 
 from fastrot.config import Refused
 from fastrot.data import pictures, sources

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from conftest import photo
 from PIL import Image
+from truth import photo
 
 from fastrot import disk
 from fastrot.config import Refused, Stopped

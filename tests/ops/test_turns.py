@@ -8,13 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from truth import golden
 
 from fastrot.config import Refused
 from fastrot.ops import compile as compiler
 from fastrot.ops import turns as op
 from fastrot.ops.choice import form_for, using
 from fastrot.ops.turns import turned_views
-from tests.conftest import golden
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {

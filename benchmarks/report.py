@@ -1,0 +1,293 @@
+"""Rows of results as a page a theme: benchmarks/reports/<theme>_<machine>_<yyyymm>.md, the same as .html, plots as .png.
+
+    python -m benchmarks.report [--results FOLDER] [--out FOLDER]
+
+Every figure on a page is a row's; the last column names its line in the file of results. Of rows with the same key
+(what, variant, mode, shape, dtype, machine) the newest counts.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import argparse
+import base64
+import html
+import json
+import re
+from typing import Any
+
+from benchmarks import measure
+from fastrot import entry
+from fastrot.config import Refused
+
+TITLES = {
+    "loaders": "Loaders and conversion",
+    "cifar": "Learning on real pictures: CIFAR-10",
+    "ops": "Ops",
+}
+KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
+SHOWN = {  # columns beside what every row has
+    "images_per_s": "images/s",
+    "gb_per_s": "GB/s",
+    "share_of_peak": "share of copy",
+    "parent_mb": "parent MB",
+    "worker_mb": "a worker MB",
+    "seconds": "s of training",
+}
+VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
+STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
+
+
+def newest(file: Path) -> list[dict[str, Any]]:
+    """The rows that count, each with its `line` in the file, in the order in which they were first measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        row = json.loads(line)
+        if not row.get("commit"):
+            raise Refused(f"line {number} of {file} has no commit: take it out, and measure again")
+        key = json.dumps([row.get(name) for name in KEY], sort_keys=True)
+        if key not in found or row["when"] >= found[key]["when"]:
+            found[key] = {**row, "line": number}
+    return list(found.values())
+
+
+# ---- a page, as parts: headings, paragraphs, tables, pictures, code ----
+
+
+def page(theme: str, rows: list[dict[str, Any]], name: str, plots: list[Path]) -> list[tuple]:
+    lines = [{k: v for k, v in row.items() if k != "line"} for row in rows]
+    return [
+        ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
+        ("list", conclusion(rows)),
+        *(("picture", plot) for plot in plots),
+        ("heading", "Figures"),
+        (
+            "text",
+            f"Medians, with the 20th and 80th percentile of the repetitions. Line: in {name}.",
+        ),
+        ("table", figures(rows)),
+        *(("text", f"Note: {about}.") for about in _each(rows, "about")),
+        ("heading", "Machine, versions, commands"),
+        ("table", machine(rows)),
+        ("heading", "The lines"),
+        ("code", "\n".join(json.dumps(line) for line in lines)),
+    ]
+
+
+def conclusion(rows: list[dict[str, Any]]) -> list[str]:
+    """What to think of it: each target, met or missed and by how much; what binds the reader."""
+    said = []
+    judged = [row for row in rows if row.get("target") is not None]
+    for row in judged:
+        limit = f"at {'least' if row['better'] == 'higher' else 'most'} {_number(row['target'])}"
+        met = "met" if measure.met(row) else "MISSED"
+        said.append(
+            f"{met}: {row['what']}, {row['variant']}: {_number(row['p50'])} {row['unit']} where {limit} "
+            f"was the target ({row['p50'] / row['target']:.0%} of it)."
+        )
+    core = {row["variant"]: row for row in rows if row["what"] == "loader"}
+    whole, ours = core.get("beton, whole pictures decoded"), core.get("beton")
+    if whole and ours:
+        said.append(
+            f"Decoding whole pictures takes {ours['p50'] / whole['p50']:.0%} of the .beton reader's time on the "
+            "processor: the decoder binds it."
+        )
+    met = sum(map(measure.met, judged))
+    return [
+        f"{met} of {len(judged)} targets met." if judged else "No row here has a target.",
+        *said,
+    ]
+
+
+def figures(rows: list[dict[str, Any]]) -> list[list[str]]:
+    more = {k: label for k, label in SHOWN.items() if any(row.get(k) is not None for row in rows)}
+    table = [["what", "variant", "median", "p20 to p80", "unit", "n", *more.values(), "of", "line"]]
+    for row in rows:
+        of = [f"{k} {v}" for k, v in (row.get("shape") or {}).items()]
+        table.append(
+            [
+                *(row["what"], row.get("variant") or "", _number(row["p50"])),
+                *(f"{_number(row['p20'])} to {_number(row['p80'])}", row["unit"], str(row["reps"])),
+                *("" if row.get(k) is None else _number(row[k]) for k in more),
+                ", ".join(filter(None, [row.get("mode"), row.get("dtype"), *of])),
+                str(row["line"]),
+            ]
+        )
+    return table
+
+
+def machine(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What the figures come from; more than one value where rows differ."""
+    names = ("cpu", "cores", "gpu", "driver", "power_limit_w", *VERSIONS, "command")
+    table = [["", ""], *([name, ", ".join(_each(rows, name))] for name in names)]
+    commits = {
+        f"{r['commit'][:12]}{' with changes not committed' * bool(r['dirty'])}" for r in rows
+    }
+    table.append(["commit", ", ".join(sorted(commits))])
+    table.append(["measured", f"{min(r['when'] for r in rows)} to {max(r['when'] for r in rows)}"])
+    return [line for line in table if line[1] or line == ["", ""]]
+
+
+def _each(rows: list[dict[str, Any]], name: str) -> list[str]:
+    return list(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None))
+
+
+def _processor(row: dict[str, Any]) -> str:
+    return f"{row['cpu']}, {row['cores']} cores"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of a larger one."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+# ---- plots ----
+
+
+def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
+    """The theme's plots as PNG beside the page."""
+    draws = {"loaders": (("loaders", _loaders),), "cifar": (("curve", _curve),)}
+    made = []
+    for name, plot in draws.get(theme, ()):
+        figure = plot(rows)
+        if figure is not None:
+            made.append(stem.with_name(f"{stem.name}_{name}.png"))
+            figure.savefig(made[-1], dpi=110)
+    return made
+
+
+def _loaders(rows: list[dict[str, Any]]):
+    found = [row for row in rows if row["what"] == "loader" and row["mode"] == "crops"]
+    found = sorted((r for r in found if r["variant"] != "synthetic"), key=lambda row: row["p50"])
+    if not found:
+        return None
+    figure, axes = _axes(height=1.2 + 0.6 * len(found))
+    middle = [row["p50"] for row in found]
+    spread = [[r["p50"] - r["p20"] for r in found], [r["p80"] - r["p50"] for r in found]]
+    colours = ["#d95f02" if row["variant"] == "beton" else "#8da0b3" for row in found]
+    bars = axes.barh([r["variant"] for r in found], middle, xerr=spread, color=colours, capsize=3)
+    axes.bar_label(bars, [_number(value) for value in middle], padding=8)
+    axes.set_xlim(0, 1.15 * max(r["p80"] for r in found))
+    axes.set_xlabel("images/s and core (224-pixel random-resized crops)")
+    return figure
+
+
+def _curve(rows: list[dict[str, Any]]):
+    found = [row for row in rows if row.get("curve")]
+    if not found:
+        return None
+    row = found[0]
+    figure, axes = _axes(height=3.6)
+    seconds = [point["s"] for point in row["curve"]]
+    axes.plot(seconds, [point["accuracy"] for point in row["curve"]], label="training pictures")
+    axes.plot(seconds[-1], row["p50"], "o", color="#d95f02", label="held-out pictures, at the end")
+    axes.axhline(row["chance"], color="grey", linestyle=":", label="chance")
+    axes.axhline(row["target"], color="grey", linestyle="--", label="target")
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("share of turns told right")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _axes(height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+# ---- Markdown and HTML ----
+
+
+def markdown(parts: list[tuple]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    def table(rows: list[list[str]]) -> str:
+        lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+        return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+    write = {
+        "title": lambda text: f"# {text}",
+        "heading": lambda text: f"## {text}",
+        "text": lambda text: text,
+        "list": lambda lines: "\n".join(f"- {line}" for line in lines),
+        "table": table,
+        "picture": lambda path: f"![{path.stem}]({path.name})",
+        "code": lambda text: f"```json\n{text}\n```",
+    }
+    return "\n\n".join(write[kind](what) for kind, what in parts) + "\n"
+
+
+def as_html(parts: list[tuple]) -> str:
+    """One file that opens from disk: pictures are inside."""
+
+    def table(rows: list[list[str]]) -> str:
+        head, *body = rows
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
+        names = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in [names, *lines]) + "</table>"
+
+    def picture(path: Path) -> str:
+        inside = base64.b64encode(path.read_bytes()).decode()
+        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{inside}">'
+
+    write = {
+        "title": lambda text: f"<title>{html.escape(text)}</title><h1>{html.escape(text)}</h1>",
+        "heading": lambda text: f"<h2>{html.escape(text)}</h2>",
+        "text": lambda text: f"<p>{html.escape(text)}</p>",
+        "list": lambda lines: (
+            f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+        ),
+        "table": table,
+        "picture": picture,
+        "code": lambda text: f"<pre>{html.escape(text)}</pre>",
+    }
+    body = "\n".join(write[kind](what) for kind, what in parts)
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{STYLE}</style>\n{body}\n</html>\n'
+
+
+def write(file: Path, out: Path) -> list[Path]:
+    """The pages of one file of results."""
+    themes: dict[str, list[dict[str, Any]]] = {}
+    for row in newest(file):
+        themes.setdefault(row.get("theme", "ops"), []).append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    made = []
+    for theme, rows in themes.items():
+        month = re.sub("-", "", max(row["when"] for row in rows)[:7])
+        stem = out / f"{theme}_{file.stem}_{month}"
+        parts = page(theme, rows, file.name, draw(theme, rows, stem))
+        for suffix, text in ((".md", markdown(parts)), (".html", as_html(parts))):
+            made.append(stem.with_name(stem.name + suffix))
+            made[-1].write_text(text)
+    return made
+
+
+def main() -> int:
+    """A page a theme for each file of results."""
+    here = measure.ROOT / "benchmarks"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=here / "results")
+    parser.add_argument("--out", type=Path, default=here / "reports")
+    asked = parser.parse_args()
+    files = sorted(asked.results.glob("*.jsonl"))
+    if not files:
+        raise Refused(
+            f"{asked.results} holds no results: run make bench, or name a folder with --results"
+        )
+    for file in files:
+        for made in write(file, asked.out):
+            print(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.status(main))

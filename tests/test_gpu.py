@@ -1,0 +1,124 @@
+"""What only a GPU can show: no wait inside a step, half precision, compile, resuming. `make gpu` runs it."""
+
+import pytest
+import torch
+from test_run import TINY, assert_same_bits
+
+from fastrot import assemble, checkpoint, config, loop, train
+from fastrot.loop import TrainState, train_step, validate
+from fastrot.optim import Rates, sgd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+CUDA = torch.device("cuda", 0)
+ON_GPU = [word if word != "cpu" else "cuda" for word in TINY]
+
+
+def state_and_loader(data: str, dtype: torch.dtype, **knobs):
+    cfg = config.Config(
+        method=config.RotNet(crop=config.RandomResized(size=64)),
+        backbone=config.AlexNet(width=0.25, kernel=5, stride=2),
+        **knobs,
+    )
+    view = assemble.training_view(cfg)
+    loader = assemble.open_loader(data, view, batch=16, device=CUDA, enlarge=True)
+    facts = assemble.facts(cfg, loader, None, CUDA, dtype)
+    method = assemble.method(cfg, facts)
+    method.net.to(CUDA).to(memory_format=torch.channels_last)
+    state = TrainState(
+        method=method,
+        net=assemble.wrapped(method.net, cfg, CUDA),
+        optimizer=sgd(method.net, cfg.optim, 0.05),
+        rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=0.05),
+        device=CUDA,
+        dtype=dtype,
+    )
+    return state, loader
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_nothing_in_a_step_waits_for_the_gpu(dtype, pictures):
+    """Loader, views, network, losses, descent, running means."""
+    state, loader = state_and_loader("synthetic:400", dtype)
+    batches = loader.epoch(0)
+    for _ in range(3):  # allocations and kernels of the first steps may wait
+        train_step(state, next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            losses = train_step(state, next(batches))
+            state.step += 1
+            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(losses.total)
+
+
+def test_crops_on_the_gpu_are_those_of_the_cpu(pictures):
+    cfg = config.Config()
+    view = assemble.training_view(cfg)
+    both = [
+        list(
+            assemble.open_loader(
+                str(pictures), view, batch=5, device=device, workers=2, enlarge=True
+            ).epoch(1)
+        )
+        for device in ("cpu", CUDA)
+    ]
+    for host, device in zip(*both, strict=True):
+        assert torch.equal(host.images, device.images.cpu())
+        assert torch.equal(host.index, device.index.cpu())
+        assert torch.equal(host.clock, device.clock.cpu())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_deterministic_run_resumes_to_the_same_bits(precision, pictures, tmp_path):
+    args = [*ON_GPU, "--precision", precision, "--deterministic", "--data", str(pictures)]
+    try:
+        train.main([*args, "--out", str(tmp_path / "straight")])
+        train.main([*args, "--out", str(tmp_path / "broken"), "--max-steps", "7"])
+        train.main([*args, "--out", str(tmp_path / "broken")])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    last = [tmp_path / name / "checkpoints" / "last.pt" for name in ("straight", "broken")]
+    assert_same_bits(*last)
+
+
+def test_a_run_that_is_not_deterministic_resumes_to_rounding(pictures, tmp_path):
+    args = [*ON_GPU, "--data", str(pictures)]
+    train.main([*args, "--out", str(tmp_path / "straight")])
+    train.main([*args, "--out", str(tmp_path / "broken"), "--max-steps", "7"])
+    train.main([*args, "--out", str(tmp_path / "broken")])
+    a, b = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "last.pt")
+        for name in ("straight", "broken")
+    )
+    assert a["step"] == b["step"]
+    for name, value in a["net"].items():
+        torch.testing.assert_close(value, b["net"][name], rtol=1e-2, atol=1e-3)
+
+
+def test_the_compiled_step_is_the_eager_one(pictures):
+    torch.manual_seed(0)
+    eager, loader = state_and_loader("synthetic:400", torch.float32)
+    torch.manual_seed(0)
+    compiled, _ = state_and_loader("synthetic:400", torch.float32, compile=True)
+    for batch in loader.epoch(0):
+        mine, other = train_step(eager, batch).total, train_step(compiled, batch).total
+        torch.testing.assert_close(mine, other, rtol=2e-3, atol=1e-4)
+        eager.step, compiled.step = eager.step + 1, compiled.step + 1
+        if eager.step == 8:
+            break
+
+
+def test_validation_and_learning_in_half_precision(pictures):
+    state, loader = state_and_loader(str(pictures), torch.bfloat16)
+    batch = next(iter(loader.epoch(0)))
+    losses = []
+    for _ in range(40):
+        losses.append(train_step(state, batch).total.item())
+    assert losses[-1] < losses[0]
+    assert 0 <= validate(state, loader)["accuracy"] <= 1
+    assert loop.checkpoint.all_finite(list(state.method.net.state_dict().values()))
