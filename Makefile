@@ -48,6 +48,7 @@ bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cifar
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_demo
 
 report: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.report

@@ -50,6 +50,7 @@ def main(args: list[str] | None = None) -> int:
     ):
         row = measure.row(
             "demo",
+            theme="demo",
             variant=variant,
             mode="make demo",
             shape={"steps": summary["steps"], "images": summary["images"]},

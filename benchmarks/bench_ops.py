@@ -81,9 +81,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, half a second each")
     asked = parser.parse_args()
-    out = asked.out or measure.results(asked.device)
-    if out.suffix != ".jsonl":
-        out = out / measure.results(asked.device).name
+    out = measure.results(asked.device, asked.out)
     seconds = 0.5 if asked.quick else 5.0
     if asked.device == "cuda":
         shapes = [(64, 64)] if asked.quick else [(192, 224), (512, 224), (1024, 128), (64, 64)]

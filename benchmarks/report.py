@@ -27,7 +27,12 @@ TITLES = {
     "loaders": "Loaders and conversion",
     "cifar": "Learning on real pictures: CIFAR-10",
     "ops": "Ops",
+    "demo": "The demonstration",
 }
+BEGIN, END = (
+    "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
+    "<!-- /measured -->",
+)
 KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
@@ -271,8 +276,38 @@ def write(file: Path, out: Path) -> list[Path]:
     return made
 
 
+def readme_table(files: list[Path]) -> str:
+    """The figures that have a target, for the README: each a row's, with the command that measures it."""
+    lines = ["| what | measured | target | on | command |", "| --- | --- | --- | --- | --- |"]
+    for file in files:
+        for row in newest(file):
+            if row.get("target") is None:
+                continue
+            least = "at least" if row["better"] == "higher" else "at most"
+            missed = "" if measure.met(row) else " (missed)"
+            what = ", ".join(filter(None, [row["what"], row.get("variant"), row.get("mode")]))
+            module = re.search(r"benchmarks[./]\w+", row["command"])
+            command = f"python -m {module[0].replace('/', '.')}" if module else row["command"]
+            lines.append(
+                f"| {what} | {_with_unit(row['p50'], row['unit'])}{missed} | {least} "
+                f"{_with_unit(row['target'], row['unit'])} | {row['gpu'] or _processor(row)}, torch "
+                f"{row['torch']} | `{command}` |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "share" else f"{_number(value)} {unit}"
+
+
+def refresh(readme: Path, files: list[Path]) -> None:
+    """Put the table between the README's marks."""
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + BEGIN + readme_table(files) + END + rest.split(END, 1)[1])
+
+
 def main() -> int:
-    """A page a theme for each file of results."""
+    """A page a theme for each file of results, and the README's table."""
     here = measure.ROOT / "benchmarks"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=here / "results")
@@ -286,6 +321,8 @@ def main() -> int:
     for file in files:
         for made in write(file, asked.out):
             print(made)
+    if asked.results == here / "results":
+        refresh(measure.ROOT / "README.md", files)
     return 0
 
 

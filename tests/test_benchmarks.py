@@ -130,3 +130,11 @@ def test_loaders_are_measured_on_made_pictures(tmp_path):
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(Refused, match="--root DIR"):
         bench_loaders.originals(tmp_path / "nowhere")
+
+
+def test_the_readme_shows_what_the_results_say():
+    files = sorted((measure.ROOT / "benchmarks" / "results").glob("*.jsonl"))
+    text = (measure.ROOT / "README.md").read_text()
+    table = text.split(report.BEGIN)[1].split(report.END)[0]
+    assert table == report.readme_table(files)
+    assert table.count("\n") > 3

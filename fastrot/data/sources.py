@@ -10,6 +10,7 @@ file's first bytes tell which is which; with `by_name` its suffix is trusted, an
 """
 
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -293,8 +294,10 @@ def text_list(
         kind, reason = _look(at, by_name=by_name, plain=False)
         return ("reject", "it is no picture") if kind == "skip" else (kind, reason)
 
+    blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-        verdicts = list(pool.map(look, paths))
+        looked = pool.map(lambda block: [look(path) for path in block], blocks)
+        verdicts = list(itertools.chain.from_iterable(looked))
     source = Source(root=root.parent, records=[], classes=(), seen=len(paths))
     numbers = []
     for number, (path, label, (kind, reason)) in enumerate(
@@ -310,6 +313,7 @@ def text_list(
     return _not_empty(source, root)
 
 
+_BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
 _LABELLED = re.compile(r"(.*?)\s*[\s,]\s*(\d{1,9}|-1)$")
 
 
