@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -215,6 +216,9 @@ def test_breaking_off_leaks_no_thread_and_no_process(data, how):
         with pytest.raises(RuntimeError, match="enough"):
             batches.throw(RuntimeError("enough"))
     del batches
+    until = time.monotonic() + 10  # a queue's own thread ends a moment after it
+    while set(threading.enumerate()) - threads and time.monotonic() < until:
+        time.sleep(0.01)
     assert not set(threading.enumerate()) - threads
     assert not multiprocessing.active_children()
 
