@@ -146,6 +146,8 @@ def _processor(row: dict[str, Any]) -> str:
 
 def _number(value: float) -> str:
     """Three digits, or all of a larger one."""
+    if abs(value) < 1e-9:
+        return "0"  # a slope through equal points
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

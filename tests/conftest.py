@@ -13,6 +13,14 @@ from PIL import Image
 from truth import photo
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none, whoever selects them."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """An image folder of three classes and 37 JPEGs and PNGs of different sizes."""

@@ -8,10 +8,7 @@ from fastrot import assemble, checkpoint, config, loop, train
 from fastrot.loop import TrainState, train_step, validate
 from fastrot.optim import Rates, sgd
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-]
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 ON_GPU = [word if word != "cpu" else "cuda" for word in TINY]
 

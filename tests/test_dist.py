@@ -1,0 +1,51 @@
+"""Rank and world out of the environment that each launcher sets."""
+
+import pytest
+import torch
+
+from fastrot import dist
+from fastrot.dist import Place
+
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_NNODES": "2",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+LAUNCHERS = {
+    "none": ({}, Place()),
+    "torchrun": (TORCHRUN, Place(rank=3, world=4, local=1, local_world=2)),
+    "srun": (SRUN, Place(rank=5, world=8, local=1, local_world=4)),
+    "torchrun-inside-srun": (SRUN | TORCHRUN, Place(rank=3, world=4, local=1, local_world=2)),
+    "sbatch-alone": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Place()),
+}
+
+
+@pytest.mark.parametrize(("variables", "place"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_place_is_what_the_launcher_says(variables, place, monkeypatch):
+    for name in {*SRUN, *TORCHRUN}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dist.place() == place
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12],cpu1", "gpu07"), ("node3", "node3"), ("a,b", "a"), ("n-1-[3,5]", "n-1-3")],
+)
+def test_the_first_node_leads(nodes, first):
+    assert dist._first_node(nodes) == first
+
+
+def test_one_process_needs_no_group():
+    dist.start(Place(), torch.device("cpu"))
+    assert (dist.rank(), dist.world()) == (0, 1)
+    rows = torch.arange(6).reshape(3, 2)
+    assert torch.equal(dist.gather_rows(rows), rows)
+    assert torch.equal(dist.sum_over_ranks(rows), rows)
+    assert dist.agree({"a": 1}) == {"a": 1}
+    dist.barrier()
+    dist.stop()
