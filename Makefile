@@ -7,8 +7,11 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 DATA ?=
 OUT ?= benchmarks/results
+DEVICE ?= cuda
+PY ?= 3.12
+PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check kernels bench report gpu clean
+.PHONY: demo test check kernels bench report gpu wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -55,8 +58,22 @@ report: $(VENV)/installed
 
 # On a GPU machine, with the interpreter that has torch: make gpu PYTHON=python3 OUT=folder
 gpu:
-	$(PYTHON) -m pytest -q -m gpu
-	$(PYTHON) -m benchmarks.bench_ops --device cuda --out $(OUT)
+	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE)
+
+# For a machine without network: packages that it may lack, for its Python, and pictures to measure with.
+wheels: $(VENV)/made
+	@rm -rf wheels && $(BIN)/python -m pip download -q --disable-pip-version-check --no-deps -d wheels \
+	  --only-binary=:all: --python-version $(PY) --implementation cp --platform manylinux_2_28_x86_64 \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  simplejpeg tyro docstring-parser typeguard beartype jaxtyping wadler-lindig
+	@du -sh wheels
+
+slice:
+	@rm -rf slice && mkdir -p slice/imagenet-sample && while read -r file; do \
+	  mkdir -p "slice/imagenet-sample/$$(dirname "$$file")" && \
+	  cp "$(PICTURES)/imagenet-sample/$$file" "slice/imagenet-sample/$$file"; \
+	done < "$(PICTURES)/imagenet-sample/core.txt"
+	@du -sh slice
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prepared

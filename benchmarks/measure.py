@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastrot import machine
 from fastrot.config import Refused
 from fastrot.entry import cores
 
@@ -30,7 +31,7 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
         "what": what,
         **fields,
         "gpu": gpu.name if gpu else None,
-        "cpu": _cpu(),
+        "cpu": machine.processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         **_driver(),
@@ -57,7 +58,11 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 
 def results(device: str, out: Path | None = None) -> Path:
     """The file of results of this machine's GPU, or of its CPU and cores; in the folder `out` where one is given."""
-    name = f"cpu {_cpu()} {cores()} cores" if device != "cuda" else torch.cuda.get_device_name()
+    name = (
+        f"cpu {machine.processor()} {cores()} cores"
+        if device != "cuda"
+        else torch.cuda.get_device_name()
+    )
     file = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".jsonl"
     if out is not None and out.suffix == ".jsonl":
         return out
@@ -192,15 +197,6 @@ def _driver() -> dict[str, Any]:
         return {"driver": driver, "power_limit_w": float(watts)}
     except (OSError, subprocess.CalledProcessError, ValueError):
         return {"driver": None, "power_limit_w": None}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(module: str) -> str | None:

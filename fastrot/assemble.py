@@ -165,20 +165,23 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def facts(
-    cfg: Config, loader: Loader, judge: Loader | None, device: torch.device, dtype: torch.dtype
+    cfg: Config, loader: Loader, val_loader: Loader | None, device: torch.device, dtype: torch.dtype
 ) -> Facts:
     """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
     if METHODS[type(cfg.method)].wants_labels:
-        for knob, each in (("--data", data), ("--val", data if judge is None else judge.data)):
+        for knob, each in (
+            ("--data", data),
+            ("--val", data if val_loader is None else val_loader.data),
+        ):
             if missing := int((each.labels < 0).sum()):
                 raise Refused(
                     f"{cfg.preset} learns from labels, but {missing} of {each.rows} pictures of {knob} have "
                     "none: prepare them with --label-from folder, or choose rotnet-alexnet"
                 )
-        if judge is not None and judge.data.classes != data.classes:
+        if val_loader is not None and val_loader.data.classes != data.classes:
             raise Refused(
-                f"--val has other classes than --data ({len(judge.data.classes)} and "
+                f"--val has other classes than --data ({len(val_loader.data.classes)} and "
                 f"{len(data.classes)}): both need the same class folders"
             )
     classes = len(data.classes) or int(data.labels.max()) + 1

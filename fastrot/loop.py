@@ -138,7 +138,7 @@ def validate(state: TrainState, loader: Loader) -> dict[str, float]:
 def fit(
     state: TrainState,
     loader: Loader,
-    judge: Loader | None,
+    val_loader: Loader | None,
     journal: Journal,
     cfg: Config,
     save: Callable[[str], None],
@@ -151,8 +151,8 @@ def fit(
     """
     end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
     batches = len(loader)
-    if judge is not None and state.step == 0:
-        state.story.val_first = _judged(state, judge, journal, {"step": 0, "epoch": 0})
+    if val_loader is not None and state.step == 0:
+        state.story.val_first = _validated(state, val_loader, journal, {"step": 0, "epoch": 0})
     at_epoch()
     state.method.net.train()
     while state.step < end:
@@ -180,10 +180,10 @@ def fit(
         timer.lap()
         whole = state.step % batches == 0
         due = state.step == state.rates.steps or (whole and (number + 1) % cfg.validate_every == 0)
-        if judge is not None and (due or state.step == end):
+        if val_loader is not None and (due or state.step == end):
             line = {"step": state.step, "epoch": number} | ({} if due else {"partial": True})
-            state.story.val = _judged(state, judge, journal, line)
-        best = due and judge is not None and state.story.val["accuracy"] > state.story.best
+            state.story.val = _validated(state, val_loader, journal, line)
+        best = due and val_loader is not None and state.story.val["accuracy"] > state.story.best
         if best:
             state.story.best = state.story.val["accuracy"]
         _save(state, cfg, journal.run, save)
@@ -192,10 +192,10 @@ def fit(
         at_epoch()
 
 
-def _judged(
-    state: TrainState, judge: Loader, journal: Journal, line: dict[str, Any]
+def _validated(
+    state: TrainState, val_loader: Loader, journal: Journal, line: dict[str, Any]
 ) -> dict[str, float]:
-    scores = validate(state, judge)
+    scores = validate(state, val_loader)
     journal.write(line | {f"val_{name}": value for name, value in scores.items()})
     return scores
 
@@ -283,7 +283,7 @@ class _Timer:
 
 
 def epochs_within(
-    seconds: float, state: TrainState, loader: Loader, judge: Loader | None
+    seconds: float, state: TrainState, loader: Loader, val_loader: Loader | None
 ) -> tuple[int, float]:
     """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
 
@@ -299,9 +299,11 @@ def epochs_within(
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
-    if judge is not None:
+    if val_loader is not None:
         state.method.net.eval()
-        epoch += len(judge) * _seconds_each(judge, 5, state.device, lambda b: _look(state, b))
+        epoch += len(val_loader) * _seconds_each(
+            val_loader, 5, state.device, lambda b: _look(state, b)
+        )
     checkpoint.set_random_state(random, state.device)
     return dist.agree((max(1, int(seconds // epoch)), epoch))
 

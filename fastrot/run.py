@@ -4,10 +4,7 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,7 @@ import numpy as np
 import torch
 import yaml
 
-import fastrot
-from fastrot import assemble, checkpoint, config, dist, loop, page
+from fastrot import assemble, checkpoint, config, dist, loop, machine, page
 from fastrot.config import Config, Refused
 from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
@@ -67,18 +63,18 @@ def _train(
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader)
     cfg = _with_statistics(cfg, data)
-    loader, judge = _loaders(cfg, data, run, saved, here, device)
-    told = facts_of_run(cfg, data, loader, here, device)
+    loader, val_loader = _loaders(cfg, data, run, saved, here, device)
+    run_facts = run_facts_of(cfg, data, loader, here, device)
     if saved is not None:
-        _same_data(saved["facts"], told, run)
-    facts = assemble.facts(cfg, loader, judge, device, DTYPES[cfg.precision])
+        _same_data(saved["facts"], run_facts, run)
+    facts = assemble.facts(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     torch.manual_seed(cfg.seed)
     method = assemble.method(cfg, facts)
-    told["method"] = method.agree()
-    if saved is not None and saved["facts"]["method"] != told["method"]:
+    run_facts["method"] = method.agree()
+    if saved is not None and saved["facts"]["method"] != run_facts["method"]:
         raise Refused(
             f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
-            f"{told['method']}): use --out NEW"
+            f"{run_facts['method']}): use --out NEW"
         )
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if saved is None and cfg.start_from is not None:
@@ -91,8 +87,8 @@ def _train(
         device=device,
         dtype=DTYPES[cfg.precision],
     )
-    said = _set_length(state, cfg, saved, loader, judge)
-    told["epochs"] = state.rates.epochs
+    said = _set_length(state, cfg, saved, loader, val_loader)
+    run_facts["epochs"] = state.rates.epochs
     if here.world > 1:
         loop.settle(state, next(iter(loader.epoch(0))))
     if saved is not None:
@@ -105,17 +101,17 @@ def _train(
             if cfg.budget is not None:  # what it came to, so that a replay is the same run
                 plain |= {"budget": None, "epochs": state.rates.epochs}
             replace_bytes(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-            environment = json.dumps(environment_of(device, told), indent=1)
+            environment = json.dumps(machine.environment(device, here.world), indent=1)
             replace_bytes(run / "environment.json", environment.encode())
-        journal.say(*_greeting(cfg, state, loader, judge, run, told, saved), *said)
-        journal.say(*_other_machine(saved, told))
+        journal.say(*_greeting(cfg, state, loader, val_loader, run, run_facts, saved), *said)
+        journal.say(*_other_machine(saved, run_facts))
 
         def save(name: str) -> None:
-            parts = {"config": config.to_plain(cfg), "facts": told, **state.state_dict()}
+            parts = {"config": config.to_plain(cfg), "facts": run_facts, **state.state_dict()}
             if dist.rank() == 0:
                 checkpoint.save(run / "checkpoints" / name, parts)
 
-        shown = _shown(cfg, run, judge, device) if dist.rank() == 0 else None
+        shown = _shown(cfg, run, val_loader, device) if dist.rank() == 0 else None
         drawn, cost = -math.inf, 0.0  # when the page was last drawn, and the seconds that it took
 
         def at_epoch() -> None:
@@ -126,7 +122,7 @@ def _train(
                 _draw(run, state, shown)
                 drawn, cost = time.perf_counter(), time.perf_counter() - now
 
-        loop.fit(state, loader, judge, journal, cfg, save, at_epoch)
+        loop.fit(state, loader, val_loader, journal, cfg, save, at_epoch)
         if dist.rank() == 0:
             summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
@@ -158,11 +154,9 @@ def choose_precision(wish: config.Precision, device: torch.device) -> config.Pre
     """bf16 where the device multiplies in it, else float16 on a GPU and float32 on a CPU."""
     if wish != "auto":
         return wish
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    flags = Path("/proc/cpuinfo")
-    has = flags.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text())
-    return "bf16" if has else "fp32"
+    if machine.multiplies_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 def _deterministic(cfg: Config) -> None:
@@ -210,14 +204,17 @@ def _loaders(
         )
 
     if cfg.val is not None:
-        judged = assemble.open_data(cfg.val, knob="--val")
+        val_data = assemble.open_data(cfg.val, knob="--val")
         view = assemble.evaluation_view(cfg)
-        return opened(data, assemble.training_view(cfg)), opened(judged, view)
+        return opened(data, assemble.training_view(cfg)), opened(val_data, view)
     if cfg.hold_out == 0:
         return opened(data, assemble.training_view(cfg)), None
-    aside = held_out(data.keys, cfg.hold_out)
-    learned, judged = run / "rows-train.npy", run / "rows-val.npy"
-    for path, rows in ((learned, np.flatnonzero(~aside)), (judged, np.flatnonzero(aside))):
+    kept_back = held_out(data.keys, cfg.hold_out)
+    train_rows, val_rows = run / "rows-train.npy", run / "rows-val.npy"
+    for path, rows in (
+        (train_rows, np.flatnonzero(~kept_back)),
+        (val_rows, np.flatnonzero(kept_back)),
+    ):
         if saved is not None and not (path.exists() and np.array_equal(np.load(path), rows)):
             raise Refused(
                 f"{run} was trained on other pictures ({saved['facts']['data']}): "
@@ -226,15 +223,15 @@ def _loaders(
         if here.rank == 0 and saved is None:
             _save_rows(path, rows)
     dist.barrier()
-    view = assemble.evaluation_view(cfg, judged)
-    return opened(data, assemble.training_view(cfg, learned)), opened(data, view)
+    view = assemble.evaluation_view(cfg, val_rows)
+    return opened(data, assemble.training_view(cfg, train_rows)), opened(data, view)
 
 
 def _save_rows(path: Path, rows: np.ndarray) -> None:
     write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
 
 
-def facts_of_run(
+def run_facts_of(
     cfg: Config, data: Data, loader: Loader, here: dist.Place, device: torch.device
 ) -> dict[str, Any]:
     """What decides a run's numbers beside its config; goes into checkpoints."""
@@ -244,7 +241,7 @@ def facts_of_run(
         "global_batch": cfg.batch * here.world,
         "ranks": here.world,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": machine.device_name(device),
         "torch": str(torch.__version__),
         "data": f"{getattr(data, 'format', type(data).__name__)} {cfg.data}",
     }
@@ -263,7 +260,7 @@ def _set_length(
     cfg: Config,
     saved: dict[str, Any] | None,
     loader: Loader,
-    judge: Loader | None,
+    val_loader: Loader | None,
 ) -> list[str]:
     """With --budget: measure, choose the epochs, say so. A resumed run keeps those first chosen."""
     if cfg.budget is None:
@@ -272,7 +269,7 @@ def _set_length(
         state.rates = _rates(cfg, saved["facts"]["epochs"], len(loader))
         return [f"--budget {cfg.budget}: {state.rates.epochs} epochs, as first chosen"]
     seconds = seconds_of(cfg.budget)
-    epochs, epoch = loop.epochs_within(seconds, state, loader, judge)
+    epochs, epoch = loop.epochs_within(seconds, state, loader, val_loader)
     state.rates = _rates(cfg, epochs, len(loader))
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
     return [line + (", which is longer than the budget" if epoch > seconds else "")]
@@ -361,22 +358,22 @@ def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[st
     return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
 
 
-# ---- what people are told ----
+# ---- what people are run_facts ----
 
 
-def _greeting(cfg, state: TrainState, loader, judge, run, told, saved) -> list[str]:
+def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved) -> list[str]:
     trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
     lines = [
         f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
-        f"{trained:,} parameters, {cfg.precision} on {told['device']}",
+        f"{trained:,} parameters, {cfg.precision} on {run_facts['device']}",
         f"{loader.images:,} pictures of {cfg.data}, judged on "
-        + (f"{judge.images:,}" if judge is not None else "none"),
-        f"global batch {told['global_batch']} ({cfg.batch} x {told['ranks']}), "
+        + (f"{val_loader.images:,}" if val_loader is not None else "none"),
+        f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
         *state.rates.in_words(),
     ]
-    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else told["global_batch"]
-    if told["global_batch"] != paper:
+    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_facts["global_batch"]
+    if run_facts["global_batch"] != paper:
         lines.append(
             f"the preset's global batch is {paper}: the learning rate does not follow by itself, set --lr"
         )
@@ -385,17 +382,21 @@ def _greeting(cfg, state: TrainState, loader, judge, run, told, saved) -> list[s
     return [*lines, f"writing to {run}"]
 
 
-def _shown(cfg: Config, run: Path, judge: Loader | None, device: torch.device) -> Batch | None:
+def _shown(cfg: Config, run: Path, val_loader: Loader | None, device: torch.device) -> Batch | None:
     """A few held-out pictures, evenly spread over the view, for the run's contact sheet."""
-    if judge is None:
+    if val_loader is None:
         return None
-    rows = np.linspace(0, judge.images - 1, min(SHOWN, judge.images)).round().astype(np.int64)
-    if judge.view.rows is not None:
-        rows = np.load(judge.view.rows)[rows]
+    rows = (
+        np.linspace(0, val_loader.images - 1, min(SHOWN, val_loader.images))
+        .round()
+        .astype(np.int64)
+    )
+    if val_loader.view.rows is not None:
+        rows = np.load(val_loader.view.rows)[rows]
     path = run / "rows-shown.npy"
     _save_rows(path, rows)
     few = assemble.open_loader(
-        judge.data,
+        val_loader.data,
         assemble.evaluation_view(cfg, path),
         batch=len(rows),
         device=device,
@@ -430,8 +431,8 @@ def _summary(
         "val_loss": story.val.get("loss"),
         "chance": 1 / answers,
         "verdict": verdict(device, story.wait_share(), story.images_per_s()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "versions": versions(),
+        "device": machine.device_name(device),
+        "versions": machine.versions(),
     }
 
 
@@ -462,45 +463,3 @@ def _in_words(summary: dict[str, Any], run: Path) -> list[str]:
         *((name, str(run / file)) for name, file in files.items() if (run / file).exists()),
     ]
     return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]
-
-
-def cpu_name() -> str:
-    """The processor's name and how many cores this process may use."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return f"{found[1].strip() if found else platform.processor() or 'CPU'}, {cores()} cores"
-
-
-def versions() -> dict[str, str]:
-    return {
-        "fastrot": fastrot.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
-
-
-def environment_of(device: torch.device, told: dict[str, Any]) -> dict[str, Any]:
-    """environment.json: the machine, the versions and the command."""
-    return {
-        "machine": platform.platform(),
-        "device": told["device"],
-        "ranks": told["ranks"],
-        "threads": told["threads"],
-        "versions": versions() | {"cuda": torch.version.cuda},
-        "commit": _commit(),
-        "command": sys.argv,
-        "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit; None where fastrot is installed without one."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None  # git would tell of a repository around it
-    try:
-        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

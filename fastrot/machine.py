@@ -1,0 +1,72 @@
+"""Where a run happens: device, processor, versions, commit. Goes beside every figure."""
+
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastrot
+from fastrot.entry import cores
+
+
+def processor() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {cores()} cores"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = Path("/proc/cpuinfo")
+    return bool(flags.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text()))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "fastrot": fastrot.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit; None where fastrot is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None  # git would tell of a repository around it
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: torch.device, ranks: int) -> dict[str, Any]:
+    """What environment.json says: machine, versions, commit, command."""
+    return {
+        "machine": platform.platform(),
+        "device": device_name(device),
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),
+        "versions": versions() | {"cuda": torch.version.cuda},
+        "commit": commit(),
+        "command": sys.argv,
+        "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
