@@ -18,6 +18,8 @@ VERSION = 1
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write plain values and tensors; an older file of that name stands until the new one is safe on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed as it wrote
+        left.unlink(missing_ok=True)
     write_atomically(path, lambda file: torch.save({"version": VERSION, **state}, file))
 
 

@@ -55,6 +55,13 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "was-run").exists()
 
 
+def test_what_a_killed_write_left_is_swept(tmp_path):
+    path = written(tmp_path / "last.pt")
+    (tmp_path / ".last.pt.0123abcd.tmp").write_bytes(b"half a checkpoint")
+    written(path)
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = written(tmp_path / "last.pt")
     with pytest.raises((AttributeError, TypeError, RuntimeError)):
@@ -76,3 +83,11 @@ def test_all_finite_sees_one_bad_number(bad):
     good = [torch.zeros(3), torch.arange(4), torch.zeros(0)]
     assert checkpoint.all_finite(good)
     assert not checkpoint.all_finite([*good, torch.tensor([0.0, bad])])
+
+
+def test_random_numbers_go_on_where_they_were():
+    cpu = torch.device("cpu")
+    states = checkpoint.random_state(cpu)
+    first = torch.rand(3)
+    checkpoint.set_random_state(states, cpu)
+    assert torch.equal(torch.rand(3), first)

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from fastrot import config, train
-from fastrot.config import Config, Refused, Schedule
+from fastrot import config, entry, train
+from fastrot.config import Config, Refused, Schedule, Stopped
 from fastrot.presets import PRESETS
 
 
@@ -157,3 +157,25 @@ def test_every_knob_has_help(preset, capsys):
     text = capsys.readouterr().out
     for name in ("--data", "--budget", "--hold-out", "--schedule.warmup", "--backbone.width"):
         assert name in text
+
+
+def test_knobs_that_change_numbers_make_another_run():
+    loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
+    assert loose == {
+        *("data", "val", "out", "max_steps", "workers", "log_every", "checkpoint_every"),
+        *("keep_every", "keep_best", "validate_every", "loader", "tensorboard"),
+    }
+    other = Config(method=config.RotNet(crop=config.RandomResized(flip=False)))
+    found = config.differences(config.to_plain(Config()), config.to_plain(other))
+    assert found == {"method.crop.flip": (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Refused("x"), 2), (Stopped("x"), 1), (OSError("x"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_each_end_has_its_status(error, code):
+    def main():
+        raise error
+
+    assert entry.status(main) == code

@@ -5,6 +5,7 @@ import torch
 
 from fastrot import dist
 from fastrot.dist import Place
+from fastrot.journal import Meter
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -49,3 +50,12 @@ def test_one_process_needs_no_group():
     assert dist.agree({"a": 1}) == {"a": 1}
     dist.barrier()
     dist.stop()
+
+
+def test_a_logged_mean_is_over_all_ranks(monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "sum_over_ranks", lambda mine: mine + torch.tensor([8.0]))
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0)})
+    meter.add({"loss": torch.tensor(3.0)})
+    assert meter.read() == {"loss": 3.0}

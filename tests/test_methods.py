@@ -112,3 +112,12 @@ def test_a_fresh_rotnet_is_at_chance():
     method = build(config.RotNet)
     loss = method.losses(method.net(method.views(batch())), batch()).total.item()
     assert abs(loss - np.log(4)) < 0.25
+
+
+def test_a_step_in_bfloat16_computes_in_it():
+    state = state_of(build(config.RotNet, torch.bfloat16))
+    state.dtype = torch.bfloat16
+    seen = []
+    state.method.net.register_forward_hook(lambda net, given, out: seen.append(out.dtype))
+    assert torch.isfinite(train_step(state, batch()).total)
+    assert seen == [torch.bfloat16]

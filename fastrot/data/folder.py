@@ -7,7 +7,6 @@ kept in a cache, with each file's length and time of change, by which a changed 
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 from fastrot.config import Refused
 from fastrot.core import Picks
 from fastrot.data import crops, pictures, sources
+from fastrot.disk import write_atomically
 
 _CACHED = np.dtype(
     [("key", "<u8"), ("bytes", "<i8"), ("changed", "<i8"), ("height", "<i4"), ("width", "<i4")]
@@ -200,16 +200,7 @@ def _read_cache(file: Path) -> np.ndarray:
 
 
 def _write_cache(file: Path, measured: np.ndarray) -> None:
-    """Whole or not at all; a folder that cannot be written costs time, and is no error."""
-    try:
+    """A folder that cannot be written costs time, and is no error."""
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                np.save(out, np.sort(measured, order="key"))
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError:
-        pass
+        write_atomically(file, lambda out: np.save(out, np.sort(measured, order="key")))

@@ -314,3 +314,12 @@ def test_a_burst_of_buffers_goes_back_to_the_system():
     burst = [ring.take(1, 4) for _ in range(3 * KEPT)]
     del burst
     assert [len(free) for free in ring._free.values()] == [KEPT]
+
+
+def test_a_raw_picture_of_another_size_than_its_row_is_refused(tmp_path):
+    path = write_beton(tmp_path / "a.beton", PHOTOS, IMAGE_AND_LABEL, modes="raw")
+    data = bytearray(path.read_bytes())
+    data[24 + 2 * 1041 + 24 * 2 + 3] += 1  # the height of row 2
+    path.write_bytes(data)
+    with pytest.raises(Refused, match="raw picture is not"):
+        Beton(path)

@@ -233,3 +233,14 @@ def test_an_unforeseen_error_names_the_picture_too(pictures, workers):
     outside = Picks((np.array([[4, 900, 900, 8, 8, 0]]),), (8,))
     with pytest.raises(RuntimeError, match=r"row 4, 'class0/012.jpg'"):
         next(data.pictures(iter([outside]), CPU, workers))
+
+
+@pytest.mark.parametrize("what", ["length", "time"])
+def test_a_cached_size_needs_the_same_length_and_time(tmp_path, what):
+    file = tmp_path / "a.png"
+    for width in (30, 40):
+        Image.new("RGB", (width, 20)).save(file)
+        size = 5000 + width * (what == "length")
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+        os.utime(file, ns=(1, 1 + width * (what == "time")))
+        assert folder.Folder(tmp_path).sizes(np.array([0])).tolist() == [[20, width]]

@@ -277,3 +277,18 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
             assert torch.equal(a.images, b.images.cpu())
             assert torch.equal(a.index, b.index.cpu())
             assert torch.equal(a.clock, b.clock.cpu())
+
+
+def test_the_fingerprint_knows_the_rows(data, tmp_path):
+    found = [open_loader(data, TRAINING, batch=BATCH).fingerprint]
+    for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 5]):
+        view = View(crops=TRAINING.crops, rows=subset(tmp_path, rows))
+        found.append(open_loader(data, view, batch=BATCH).fingerprint)
+    assert len(set(found)) == 3
+
+
+def test_a_subset_in_data_order_is_its_rows(data, tmp_path):
+    rows = [8, 3, 13, 1, 5]
+    view = View(crops=EVALUATION.crops, shuffled=False, rows=subset(tmp_path, rows))
+    drawn = [batch.index for batch in epoch(data, view, batch=2)]
+    assert torch.cat(drawn).tolist() == rows

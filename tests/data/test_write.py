@@ -21,7 +21,7 @@ from truth import photo
 from fastrot import disk
 from fastrot.config import Refused, Stopped
 from fastrot.data import prepare
-from fastrot.data.beton import write
+from fastrot.data.beton import layout, write
 from fastrot.data.pictures import decode, shrink
 from fastrot.data.sources import open_source, order_fingerprint, path_keys
 
@@ -426,3 +426,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_options_that_change_no_byte_are_named():
     names = {field.name for field in dataclasses.fields(write.BetonOptions)}
     assert set(prepare.FREE) < names
+
+
+def test_a_record_may_end_with_its_page(tmp_path):
+    with open(tmp_path / "a", "wb") as file:
+        packer = write.Packer(file, 2)
+        first = layout.PAGE - packer._at
+        packer.add(bytes(first), mode=1, height=1, width=1, label=0)
+        assert packer._at == layout.PAGE
+        packer.add(bytes(layout.PAGE), mode=1, height=1, width=1, label=0)
+        assert packer._at == 2 * layout.PAGE
