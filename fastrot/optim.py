@@ -1,4 +1,4 @@
-"""Parameter groups, SGD and learning-rate schedules (ALGORITHM of the papers: `lr` by table, whole epochs)."""
+"""Parameter groups, SGD and learning-rate schedules (the papers' tables, in whole epochs)."""
 
 import math
 from collections.abc import Iterable
