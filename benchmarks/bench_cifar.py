@@ -25,6 +25,7 @@ from fastrot.config import Refused
 PRESET, WIDTH, BATCH, STEPS, RATE, JUDGED = "rotnet-nin-cifar10", 0.25, 64, 150, 0.1, 1000
 TARGET = 0.5  # of the turns right, on JUDGED test pictures
 LOG_EVERY = 10  # steps
+CHOSEN = "the number of steps was chosen after seeing what others gave on the same test pictures, one seed (LOG.md)"
 COPIES = "the pictures are copies of JPEG quality 95 (39.9 dB against the originals)"
 
 
@@ -119,7 +120,7 @@ def main() -> int:
     root, about = pictures(asked.root, asked.work)
     train, judge = prepared(root, asked.work)
     summary, lines = learn(train, judge, asked.work / "bench-cifar-run", asked.steps)
-    for row in rows(summary, lines, asked.seconds, about):
+    for row in rows(summary, lines, asked.seconds, f"{about}; {CHOSEN}"):
         measure.append(measure.results("cpu", asked.out), row)
         measure.say(row)
     return 0
