@@ -6,6 +6,7 @@ kept in a cache, with each file's length and time of change, by which a changed 
 
 import hashlib
 import logging
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastrot import dist
 from fastrot.config import Refused
 from fastrot.core import Picks
 from fastrot.data import crops, pictures, sources
@@ -88,6 +90,7 @@ class Folder:
             sampler=(self._job(picks) for picks in plan),
             batch_size=None,
             num_workers=workers,
+            multiprocessing_context=_context() if workers else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else its seed is drawn from torch's global state
         )
@@ -135,6 +138,18 @@ class _Worker:
             except Exception as e:
                 raise RuntimeError(f"{what} cannot be cropped: {e}") from e
         return out
+
+
+def _context() -> str:
+    """How workers are started: beside other ranks from a server without threads, never by a plain fork.
+
+    DDP's and gloo's threads call Python; one that does so while this process forks can leave its child
+    waiting for ever for the interpreter's lock (seen once in Python 3.11, three gloo ranks).
+    """
+    if dist.world() == 1:
+        return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 # ---- heights and widths ----
