@@ -5,7 +5,7 @@ A new method, backbone or data format is a new file, one line in a union of conf
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -65,15 +65,28 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
         from fastrot.data.beton.load import Beton
 
         return Beton(path)
+    if kind == "ffcv" and path.is_file():
+        return _through_ffcv(path)
     if kind == "folder" and path.is_dir():
         from fastrot.data.folder import Folder
 
         return Folder(path)
-    wants = {"beton": "a .beton file", "folder": "an image folder"}.get(loader, "a known format")
+    beton = dict.fromkeys(("beton", "ffcv"), "a .beton file")
+    wants = {**beton, "folder": "an image folder"}.get(loader, "a known format")
     raise Refused(
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
         "an image folder, or synthetic"
     )
+
+
+def _through_ffcv(path: Path) -> Data:
+    try:
+        from fastrot.data.beton.load_ffcv import FfcvBeton
+    except ImportError as error:  # not installed, or without its system libraries
+        raise Refused(
+            f"--loader ffcv cannot import FFCV ({error}): run  make ffcv  to install it, or choose --loader beton"
+        ) from None
+    return FfcvBeton(path)
 
 
 def open_loader(
@@ -88,11 +101,14 @@ def open_loader(
     workers: int | None = None,
     loader: str = "auto",
     enlarge: bool = False,
+    on_bad_record: Literal["stop", "skip"] = "stop",
 ) -> Loader:
     """Open any data in one line: for training, evaluations, benchmarks and notebooks alike.
 
-    batch    pictures per process
-    workers  threads or processes that decode; None: the cores this process may use
+    batch          pictures per process
+    workers        threads or processes that decode; None: the cores this process may use
+    enlarge        allow crops larger than most pictures
+    on_bad_record  what becomes of a picture that cannot be read: see Loader
     """
     if isinstance(data, (str, Path)):
         data = open_data(data, loader)
@@ -106,6 +122,7 @@ def open_loader(
         device=device,
         workers=cores() if workers is None else workers,
         enlarge=enlarge,
+        on_bad_record=on_bad_record,
     )
 
 

@@ -1,9 +1,11 @@
 """Checkpoints: written whole or not at all, read without unpickling code, refused where they are damaged."""
 
+import contextlib
+import os
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,53 @@ from fastrot.disk import write_atomically
 VERSION = 1
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write plain values and tensors; an older file of that name stands until the new one is safe on disk."""
+def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Write plain values and tensors; an older file of that name stands until the new one is safe on disk.
+
+    The older file is kept as `previous`, where that is asked for and the file system has links.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed as it wrote
         left.unlink(missing_ok=True)
-    write_atomically(path, lambda file: torch.save({"version": VERSION, **state}, file))
+
+    def write(file: BinaryIO) -> None:
+        _write({"version": VERSION, **state}, file)
+        if previous is not None and path.exists():
+            _link(path, previous)
+
+    write_atomically(path, write)
+
+
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save says of a full disk only that a write failed: what the system said is raised instead."""
+    said: list[OSError] = []
+
+    class Told:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                said.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, Told())  # type: ignore[arg-type]
+    except Exception:
+        if said:
+            raise said[0] from None
+        raise
+
+
+def _link(path: Path, other: Path) -> None:
+    """A second name for a file; never without one of the two."""
+    with contextlib.suppress(OSError):
+        link = other.with_name(f".{other.name}.link.tmp")
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, other)
 
 
 def of_run(source: str | Path) -> Path:

@@ -142,7 +142,7 @@ class Schedule:
 # ---- the run ----
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-LoaderName = Literal["auto", "beton", "folder", "synthetic"]
+LoaderName = Literal["auto", "beton", "ffcv", "folder", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,9 @@ class Config:
     compile: bool = False  # torch.compile the network
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
+    on_bad_record: Literal["stop", "skip"] = free(
+        "stop"
+    )  # a picture that cannot be read; skip counts
     enlarge: bool = False  # allow crops larger than most pictures
     start_from: str | None = None  # begin with the weights of another run or checkpoint
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of red, green, blue; 0 to 1

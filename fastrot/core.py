@@ -5,7 +5,7 @@ Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor, nn
 
-from fastrot.config import Crop
+from fastrot.config import Crop, Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Picks:
         Int64[np.ndarray, "b 6"], ...
     ]  # index, y, x, height, width, flip; see data/crops.py
     sizes: tuple[int, ...]  # pixels a side of the crops
+    spoilt: list[tuple[int, str]] = field(default_factory=list)  # place in the batch, one sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,10 @@ class Losses:
         )
 
 
+class DamagedRecord(Stopped):
+    """A picture whose bytes are not those that were written, or cannot be read."""
+
+
 @runtime_checkable
 class Data(Protocol):
     """Prepared pictures, opened once per process; knows its format and nothing of order or boxes."""
@@ -105,6 +110,9 @@ class Data(Protocol):
     ) -> Iterator[tuple[Tensor, ...]]:
         """Boxes in, uint8 crops [b, s, s, 3] out, in order, read ahead: in host memory (pinned where
         `device` is a GPU) or on the device. Closing the iterator ends its workers.
+
+        A picture that cannot be read is noted in its `Picks.spoilt` before the crops are handed out, and
+        its crops hold anything: what follows from that is the Loader's to decide.
         """
         ...
 

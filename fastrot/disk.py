@@ -1,11 +1,18 @@
-"""Files that appear whole or not at all: a temporary name beside the place, fsync, rename."""
+"""Files that appear whole or not at all: a temporary name beside the place, fsync, rename. Locks on folders."""
 
 import contextlib
+import fcntl
 import os
 import secrets
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fastrot.config import Refused
+
+PATIENCE = 5.0  # seconds that a lock is waited for: its owner may be on its way out
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -16,7 +23,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
     path = Path(os.path.realpath(path))  # a link stays a link: what it points to is replaced
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x+b") as file:
+        with named(path), open(temporary, "x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -40,3 +47,43 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """What the system refuses in here names this file: a write to a full disk by itself names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder for this process alone; raises Refused with `refusal` and the owner where another holds it.
+
+    A POSIX record lock: it ends with the process that took it, however that ends, and its children do not
+    inherit it. So a worker that outlives its killed parent holds nothing, while the ranks that a killed
+    launcher leaves behind do.
+    """
+    with open(folder / "lock", "a+b") as file:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > until:
+                    file.seek(0)
+                    owner = file.read(200).decode(errors="replace").strip() or "unknown"
+                    raise Refused(f"{refusal} ({owner})") from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
+        with contextlib.suppress(OSError):  # a full disk
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.flush()
+        yield

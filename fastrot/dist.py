@@ -6,6 +6,7 @@ One process needs no launcher; torchrun and srun are read from their environment
 import os
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,8 +42,16 @@ def place() -> Place:
     return Place()
 
 
-def start(here: Place, device: torch.device) -> None:
-    """Join the other processes: NCCL for GPU tensors, gloo for those in host memory."""
+_patient: Any = None  # the group in which `everyones` waits; None: torch's own
+
+
+def start(here: Place, device: torch.device, *, patience: timedelta | None = None) -> None:
+    """Join the other processes: NCCL for GPU tensors, gloo for those in host memory.
+
+    `patience`: how long `everyones` waits for a rank that has joined; None: torch's half hour, which is
+    also what all have to join.
+    """
+    global _patient
     if here.world == 1:
         return
     if (
@@ -57,16 +66,20 @@ def start(here: Place, device: torch.device) -> None:
         world_size=here.world,
         device_id=device if device.type == "cuda" else None,
     )
+    if patience is not None:
+        _patient = distributed.new_group(backend="gloo", timeout=patience)
 
 
 def stop(*, together: bool = False) -> None:
     """Leave the others. `together` waits for them first, since a rank that leaves early can abort one
     that is still at it; not after an error, where the others may never come.
     """
+    global _patient
     if distributed.is_initialized():
         if together:
             distributed.barrier()
         distributed.destroy_process_group()
+        _patient = None
 
 
 def world() -> int:
@@ -88,6 +101,23 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         distributed.all_reduce(tensor)
     return tensor
+
+
+def highest(number: int) -> int:
+    """The highest of all ranks' numbers from 0 to 255, on each of them. One byte, through host memory."""
+    if world() == 1:
+        return number
+    byte = torch.tensor([number], dtype=torch.uint8)
+    distributed.all_reduce(byte, op=distributed.ReduceOp.MAX)
+    return int(byte)
+
+
+def together(mine: set[str]) -> set[str]:
+    """What any rank has, on each of them: for few, short texts."""
+    each: list[Any] = [None] * world()
+    if world() > 1:
+        distributed.all_gather_object(each, mine)
+    return set().union(mine, *filter(None, each))
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -113,6 +143,17 @@ def agree(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def everyones(value: Any) -> list[Any]:
+    """The values of all ranks, rank 0's first, on every rank: for small plain values.
+
+    Raises RuntimeError where a rank is gone.
+    """
+    values = [value] * world()
+    if world() > 1:
+        distributed.all_gather_object(values, value, group=_patient)
+    return values
 
 
 def _first_node(nodes: str) -> str:

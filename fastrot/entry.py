@@ -1,15 +1,24 @@
 """What all commands share at the door: errors for people in one sentence, the status, and said once.
 
-0 done; 1 stopped, or pictures rejected; 2 wrong use; 130 interrupted. FASTROT_TRACEBACK=1 shows where an
-error came from. Standard library only.
+0 done; 1 stopped, or pictures rejected; 2 wrong use; 130 interrupted; 128 + N: saved, then ended, by the
+warning signal N. FASTROT_TRACEBACK=1 shows where an error came from. Standard library only.
 """
 
+import contextlib
+import errno
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fastrot.config import Refused, Stopped
+
+WARNINGS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # by which a cluster says that a process will be killed soon
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
 
 def rank() -> int:
@@ -29,15 +38,64 @@ def status(main: Callable[[], int | None]) -> int:
     except (Refused, Stopped, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
-        file = getattr(error, "filename", None)  # of an OSError that met a file
-        complain(str(error) if file is None else f"{file}: {getattr(error, 'strerror', error)}")
+        complain(in_words(error))
         code = 2 if isinstance(error, Refused) else 1
+    except Warned as warned:  # who saved has said so
+        code = 128 + warned.signal
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on where it was")
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def in_words(error: Exception) -> str:
+    """One sentence for people."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    what = f"{where}{error.strerror or error}"
+    if error.errno in FULL:
+        what += "; nothing written before is harmed: make space, and the same command goes on"
+    return what
+
+
+# ---- warnings: a cluster's signals before it kills ----
+
+
+class Warned(Exception):
+    """A warning was answered: all is saved. `signal` is its number."""
+
+    def __init__(self, number: int, sentence: str):
+        super().__init__(sentence)
+        self.signal = number
+
+
+class Alarm:
+    """Notes the warnings that reach this process from now on."""
+
+    def __init__(self):
+        self.got = 0  # number of the latest; 0: none yet
+        self._before = {w: signal.signal(w, self._note) for w in WARNINGS}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.got = number
+
+    def close(self) -> None:
+        """As it was before."""
+        for warning, before in self._before.items():
+            signal.signal(warning, before)
+
+
+@contextlib.contextmanager
+def warnings_held_back() -> Iterator[None]:
+    """No warning reaches processes that are started in here; this one hears of it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def complain(sentence: str) -> None:

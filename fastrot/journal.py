@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, log.txt, TensorBoard, the progress bar. Numbers stay on the device until asked."""
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastrot import dist
-from fastrot.disk import replace_bytes
+from fastrot.disk import named, replace_bytes
 
 
 class Meter:
@@ -92,8 +93,7 @@ class Journal:
         if self.speaks:
             for line in lines:
                 self.console.print(line, markup=False)
-                self._log.write(line + "\n")
-            self._log.flush()
+            self._note("".join(line + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, whole at once; its numbers go to TensorBoard too."""
@@ -102,8 +102,9 @@ class Journal:
         plain = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()
         }
-        self._metrics.write(json.dumps(plain) + "\n")  # JSON has no NaN
-        self._metrics.flush()
+        with named(self.run / "metrics.jsonl"):
+            self._metrics.write(json.dumps(plain) + "\n")  # JSON has no NaN
+            self._metrics.flush()
         if self._board is not None:
             for name, value in line.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
@@ -121,10 +122,10 @@ class Journal:
             return
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
-        self._metrics.close()
-        self._log.close()
+        for file in (self._board, self._metrics, self._log):
+            if file is not None:
+                with contextlib.suppress(OSError):  # a full disk, told before
+                    file.close()
         self.speaks = False
 
     def _show(self, line: dict[str, Any]) -> None:
@@ -140,8 +141,12 @@ class Journal:
             self._bar.update(self._task, figures=figures)
         else:
             self.console.print(f"step {line['step']}  {figures}", markup=False)
-        self._log.write(f"step {line['step']}  epoch {line['epoch']}  {figures}\n")
-        self._log.flush()
+        self._note(f"step {line['step']}  epoch {line['epoch']}  {figures}\n")
+
+    def _note(self, text: str) -> None:
+        with named(self.run / "log.txt"):
+            self._log.write(text)
+            self._log.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

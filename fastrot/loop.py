@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from fastrot import checkpoint, dist
 from fastrot.config import Config, Stopped
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
+from fastrot.entry import Alarm, Warned
 from fastrot.journal import Journal, Meter
 from fastrot.optim import Rates
+
+AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Story:
     val_first: dict[str, float] = field(default_factory=dict)  # before training
     val: dict[str, float] = field(default_factory=dict)  # the latest
     best: float = -math.inf  # validation accuracy
+    skipped: list[str] = field(default_factory=list)  # damaged records, a sentence each
 
     def images_per_s(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
@@ -49,6 +54,9 @@ class TrainState:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     step: int = 0  # the optimiser's steps so far
+    judged: int = (
+        0  # the step at which an epoch's end was last seen through, its validation included
+    )
     fresh: bool = True  # no step taken yet in this run
     meter: Meter = field(default_factory=Meter)
     story: Story = field(default_factory=Story)
@@ -75,6 +83,7 @@ class TrainState:
         """Called on all ranks."""
         return {
             "step": self.step,
+            "judged": self.judged,
             "net": self.method.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -85,7 +94,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.fresh = state["step"], False
+        self.step, self.judged, self.fresh = state["step"], state["judged"], False
         self.method.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -110,22 +119,28 @@ def train_step(state: TrainState, batch: Batch) -> Losses:
 
 
 @torch.no_grad()
-def validate(state: TrainState, loader: Loader) -> dict[str, float]:
+def validate(
+    state: TrainState, loader: Loader, asked: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """The method's scores over a whole view: sums and counts over all ranks, divided once.
 
-    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics.
+    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. `asked()` is called now and then,
+    by all ranks together.
     """
     net = state.method.net
     dist.broadcast_([b for b in net.buffers() if b.is_floating_point()])
     net.eval()
     sums: dict[str, Tensor] = {}
-    for batch in loader.epoch(0):
+    often = 1 if dist.world() == 1 else AGREE
+    for k, batch in enumerate(loader.epoch(0)):
         with state.autocast():
             outputs = net(state.method.views(batch))
             scores = state.method.score(outputs, batch)
         for name, (total, count) in scores.items():
             both = torch.stack([total, count]).double()
             sums[name] = sums[name] + both if name in sums else both
+        if k % often == 0 and k < loader.shared:
+            asked()
     net.train()
     if dist.world() > 1:  # a rank whose share is empty has no names: rank 0 never is
         for name in dist.agree(list(sums)):
@@ -135,84 +150,137 @@ def validate(state: TrainState, loader: Loader) -> dict[str, float]:
     return {name: (both[0] / both[1]).item() for name, both in sums.items()}
 
 
-def fit(
-    state: TrainState,
-    loader: Loader,
-    val_loader: Loader | None,
-    journal: Journal,
-    cfg: Config,
-    save: Callable[[str], None],
-    at_epoch: Callable[[], None],
-) -> None:
+@dataclass
+class Run:
+    """What `fit` trains with beside the state."""
+
+    loader: Loader
+    val_loader: Loader | None
+    journal: Journal
+    cfg: Config
+    save: Callable[[str], None]  # writes checkpoints/NAME
+    at_epoch: Callable[[], None]  # draws the run's page
+    alarm: Alarm  # of this process
+
+
+def fit(state: TrainState, run: Run) -> None:
     """Train from `state.step` to the end, which is `state.rates.steps` or --max-steps.
 
-    Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on.
-    `save(name)` writes checkpoints/`name`; `at_epoch` draws the run's page.
+    Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on. Raises
+    Warned when a rank was warned and all is saved, Stopped where a number is not finite.
     """
+    cfg = run.cfg
     end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
-    batches = len(loader)
-    if val_loader is not None and state.step == 0:
-        state.story.val_first = _validated(state, val_loader, journal, {"step": 0, "epoch": 0})
-    at_epoch()
+    if run.val_loader is not None and state.step == 0:
+        state.story.val_first = _validated(state, run, {"step": 0, "epoch": 0})
+    run.at_epoch()
     state.method.net.train()
+    if state.step > state.judged and (state.step == end or state.step % len(run.loader) == 0):
+        _end_epoch(state, run, end)  # a warning came in its middle
     while state.step < end:
-        number, start = divmod(state.step, batches)
-        timer = _Timer(state.story, state.device)
-        for batch in timer.waits(loader.epoch(number, start)):
+        _train_epoch(state, run, end)
+        _end_epoch(state, run, end)
+
+
+def _train_epoch(state: TrainState, run: Run, end: int) -> None:
+    """The steps that are left of an epoch, up to `end`."""
+    cfg, batches = run.cfg, len(run.loader)
+    number, start = divmod(state.step, batches)
+    timer = _Timer(state.story, state.device)
+    with contextlib.closing(timer.waits(run.loader.epoch(number, start))) as drawn:
+        for batch in drawn:
             losses = train_step(state, batch)
             state.step += 1
             state.story.images += len(batch.index) * dist.world()
             state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
-            journal.advance(state.step)
+            run.journal.advance(state.step)
             due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
             if due or state.step == end:
                 means = state.meter.read(keep=not due)
                 line = {"step": state.step, "epoch": number, **means, **timer.lap()}
                 line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
-                journal.write(line)
-                _go_on_only_if_finite(math.isfinite(means["loss"]), state, journal.run)
-            if state.step == end:
-                break
-            if _checkpoint_is_due(state.step, cfg) and state.step % batches:
+                run.journal.write(line)
+                _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
+            if state.step == end or state.step % batches == 0:
+                break  # what follows ends the epoch, and saves
+            if due or dist.world() == 1 or state.step % AGREE == 0:
+                _save_if_warned(state, run, timer)
+            if _checkpoint_is_due(state.step, cfg):
                 timer.lap()
-                _save(state, cfg, journal.run, save)
+                _save(state, run)
                 timer.begin()
-        timer.lap()
-        whole = state.step % batches == 0
-        due = state.step == state.rates.steps or (whole and (number + 1) % cfg.validate_every == 0)
-        if val_loader is not None and (due or state.step == end):
-            line = {"step": state.step, "epoch": number} | ({} if due else {"partial": True})
-            state.story.val = _validated(state, val_loader, journal, line)
-        best = due and val_loader is not None and state.story.val["accuracy"] > state.story.best
-        if best:
-            state.story.best = state.story.val["accuracy"]
-        _save(state, cfg, journal.run, save)
-        if best and cfg.keep_best:
-            save("best.pt")
-        at_epoch()
+    timer.lap()
 
 
-def _validated(
-    state: TrainState, val_loader: Loader, journal: Journal, line: dict[str, Any]
-) -> dict[str, float]:
-    scores = validate(state, val_loader)
-    journal.write(line | {f"val_{name}": value for name, value in scores.items()})
+def _end_epoch(state: TrainState, run: Run, end: int) -> None:
+    """Validation, checkpoint, page."""
+    epochs, inside = divmod(state.step, len(run.loader))
+    due = state.step == state.rates.steps or (inside == 0 and epochs % run.cfg.validate_every == 0)
+    if run.val_loader is not None and (due or state.step == end):
+        line = {"step": state.step, "epoch": epochs - (inside == 0)}
+        state.story.val = _validated(state, run, line | ({} if due else {"partial": True}))
+    best = due and run.val_loader is not None and state.story.val["accuracy"] > state.story.best
+    if best:
+        state.story.best = state.story.val["accuracy"]
+    state.judged = state.step
+    _save(state, run)
+    if best and run.cfg.keep_best:
+        run.save("best.pt")
+    if state.step < end:
+        _end_if_warned(state, run)
+    run.at_epoch()
+
+
+def _validated(state: TrainState, run: Run, line: dict[str, Any]) -> dict[str, float]:
+    assert run.val_loader is not None
+    scores = validate(state, run.val_loader, lambda: _save_if_warned(state, run))
+    run.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
     return scores
+
+
+def _save_if_warned(state: TrainState, run: Run, timer: "_Timer | None" = None) -> None:
+    """Where a rank was warned: save, say so, raise Warned. Called on all ranks at the same place."""
+    if not dist.highest(run.alarm.got):
+        return
+    if timer is not None:
+        timer.lap()
+    if state.step:
+        state.method.net.train()
+        _save(state, run)
+    _end_if_warned(state, run)
+
+
+def _end_if_warned(state: TrainState, run: Run) -> None:
+    number = dist.highest(run.alarm.got)
+    if not number:
+        return
+    name = signal.Signals(number).name
+    where = f"saved at step {state.step}" if state.step else "ended before the first step"
+    sentence = f"{name}: {where} of {state.rates.steps}; the same command goes on there"
+    run.journal.say(sentence)
+    raise Warned(number, sentence)
 
 
 def _checkpoint_is_due(step: int, cfg: Config) -> bool:
     return step % cfg.checkpoint_every == 0 or bool(cfg.keep_every and step % cfg.keep_every == 0)
 
 
-def _save(state: TrainState, cfg: Config, run: Path, save: Callable[[str], None]) -> None:
+def _save(state: TrainState, run: Run) -> None:
     """last.pt, and step_N.pt where asked: only of a state that is finite throughout, on all ranks."""
     kept = [*state.method.net.state_dict().values(), *state.method.state_dict().values()]
     bad = not checkpoint.all_finite([*kept, *state.meter.sums.values()])
-    finite = not dist.sum_over_ranks(torch.tensor(float(bad))).item()
-    _go_on_only_if_finite(finite, state, run)
-    save("last.pt")
-    if cfg.keep_every and state.step % cfg.keep_every == 0:
-        save(f"step_{state.step}.pt")
+    _go_on_only_if_finite(not dist.highest(int(bad)), state, run.journal.run)
+    _count_skipped(state.story, run)
+    run.save("last.pt")
+    if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:
+        run.save(f"step_{state.step}.pt")
+
+
+def _count_skipped(story: Story, run: Run) -> None:
+    """Add the damaged records that any rank has skipped since the last time."""
+    mine = run.loader.skipped | (run.val_loader.skipped if run.val_loader else set())
+    if dist.highest(int(not mine <= set(story.skipped))):
+        story.skipped = sorted(dist.together(mine | set(story.skipped)))
 
 
 def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
@@ -258,7 +326,7 @@ class _Timer:
         """Forget what went by since the last lap: a checkpoint, a validation."""
         self.since, self.waited, self.images = time.perf_counter(), 0.0, self.story.images
 
-    def waits(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waits(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """The same batches, timed: how long each kept the loop waiting. Closes them at the end."""
         try:
             while True:

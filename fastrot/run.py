@@ -1,5 +1,6 @@
 """One run from its folder's point of view: begun or resumed, trained, summed up."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,42 +15,60 @@ import torch
 import yaml
 
 from fastrot import assemble, checkpoint, config, dist, loop, machine, page
-from fastrot.config import Config, Refused
+from fastrot.config import Config, Refused, Stopped
 from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
 from fastrot.data.sources import held_out
-from fastrot.disk import replace_bytes, write_atomically
-from fastrot.entry import cores
+from fastrot.disk import locked, replace_bytes, write_atomically
+from fastrot.entry import Alarm, Warned, cores
 from fastrot.evals.rotation import turn_guesses
 from fastrot.journal import Journal, table, verdict
-from fastrot.loop import TrainState
+from fastrot.loop import Run, TrainState
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
 
+LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def train(cfg: Config) -> int:
-    """Train as the config says, from the folder's last checkpoint where there is one."""
+    """Train as the config says, from the folder's last checkpoint where there is one.
+
+    Raises Warned when a warning signal reached a rank and all is saved.
+    """
     here = dist.place()
     device = choose_device(cfg.device, here)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
     run = Path(cfg.out or f"runs/{cfg.preset}")
     _made(run)
-    last = run / "checkpoints" / "last.pt"
-    saved = _last_checkpoint(last, run) if last.exists() else None
-    if saved is not None:
-        _compare(saved, cfg, here, run)
-    begun = time.perf_counter()
-    dist.start(here, device)
-    finished = False
-    try:
-        _deterministic(cfg)
-        _train(cfg, run, saved, here, device, begun)
-        finished = True
-    finally:
-        dist.stop(together=finished)
+    with contextlib.ExitStack() as until_the_end:
+        alarm = until_the_end.enter_context(contextlib.closing(Alarm()))
+        if here.rank == 0:  # the one that writes
+            refusal = f"another run writes into {run}: wait for it, end it, or use --out NEW"
+            until_the_end.enter_context(locked(run, refusal))
+        saved = _last_checkpoint(run)
+        if saved is not None:
+            _compare(saved, cfg, here, run)
+        begun = time.perf_counter()
+        dist.start(here, device)
+        together = False
+        try:
+            _deterministic(cfg)
+            _train(cfg, run, saved, here, device, begun, alarm)
+            together = True
+        except Warned:
+            together = True  # all ranks raise it, and rank 0 is the last to have saved
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error) and "killed" in str(error):
+                raise Stopped(
+                    "a process that decodes was killed, perhaps for want of memory: the same command "
+                    "goes on from the last checkpoint, with fewer --workers where that was the reason"
+                ) from error
+            raise
+        finally:
+            dist.stop(together=together)
     return 0
 
 
@@ -60,6 +79,7 @@ def _train(
     here: dist.Place,
     device: torch.device,
     begun: float,
+    alarm: Alarm,
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader)
     cfg = _with_statistics(cfg, data)
@@ -109,7 +129,9 @@ def _train(
         def save(name: str) -> None:
             parts = {"config": config.to_plain(cfg), "facts": run_facts, **state.state_dict()}
             if dist.rank() == 0:
-                checkpoint.save(run / "checkpoints" / name, parts)
+                folder = run / "checkpoints"
+                previous = folder / PREVIOUS if name == LAST else None
+                checkpoint.save(folder / name, parts, previous=previous)
 
         shown = _shown(cfg, run, val_loader, device) if dist.rank() == 0 else None
         drawn, cost = -math.inf, 0.0  # when the page was last drawn, and the seconds that it took
@@ -122,7 +144,7 @@ def _train(
                 _draw(run, state, shown)
                 drawn, cost = time.perf_counter(), time.perf_counter() - now
 
-        loop.fit(state, loader, val_loader, journal, cfg, save, at_epoch)
+        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, alarm))
         if dist.rank() == 0:
             summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
@@ -201,6 +223,7 @@ def _loaders(
             device=device,
             workers=share if cfg.workers is None else cfg.workers,
             enlarge=cfg.enlarge,
+            on_bad_record=cfg.on_bad_record,
         )
 
     if cfg.val is not None:
@@ -331,13 +354,21 @@ def _made(run: Path) -> None:
         raise Refused(f"--out {run} cannot be written: name a folder of your own")
 
 
-def _last_checkpoint(last: Path, run: Path) -> dict[str, Any]:
+def _last_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The latest checkpoint; refused where it is damaged, with the name of the one before it."""
+    folder = run / "checkpoints"
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists() and previous.exists():  # somebody took a damaged one away
+        last = previous
+    if not last.exists():
+        return None
     try:
         return checkpoint.load(last)
     except Refused as error:
-        kept = sorted(last.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
-        older = f"move {kept[-1]} in its place" if kept else "remove it to begin anew"
-        raise Refused(f"{error}; {older}, or use --out NEW") from error
+        kept = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
+        older = [path for path in (*kept, previous) if path.exists() and path != last]
+        way = f"move {older[-1]} in its place" if older else "remove it to begin anew"
+        raise Refused(f"{error}; {way}, or use --out NEW") from error
 
 
 def _same_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
@@ -358,7 +389,7 @@ def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[st
     return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
 
 
-# ---- what people are run_facts ----
+# ---- what people are told ----
 
 
 def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved) -> list[str]:
@@ -430,6 +461,7 @@ def _summary(
         "val_accuracy": story.val.get("accuracy"),
         "val_loss": story.val.get("loss"),
         "chance": 1 / answers,
+        "skipped_records": story.skipped,
         "verdict": verdict(device, story.wait_share(), story.images_per_s()),
         "device": machine.device_name(device),
         "versions": machine.versions(),
@@ -460,6 +492,11 @@ def _in_words(summary: dict[str, Any], run: Path) -> list[str]:
         ),
         ("waiting for data", share(summary["wait_share"])),
         ("verdict", summary["verdict"]),
+        *(
+            [("damaged records skipped", f"{len(skipped):,}, named in {run / 'summary.json'}")]
+            if (skipped := summary["skipped_records"])
+            else []
+        ),
         *((name, str(run / file)) for name, file in files.items() if (run / file).exists()),
     ]
     return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]

@@ -223,13 +223,13 @@ def test_load_gives_the_features_of_each_stage(straight):
 def test_best_and_numbered_checkpoints_are_kept_as_asked(pictures, tmp_path):
     go(pictures, tmp_path, "--max-steps", "9", "--keep-best", "--keep-every", "4")
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert {"last.pt", "best.pt", "step_4.pt", "step_8.pt"} == kept
+    assert {"last.pt", "previous.pt", "best.pt", "step_4.pt", "step_8.pt"} == kept
 
 
 def test_numbered_checkpoints_need_not_fall_on_others(pictures, tmp_path):
     go(pictures, tmp_path, "--max-steps", "7", "--checkpoint-every", "100", "--keep-every", "3")
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    assert {"last.pt", "step_3.pt", "step_6.pt"} == kept
+    assert {"last.pt", "previous.pt", "step_3.pt", "step_6.pt"} == kept
 
 
 def test_what_is_not_finite_is_never_the_best(pictures, tmp_path, monkeypatch):

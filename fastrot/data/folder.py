@@ -8,9 +8,13 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +24,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastrot import dist
+from fastrot import dist, entry
 from fastrot.config import Refused
 from fastrot.core import Picks
 from fastrot.data import crops, pictures, sources
@@ -85,25 +89,30 @@ class Folder:
 
         The plan is drawn in this process, two batches a worker ahead.
         """
+        ahead: deque[Picks] = deque()
         jobs = DataLoader(
             _Worker(str(self.root)),  # type: ignore[arg-type]  # a map from jobs, not from numbers
-            sampler=(self._job(picks) for picks in plan),
+            sampler=(self._job(picks, ahead) for picks in plan),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_begin_worker,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else its seed is drawn from torch's global state
         )
-        done = iter(jobs)
+        with (
+            entry.warnings_held_back()
+        ):  # workers inherit it: one that died of a warning would end the run
+            done = iter(jobs)
         try:
-            for answer in done:
-                if isinstance(answer, str):
-                    raise Refused(answer)
-                yield tuple(answer)
+            for out, spoilt in done:
+                ahead.popleft().spoilt.extend((place, reason) for place, reason in spoilt)
+                yield tuple(out)
         finally:
             del done  # ends the workers
 
-    def _job(self, picks: Picks) -> "_Job":
+    def _job(self, picks: Picks, ahead: deque[Picks]) -> "_Job":
+        ahead.append(picks)
         index = picks.rows[0][:, 0]
         return picks, [self._paths[row] for row in index], self._sizes[index]
 
@@ -113,31 +122,54 @@ _Job = tuple[Picks, list[str], Int32[np.ndarray, "b 2"]]
 
 
 class _Worker:
-    """Lives in the worker processes: a job in, crops out, or one sentence on what is wrong."""
+    """Lives in the worker processes: a job in; crops out, with what of them is spoilt."""
 
     def __init__(self, root: str):
         self.root = root
 
-    def __getitem__(self, job: _Job) -> tuple[Tensor, ...] | str:
+    def __getitem__(self, job: _Job) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
         picks, paths, sizes = job
         out = tuple(
             torch.empty(len(paths), size, size, 3, dtype=torch.uint8) for size in picks.sizes
         )
+        spoilt = []
         for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
             what = f"row {picks.rows[0][place, 0]}, {path!r},"
             try:
-                with open(os.path.join(self.root, path), "rb") as file:
-                    picture = pictures.decode(file.read())
-                if list(picture.shape[:2]) != size:
-                    was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
-                    return f"{what} was listed as {was} and is {now}: it has changed, start again"
+                picture = self._read(path, size)
+            except (pictures.BadPicture, OSError) as e:
+                why = getattr(e, "strerror", None) or e
+                spoilt.append((place, f"{what} cannot be read: {why}; take it out of the folder"))
+                continue
+            try:
                 for box, crop in zip(picks.rows, out, strict=True):
                     crops.resample(picture, box[place], crop[place].numpy())
-            except (pictures.BadPicture, OSError) as e:
-                return f"{what} cannot be read: {e}; take it out of the folder, and start again"
             except Exception as e:
                 raise RuntimeError(f"{what} cannot be cropped: {e}") from e
-        return out
+        return out, spoilt
+
+    def _read(self, path: str, size: list[int]) -> np.ndarray:
+        with open(os.path.join(self.root, path), "rb") as file:
+            picture = pictures.decode(file.read())
+        if list(picture.shape[:2]) != size:
+            was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
+            raise pictures.BadPicture(f"it was listed as {was} and is {now}, so it has changed")
+        return picture
+
+
+def _begin_worker(_: int) -> None:
+    """A cluster warns every process of a job, and a worker that died of it would end the run before its last
+    save: workers heed the parent's SIGTERM alone.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def heed() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed, daemon=True).start()
 
 
 def _context() -> str:
@@ -149,6 +181,7 @@ def _context() -> str:
     if dist.world() == 1:
         return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     multiprocessing.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # now, since it lets SIGTERM through again where it was held back
     return "forkserver"
 
 

@@ -6,14 +6,17 @@ the same batches.
 
 import functools
 import hashlib
+import logging
+from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrot.config import Refused
-from fastrot.core import Batch, Data, Picks, View
+from fastrot.core import Batch, DamagedRecord, Data, Picks, View
 from fastrot.data import crops, order
 
 
@@ -22,10 +25,14 @@ class Loader:
 
     images       pictures in the view, over all ranks
     fingerprint  of the view's order: of the data, and of the rows looked at
+    skipped      the damaged records met so far, a sentence each, where these are skipped
 
     The same epoch number gives the same batches, whatever the number of workers; `start` skips batches.
     A Batch stays valid after the next one is drawn. In training (`view.shuffled`) the ragged tail is
     dropped; in data order it is kept, and ranks may draw different numbers of batches.
+
+    A record that cannot be read raises DamagedRecord, or is skipped: in training the picture before it in
+    its batch stands in for it, with its own index and label, so that shapes stay; in data order it is missing.
     """
 
     def __init__(
@@ -40,7 +47,9 @@ class Loader:
         device: torch.device | str = "cpu",
         workers: int = 1,
         enlarge: bool = False,
+        on_bad_record: Literal["stop", "skip"] = "stop",
     ):
+        self.on_bad_record, self.skipped = on_bad_record, set[str]()
         self.data, self.view, self.batch, self.seed = data, view, batch, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
@@ -74,6 +83,16 @@ class Loader:
             ragged=not self.view.shuffled,
         )
 
+    @property
+    def shared(self) -> int:
+        """Batches per epoch that every rank draws: the last rank has the fewest."""
+        last = {"batch": self.batch, "rank": self.world - 1, "world": self.world}
+        return (
+            len(self)
+            if self.view.owned
+            else order.batches(self.images, **last, ragged=not self.view.shuffled)
+        )
+
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
         steps = range(start, len(self))
@@ -81,18 +100,18 @@ class Loader:
         if self.view.shuffled:
             of = self._share if self._share is not None else self.data.rows
             rows = order.Shuffled(of, seed=self.seed, epoch=number)
-        chosen: list[np.ndarray] = []  # rows of the batches that are read ahead, oldest first
+        ahead: deque[Picks] = deque()  # of the batches that are read ahead, oldest first
 
         def plan() -> Iterator[Picks]:
             for k in steps:
-                index = rows[self._places(k)]
-                chosen.append(index)
-                yield self.picks(index, number)
+                ahead.append(self.picks(rows[self._places(k)], number))
+                yield ahead[-1]
 
         pictures = self.data.pictures(plan(), self.device, self.workers)
         batches = (
-            self._batch(chosen.pop(0), crop, number, k)
+            batch
             for k, crop in zip(steps, pictures, strict=True)
+            if (batch := self._batch(ahead.popleft(), crop, number, k)) is not None
         )
         try:
             yield from (
@@ -121,13 +140,38 @@ class Loader:
             )
         return Picks(tuple(each), tuple(recipe.size for recipe in self.view.crops))
 
-    def _batch(self, index: np.ndarray, crop: tuple[Tensor, ...], epoch: int, k: int) -> Batch:
+    def _batch(self, picks: Picks, crop: tuple[Tensor, ...], epoch: int, k: int) -> Batch | None:
+        """None: all its pictures are skipped."""
+        index = picks.rows[0][:, 0].copy()
+        if picks.spoilt:
+            places = self._sound_places(picks)
+            if not len(places):
+                return None
+            index = index[places]
+            crop = tuple(each[torch.from_numpy(places).to(each.device)] for each in crop)
         return Batch(
             crops=crop,
             index=torch.from_numpy(index),
             label=torch.from_numpy(self.data.labels[index]),
             clock=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
         )
+
+    def _sound_places(self, picks: Picks) -> np.ndarray:
+        """The places of a batch that its pictures are taken from, where some are spoilt."""
+        reasons = [reason for _, reason in sorted(picks.spoilt)]
+        if self.on_bad_record == "stop":
+            raise DamagedRecord(f"{reasons[0]}, or leave it out with --on-bad-record skip")
+        for reason in reasons:
+            if reason not in self.skipped:
+                self.skipped.add(reason)
+                logging.getLogger("fastrot").warning("skipped: %s", reason)
+        places = np.arange(len(picks.rows[0]))
+        sound = np.setdiff1d(places, [place for place, _ in picks.spoilt])
+        if not self.view.shuffled:
+            return sound
+        if not len(sound):
+            raise DamagedRecord(f"no picture of a whole batch can be read; the first, {reasons[0]}")
+        return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
 
     def _places(self, k: int) -> np.ndarray:
         rank, world = self._shared_by

@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import time
 
@@ -219,11 +220,13 @@ def test_a_picture_that_changed_is_named(pictures, tmp_path, workers, change, sa
     data = folder.Folder(root)
     change(root / "class0" / "006.jpg")
     work = [picks(data, [0, 1]), picks(data, [5, 2])]
-    done = data.pictures(iter(work), CPU, workers)
-    next(done)
-    with pytest.raises(Refused, match=f"row 2, 'class0/006.jpg'.*{said}") as told:
-        next(done)
-    assert "\n" not in str(told.value)
+    done = list(data.pictures(iter(work), CPU, workers))
+    assert len(done) == 2
+    assert work[0].spoilt == []
+    [(place, told)] = work[1].spoilt
+    assert place == 1
+    assert re.search(f"row 2, 'class0/006.jpg'.*{said}", told)
+    assert "\n" not in told
     assert children() == 0
 
 

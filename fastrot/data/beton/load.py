@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 from torch import Tensor
 
-from fastrot.config import Refused, Stopped
-from fastrot.core import Picks
+from fastrot.config import Refused
+from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
 from fastrot.data.ring import Ring
@@ -39,10 +39,6 @@ MOST_CLASSES = 2**20  # an int field that counts further is taken for something 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
 _AGAIN = "copy or prepare it again"
-
-
-class DamagedRecord(Stopped):
-    """A picture whose bytes are not those that were written."""
 
 
 class Beton:
@@ -152,7 +148,11 @@ class Beton:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
         into = [crop.numpy() for crop in out]
         for i in range(start, stop):
-            picture = self._decode(int(picks.rows[0][i, 0]), self._scratch)
+            try:
+                picture = self._decode(int(picks.rows[0][i, 0]), self._scratch)
+            except DamagedRecord as error:
+                picks.spoilt.append((i, str(error)))
+                continue
             for rows, pixels in zip(picks.rows, into, strict=True):
                 crops.resample(picture, rows[i], pixels[i])
 
