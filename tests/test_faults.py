@@ -1,0 +1,442 @@
+"""What a run must survive: warnings, a second run on its folder, damaged checkpoints, a full disk, NaN.
+
+In this process, at chosen moments; tests/test_kills.py kills whole processes at random ones.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from test_run import TINY, assert_same_bits, go, told
+
+from fastrot import checkpoint, disk, entry, journal, loop, train
+from fastrot.config import Refused, Stopped
+from fastrot.entry import Warned
+from fastrot.methods.rotnet import RotNet
+
+STEPS = 20  # of TINY: epochs of 8 or 9 steps
+
+
+@pytest.fixture(scope="module")
+def straight(pictures, tmp_path_factory):
+    """A run that nothing happens to."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert go(pictures, out) == 0
+    return out
+
+
+def last(run):
+    return run / "checkpoints" / "last.pt"
+
+
+def assert_same_run(a, b) -> None:
+    assert_same_bits(last(a), last(b))
+    assert told(a) == told(b)
+
+
+def children() -> list[int]:
+    """Process numbers of this one's workers (not of what they start from)."""
+    return [process.pid or 0 for process in multiprocessing.active_children()]
+
+
+def warn(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+# ---- warnings ----
+
+
+@pytest.mark.parametrize(
+    ("at", "number"), [(1, signal.SIGTERM), (7, signal.SIGUSR1), (8, signal.SIGTERM)]
+)
+def test_a_warned_run_saves_at_once_and_goes_on(
+    straight, pictures, tmp_path, monkeypatch, capsys, at, number
+):
+    step = loop.train_step
+
+    def warned(state, batch):
+        if state.step == at - 1:
+            warn(number)
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", warned)
+    args = [*TINY, "--data", str(pictures), "--out", str(tmp_path)]
+    before = signal.getsignal(number)
+    status = entry.status(lambda: train.main(args))
+    assert status == 128 + number
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().out
+    assert f"{number.name}: saved at step {at} of {STEPS}; the same command goes on there" in said
+    assert checkpoint.load(last(tmp_path))["step"] == at
+    monkeypatch.undo()
+    go(pictures, tmp_path)
+    assert f"resumed at step {at}" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("validation", [0, 1, 3], ids=["before-training", "first", "last"])
+def test_a_run_warned_in_a_validation_goes_on_with_that_validation(
+    straight, pictures, tmp_path, monkeypatch, capsys, validation
+):
+    score, seen = loop.validate, []
+
+    def warned(*args):
+        seen.append(1)
+        if len(seen) == validation + 1:
+            warn(signal.SIGUSR1)
+        return score(*args)
+
+    monkeypatch.setattr(loop, "validate", warned)
+    with pytest.raises(Warned):
+        go(pictures, tmp_path)
+    assert len(seen) == validation + 1
+    assert last(tmp_path).exists() == bool(validation)
+    monkeypatch.undo()
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_workers_of_a_folder_do_not_die_of_a_warning(pictures, tmp_path, monkeypatch, capsys):
+    """A cluster sends it to every process of a job."""
+    step = loop.train_step
+
+    def warned(state, batch):
+        if state.step == 4:
+            assert children()
+            for process in (*children(), os.getpid()):  # the workers first
+                subprocess.run(["kill", "-TERM", str(process)], check=True)
+            time.sleep(0.3)
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", warned)
+    with pytest.raises(Warned):
+        go(pictures, tmp_path, "--workers", "2")
+    assert checkpoint.load(last(tmp_path))["step"] == 5
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path, monkeypatch):
+    step = loop.train_step
+
+    def deadly(state, batch):
+        if state.step == 4:
+            for process in children():
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.3)
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", deadly)
+    with pytest.raises(Stopped, match="want of memory"):
+        go(pictures, tmp_path)
+
+
+# ---- one run a folder ----
+
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from fastrot.disk import locked
+with locked(Path(sys.argv[1]), "taken"):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(folder):
+    """Another process that holds the folder, and the number of a child of its."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    try:
+        yield owner
+    finally:
+        owner.kill()
+        owner.wait()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_run_on_a_folder_is_refused(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "PATIENCE", 0.2)
+    with holder(tmp_path) as owner:
+        with pytest.raises(Refused, match=f"another run writes into .*process {owner.pid} on"):
+            go(pictures, tmp_path)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["lock"]
+        owner.kill()  # its child lives on, and holds nothing
+        owner.wait()
+        assert go(pictures, tmp_path, "--max-steps", "1") == 0
+
+
+def test_a_run_copied_elsewhere_goes_on_there(straight, pictures, tmp_path, capsys):
+    go(pictures, tmp_path / "begun", "--max-steps", "7")
+    shutil.copytree(tmp_path / "begun", tmp_path / "copy")
+    capsys.readouterr()
+    go(pictures, tmp_path / "copy")
+    assert "resumed at step 7" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path / "copy")
+    assert checkpoint.load(last(tmp_path / "begun"))["step"] == 7
+
+
+# ---- damaged checkpoints ----
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+
+
+def of_another_version(data: bytes) -> bytes:
+    import io
+
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    out = io.BytesIO()
+    torch.save({**state, "version": 99}, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, of_another_version])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
+    straight, pictures, tmp_path, damage
+):
+    go(pictures, tmp_path, "--max-steps", "10")
+    previous = tmp_path / "checkpoints" / "previous.pt"
+    assert checkpoint.load(previous)["step"] < 10
+    data = last(tmp_path).read_bytes()
+    last(tmp_path).write_bytes(damage(data))
+    with pytest.raises(Refused, match=r"last\.pt .*; move .*/previous\.pt in its place") as said:
+        go(pictures, tmp_path)
+    assert "\n" not in str(said.value)
+    previous.rename(last(tmp_path))
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_the_one_before_is_taken_where_the_last_was_removed(straight, pictures, tmp_path, capsys):
+    go(pictures, tmp_path, "--max-steps", "10")
+    last(tmp_path).unlink()
+    capsys.readouterr()
+    go(pictures, tmp_path)
+    assert "resumed at step 8" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path)
+
+
+def test_any_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"net": {"w": torch.arange(300.0)}, "step": 7, "config": {"lr": 0.1}})
+    data, draw, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for at in draw.integers(len(data), size=150):
+        path.write_bytes(
+            data[:at] + bytes([data[at] ^ (1 << int(draw.integers(8)))]) + data[at + 1 :]
+        )
+        try:
+            state = checkpoint.load(path)
+        except Refused:
+            refused += 1
+            continue
+        assert torch.equal(state["net"]["w"], torch.arange(300.0)), at
+        assert (state["step"], state["config"], state["version"]) == (7, {"lr": 0.1}, 1), at
+    assert refused > 30
+
+
+# ---- a full disk ----
+
+
+@contextmanager
+def files_up_to(size: int):
+    """No file of this process may grow beyond `size` bytes: the nearest that any machine has to a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_in_a_checkpoint_harms_nothing(straight, pictures, tmp_path, capsys):
+    go(pictures, tmp_path, "--max-steps", "6")
+    whole = last(tmp_path).read_bytes()
+    args = [*TINY, "--data", str(pictures), "--out", str(tmp_path)]
+    capsys.readouterr()
+    with files_up_to(len(whole) // 2):
+        assert entry.status(lambda: train.main(args)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "checkpoints/last.pt: File too large; nothing written before is harmed" in said
+    assert last(tmp_path).read_bytes() == whole
+    assert {p.name for p in last(tmp_path).parent.iterdir()} == {"last.pt", "previous.pt"}
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_full_disk_in_a_log_line_harms_nothing(straight, pictures, tmp_path, capsys, monkeypatch):
+    write = journal.Journal.write
+    go(pictures, tmp_path, "--max-steps", "6")
+
+    def squeezed(self, line):
+        if line["step"] == 12:
+            size = (tmp_path / "metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, resource.RLIM_INFINITY))
+        write(self, line)
+
+    monkeypatch.setattr(journal.Journal, "write", squeezed)
+    args = [*TINY, "--data", str(pictures), "--out", str(tmp_path)]
+    capsys.readouterr()
+    with files_up_to(resource.RLIM_INFINITY):  # and as before behind it
+        assert entry.status(lambda: train.main(args)) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "metrics.jsonl: File too large; nothing written before is harmed: make space" in said
+    assert not (tmp_path / "metrics.jsonl").read_text().endswith("\n")  # a torn line
+    monkeypatch.undo()
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(folder)], capture_output=True
+    )
+    if made.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file) -> None:
+    while True:
+        file.write(bytes(4096))
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_sentence(pictures, small_disk, tmp_path):
+    """A real one, with TensorBoard's own thread writing too; then there is space again."""
+    out = small_disk / "run"
+    args = [sys.executable, "fastrot/train.py", *TINY, "--tensorboard", "--data", str(pictures)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start():
+        return subprocess.run(
+            [*args, "--out", str(out)], capture_output=True, text=True, timeout=120, env=env
+        )
+
+    begun = subprocess.run([*args, "--out", str(out), "--max-steps", "7"], env=env, timeout=120)
+    assert begun.returncode == 0
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        fill(file)
+    failed = start()
+    assert failed.returncode == 1
+    assert "No space left on device" in failed.stderr
+    assert "Traceback" not in failed.stderr, failed.stderr
+    assert checkpoint.load(last(out))["step"] == 7
+    filler.unlink()
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 7" in done.stdout
+    assert checkpoint.load(last(out))["step"] == STEPS
+
+
+# ---- what is not finite, what differs ----
+
+
+def test_a_net_gone_bad_leaves_a_checkpoint_that_loads(straight, pictures, tmp_path, monkeypatch):
+    views = RotNet.views
+
+    def poisoned(self, batch):
+        pixels = views(self, batch)
+        return pixels * math.nan if batch.clock[1] == 12 else pixels
+
+    monkeypatch.setattr(RotNet, "views", poisoned)
+    with pytest.raises(
+        Stopped, match=r"not finite at step 15; the last good checkpoint is .*last\.pt"
+    ):
+        go(pictures, tmp_path)
+    assert checkpoint.load(last(tmp_path))["step"] == 12  # no step was saved behind the bad one
+    monkeypatch.undo()
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_other_threads_and_machines_are_told_in_one_line(pictures, tmp_path, monkeypatch, capsys):
+    go(pictures, tmp_path, "--max-steps", "3")
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("fastrot.machine.device_name", lambda device: "another machine")
+    try:
+        torch.set_num_threads(threads + 1)
+        go(pictures, tmp_path, "--max-steps", "5")
+    finally:
+        torch.set_num_threads(threads)
+    [line] = [li for li in capsys.readouterr().out.splitlines() if "bits may differ" in li]
+    assert f"threads were {threads}, now {threads + 1}" in line
+    assert "now another machine" in line
+
+
+def test_each_knob_that_disagrees_is_named_with_both_ways_out(straight, pictures):
+    args = ["--seed", "3", "--lr", "0.5", "--optim.momentum", "0.5", "--backbone.stride", "4"]
+    with pytest.raises(Refused) as said:
+        go(pictures, straight, *args)
+    for words in (
+        "--seed was 0, now 3",
+        "--lr was 0.05, now 0.5",
+        "--optim.momentum was 0.9, now 0.5",
+        "--backbone.stride was 2, now 4",
+        "--out NEW",
+        f"--start-from {straight}",
+    ):
+        assert words in str(said.value)
+
+
+def test_free_knobs_may_differ_and_the_bits_stay(straight, pictures, tmp_path):
+    go(pictures, tmp_path, "--max-steps", "5")
+    more = ["--workers", "0", "--checkpoint-every", "3", "--on-bad-record", "skip"]
+    go(pictures, tmp_path, *more, "--keep-every", "9")
+    mine, other = (checkpoint.load(last(run)) for run in (straight, tmp_path))
+    for name, value in mine["net"].items():
+        assert torch.equal(value, other["net"][name]), name
+    assert told(straight) == told(tmp_path)
+
+
+# ---- pictures that cannot be read ----
+
+
+def test_a_damaged_picture_is_named_or_skipped_and_counted(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    go(root, tmp_path / "run", "--max-steps", "1")  # its sizes are known from here on
+    for name in ("class0/006.jpg", "class1/010.jpg"):
+        file = root / name
+        stamp, data = file.stat(), file.read_bytes()
+        file.write_bytes(data[:300] + bytes(len(data) - 300))
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(
+        Stopped, match=r"row \d+, 'class\d/0..\.jpg', cannot be read.*--on-bad-record"
+    ):
+        go(root, tmp_path / "run")
+    go(root, tmp_path / "run", "--on-bad-record", "skip")
+    assert "damaged records skipped" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    skipped = "\n".join(summary["skipped_records"])
+    assert len(summary["skipped_records"]) == 2
+    assert "class0/006.jpg" in skipped
+    assert "class1/010.jpg" in skipped
