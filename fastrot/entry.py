@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -29,6 +30,12 @@ def rank() -> int:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores(processes: int) -> int:
+    """Cores for one of so many processes on this machine: srun gives each its own, torchrun's share them all."""
+    bound = "LOCAL_RANK" not in os.environ and cores() < (os.cpu_count() or 1)
+    return max(1, cores() if bound else cores() // processes)
 
 
 def status(main: Callable[[], int | None]) -> int:
@@ -73,11 +80,12 @@ class Warned(Exception):
 
 
 class Alarm:
-    """Notes the warnings that reach this process from now on."""
+    """Notes the warnings that reach this process from now on; only the main thread of a process can."""
 
     def __init__(self):
         self.got = 0  # number of the latest; 0: none yet
-        self._before = {w: signal.signal(w, self._note) for w in WARNINGS}
+        able = threading.current_thread() is threading.main_thread()
+        self._before = {w: signal.signal(w, self._note) for w in WARNINGS if able}
 
     def _note(self, number: int, frame: object) -> None:
         self.got = number

@@ -142,11 +142,13 @@ def validate(
         if k % often == 0 and k < loader.shared:
             asked()
     net.train()
-    if dist.world() > 1:  # a rank whose share is empty has no names: rank 0 never is
-        for name in dist.agree(list(sums)):
-            sums[name] = dist.sum_over_ranks(
-                sums.get(name, torch.zeros(2, dtype=torch.float64, device=state.device))
-            )
+    for name in sorted(dist.together(set(sums))):  # a rank whose share is empty has no names
+        nothing = torch.zeros(2, dtype=torch.float64, device=state.device)
+        sums[name] = dist.sum_over_ranks(sums.get(name, nothing))
+    if not sums:
+        raise Stopped(
+            "no picture to be judged on can be read: give --val others, or prepare them anew"
+        )
     return {name: (both[0] / both[1]).item() for name, both in sums.items()}
 
 

@@ -20,7 +20,7 @@ from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
 from fastrot.data.sources import held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
-from fastrot.entry import Alarm, Warned, cores
+from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
 from fastrot.journal import Journal, table, verdict
 from fastrot.loop import Run, TrainState
@@ -47,13 +47,13 @@ def train(cfg: Config) -> int:
         if here.rank == 0:  # the one that writes
             refusal = f"another run writes into {run}: wait for it, end it, or use --out NEW"
             until_the_end.enter_context(locked(run, refusal))
-        saved = _last_checkpoint(run)
-        if saved is not None:
-            _compare(saved, cfg, here, run)
         begun = time.perf_counter()
-        dist.start(here, device)
+        dist.start(here, device)  # all meet here: nobody writes while they read the checkpoint
         together = False
         try:
+            saved = _last_checkpoint(run)
+            if saved is not None:
+                _compare(saved, cfg, here, run)
             _deterministic(cfg)
             _train(cfg, run, saved, here, device, begun, alarm)
             together = True
@@ -163,6 +163,8 @@ def choose_device(wish: str, here: dist.Place) -> torch.device:
         raise Refused("--device cuda, but torch sees no GPU: use --device cpu, or torch with CUDA")
     if wish == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ and "SLURM_GPUS_PER_TASK" in os.environ:
+        return torch.device("cuda", 0)  # srun lets each task see its own alone
     if here.local >= torch.cuda.device_count():
         raise Refused(
             f"there are {here.local_world} processes on this machine but {torch.cuda.device_count()} "
@@ -210,7 +212,7 @@ def _loaders(
     device: torch.device,
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
-    share = max(1, cores() // here.local_world)
+    share = share_of_cores(here.local_world)
 
     def opened(data: Data, view: View) -> Loader:
         return assemble.open_loader(
@@ -433,8 +435,9 @@ def _shown(cfg: Config, run: Path, val_loader: Loader | None, device: torch.devi
         device=device,
         workers=0,
         enlarge=True,
+        on_bad_record=cfg.on_bad_record,
     )
-    return next(iter(few.epoch(0)))
+    return next(iter(few.epoch(0)), None)
 
 
 def _draw(run: Path, state: TrainState, shown: Batch | None) -> None:

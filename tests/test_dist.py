@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrot import dist
+from fastrot import dist, entry
 from fastrot.dist import Place
 from fastrot.journal import Meter
 
@@ -59,3 +59,17 @@ def test_a_logged_mean_is_over_all_ranks(monkeypatch):
     meter.add({"loss": torch.tensor(1.0)})
     meter.add({"loss": torch.tensor(3.0)})
     assert meter.read() == {"loss": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "seen", "share"),
+    [("torchrun", 8, 2), ("torchrun", 16, 4), ("srun", 8, 8), ("srun", 16, 4)],
+)
+def test_ranks_share_the_cores_unless_each_has_its_own(monkeypatch, launcher, seen, share):
+    """Four processes on a machine of 16 cores, which see 8 or all of them."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if launcher == "torchrun":
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(entry, "cores", lambda: seen)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert entry.share_of_cores(4) == share
