@@ -143,12 +143,13 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path
 # ---- one run a folder ----
 
 HOLD = """
-import subprocess, sys, time
+import os, sys, time
 from pathlib import Path
 from fastrot.disk import locked
 with locked(Path(sys.argv[1]), "taken"):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
-    print(child.pid, flush=True)
+    child = os.fork()  # as a loader starts its workers
+    if child:
+        print(child, flush=True)
     time.sleep(60)
 """
 
