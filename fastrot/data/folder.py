@@ -100,9 +100,8 @@ class Folder:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else its seed is drawn from torch's global state
         )
-        with (
-            entry.warnings_held_back()
-        ):  # workers inherit it: one that died of a warning would end the run
+        # workers inherit it: one that died of a warning would end the run
+        with entry.warnings_held_back():
             done = iter(jobs)
         try:
             for out, spoilt in done:
@@ -149,7 +148,10 @@ class _Worker:
         return out, spoilt
 
     def _read(self, path: str, size: list[int]) -> np.ndarray:
-        with open(os.path.join(self.root, path), "rb") as file:
+        whole = os.path.join(self.root, path)
+        with open(whole, "rb", opener=sources.without_waiting) as file:
+            if reason := sources.too_long(os.fstat(file.fileno()).st_size):
+                raise pictures.BadPicture(reason)
             picture = pictures.decode(file.read())
         if list(picture.shape[:2]) != size:
             was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])

@@ -30,6 +30,8 @@ from fastrot.data.order import hash64
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
 HEAD = 32  # bytes that `sniff` wants
+MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
+MOST_LABELS = 2**20  # a number in a text list that counts further is no label
 _OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 _HELD_OUT = 0x68656C64  # "held": keeps these draws apart from those of order and crops
 
@@ -56,7 +58,8 @@ class Source:
 
     def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
         """Encoded bytes of record i, or its pixels."""
-        with open(os.path.join(self.root, self.records[i].path), "rb") as file:
+        path = os.path.join(self.root, self.records[i].path)
+        with open(path, "rb", opener=without_waiting) as file:
             return file.read()
 
 
@@ -214,11 +217,12 @@ def _look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
     if by_name and plain:
         return taken
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return "skip", ""  # a pipe would block whoever opens it
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return "skip", ""
         if by_name:
             return taken
-        file = os.open(path, os.O_RDONLY)
+        file = without_waiting(path, os.O_RDONLY)
         try:
             head = os.read(file, HEAD)
         finally:
@@ -227,10 +231,22 @@ def _look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
         what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
         return ("reject", f"{what} ({e.strerror})") if named else ("skip", "")
     if sniff(head):
-        return "picture", ""
+        reason = too_long(found.st_size)
+        return ("reject", reason) if reason else ("picture", "")
     if not named or head.startswith(_APPLEDOUBLE):
         return "skip", ""
     return "reject", "its first bytes are no picture's" if head else "it is empty"
+
+
+def too_long(length: int) -> str | None:
+    """Why a file of so many bytes is no picture, whatever it begins with."""
+    if length > MOST_BYTES:
+        return f"it has {length:,} bytes: a picture may have {MOST_BYTES:,}"
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that took its place would block whoever waits for it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def sniff(head: bytes) -> str | None:
@@ -274,16 +290,16 @@ def text_list(
         raise Refused(f"--split {split}: a text list has no splits; give one list for each")
     if root.is_dir():
         raise Refused(f"{root} is a folder: give the text file that names the pictures")
-    text = root.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    if b"\0" in text:
-        raise Refused(f"{root} is no text list: it holds zero bytes; write it as UTF-8")
-    lines = [
-        line.strip() for line in os.fsdecode(text).split("\n")
-    ]  # not at odd separators in names
-    lines = [line for line in lines if line]
-    named = [_LABELLED.match(line) for line in lines]
-    paths = [match[1] if match else line for match, line in zip(named, lines, strict=True)]
-    labels = [int(match[2]) if match and label_from == "folder" else -1 for match in named]
+    lines = (line.strip() for line in _text(root).split("\n"))  # not at odd separators in names
+    named = [_path_and_label(line) for line in lines if line]
+    paths = [path for path, _ in named]
+    labels = [label if label_from == "folder" else -1 for _, label in named]
+    highest = max(labels, default=-1)
+    if highest >= MOST_LABELS:
+        raise Refused(
+            f"{root} has the label {highest} ({shown(paths[labels.index(highest)])}): a label is below "
+            f"{MOST_LABELS:,}; --label-from none ignores what stands behind the paths"
+        )
 
     def look(path: str) -> tuple[str, str]:
         if os.path.isabs(path):
@@ -308,13 +324,37 @@ def text_list(
         else:
             source.records.append(Record(path, label))
             numbers.append(number)
-    source.classes = tuple(map(str, range(max(labels, default=-1) + 1)))
+    source.classes = tuple(map(str, range(highest + 1)))
     source.numbers = _unless_counted(numbers)
     return _not_empty(source, root)
 
 
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
-_LABELLED = re.compile(r"(.*?)\s*[\s,]\s*(\d{1,9}|-1)$")
+_LABEL = re.compile(r"(\d{1,9}|-1)$")
+
+
+def _path_and_label(line: str) -> tuple[str, int]:
+    """`path label`, `path,label` or `path`; -1 where there is no label. In one pass: a line may be long."""
+    label = _LABEL.search(line)
+    if label is None:
+        return line, -1
+    before = line[: label.start()]
+    path = before.rstrip().removesuffix(",").rstrip()
+    return (line, -1) if path == before else (path, int(label[1]))
+
+
+def _text(file: Path) -> str:
+    """A text file's words, odd bytes as surrogates; what is no text is refused at its beginning."""
+    with open(file, "rb") as lines:
+        text = lines.read(_BEGINNING)
+        if b"\0" not in text:
+            text += lines.read()
+    if b"\0" in text:
+        raise Refused(f"{file} is no text list: it holds zero bytes; write it as UTF-8")
+    return os.fsdecode(text.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+
+
+_BEGINNING = 2**16  # bytes: an archive or a picture has a zero among them
 
 
 # ---- CIFAR-10 ----
@@ -379,8 +419,10 @@ def _cifar_batch(path: Path) -> tuple[UInt8[np.ndarray, "n 32 32 3"], list[int]]
             fits = pixels.ndim == 2 and pixels.shape[1] == 3072 and len(labels) == len(pixels)
             known = all(type(label) is int and 0 <= label < 10 for label in labels)
         except Exception as e:  # a damaged pickle raises nearly every type there is
-            said = " ".join(str(e).split())[:120] or type(e).__name__
-            raise Refused(f"{path} is no CIFAR-10 batch ({said}): unpack it anew") from e
+            said = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:120]
+            raise Refused(
+                f"{path} is no CIFAR-10 batch ({said or type(e).__name__}): unpack it anew"
+            ) from e
     if not fits or not known:
         raise Refused(
             f"{path} is no CIFAR-10 batch: it holds pixels {list(pixels.shape)} and {len(labels)} labels "
@@ -389,8 +431,11 @@ def _cifar_batch(path: Path) -> tuple[UInt8[np.ndarray, "n 32 32 3"], list[int]]
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    """Admits the four names that the official batches hold, and runs none of them: stand-ins take their place."""
+class _CifarUnpickler(pickle._Unpickler):
+    """Admits the four names that the official batches hold, and runs none of them: stand-ins take their place.
+
+    In Python, for 40 ms a batch: the one in C makes a table as long as a pickle of nine bytes asks for.
+    """
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _ADMITTED:
@@ -467,10 +512,16 @@ def _not_empty(source: Source, root: Path) -> Source:
         return source
     if not source.seen:
         raise Refused(f"{root} is empty: give a folder or a list with pictures in it")
-    why = "".join(f" ({path or 'the root'}: {reason})" for path, reason in source.rejected[:1])
+    first = source.rejected[:1]
+    why = "".join(f" ({shown(path) or 'the root'}: {reason})" for path, reason in first)
     raise Refused(
         f"{root} has {source.seen} file(s) and no picture among them{why}: look at the path, or at the files"
     )
+
+
+def shown(path: str) -> str:
+    """A path as a sentence may hold it: a line of a text list has any length."""
+    return path if len(path) <= 200 else f"{path[:100]} ... {path[-50:]}"
 
 
 # ---- keys: a picture's name in prepared data ----
