@@ -2,7 +2,7 @@
 
     --verify    read and decode every record; each bad one is named, and the exit status is 1
 
-Works for image folders too.
+Works for image folders and for sets of parts (FILE.beton.set) too.
 """
 
 import os
@@ -35,9 +35,9 @@ TASK = 64  # pictures a thread verifies at once
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is in a prepared file or an image folder: facts, checks, and a sheet of crops turned four ways."""
+    """What is in prepared data or an image folder: facts, checks, and a sheet of crops turned four ways."""
 
-    data: tyro.conf.Positional[Path]  # FILE.beton or an image folder
+    data: tyro.conf.Positional[Path]  # FILE.beton, FILE.beton.set or an image folder
     out: Path | None = None  # PNG of the crops; default: NAME-look.png beside the data, or here
     size: int = 128  # pixels a side of the crops
     pictures: int = 12  # on the sheet
@@ -94,7 +94,10 @@ def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
     c, facts = data.contents, data.manifest
     kinds = {0: "float", 1: "int", 2: "image", 3: "bytes", 4: "array", 5: "json", 6: "tensor"}
     fields = ", ".join(f"{name} ({kinds[kind]})" for name, kind in c.fields)
-    yield "file", f"{path.stat().st_size / 1e6:,.1f} MB, pages of {c.page / 2**20:g} MiB: {fields}"
+    parts = facts.get("parts", [])
+    size = facts["bytes"] if parts else path.stat().st_size
+    of = f" in {len(parts):,} part{'s'[: len(parts) != 1]}" if parts else ""
+    yield "file", f"{size / 1e6:,.1f} MB{of}, pages of {c.page / 2**20:g} MiB: {fields}"
     raw = int(c.raw.sum())
     kilobytes = " / ".join(
         f"{v / 1000:.1f}" for v in (c.size.min(), np.median(c.size), c.size.max())
@@ -166,9 +169,10 @@ def verify(data) -> int:
                 read(row)
             except (BadPicture, Stopped, OSError) as error:
                 words = str(error)
-                found.append(
-                    words if words.startswith("row ") else f"row {row} ({data.name(row)}): {error}"
+                named = (
+                    words if words.startswith("row ") else f"row {row} ({data.name(row)}): {words}"
                 )
+                found.append(entry.printable(named))
         return found
 
     start, bad = time.perf_counter(), 0

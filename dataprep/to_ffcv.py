@@ -20,7 +20,7 @@ def _convert(args: list[str] | None) -> int:
     from fastrot.data.beton.write import BetonOptions, convert
 
     options = tyro.cli(BetonOptions, args=args)
-    return prepare.run(lambda: convert(options), options.allow_rejects)
+    return prepare.run(lambda ranks: convert(options, ranks), options.allow_rejects)
 
 
 if __name__ == "__main__":  # workers import this file too

@@ -42,7 +42,7 @@ def method(cfg: Config, facts: Facts) -> Method:
 
 
 def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -> Data:
-    """Open prepared pictures: FILE.beton, an image folder, `synthetic` or `synthetic:IMAGES`.
+    """Open prepared pictures: FILE.beton or the parts of one, an image folder, `synthetic[:IMAGES]`.
 
     The format picks the reader; `loader` overrides. Raises Refused, naming `knob`, for what is no
     known format.
@@ -61,7 +61,8 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
     kind = loader
     if loader == "auto":
         kind = "folder" if path.is_dir() else "beton" if path.suffix == ".beton" else "unknown"
-    if kind == "beton" and path.is_file():
+        kind = "beton" if _holds_parts(path) else kind
+    if kind == "beton" and (path.is_file() or _holds_parts(path)):
         from fastrot.data.beton.load import Beton
 
         return Beton(path)
@@ -77,6 +78,12 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
         "an image folder, or synthetic"
     )
+
+
+def _holds_parts(folder: Path) -> bool:
+    """Whether dataprep/to_ffcv.py --keep-parts made, or is making, this folder."""
+    named = folder.name.endswith((".beton.set", ".beton.parts"))
+    return folder.is_dir() and (named or (folder / "set.json").exists())
 
 
 def _through_ffcv(path: Path) -> Data:

@@ -1,16 +1,20 @@
 """What the scripts of dataprep/ share: options, pictures spread over processes, whole parts, the summary.
 
 A conversion is cut into parts of 10,000 records. Worker processes read, decode, shrink and encode chunks of
-16 pictures; the parent writes each part, with what is to be known of it, under `OUT.parts/`, where it appears
-whole or not at all. A run that was killed goes on from its whole parts. A part depends on its own records
-only, so parts may be made in any order, by anyone.
+16 pictures; their parent writes each part, with what is to be known of it, under `OUT.parts/`, where it
+appears whole or not at all. A run that was killed goes on from its whole parts. A part depends on its own
+records only, so parts may be made in any order, by anyone.
 
-Statistics are sums of whole numbers, so they do not depend on order, workers or parts.
+Under torchrun or srun the missing parts are dealt out to the ranks, each with workers of its own; rank 0
+alone decides what is missing, puts the parts together, and speaks. A rank that dies leaves its part missing,
+for the next start to make.
+
+Statistics are sums of whole numbers, so they do not depend on order, workers, parts or ranks.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
 import hashlib
 import itertools
 import json
@@ -18,7 +22,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
-import shutil
+import secrets
 import signal
 import threading
 import time
@@ -28,6 +32,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -36,13 +41,19 @@ import numpy as np
 
 from fastrot import entry
 from fastrot.config import Refused, Stopped, knob
-from fastrot.data.sources import Record, Source, open_source
-from fastrot.disk import replace_bytes
+from fastrot.data.sources import Record, Source, open_source, shown
+from fastrot.disk import locked, replace_bytes
 
 PART = 10_000  # records a part
 CHUNK = 16  # records a task of a worker
 AHEAD = 3  # chunks a worker that may be under way or waiting to be written: bounds the memory
+GONE = {  # what a file says that is not there, or not for us
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ESTALE),
+}
+BAND = 2**18  # pixels that are split into channels at once: these stay in the cache
 JUDGED = 200  # pictures that --estimate converts
+SEEN_WITHIN = 120  # seconds until a file that one machine wrote must be seen by another
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -63,7 +74,7 @@ class Options:
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only
-    workers: int | None = None  # processes; 0: none but this one; default: the cores at hand
+    workers: int | None = None  # processes of a rank; 0: only itself; default: the cores at hand
     allow_rejects: bool = False  # exit with status 0 even if pictures were rejected
     overwrite: bool = False  # replace a finished --out, and parts made with other options
     estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
@@ -78,12 +89,9 @@ class Options:
                 f"--short-side {self.short_side} and --max-side {self.max_side} both set the size: give one"
             )
 
-    @property
-    def processes(self) -> int:
-        return entry.cores() if self.workers is None else self.workers
 
-
-FREE = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate")  # change no byte
+# these change no byte
+FREE = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate", "keep_parts")
 
 
 def plan_of(options: Options, source: Source) -> dict[str, Any]:
@@ -110,6 +118,86 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
                 return "from other pictures or labels than the source lists now"
             return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
     return None
+
+
+# ---- the processes that share a conversion ----
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun or srun started; by itself it is all of them.
+
+    They meet through torch.distributed, although the parts lie on a shared file system anyway: a process that
+    dies closes its connections, which tells the others at their next meeting, while a file that does not come
+    tells nothing, and one that does may be seen by other machines a minute later.
+    """
+
+    rank: int = 0
+    world: int = 1
+    cores: int = field(default_factory=entry.cores)  # for this rank alone
+
+    def everyones(self, value: T) -> list[T]:
+        """The values of all, rank 0's first; waits for them. Raises Stopped where one is gone."""
+        if self.world == 1:
+            return [value]
+        from fastrot import dist
+
+        try:
+            return dist.everyones(value)
+        except RuntimeError:
+            raise Stopped(
+                "another process of this conversion has ended: run the same command again to go on "
+                "from its whole parts"
+            ) from None
+
+    def first(self, do: Callable[[], T]) -> T:
+        """What rank 0 gets by doing it. Where it raises an error for people, the others leave in silence."""
+        told, error = None, None
+        if self.rank == 0:
+            try:
+                told = do()
+            except (Refused, Stopped, OSError) as e:
+                error = e
+        told, status = self.everyones((told, error and (2 if isinstance(error, Refused) else 1)))[0]
+        if status:
+            with contextlib.suppress(Stopped):
+                self.everyones(None)  # none leaves before all have heard
+            raise error or SystemExit(status)
+        return told  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes that the launcher started, met; they part where the work under it is done."""
+    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        yield ALONE  # without torch, which takes seconds
+        return
+    import torch
+
+    from fastrot import dist
+
+    here = dist.place()
+    # a rank may be done with its share days before another
+    dist.start(here, torch.device("cpu"), patience=timedelta(days=100))
+    finished = False
+    try:
+        yield Ranks(here.rank, here.world, entry.share_of_cores(here.local_world))
+        finished = True
+    finally:
+        dist.stop(together=finished)
+
+
+def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
+    """Raises Refused where a rank would convert other pictures than rank 0."""
+    for rank, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise Refused(
+                f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
+                "all machines must see the same pictures there"
+            )
 
 
 # ---- one picture, in a worker ----
@@ -196,8 +284,18 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
             results.append(_encode(recipe, chunk.source, i, chunk.first + i))
         except BadPicture as e:
             results.append(Reject(chunk.first + i, str(e)))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
+        except OSError as e:
+            if e.errno not in GONE:  # else a failing disk would reject thousands of good pictures
+                raise Stopped(
+                    f"{entry.printable(shown(record.path))} cannot be read ({e.strerror}): see to the "
+                    "disk, and run the same command again to go on"
+                ) from None
             results.append(Reject(chunk.first + i, f"cannot be read: {e.strerror}"))
+        except MemoryError:
+            raise Stopped(
+                f"{entry.printable(shown(record.path))} took more memory than there is: run the same "
+                "command again with fewer --workers"
+            ) from None
         except Exception as e:
             raise RuntimeError(f"converting {record.path!r} failed: {e!r}") from e
     return results
@@ -233,15 +331,27 @@ def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Enc
     )
 
 
+_kept = threading.local()  # planes: the page faults of fresh ones would cost more than the sums
+
+
 def _channel_sums(picture: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sums of red, green, blue and of their squares, exact."""
     import cv2
 
-    channels = cv2.split(picture)
-    sums = tuple(int(cv2.sumElems(channel)[0]) for channel in channels)  # float64, below 2**53
-    # OpenCV squares a root: off by some 2**-52 of itself, which is far less than a half
-    squares = tuple(round(cv2.norm(channel, cv2.NORM_L2SQR)) for channel in channels)
-    return sums, squares
+    sums, squares = [0, 0, 0], [0, 0, 0]
+    if not hasattr(
+        _kept, "planes"
+    ):  # the odd length: planes a power of two apart meet in the cache
+        _kept.planes = np.empty((3, BAND + 1088), np.uint8)
+    rows = BAND // picture.shape[1]  # a side has at most 65,535 pixels
+    for top in range(0, len(picture), rows):
+        band = picture[top : top + rows]
+        planes = [plane[: band.size // 3].reshape(band.shape[:2]) for plane in _kept.planes]
+        for i, channel in enumerate(cv2.split(band, planes)):
+            sums[i] += int(cv2.sumElems(channel)[0])  # float64, below 2**53
+            # OpenCV squares a root: off by some 2**-52 of itself, which is far less than a half
+            squares[i] += round(cv2.norm(channel, cv2.NORM_L2SQR))
+    return tuple(sums), tuple(squares)
 
 
 # ---- many pictures, over processes ----
@@ -300,6 +410,9 @@ def chunks(source: Source, records: range) -> Iterator[Chunk]:
 
 
 # ---- parts ----
+
+PLAN, LOCK = "plan.json", "lock"
+NEW = "new"  # so begin names of files in a folder of parts that are on their way to another place
 
 
 @dataclass
@@ -402,6 +515,47 @@ def parts_of(folder: Path, records: int, suffix: str, part: int = PART) -> list[
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A file by which ranks know that they share one folder of parts, and that it is still theirs.
+
+    The next start in that folder removes it, so that ranks which a killed launcher left behind stop.
+    """
+
+    path: Path
+
+    @classmethod
+    def put_up(cls, folder: Path) -> "Sign":
+        sign = cls(folder / f"{NEW}.{secrets.token_hex(4)}")
+        sign.path.touch()
+        return sign
+
+    def find(self) -> None:
+        """Raises Refused where this rank does not see the folder that rank 0 sees."""
+        if not seen(self.path.exists):
+            raise Refused(
+                f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
+                "system that all machines share"
+            )
+
+    def check(self) -> None:
+        """Raises Stopped where another start has taken the folder over."""
+        if not self.path.exists():
+            raise Stopped(
+                f"another start has taken over {self.path.parent}: this one is at its end"
+            )
+
+
+def seen(there: Callable[[], bool]) -> bool:
+    """Whether it is there, now or soon: other machines see a new file late."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not there():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def make_parts(
     parts: list[Part],
     source: Source,
@@ -409,52 +563,88 @@ def make_parts(
     write: Callable[[Path, Iterable[Encoded], int], None],
     workers: int,
     tick: Callable[[int], None],
+    sign: Sign | None = None,
 ) -> None:
     """Make the parts, one after the other, while workers read ahead over their borders.
 
-    `write(path, pictures, room)` writes a part's file, whole or not at all; `tick(n)` hears of n more records.
+    `write(path, pictures, room)` writes a part's file, whole or not at all; `tick(n)` hears of n more
+    records. With a `sign`, each part appears only where that still stands.
     """
 
     def heard(results: list[Encoded | Reject]) -> list[Encoded | Reject]:
         tick(len(results))
         return results
 
+    def while_ours(results: Iterable[Encoded | Reject]) -> Iterator[Encoded | Reject]:
+        yield from results
+        if sign is not None:
+            sign.check()
+
     work = (chunk for part in parts for chunk in chunks(source, part.records))
     with contextlib.closing(spread(partial(encode_chunk, recipe), work, workers)) as done:
         for part in parts:
             mine = itertools.islice(done, -(-len(part.records) // CHUNK))
-            part.make(itertools.chain.from_iterable(map(heard, mine)), write)
+            part.make(while_ours(itertools.chain.from_iterable(map(heard, mine))), write)
 
 
 @contextlib.contextmanager
 def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
     """The folder of parts, held by this process alone, with nothing in it but whole parts of this plan.
 
-    It is gone when the work under it is done, and stays when that is broken off.
+    It stays, for the next start, until it is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(
-                f"another conversion writes into {folder}: wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        begun = folder / "plan.json"
-        differs = begun.exists() and difference(plan, json.loads(begun.read_bytes()))
+    refusal = f"another conversion writes into {folder}: wait for it, or choose another --out"
+    with locked(folder, refusal):
+        begun = begun_with(folder)
+        differs = begun and difference(plan, begun)
         if differs and not overwrite:
             raise Refused(
                 f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
             )
         for file in folder.iterdir():
-            of_a_killed_run = file.suffix == ".tmp"
-            if (differs or of_a_killed_run) and file.name != "lock":
+            # parts without a plan are rests of a removal, and may be of any options
+            of_others = (differs or not begun) and _lasting(file)
+            if of_others or _passing(file):
                 file.unlink()
-        replace_bytes(begun, json.dumps(plan).encode())
-        yield
-        shutil.rmtree(folder, ignore_errors=True)
+        replace_bytes(folder / PLAN, json.dumps(plan).encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk they would be in the way
+                for file in folder.glob(f"{NEW}*"):
+                    file.unlink()
+
+
+def _passing(file: Path) -> bool:
+    """Whether it is of use to the start that wrote it alone."""
+    return file.suffix == ".tmp" or file.name.startswith(NEW)
+
+
+def _lasting(file: Path) -> bool:
+    """Whether it is a part, or what makes parts a set."""
+    return file.stem.isdigit() or file.name.startswith("set.")
+
+
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The plan of the parts in a folder; None where it holds none of ours."""
+    try:
+        return json.loads((folder / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of parts, its plan last: what is left of it if that is broken off tells whose it is."""
+    if begun_with(folder) is None:
+        return
+    (folder / "set.json").unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if _lasting(file) or _passing(file) or file.name == LOCK:
+            file.unlink(missing_ok=True)
+    (folder / PLAN).unlink()
+    with contextlib.suppress(OSError):  # there are files in it that are not ours
+        folder.rmdir()
 
 
 # ---- what is told ----
@@ -476,6 +666,7 @@ class Summary:
     converted: int = 0  # records of this run
     resumed: int = 0  # records that stood in whole parts of an earlier run
     already: bool = False  # it was finished before
+    parts: bool = False  # --out is a folder of parts
 
     def lines(self) -> Iterator[str]:
         if self.already:
@@ -494,10 +685,13 @@ class Summary:
         )
         if self.resumed:
             yield f"{self.resumed:,} of them stood in whole parts of an earlier run"
+        if self.parts:
+            yield f"{self.out} is a folder of parts that is read as one file: --data {self.out}"
         for path, reason in self.rejects[:10]:
-            yield f"rejected: {entry.printable(path)}: {reason}"
+            yield f"rejected: {entry.printable(shown(path))}: {reason}"
         if len(self.rejects) > 10:
-            yield f"and {len(self.rejects) - 10:,} more: see {self.out}.rejects.jsonl"
+            where = self.out / "set" if self.parts else self.out
+            yield f"and {len(self.rejects) - 10:,} more: see {where}.rejects.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,9 +713,12 @@ class Estimate:
 
 
 def estimate(
-    source: Source, records: int, recipe: Recipe, workers: int, row_bytes: int
+    source: Source, records: int, recipe: Recipe, workers: int, row_bytes: int, ranks: int = 1
 ) -> Estimate:
-    """Convert pictures spread evenly over the records, in memory. `row_bytes`: what a picture takes beside its own."""
+    """Convert pictures spread evenly over the records, in memory.
+
+    `row_bytes`: what a picture takes beside its own; `ranks`: how many would share the work.
+    """
     numbers = sorted({i * records // JUDGED for i in range(JUDGED)})
     work = (chunk_of(source, i, i + 1) for i in numbers)
     recipe = dataclasses.replace(recipe, judged=True)
@@ -541,7 +738,7 @@ def estimate(
         pictures=records,
         tried=tried,
         bytes=round(size / tried * records),
-        minutes=seconds / tried * records / max(workers, 1) / 60,
+        minutes=seconds / tried * records / max(workers, 1) / ranks / 60,
         psnr=float(10 * np.log10(255**2 * 3 * pixels / loss)) if loss else None,
     )
 
@@ -553,8 +750,11 @@ def cpu_seconds() -> float:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, before: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar with images/s and the time left, on standard error."""
+def progress_bar(share: int, before: int, ranks: Ranks = ALONE) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left, on standard error: of rank 0's share, where there are ranks."""
+    if ranks.rank:
+        yield lambda images: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
@@ -567,7 +767,8 @@ def progress_bar(total: int, before: int = 0) -> Iterator[Callable[[int], None]]
     )
     start, done = time.perf_counter(), 0
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=before, rate="-")
+        before = before if ranks.world == 1 else 0
+        task = bar.add_task("", total=before + share, completed=before, rate="-")
 
         def tick(images: int) -> None:
             nonlocal done
@@ -579,12 +780,13 @@ def progress_bar(total: int, before: int = 0) -> Iterator[Callable[[int], None]]
         yield tick
 
 
-def run(convert: Callable[[], Summary | Estimate], allow_rejects: bool) -> int:
-    """Do it, tell it, and give the exit status: 1 with rejects."""
-    told = convert()
-    for line in told.lines():
-        print(line)
+def run(convert: Callable[[Ranks], Summary | Estimate], allow_rejects: bool) -> int:
+    """Do it, tell it, and give the exit status, the same on all ranks: 1 with rejects."""
+    with joined_ranks() as ranks:
+        told = convert(ranks)
+    lines = [*told.lines()] if ranks.rank == 0 else []
     rejected = isinstance(told, Summary) and told.rejects and not allow_rejects
-    if rejected:
-        print("status 1, since pictures were rejected: --allow-rejects accepts them")
+    if rejected and lines:
+        lines.append("status 1, since pictures were rejected: --allow-rejects accepts them")
+    print("".join(f"{line}\n" for line in lines), end="")
     return int(bool(rejected))

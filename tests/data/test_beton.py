@@ -139,6 +139,7 @@ def test_what_lies_beside_is_read(ours, pictures):
 def test_numbers_of_the_source_are_read(ours):
     assert Beton(ours).numbers is None
     facts = json.loads(Path(f"{ours}.json").read_bytes()) | {"numbers": list(range(0, 74, 2))}
+    facts.pop("crc")  # as before the .json was sealed
     Path(f"{ours}.json").write_text(json.dumps(facts))
     assert Beton(ours).numbers.tolist() == list(range(0, 74, 2))
 

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 from plain_beton import write_beton
 from truth import photo
+
+from fastrot.data.beton import write
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"
 
@@ -80,6 +83,86 @@ def test_every_damaged_record_is_named(look, beton, capsys):
     assert [line.split(" of ")[0] for line in said.err.splitlines()] == ["row 2", "row 5"]
     assert "2 DAMAGED" in said.out
     assert look.main([str(beton)]) == 1  # the sheet meets them too
+
+
+@pytest.fixture(params=["file", "set"])
+def ours(request, pictures, tmp_path) -> Path:
+    """A prepared file, or a set of four parts, with checksums."""
+    keep = request.param == "set"
+    options = write.BetonOptions(
+        source="imagefolder", root=pictures, out=tmp_path / "a.beton", workers=0, keep_parts=keep
+    )
+    return write.convert(options, part=10).out
+
+
+def test_prepared_data_of_ours_is_told(look, ours, capsys):
+    assert look.main([str(ours), "--size", "32", "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert "37 records read and decoded" in said
+    assert "all whole" in said
+    assert ("in 4 parts" in said) == ours.is_dir()
+    assert (ours.parent / f"{ours.stem if ours.is_file() else ours.name}-look.png").exists()
+
+
+def test_records_damaged_in_three_ways_are_all_named(look, ours, capsys):
+    """A flipped bit, a tail of zeros, bytes of another picture: each by row and path, and no other."""
+    from fastrot.data.beton.load import Beton
+
+    data = Beton(ours)
+    names, c = [data.name(row) for row in range(37)], data.contents
+    for row, how in {3: "bit", 14: "cut", 36: "other"}.items():
+        file = data._file_of(row).path
+        whole = bytearray(file.read_bytes())
+        start, size = int(c.ptr[row]), int(c.size[row])
+        if how == "bit":
+            whole[start + size // 2] ^= 16
+        elif how == "cut":
+            whole[start + size // 2 : start + size] = bytes(size - size // 2)
+        else:
+            other = whole[int(c.ptr[row - 1]) :][:size]
+            whole[start : start + len(other)] = other
+        file.write_bytes(whole)
+    assert look.main([str(ours), "--verify"]) == 1
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert [line.split(" of ")[0] for line in lines] == ["row 3", "row 14", "row 36"]
+    assert all(names[row] in line for row, line in zip((3, 14, 36), lines, strict=True))
+    assert "3 DAMAGED" in said.out
+
+
+def test_a_wrong_size_in_a_row_is_named_without_checksums(look, ours, capsys, tmp_path):
+    if ours.is_dir():
+        pytest.skip("a set has checksums, or is refused")
+    alone = Path(shutil.copy(ours, tmp_path / "alone.beton"))
+    data = bytearray(alone.read_bytes())
+    at = 24 + 3 * 1041 + 32 * 8 + 1  # the width of row 8
+    data[at] ^= 1
+    alone.write_bytes(data)
+    assert look.main([str(alone), "--verify"]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("row 8 of ")
+    assert "its row says" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_set_without_one_part_is_refused(look, ours, capsys):
+    part = ours / "0000000020.beton" if ours.is_dir() else ours
+    with open(part, "r+b") as file:
+        file.truncate(9000)
+    assert look.main([str(ours), "--verify"]) == 2
+    assert f"{part} is cut short" in capsys.readouterr().err
+
+
+def test_names_of_rows_are_those_of_their_lines(ours):
+    from fastrot.data.beton.load import Beton
+
+    data = Beton(ours)
+    lines = data.path / "set.paths.jsonl" if ours.is_dir() else Path(f"{ours}.paths.jsonl")
+    paths = [json.loads(line)["path"] for line in lines.read_text().splitlines()]
+    assert [data.name(row) for row in range(37)] == paths
+    for content in (b"", b"[]\n" * 40, b"no json\n" * 40):
+        lines.write_bytes(content)
+        assert Beton(ours).name(0) == Beton(ours).name(36) == "path unknown"
 
 
 @pytest.mark.parametrize(

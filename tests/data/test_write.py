@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -251,15 +252,6 @@ def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monke
         write.convert(options(root, out, encoding="raw"))
 
 
-def test_two_conversions_do_not_share_parts(pictures, tmp_path):
-    out = tmp_path / "a.beton"
-    with (
-        prepare.parts_folder(write.side(out, "parts"), {}, False),
-        pytest.raises(Refused, match="another conversion"),
-    ):
-        write.convert(options(pictures, out))
-
-
 # ---- what is told ----
 
 
@@ -315,6 +307,15 @@ def test_wrong_use_is_one_sentence(pictures, tmp_path, capsys, args, says):
     assert says in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_every_option_is_explained(capsys):
+    """The words come from comments, which a formatter may push out of tyro's sight."""
+    with pytest.raises(SystemExit):
+        main("--help")
+    said = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
+    assert "--keep-parts no merging" in said.replace("--no-keep-parts ", "").replace(",", "")
+    assert not re.findall(r"--\S+ (?:\S*[}|A-Z]+ )?\((?:default|required)", said)
 
 
 def test_no_picture_at_all(tmp_path, capsys):
@@ -374,7 +375,7 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
         "prepare.Part.make = slow\n"
         f"o = write.BetonOptions(source='imagefolder', root=Path({str(pictures)!r}), "
         f"out=Path({str(out)!r}), workers=1)\n"
-        "convert = lambda: write.convert(o, part=16)\n"
+        "convert = lambda ranks: write.convert(o, ranks, part=16)\n"
         "if __name__ == '__main__': sys.exit(entry.status(lambda: prepare.run(convert, False)))\n"
     )
     script = tmp_path / "script.py"
@@ -421,6 +422,45 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         disk.write_atomically(path, fails)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_no_jpeg_holds_is_rejected():
+    with pytest.raises(write.BadPicture, match="70000x1 pixels: a side of a JPEG may have 65,500"):
+        write.Coder().encode(np.zeros((1, 70_000, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (FileNotFoundError(2, "No such file"), None),
+        (OSError(116, "Stale file handle"), None),
+        (OSError(5, "Input/output error"), r"cannot be read .Input/output error.*again to go on"),
+        (MemoryError(), "more memory than there is.*fewer --workers"),
+    ],
+    ids=["gone", "stale", "disk", "memory"],
+)
+def test_what_cannot_be_read_is_rejected_unless_the_machine_is_at_fault(pictures, error, says):
+    class Fails(prepare.Held):
+        def read(self, i):
+            raise error
+
+    chunk = prepare.Chunk(Fails(open_source("imagefolder", pictures).records[:1], []), 7)
+    recipe = prepare.Recipe(write.Coder())
+    if says is None:
+        (reject,) = prepare.encode_chunk(recipe, chunk)
+        assert (reject.record, reject.reason) == (7, f"cannot be read: {error.strerror}")
+    else:
+        with pytest.raises(Stopped, match=says):
+            prepare.encode_chunk(recipe, chunk)
+
+
+def test_statistics_of_a_large_picture_are_those_of_its_pixels():
+    """It is summed up in bands."""
+    picture = np.random.default_rng(0).integers(0, 256, (1100, 701, 3), np.uint8)
+    wide = picture.astype(np.int64)
+    sums, squares = prepare._channel_sums(picture)
+    assert sums == tuple(wide.sum((0, 1)).tolist())
+    assert squares == tuple((wide**2).sum((0, 1)).tolist())
 
 
 def test_options_that_change_no_byte_are_named():

@@ -3,12 +3,16 @@
 Nothing of a picture is read before it is asked for; opening costs a pass over the rows and the table. What can
 be checked without decoding is checked at the door, and each record against its crc32 where there is one: a
 JPEG with one flipped bit decodes without complaint four times in five.
+
+A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its parts would be merged into.
 """
 
+import bisect
 import contextlib
-import itertools
+import functools
 import json
 import mmap
+import resource
 import threading
 import zlib
 from collections import deque
@@ -27,6 +31,7 @@ from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
+from fastrot.data.beton.manifest import side, unsealed
 from fastrot.data.ring import Ring
 from fastrot.data.sources import order_fingerprint
 
@@ -39,10 +44,11 @@ MOST_CLASSES = 2**20  # an int field that counts further is taken for something 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
 _AGAIN = "copy or prepare it again"
+_MENDED = "remove {} and run the same dataprep/to_ffcv.py command, which makes it anew"
 
 
 class Beton:
-    """`core.Data` of a `.beton` file.
+    """`core.Data` of a `.beton` file, or of a folder of whole parts.
 
     numbers   each row's index in torchvision's ImageFolder, where these differ; None: the row itself
     contents  header, rows and table
@@ -53,16 +59,15 @@ class Beton:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._map = _mapped(self.path)
-        self._file = np.frombuffer(self._map, np.uint8)
-        self.contents = _parse(self._file, self.path)
+        opened = _opened_set if self.path.is_dir() else _opened_file
+        self._files, self.contents, beside = opened(self.path)
+        self._first = [file.first for file in self._files]
         self._ptr, self._size = self.contents.ptr, self.contents.size
         self._sizes, self._raw = self.contents.sizes, self.contents.raw
         self.labels = self.contents.labels
         self.rows = len(self._ptr)
-        side = _side_files(self.path, self.contents)
-        self.manifest, self._crc = side.manifest, side.crc
-        self.keys = np.arange(self.rows, dtype=np.uint64) if side.keys is None else side.keys
+        self.manifest, self._crc = beside.manifest, beside.crc
+        self.keys = np.arange(self.rows, dtype=np.uint64) if beside.keys is None else beside.keys
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self.classes = tuple(self.manifest.get("classes", _names(self.labels)))
         self.mean, self.std = (_triple(self.manifest.get(name)) for name in ("mean", "std"))
@@ -81,18 +86,29 @@ class Beton:
     def name(self, row: int) -> str:
         """Where the picture came from, if FILE.beton.paths.jsonl tells."""
         try:
-            with open(f"{self.path}.paths.jsonl", "rb") as lines:
-                return json.loads(next(itertools.islice(lines, row, None)))["path"]
-        except (OSError, StopIteration, ValueError, KeyError):
+            lines, ends = self._paths
+            start = ends[row - 1] + 1 if row else 0
+            return json.loads(lines[start : ends[row]].tobytes())["path"]
+        except (Refused, IndexError, ValueError, KeyError, TypeError):
             return "path unknown"
+
+    @functools.cached_property
+    def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
+        """FILE.beton.paths.jsonl, and where its lines end."""
+        base = self.path / "set" if self.path.is_dir() else self.path
+        lines = np.frombuffer(_mapped(side(base, "paths.jsonl")), np.uint8)
+        return lines, np.flatnonzero(lines == ord("\n"))
 
     def record(self, row: int) -> UInt8[np.ndarray, " n"]:
         """The bytes of a record as they lie in the file, checked against their crc32."""
         start = int(self._ptr[row])
-        data = self._file[start : start + int(self._size[row])]
+        data = self._file_of(row).bytes[start : start + int(self._size[row])]
         if self._crc is not None and zlib.crc32(data.data) != self._crc[row]:
             self._damaged(row, "its checksum does not agree")
         return data
+
+    def _file_of(self, row: int) -> "_File":
+        return self._files[bisect.bisect_right(self._first, row) - 1]
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture, decoded into memory of its own (raw ones: read-only, in the file)."""
@@ -141,8 +157,9 @@ class Beton:
         first = self._ptr[rows] // mmap.PAGESIZE * mmap.PAGESIZE
         lengths = self._ptr[rows] + self._size[rows] - first
         with contextlib.suppress(OSError):  # it is only advice
-            for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
-                self._map.madvise(mmap.MADV_WILLNEED, start, length)
+            spans = zip(rows.tolist(), first.tolist(), lengths.tolist(), strict=True)
+            for row, start, length in spans:
+                self._file_of(row).map.madvise(mmap.MADV_WILLNEED, start, length)
 
     def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
@@ -178,8 +195,12 @@ class Beton:
         return picture
 
     def _damaged(self, row: int, why: str) -> NoReturn:
+        again, part = _AGAIN, ""
+        if self.path.is_dir():
+            file = self._file_of(row).path.name
+            again, part = f"copy {file} again, or {_MENDED.format(file)}", f", in {file}"
         raise DamagedRecord(
-            f"row {row} of {self.path} ({self.name(row)}) is damaged, {why}: {_AGAIN}; "
+            f"row {row} of {self.path} ({self.name(row)}{part}) is damaged, {why}: {again}; "
             f"dataprep/look.py {self.path} --verify names every damaged row"
         ) from None
 
@@ -217,6 +238,26 @@ class Contents(NamedTuple):
     page: int
     crc_rows: int  # of header, fields and rows
     crc_table: int
+
+
+class _File(NamedTuple):
+    """A file in memory."""
+
+    path: Path
+    first: int  # the row that its first one is
+    map: mmap.mmap
+    bytes: UInt8[np.ndarray, " n"]
+
+
+def _opened_file(path: Path) -> tuple[list[_File], Contents, "_Side"]:
+    file, contents = _opened_alone(path)
+    return [file], contents, _side_files(path, contents)
+
+
+def _opened_alone(path: Path, first: int = 0) -> tuple[_File, Contents]:
+    mapped = _mapped(path)
+    file = _File(path, first, mapped, np.frombuffer(mapped, np.uint8))
+    return file, _parse(file.bytes, path)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -326,27 +367,87 @@ class _Side(NamedTuple):
 
 def _side_files(path: Path, contents: Contents) -> _Side:
     """Manifest, checksums and path hashes: all or none. Raises Refused where they are of another file."""
-    sides = [Path(f"{path}.{part}") for part in ("json", "crc.npy", "keys.npy")]
-    if not any(side.exists() for side in sides):
+    sides = [side(path, part) for part in ("json", "crc.npy", "keys.npy")]
+    if not any(file.exists() for file in sides):
         return _Side({}, None, None)
-    for side in sides:
-        if not side.exists():
-            raise Refused(f"{side} is missing: copy it too, or move away all {path.name}.*")
+    for file in sides:
+        if not file.exists():
+            raise Refused(f"{file} is missing: copy it too, or move away all {path.name}.*")
     with_all = f"{_AGAIN}, with all {path.name}.*"
-    try:
-        manifest = json.loads(sides[0].read_bytes())
-        crc, keys = (np.load(side, allow_pickle=False) for side in sides[1:])
-        head, table, fingerprint = (manifest[k] for k in ("head_crc", "table_crc", "fingerprint"))
-    except (ValueError, EOFError, KeyError, TypeError):
-        raise Refused(f"what lies beside {path} is damaged: {with_all}") from None
-    if (head, table) != (contents.crc_rows, contents.crc_table):
+    found = _read_side(path, f"what lies beside {path} is damaged: {with_all}")
+    crcs = (found.manifest.get("head_crc"), found.manifest.get("table_crc"))
+    if crcs != (contents.crc_rows, contents.crc_table):
         raise Refused(
             f"{path} has changed since it was written, or {path.name}.json is of another file: {with_all}"
         )
-    fits = crc.shape == keys.shape == contents.ptr.shape and (crc.dtype, keys.dtype) == ("u4", "u8")
-    if not fits or order_fingerprint(keys, contents.labels) != fingerprint:
-        raise Refused(f"{path.name}.keys.npy or .crc.npy is not that of {path}: {with_all}")
+    _compare(found, contents, f"{path.name}.keys.npy or .crc.npy is not that of {path}: {with_all}")
+    return found
+
+
+def _read_side(base: Path, refusal: str) -> _Side:
+    try:
+        manifest = unsealed(side(base, "json").read_bytes())
+        crc, keys = (
+            np.load(side(base, name), allow_pickle=False) for name in ("crc.npy", "keys.npy")
+        )
+    except (ValueError, EOFError):
+        raise Refused(refusal) from None
     return _Side(manifest, crc, keys)
+
+
+def _compare(found: _Side, contents: Contents, refusal: str) -> None:
+    """Raises Refused where checksums and path hashes are not those of these rows."""
+    crc, keys = found.crc, found.keys
+    assert crc is not None
+    assert keys is not None
+    fits = crc.shape == keys.shape == contents.ptr.shape and (crc.dtype, keys.dtype) == ("u4", "u8")
+    fingerprint = found.manifest.get("fingerprint")
+    if not fits or order_fingerprint(keys, contents.labels) != fingerprint:
+        raise Refused(refusal)
+
+
+# ---- a set of parts ----
+
+
+def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
+    """The parts that set.json lists, each checked as a file is. Raises Refused, which names the part."""
+    base, again = folder / "set", "run the same dataprep/to_ffcv.py command again"
+    for name in ("json", "crc.npy", "keys.npy"):
+        if not side(base, name).exists():
+            raise Refused(f"{folder} is no whole set of parts, since it has no set.{name}: {again}")
+    damaged = f"{base}.json, .crc.npy or .keys.npy is damaged: copy it again, or {again}"
+    found = _read_side(base, damaged)
+    files, each, rows = [], [], 0
+    listed = found.manifest.get("parts", [])
+    _allow_open_files(len(listed))
+    for part in listed:
+        path = folder / part["file"]
+        if not path.exists():
+            raise Refused(f"{path} is missing: copy it too, or {again}, which makes it anew")
+        file, contents = _opened_alone(path, rows)
+        if (part["head_crc"], part["table_crc"]) != (contents.crc_rows, contents.crc_table):
+            raise Refused(
+                f"{path} has changed since it was written: copy it again, or {again}, which makes it anew"
+            )
+        files.append(file)
+        each.append(contents)
+        rows += len(contents.ptr)
+    if not files:
+        raise Refused(damaged)
+    arrays = ("ptr", "size", "sizes", "raw", "labels")
+    joined = {name: np.concatenate([getattr(c, name) for c in each]) for name in arrays}
+    contents = each[0]._replace(**joined, page=max(c.page for c in each), crc_rows=0, crc_table=0)
+    _compare(found, contents, damaged)
+    return files, contents, found
+
+
+def _allow_open_files(files: int) -> None:
+    """A mapped file stays open, and many systems allow a process 1,024 at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _triple(values: Any) -> tuple[float, ...] | None:

@@ -12,8 +12,13 @@ fingerprint, numbers (a list where the source's differ from the rows, else null)
 counts, options and versions.
 
 These files belong together: the .json's head_crc (header, fields and rows) and table_crc name the one .beton
-that it describes. The .beton comes last; one that is replaced goes first. So a reader that finds a .beton
-finds its whole set, and the two crcs tell of one that was carried here alone.
+that it describes; its own crc is its last key. All are written under other names before anything old is
+touched; then one that is replaced goes first, and the .beton comes last. So a reader that finds a .beton finds
+its whole set, the two crcs tell of one that was carried here alone, and a full disk harms nothing.
+
+With --keep-parts the parts are not merged: OUT.beton.set/ holds them, and of the above `set.json` (with a list
+`parts` of their names, rows, bytes and crcs instead of the two crcs), `set.crc.npy` and so on. That folder appears
+by one rename, is read as one file with the same rows, and is merged by a later start without --keep-parts.
 
 Every picture is decoded, shrunk where asked, and encoded anew, also a JPEG that could have been copied: one
 encoder, one quality, no EXIF, no surprise. The file is packed from the parts' records in order, so its bytes
@@ -38,15 +43,19 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt32
 
 import fastrot
-from fastrot.config import Refused
+from fastrot.config import Refused, Stopped
 from fastrot.data import prepare
 from fastrot.data.beton import layout
+from fastrot.data.beton.manifest import sealed, side, unsealed
 from fastrot.data.pictures import BadPicture
-from fastrot.data.sources import Source, order_fingerprint, path_keys
+from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
+NEEDED = ("crc.npy", "keys.npy", "paths.jsonl")  # beside the records, besides the .json
+BESIDE = (*NEEDED, "rejects.jsonl", "json")
 LARGEST = 2**31  # bytes of a record: the largest page that the header can name
+LONGEST = 65_500  # pixels a side that libjpeg takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,7 @@ class BetonOptions(prepare.Options):
 
     encoding: Literal["jpg", "raw"] = "jpg"  # how pictures are stored; raw: exact, and large
     quality: int = 90  # of the JPEG, 1 to 100
+    keep_parts: bool = False  # no merging: leave the folder OUT.set, read by --data OUT.set
 
     def check(self) -> None:
         super().check()
@@ -64,6 +74,16 @@ class BetonOptions(prepare.Options):
             raise Refused(f"--out got {self.out}: its name must end in .beton")
         if self.out.is_dir():
             raise Refused(f"--out got {self.out}, a folder: it wants a file's name")
+
+    @property
+    def parts(self) -> Path:
+        """The folder in which parts are made."""
+        return side(self.out, "parts")
+
+    @property
+    def set(self) -> Path:
+        """The folder of whole parts that --keep-parts leaves."""
+        return side(self.out, "set")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +102,9 @@ class Coder:
             if picture.nbytes > LARGEST:
                 raise BadPicture(f"{picture.nbytes:,} bytes raw: a record may have {LARGEST:,}")
             return picture.tobytes()
+        if max(picture.shape[:2]) > LONGEST:
+            height, width = picture.shape[:2]
+            raise BadPicture(f"{width}x{height} pixels: a side of a JPEG may have {LONGEST:,}")
         import simplejpeg
 
         return simplejpeg.encode_jpeg(picture, quality=self.quality, colorsubsampling="420")
@@ -128,6 +151,10 @@ class Packer:
         self._at += size
         self.rows += 1
 
+    def close(self) -> None:
+        self._rows.close()
+        self._table.close()
+
     def finish(self) -> None:
         assert 0 < self.rows <= self.room
         fields = np.zeros(len(layout.NAMES), layout.FIELD)
@@ -148,17 +175,16 @@ class Packer:
         self.file.seek(at)
         for block in _blocks(spool):
             self.file.write(block)
-        spool.close()
 
 
 def write_part(coder: Coder, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
     """A .beton of its own from a part's pictures; `index` counts from 0 in it."""
 
     def write(file: BinaryIO) -> None:
-        packer = Packer(file, room)
-        for p in pictures:
-            packer.add(p.data, mode=coder.mode, height=p.height, width=p.width, label=p.label)
-        packer.finish()
+        with contextlib.closing(Packer(file, room)) as packer:
+            for p in pictures:
+                packer.add(p.data, mode=coder.mode, height=p.height, width=p.width, label=p.label)
+            packer.finish()
 
     write_atomically(path, write)
 
@@ -179,78 +205,174 @@ def read_part(path: Path) -> Iterator[tuple[np.void, bytes]]:
 
 def merge(parts: list[prepare.Part], rows: int, file: BinaryIO) -> None:
     """Pack the records of all parts into one file, in order, each checked on the way."""
-    packer = Packer(file, rows)
-    for part in parts:
-        crcs = part.tally().crcs
-        records = read_part(part.file) if crcs else iter(())
+    with contextlib.closing(Packer(file, rows)) as packer:
+        for part in parts:
+            for row, record in _unchanged(part):
+                mode, width, height, _ = row["f0"].tolist()
+                packer.add(record, mode=mode, height=height, width=width, label=int(row["f1"]))
+        packer.finish()
+
+
+def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
+    """Row and record of every picture of a part, each checked. Raises Refused, and the part counts as not made."""
+    crcs = part.tally().crcs
+    records = read_part(part.file) if crcs else iter(())
+    try:
         for crc, (row, record) in zip(crcs, records, strict=True):
             if zlib.crc32(record) != crc:
-                part.facts.unlink()
-                raise Refused(
-                    f"{part.file} has changed since it was written: run again, and that part is made anew"
-                )
-            mode, width, height, _ = row["f0"].tolist()
-            packer.add(record, mode=mode, height=height, width=width, label=int(row["f1"]))
-    packer.finish()
+                raise ValueError
+            yield row, record
+    except (ValueError, IndexError):  # or the part is cut, or its rows lead elsewhere
+        part.facts.unlink()
+        raise Refused(
+            f"{part.file} has changed since it was written: run again, and that part is made anew"
+        ) from None
 
 
 # ---- the conversion ----
 
 
 def convert(
-    options: BetonOptions, *, part: int = prepare.PART
+    options: BetonOptions,
+    ranks: prepare.Ranks = prepare.ALONE,
+    *,
+    part: int = prepare.PART,
 ) -> prepare.Summary | prepare.Estimate:
-    """Open the source and write what the options ask for. `part`: records a part, for tests."""
+    """Open the source and write what the options ask for; the ranks share the work.
+
+    `part`: records a part, for tests. The result is the same on all ranks.
+    """
     options.check()
     source = prepare.open_source_of(options)
+    plan = prepare.plan_of(options, source)
+    plans = ranks.everyones(plan)
+    ranks.first(lambda: prepare.same_pictures(plans, options.root))
     coder = Coder(options.encoding, options.quality)
     recipe = prepare.Recipe(coder, options.short_side, options.max_side)
     count = len(source.records[: options.limit])
+    workers = ranks.cores if options.workers is None else options.workers
     if options.estimate:
         extra = layout.ROW.itemsize + layout.TABLE.itemsize
-        return prepare.estimate(source, count, recipe, options.processes, extra)
+        return ranks.first(
+            lambda: prepare.estimate(source, count, recipe, workers, extra, ranks.world)
+        )
 
     start, cpu = time.perf_counter(), prepare.cpu_seconds()
-    out, parts_at = options.out, side(options.out, "parts")
-    plan = prepare.plan_of(options, source)
-    finished = _finished(out, plan) if not options.overwrite else None
-    if finished is not None:
-        if parts_at.exists():  # left by a run that was killed at its very end
-            with contextlib.suppress(Refused), prepare.parts_folder(parts_at, plan, True):
-                pass
-        return _summary(options, source, finished, already=True)
-
-    facts = None
-    with prepare.parts_folder(parts_at, {**plan, "part": part}, options.overwrite):
-        parts = prepare.parts_of(parts_at, count, ".beton", part)
-        missing = [p for p in parts if not p.whole()]
-        left = sum(len(p.records) for p in missing)
-        with prepare.progress_bar(count, before=count - left) as tick:
+    with contextlib.ExitStack() as held:
+        begun = ranks.first(lambda: _begin(options, plan, count, part, ranks.world, held))
+        if begun.told is not None:
+            return begun.told
+        parts = prepare.parts_of(begun.folder, count, ".beton", begun.part)
+        missing = [parts[i] for i in begun.missing]
+        mine = missing[ranks.rank :: ranks.world]
+        share, left = (sum(len(p.records) for p in each) for each in (mine, missing))
+        if begun.sign is not None:
+            begun.sign.find()
+        with prepare.progress_bar(share, count - left, ranks) as tick:
             prepare.make_parts(
-                missing,
+                mine,
                 source,
                 recipe,
                 partial(write_part, coder),
-                min(options.processes, -(-left // prepare.CHUNK)),
+                min(workers, -(-share // prepare.CHUNK)),
                 tick,
+                begun.sign,
             )
-        found = _gather(parts, source)
-        if len(found.written):
-            facts = _publish(options, source, plan, parts, found)
-    if facts is None:
+        cpus = ranks.everyones(prepare.cpu_seconds() - cpu)
+
+        def finish() -> prepare.Summary:
+            others = sum(cpus) - cpus[0]
+            facts = _finish(options, source, plan, parts, begun.sign)
+            return _summary(
+                options,
+                facts,
+                converted=left,
+                resumed=count - left,
+                seconds=time.perf_counter() - start,
+                cpu_seconds=others + prepare.cpu_seconds() - cpu,
+            )
+
+        return ranks.first(finish)
+
+
+class _Begun(NamedTuple):
+    """What rank 0 found, and decided for all."""
+
+    told: prepare.Summary | None  # where nothing is left to do
+    folder: Path = Path()  # of the parts
+    part: int = 0  # records a part
+    missing: list[int] = []  # noqa: RUF012 (a tuple's default)
+    sign: prepare.Sign | None = None  # of several ranks
+
+
+def _begin(
+    options: BetonOptions,
+    plan: dict[str, Any],
+    count: int,
+    part: int,
+    world: int,
+    held: contextlib.ExitStack,
+) -> _Begun:
+    """Look at what is there; unless that is all, hold the folder of parts until `held` is closed."""
+    folder = options.parts
+    with contextlib.suppress(OSError):
+        options.set.rmdir()  # where it is empty: of a start that was killed at its very end
+    if options.set.exists() and prepare.begun_with(options.set) is None:
+        raise Refused(
+            f"{options.set} is there, but is no set of ours: remove it or choose another --out"
+        )
+    if not options.overwrite:
+        finished = _finished(options.out, plan)
+        if finished is not None:
+            _tidy(options, {**plan, "part": part})
+            return _Begun(_summary(options, finished, already=True))
+        kept = _kept(options, plan)
+        if kept is not None and options.keep_parts:
+            return _Begun(_summary(options, kept, already=True))
+        if kept is not None:
+            folder, part = options.set, (prepare.begun_with(options.set) or {})["part"]
+    held.enter_context(
+        prepare.parts_folder(options.parts, {**plan, "part": part}, options.overwrite)
+    )
+    parts = prepare.parts_of(folder, count, ".beton", part)
+    missing = [i for i, p in enumerate(parts) if not p.whole()]
+    shared = world > 1 and bool(missing)
+    return _Begun(None, folder, part, missing, prepare.Sign.put_up(folder) if shared else None)
+
+
+def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
+    """Remove what a start that was killed at its very end left beside its finished file."""
+    begun = prepare.begun_with(options.set) or {}
+    if not options.keep_parts and {**begun, "part": plan["part"]} == plan:
+        prepare.remove(options.set)
+    if options.parts.exists():
+        with contextlib.suppress(Refused), prepare.parts_folder(options.parts, plan, False):
+            prepare.remove(options.parts)
+
+
+def _finish(
+    options: BetonOptions,
+    source: Source,
+    plan: dict[str, Any],
+    parts: list[prepare.Part],
+    sign: prepare.Sign | None,
+) -> dict[str, Any]:
+    """Put the whole parts together, into a file or a set; what its .json says."""
+    if not prepare.seen(lambda: all(part.whole() for part in parts)):
+        raise Stopped(
+            f"{parts[0].folder} lacks parts that ranks have made: run the same command again"
+        )
+    if sign is not None:
+        sign.path.unlink(missing_ok=True)
+    found = _gather(parts, source)
+    if not len(found.written):
+        prepare.remove(options.parts)
         path, reason = found.rejects[0]
         raise Refused(
-            f"no picture of {len(found.rejects):,} could be used; the first, {path}: {reason}"
+            f"no picture of {len(found.rejects):,} could be used; the first, {shown(path)}: {reason}"
         )
-    return _summary(
-        options,
-        source,
-        facts,
-        converted=left,
-        resumed=count - left,
-        seconds=time.perf_counter() - start,
-        cpu_seconds=prepare.cpu_seconds() - cpu,
-    )
+    publish = _publish_set if options.keep_parts else _publish_file
+    return publish(options, source, plan, parts, found)
 
 
 class _Found(NamedTuple):
@@ -272,20 +394,84 @@ def _gather(parts: list[prepare.Part], source: Source) -> _Found:
     return _Found(total, np.concatenate(crcs), np.concatenate(written), rejects)
 
 
-def _publish(
+def _publish_file(
     options: BetonOptions,
     source: Source,
     plan: dict[str, Any],
     parts: list[prepare.Part],
     found: _Found,
 ) -> dict[str, Any]:
-    """Merge the parts and put the set in its place, the .beton last; what its .json says."""
-    out = options.out
-    total, crcs, written, rejects = found
-    merged = parts[0].folder / "merged"
-    write_atomically(merged, lambda file: merge(parts, len(written), file))
+    """Merge the parts and put OUT.beton and all beside it in their places; what its .json says."""
+    out, new = options.out, options.parts / prepare.NEW
+    write_atomically(new, lambda file: merge(parts, len(found.written), file))
+    header, head_crc, table_crc = _checked(new)
+    body = {
+        "head_crc": head_crc,
+        "table_crc": table_crc,
+        "bytes": new.stat().st_size,
+        "page": int(header["page"]),
+    }
+    facts = _write_beside(new, options, source, plan, found, body)
+    # all of it is on the disk: from here on names change, which needs no space
+    out.unlink(missing_ok=True)
+    for name in BESIDE:
+        if side(new, name).exists():
+            os.replace(side(new, name), side(out, name))
+        else:
+            side(out, name).unlink(missing_ok=True)
+    sync_folder(out.parent)
+    os.replace(new, out)
+    sync_folder(out.parent)
+    prepare.remove(options.set)
+    prepare.remove(options.parts)
+    return facts
 
-    header, head_crc, table_crc = _checked(merged)
+
+def _publish_set(
+    options: BetonOptions,
+    source: Source,
+    plan: dict[str, Any],
+    parts: list[prepare.Part],
+    found: _Found,
+) -> dict[str, Any]:
+    """Add to the folder of parts what makes it a set, and give it its name; what its set.json says."""
+    listed, page = [], 0
+    for part in parts:
+        if part.file.exists():
+            header, head_crc, table_crc = _checked(part.file)
+            listed.append(
+                {
+                    "file": part.file.name,
+                    "rows": int(header["rows"]),
+                    "bytes": part.file.stat().st_size,
+                    "head_crc": head_crc,
+                    "table_crc": table_crc,
+                }
+            )
+            page = max(page, int(header["page"]))
+    body = {"parts": listed, "bytes": sum(each["bytes"] for each in listed), "page": page}
+    facts = _write_beside(options.parts / "set", options, source, plan, found, body)
+    # what it replaces goes first, as with a file
+    options.out.unlink(missing_ok=True)
+    for name in BESIDE:
+        side(options.out, name).unlink(missing_ok=True)
+    prepare.remove(options.set)
+    os.rename(options.parts, options.set)
+    sync_folder(options.out.parent)
+    (options.set / prepare.LOCK).unlink(missing_ok=True)
+    return facts
+
+
+def _write_beside(
+    base: Path,
+    options: BetonOptions,
+    source: Source,
+    plan: dict[str, Any],
+    found: _Found,
+    body: dict[str, Any],
+) -> dict[str, Any]:
+    """Write all that lies beside the records, the .json last; what that says. `body`: of the records' file or files."""
+    total, crcs, written, rejects = found
     labels = np.array([source.records[i].label for i in written], np.int64)
     keys = path_keys([source.records[i].path for i in written])
     numbers = written if source.numbers is None else source.numbers[written]
@@ -299,10 +485,7 @@ def _publish(
         "std": std,
         "fingerprint": order_fingerprint(keys, labels),
         "numbers": None if counted else numbers.tolist(),  # torchvision's, where they differ
-        "head_crc": head_crc,
-        "table_crc": table_crc,
-        "bytes": merged.stat().st_size,
-        "page": int(header["page"]),
+        **body,
         "max_height": total.largest[0],
         "max_width": total.largest[1],
         "pixels": total.pixels,
@@ -321,19 +504,13 @@ def _publish(
         {"path": source.records[i].path, "number": int(number)}
         for i, number in zip(written, numbers, strict=True)
     )
-    out.unlink(missing_ok=True)  # while its set is replaced there is no .beton at all
-    write_atomically(side(out, "crc.npy"), lambda file: np.save(file, crcs))
-    write_atomically(side(out, "keys.npy"), lambda file: np.save(file, keys))
-    _write_lines(side(out, "paths.jsonl"), paths)
+    write_atomically(side(base, "crc.npy"), lambda file: np.save(file, crcs))
+    write_atomically(side(base, "keys.npy"), lambda file: np.save(file, keys))
+    _write_lines(side(base, "paths.jsonl"), paths)
     if rejects:
-        _write_lines(
-            side(out, "rejects.jsonl"), ({"path": path, "reason": why} for path, why in rejects)
-        )
-    else:
-        side(out, "rejects.jsonl").unlink(missing_ok=True)
-    replace_bytes(side(out, "json"), json.dumps(facts, indent=1).encode())
-    os.replace(merged, out)
-    sync_folder(out.parent)
+        lines = ({"path": path, "reason": why} for path, why in rejects)
+        _write_lines(side(base, "rejects.jsonl"), lines)
+    replace_bytes(side(base, "json"), sealed(facts))
     return facts
 
 
@@ -342,9 +519,10 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if not out.exists():
         return None
     try:
-        facts = json.loads(side(out, "json").read_bytes())
+        facts = unsealed(side(out, "json").read_bytes())
         _, head_crc, table_crc = _checked(out)
         whole = (facts["head_crc"], facts["table_crc"]) == (head_crc, table_crc)
+        whole = whole and all(side(out, name).exists() for name in NEEDED)
         theirs = facts["options"]
     except (OSError, ValueError, KeyError, IndexError):
         whole, facts, theirs = False, {}, {}
@@ -354,6 +532,47 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if differs := prepare.difference(plan, theirs):
         raise Refused(f"{out} is there, made {differs}: {ways}")
     return facts
+
+
+def _kept(options: BetonOptions, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """What the .json of a finished set says, None where there is none; another plan's is refused.
+
+    One that lacks something becomes the folder of parts again, so that it is mended there.
+    """
+    at, ways = options.set, "add --overwrite or choose another --out"
+    if not at.exists():
+        return None
+    begun = prepare.begun_with(at) or {}
+    if differs := prepare.difference(plan, {k: v for k, v in begun.items() if k != "part"}):
+        raise Refused(f"{at} is there, made {differs}: {ways}")
+    facts: dict[str, Any] = {"parts": []}
+    with contextlib.suppress(OSError, ValueError):
+        facts = unsealed((at / "set.json").read_bytes())
+    changed = [at / each["file"] for each in facts["parts"] if not _as_listed(at, each)]
+    whole = not changed and facts["parts"]
+    if whole and all(side(at / "set", name).exists() for name in NEEDED):
+        (at / prepare.LOCK).unlink(missing_ok=True)  # of a start that was killed at its very end
+        return facts
+    if options.parts.exists() and {*os.listdir(options.parts)} <= {prepare.PLAN, prepare.LOCK}:
+        prepare.remove(options.parts)  # of a merge that was broken off
+    if options.parts.exists():
+        raise Refused(f"{at} lacks something, and {options.parts} is there too: remove one of them")
+    for file in changed:
+        file.with_suffix(".json").unlink(missing_ok=True)
+    os.rename(at, options.parts)
+    return None
+
+
+def _as_listed(folder: Path, part: dict[str, Any]) -> bool:
+    """Whether a part of a set is what set.json says; its records are not read."""
+    if not (folder / part["file"]).with_suffix(".json").exists():
+        return False  # a merge found a record changed
+    try:
+        header, head_crc, table_crc = _checked(folder / part["file"])
+    except (OSError, ValueError, IndexError):
+        return False
+    found = (int(header["rows"]), head_crc, table_crc)
+    return found == (part["rows"], part["head_crc"], part["table_crc"])
 
 
 def _checked(path: Path) -> tuple[np.void, int, int]:
@@ -375,13 +594,15 @@ def _crc(file: BinaryIO, start: int, stop: int) -> int:
     return crc
 
 
-def _summary(options: BetonOptions, source: Source, facts: dict[str, Any], **how) -> Any:
-    rejects = []
+def _summary(options: BetonOptions, facts: dict[str, Any], **how) -> prepare.Summary:
+    parts, rejects = "parts" in facts, []
     if facts["rejected"]:
-        with open(side(options.out, "rejects.jsonl"), "rb") as file:
+        base = options.set / "set" if parts else options.out
+        with open(side(base, "rejects.jsonl"), "rb") as file:
             rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
     return prepare.Summary(
-        out=options.out,
+        out=options.set if parts else options.out,
+        parts=parts,
         written=facts["rows"],
         rejects=rejects,
         skipped=facts["skipped"],
@@ -390,11 +611,6 @@ def _summary(options: BetonOptions, source: Source, facts: dict[str, Any], **how
         bytes=facts["bytes"],
         **how,
     )
-
-
-def side(out: Path, name: str) -> Path:
-    """The file `name` of the set beside OUT."""
-    return out.with_name(f"{out.name}.{name}")
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
