@@ -1,5 +1,6 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
 # make test    every check and test
+# make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
 # PYTHON=python3.12 chooses the interpreter of .venv, which all targets share.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEVICE ?= cuda
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check kernels bench report gpu wheels slice clean
+.PHONY: demo test check ffcv kernels bench report gpu wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -43,6 +44,9 @@ test: check
 
 check: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright
+
+ffcv: $(VENV)/installed
+	@sh .ci/ffcv "$(BIN)/python"
 
 kernels: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m fastrot.ops.compile

@@ -149,7 +149,7 @@ LoaderName = Literal["auto", "beton", "ffcv", "folder", "synthetic"]
 class Config:
     """A run: what is trained, on what, for how long."""
 
-    data: str | None = free(None)  # pictures to learn from: FILE.beton, a folder, or synthetic
+    data: str | None = free(None)  # to learn from: FILE.beton or .set, a folder, or synthetic
     val: str | None = free(None)  # pictures to be judged on; without it --hold-out sets some aside
     out: str | None = free(None)  # the run's folder; default runs/PRESET
     epochs: int | None = None  # passes over the data; default: the schedule's

@@ -229,7 +229,8 @@ def _loaders(
         )
 
     if cfg.val is not None:
-        val_data = assemble.open_data(cfg.val, knob="--val")
+        alike = Path(cfg.val).suffix == Path(cfg.data or "").suffix
+        val_data = assemble.open_data(cfg.val, cfg.loader if alike else "auto", knob="--val")
         view = assemble.evaluation_view(cfg)
         return opened(data, assemble.training_view(cfg)), opened(val_data, view)
     if cfg.hold_out == 0:

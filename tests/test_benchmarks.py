@@ -1,5 +1,6 @@
 """Rows say where they come from; a page holds each row's figure and no other; no test times anything."""
 
+import importlib.util
 import json
 import re
 
@@ -8,11 +9,13 @@ import pytest
 from PIL import Image
 
 from benchmarks import bench_loaders, measure, report
+from fastrot.assemble import open_data
 from fastrot.config import Refused
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
 FIGURE = {"unit", "p20", "p50", "p80", "reps"}
+FFCV, WEBDATASET = (importlib.util.find_spec(name) is not None for name in ("ffcv", "webdataset"))
 
 
 @pytest.fixture(autouse=True)
@@ -100,25 +103,48 @@ def test_a_page_holds_each_figure_and_no_other(tmp_path):
     assert (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102_loaders.png").exists()
 
 
-def test_loaders_are_measured_on_made_pictures(tmp_path):
+@pytest.fixture
+def originals(tmp_path):
+    """Class folders of twenty pictures, a little larger than the prepared ones."""
     draw = np.random.default_rng(0)
     for i in range(20):
         folder = tmp_path / "originals" / f"class{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         small = Image.fromarray(draw.integers(0, 256, (8, 9, 3), dtype=np.uint8))
-        small.resize((288, 256)).save(folder / f"{i}.jpg")
+        small.resize((306, 272)).save(folder / f"{i}.jpg")
+    return tmp_path / "originals"
+
+
+def test_ffcvs_writer_is_fed_the_pictures_that_ours_makes(tmp_path, originals):
+    fed = bench_loaders.Shrunk(originals)
+    ours = open_data(bench_loaders.prepared(originals, tmp_path, workers=0))
+    sizes = [(picture.height, picture.width) for picture, _ in fed]
+    assert sorted(sizes) == sorted(map(tuple, ours.sizes(np.arange(20)).tolist()))
+    assert sorted(label for _, label in fed) == sorted(ours.labels)
+
+
+@pytest.mark.ffcv
+@pytest.mark.skipif(not FFCV, reason="FFCV is not installed: make ffcv")
+def test_conversion_is_measured_beside_ffcvs_writer(tmp_path, originals):
+    knobs = {"workers": 1, "reps": 1, "over": 1}
+    rows = list(bench_loaders.conversion_ratio_rows(originals, tmp_path, **knobs))
+    assert [row["what"] for row in rows] == ["conversion", "ratio"]
+    assert all(set(row) >= FROM | FIGURE for row in rows)
+
+
+@pytest.mark.slow
+def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
     work = tmp_path / "work"
-    beton = bench_loaders.prepared(tmp_path / "originals", work, workers=0)
+    beton = bench_loaders.prepared(originals, work, workers=0)
     rows = [
-        *bench_loaders.loader_rows(
-            tmp_path / "originals", beton, workers=1, seconds=0.01, reps=2, batch=4
-        ),
+        *bench_loaders.loader_rows(originals, beton, workers=1, seconds=0.01, reps=1, batch=4),
         *bench_loaders.process_rows(beton, workers=1, reps=1, images=20, epochs=4),
     ]
     assert [row["what"] for row in rows] == [
-        *["loader"] * 6,
-        *["ratio"] * 2,
-        *("first batch", "memory growth", "memory slope"),
+        *["loader"] * (8 + 2 * FFCV + WEBDATASET),
+        *["ratio"] * (2 + 2 * FFCV),
+        *["first batch"] * (1 + FFCV),
+        *("memory growth", "memory slope"),
     ]
     for row in rows:
         assert set(row) >= FROM | FIGURE

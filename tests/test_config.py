@@ -163,7 +163,7 @@ def test_knobs_that_change_numbers_make_another_run():
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
     assert loose == {
         *("data", "val", "out", "max_steps", "workers", "log_every", "checkpoint_every"),
-        *("keep_every", "keep_best", "validate_every", "loader", "tensorboard"),
+        *("keep_every", "keep_best", "validate_every", "loader", "tensorboard", "on_bad_record"),
     }
     other = Config(method=config.RotNet(crop=config.RandomResized(flip=False)))
     found = config.differences(config.to_plain(Config()), config.to_plain(other))
@@ -172,7 +172,10 @@ def test_knobs_that_change_numbers_make_another_run():
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Refused("x"), 2), (Stopped("x"), 1), (OSError("x"), 1), (KeyboardInterrupt(), 130)],
+    [
+        *((Refused("x"), 2), (Stopped("x"), 1), (OSError("x"), 1), (KeyboardInterrupt(), 130)),
+        *((entry.Warned(10, "x"), 138), (entry.Warned(15, "x"), 143)),
+    ],
 )
 def test_each_end_has_its_status(error, code):
     def main():

@@ -1,6 +1,8 @@
 """What holds for every loader: a new format is covered by a line in FORMATS."""
 
+import importlib.util
 import multiprocessing
+import sys
 import threading
 import time
 
@@ -16,8 +18,17 @@ from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
 from fastrot.core import Data, View
 from fastrot.data.beton.write import BetonOptions, convert
 
-FORMATS = ("folder", "beton", "raw-beton", "ffcv-beton", "synthetic")
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton")
+FORMATS = ("folder", "beton", "raw-beton", "parts", "ffcv-beton", "synthetic")
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts")
+THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
+    "ffcv",
+    marks=[
+        pytest.mark.ffcv,
+        pytest.mark.skipif(
+            importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed: make ffcv"
+        ),
+    ],
+)
 TRAINING = View(crops=(RandomResized(size=24),))
 EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)
 BATCH = 5
@@ -42,12 +53,18 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
         )
     photos = [photo(i, 50 + i, 60) for i in range(23)]
     write_beton(out / "ffcv-beton.beton", photos, {"image": "image", "label": ("int", range(23))})
+    parts = BetonOptions(
+        source="imagefolder", root=pictures, out=out / "p.beton", workers=0, keep_parts=True
+    )
     betons = {name: open_data(out / f"{name}.beton") for name in FORMATS if "beton" in name}
+    betons["parts"] = open_data(convert(parts, part=9).out)
     return {"folder": folder, "synthetic": open_data("synthetic:31"), **betons}
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=[*FORMATS, THROUGH_FFCV])
 def data(request, prepared) -> Data:
+    if request.param == "ffcv" and "ffcv" not in prepared:
+        prepared["ffcv"] = open_data(prepared["beton"].path, "ffcv")
     return prepared[request.param]
 
 
@@ -292,3 +309,9 @@ def test_a_subset_in_data_order_is_its_rows(data, tmp_path):
     view = View(crops=EVALUATION.crops, shuffled=False, rows=subset(tmp_path, rows))
     drawn = [batch.index for batch in epoch(data, view, batch=2)]
     assert torch.cat(drawn).tolist() == rows
+
+
+def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastrot.data.beton.load_ffcv", None)
+    with pytest.raises(Refused, match=r"cannot import FFCV .* make ffcv"):
+        open_data(prepared["beton"].path, "ffcv")
