@@ -8,38 +8,55 @@
 # COMMIT and DIRTY tell where the rows come from.
 set -u
 cd "$(dirname "$0")/.."
-python=$1 out=$2 device=$3 quick= failed=0
-mkdir -p "$out"
-if ls wheels/*.whl >/dev/null 2>&1; then
-  site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" wheels/*.whl || exit 1
-  PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-  export PYTHONPATH
+python=$1 out=$2 device=$3 quick= pictures= patience=1 failed=0
+[ "$device" = cuda ] || patience=3 # two busy cores are slower than what the limits are made for
+if [ -z "${COMMIT:-}" ] && [ ! -e .git ]; then
+  echo "fastrot: a row needs its commit, and there is no .git here: say make gpu COMMIT=... DIRTY=0 or 1" >&2
+  exit 2
 fi
-[ "$device" = cpu ] && quick=--quick
+export PYTHONUNBUFFERED=1
+mkdir -p "$out"
 
-within() { # seconds, then the command
-  limit=$1
+within() { # seconds, then the command; five more seconds to clean up in
+  limit=$(($1 * patience))
   shift
   printf '\n$ %s\n' "$*"
-  timeout "$limit" "$@" || { echo "status $? from: $*"; failed=1; }
+  timeout -k 5 "$limit" "$@" || { echo "status $? from: $*"; failed=1; }
 }
 
+if ls wheels/*.whl >/dev/null 2>&1; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONPATH
+  within 25 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" wheels/*.whl
+fi
+"$python" -c '
+import importlib.util, sys
+needs = "torch torchvision numpy PIL cv2 simplejpeg tyro rich tensorboard matplotlib yaml jaxtyping beartype pytest"
+lacks = [name for name in needs.split() if not importlib.util.find_spec(name)]
+sys.exit(f"fastrot: {sys.executable} lacks {lacks}: put wheels of them into wheels/ (make wheels)" if lacks else 0)
+' || exit 1
+
 if [ "$device" = cuda ]; then
-  within 240 "$python" -m pytest -q -m gpu tests
+  within 160 "$python" -m pytest -q -m gpu tests
 else
-  within 240 "$python" -m pytest -q tests/test_gpu.py tests/test_dist.py  # the door, without a GPU behind it
+  quick=--quick
+  within 160 "$python" -m pytest -q tests/test_gpu.py # skipped one by one: the door, without a GPU behind it
 fi
 # shellcheck disable=SC2086  # an empty word is no option
-within 90 "$python" -m benchmarks.bench_ops --device "$device" $quick --out "$out"
+within 65 "$python" -m benchmarks.bench_ops --device "$device" $quick --out "$out"
 if [ -d slice/imagenet-sample ]; then
+  pictures="--root slice/imagenet-sample"
   # shellcheck disable=SC2086
-  within 120 "$python" -m benchmarks.bench_loaders --root slice/imagenet-sample $quick --out "$out"
+  within 80 "$python" -m benchmarks.bench_loaders $pictures --quick --out "$out"
 else
   echo "no slice/imagenet-sample: the loaders are not measured (make slice)"
 fi
-demo="--data dataprep/demo_pictures/train --val dataprep/demo_pictures/val --out $out/demo --no-tensorboard"
+# shellcheck disable=SC2086
+within 125 "$python" -m benchmarks.bench_train --device "$device" $pictures $quick --out "$out"
+demo="demo --data dataprep/demo_pictures/train --val dataprep/demo_pictures/val --no-tensorboard"
 [ -n "$quick" ] && demo="$demo --max-steps 3"
 # shellcheck disable=SC2086
-within 90 "$python" fastrot/train.py demo --device "$device" $demo
+within 45 "$python" -m benchmarks.bench_train --device "$device" --out "$out" --run -- $demo
 exit $failed

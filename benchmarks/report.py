@@ -27,7 +27,9 @@ TITLES = {
     "loaders": "Loaders and conversion",
     "cifar": "Learning on real pictures: CIFAR-10",
     "ops": "Ops",
+    "train": "A training step",
     "demo": "The demonstration",
+    "chaos": "Killed, and gone on",
 }
 BEGIN, END = (
     "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
@@ -38,6 +40,9 @@ SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
     "gb_per_s": "GB/s",
     "share_of_peak": "share of copy",
+    "tflops": "TFLOP/s",
+    "share_of_matrix": "share of matrix peak",
+    "peak_memory_mb": "peak MB",
     "parent_mb": "parent MB",
     "worker_mb": "a worker MB",
     "seconds": "s of training",

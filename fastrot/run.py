@@ -114,7 +114,8 @@ def _train(
     if saved is not None:
         state.load_state_dict(saved)
     end = min(state.rates.steps, cfg.max_steps or state.rates.steps)
-    journal = Journal(run, steps=end, resumed_at=state.step, tensorboard=cfg.tensorboard)
+    begun_at = {"resumed_at": state.step, "judged": state.judged}
+    journal = Journal(run, steps=end, **begun_at, tensorboard=cfg.tensorboard)
     try:
         if dist.rank() == 0:
             plain = config.to_plain(cfg)

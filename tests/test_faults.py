@@ -107,6 +107,31 @@ def test_a_run_warned_in_a_validation_goes_on_with_that_validation(
     assert_same_run(straight, tmp_path)
 
 
+def test_a_validation_behind_a_warning_is_told_once(straight, pictures, tmp_path, monkeypatch):
+    """Warned in it; started again, validated, and killed before that was saved."""
+
+    class Killed(BaseException):
+        pass
+
+    def deadly(*args, **kwargs):
+        raise Killed
+
+    score = loop.validate
+    go(pictures, tmp_path, "--max-steps", "6")
+    monkeypatch.setattr(loop, "validate", lambda *args: (warn(signal.SIGTERM), score(*args)))
+    with pytest.raises(Warned):
+        go(pictures, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "save", deadly)
+    with pytest.raises(Killed):
+        go(pictures, tmp_path)
+    monkeypatch.undo()
+    assert told(tmp_path)[-1] == {**told(tmp_path)[-1], "step": 8, "epoch": 0}
+    assert "val_loss" in told(tmp_path)[-1]
+    go(pictures, tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
 def test_workers_of_a_folder_do_not_die_of_a_warning(pictures, tmp_path, monkeypatch, capsys):
     """A cluster sends it to every process of a job."""
     step = loop.train_step

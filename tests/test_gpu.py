@@ -1,5 +1,9 @@
 """What only a GPU can show: no wait inside a step, half precision, compile, resuming. `make gpu` runs it."""
 
+import copy
+import itertools
+
+import jaxtyping
 import pytest
 import torch
 from test_run import TINY, assert_same_bits
@@ -97,17 +101,28 @@ def test_a_run_that_is_not_deterministic_resumes_to_rounding(pictures, tmp_path)
         torch.testing.assert_close(value, b["net"][name], rtol=1e-2, atol=1e-3)
 
 
-def test_the_compiled_step_is_the_eager_one(pictures):
-    torch.manual_seed(0)
+@pytest.fixture
+def shapes_unchecked():
+    """As users run it: torch.compile cannot look into the shape checks that only tests switch on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_the_compiled_step_is_the_eager_one(pictures, shapes_unchecked, monkeypatch):
+    """Each step from the same weights, since rounding grows from step to step; in whole float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     eager, loader = state_and_loader("synthetic:400", torch.float32)
-    torch.manual_seed(0)
     compiled, _ = state_and_loader("synthetic:400", torch.float32, compile=True)
-    for batch in loader.epoch(0):
+    for batch in itertools.islice(loader.epoch(0), 4):
+        compiled.method.net.load_state_dict(eager.method.net.state_dict())
+        compiled.optimizer.load_state_dict(copy.deepcopy(eager.optimizer.state_dict()))
         mine, other = train_step(eager, batch).total, train_step(compiled, batch).total
-        torch.testing.assert_close(mine, other, rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+        learnt = compiled.method.net.state_dict()
+        for name, weight in eager.method.net.state_dict().items():
+            torch.testing.assert_close(learnt[name], weight, rtol=1e-2, atol=1e-3, msg=name)
         eager.step, compiled.step = eager.step + 1, compiled.step + 1
-        if eager.step == 8:
-            break
 
 
 def test_validation_and_learning_in_half_precision(pictures):
