@@ -153,20 +153,14 @@ def name_of(data: "Data", label: int) -> str:
 
 def verify(data) -> int:
     """Read and decode every record; name the bad ones, and tell how many."""
-    from fastrot.data.pictures import BadPicture, decode
+    from fastrot.data.pictures import BadPicture
     from fastrot.entry import cores
-
-    def read(row: int) -> None:
-        if hasattr(data, "picture"):
-            data.picture(row)  # checks its crc and its size too
-        else:
-            decode((data.root / data.name(row)).read_bytes())
 
     def task(start: int) -> list[str]:
         found = []
         for row in range(start, min(start + TASK, data.rows)):
             try:
-                read(row)
+                data.picture(row)  # checks its size, and its checksum where it has one
             except (BadPicture, Stopped, OSError) as error:
                 words = str(error)
                 named = (

@@ -13,7 +13,7 @@ from fastrot import dist
 from fastrot.config import Refused
 from fastrot.disk import write_atomically
 
-VERSION = 1
+VERSION = 2  # 2: `judged`
 
 
 def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:

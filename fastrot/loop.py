@@ -132,6 +132,9 @@ def validate(
     net.eval()
     sums: dict[str, Tensor] = {}
     often = 1 if dist.world() == 1 else AGREE
+    questions = -(
+        -loader.shared // often
+    )  # as many on each rank, though one may skip whole batches
     for k, batch in enumerate(loader.epoch(0)):
         with state.autocast():
             outputs = net(state.method.views(batch))
@@ -139,8 +142,11 @@ def validate(
         for name, (total, count) in scores.items():
             both = torch.stack([total, count]).double()
             sums[name] = sums[name] + both if name in sums else both
-        if k % often == 0 and k < loader.shared:
+        if k % often == 0 and questions:
+            questions -= 1
             asked()
+    for _ in range(questions):
+        asked()
     net.train()
     for name in sorted(dist.together(set(sums))):  # a rank whose share is empty has no names
         nothing = torch.zeros(2, dtype=torch.float64, device=state.device)
@@ -225,9 +231,7 @@ def _end_epoch(state: TrainState, run: Run, end: int) -> None:
     if best:
         state.story.best = state.story.val["accuracy"]
     state.judged = state.step
-    _save(state, run)
-    if best and run.cfg.keep_best:
-        run.save("best.pt")
+    _save(state, run, best=best)
     if state.step < end:
         _end_if_warned(state, run)
     run.at_epoch()
@@ -267,15 +271,20 @@ def _checkpoint_is_due(step: int, cfg: Config) -> bool:
     return step % cfg.checkpoint_every == 0 or bool(cfg.keep_every and step % cfg.keep_every == 0)
 
 
-def _save(state: TrainState, run: Run) -> None:
-    """last.pt, and step_N.pt where asked: only of a state that is finite throughout, on all ranks."""
+def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
+    """step_N.pt and best.pt where asked, then last.pt: only of a state that is finite throughout, on all ranks.
+
+    In this order, so that a run that is killed between two of them makes both again.
+    """
     kept = [*state.method.net.state_dict().values(), *state.method.state_dict().values()]
     bad = not checkpoint.all_finite([*kept, *state.meter.sums.values()])
     _go_on_only_if_finite(not dist.highest(int(bad)), state, run.journal.run)
     _count_skipped(state.story, run)
-    run.save("last.pt")
     if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:
         run.save(f"step_{state.step}.pt")
+    if best and run.cfg.keep_best:
+        run.save("best.pt")
+    run.save("last.pt")
 
 
 def _count_skipped(story: Story, run: Run) -> None:
@@ -388,11 +397,9 @@ def _seconds_each(
     loader: Loader, steps: int, device: torch.device, work: Callable[[Batch], Any]
 ) -> float:
     """Seconds a batch, loading included, after 3 batches to warm up; short epochs are begun again."""
-    if not len(loader):
-        return 0.0
     done, begun, warm = 0, time.perf_counter(), 3
     while done < warm + steps:
-        batches = loader.epoch(0)
+        batches, before = loader.epoch(0), done
         for batch in batches:
             if done == warm:
                 _wait_for(device)
@@ -402,6 +409,8 @@ def _seconds_each(
             if done == warm + steps:
                 break
         _close(batches)
+        if done == before:
+            return 0.0  # there is none: this rank's share is empty, or cannot be read
     _wait_for(device)
     return (time.perf_counter() - begun) / steps
 

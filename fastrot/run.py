@@ -52,6 +52,12 @@ def train(cfg: Config) -> int:
         together = False
         try:
             saved = _last_checkpoint(run)
+            places = dist.everyones(saved and (saved["step"], saved["judged"]))
+            if any(place != places[0] for place in places):
+                raise Refused(
+                    f"--out {run} is not the same folder for all ranks: choose one on a file system "
+                    "that all machines share"
+                )
             if saved is not None:
                 _compare(saved, cfg, here, run)
             _deterministic(cfg)

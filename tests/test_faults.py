@@ -3,6 +3,7 @@
 In this process, at chosen moments; tests/test_kills.py kills whole processes at random ones.
 """
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import checkpoint, disk, entry, journal, loop, train
 from fastrot.config import Refused, Stopped
+from fastrot.data.plan import Loader
 from fastrot.entry import Warned
 from fastrot.methods.rotnet import RotNet
 
@@ -130,6 +132,79 @@ def test_a_validation_behind_a_warning_is_told_once(straight, pictures, tmp_path
     assert "val_loss" in told(tmp_path)[-1]
     go(pictures, tmp_path)
     assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("sound", [0, 1, 3])
+def test_ranks_ask_each_other_equally_often_whatever_is_skipped(sound, pictures, tmp_path):
+    """A rank that asked less often than the others would leave them waiting for ever."""
+    args = [*TINY, "--data", str(pictures), "--out", str(tmp_path), "--max-steps", "1"]
+    kept = []
+
+    class Few(Loader):
+        """A loader of three batches, of which some cannot be read."""
+
+        shared = 3  # type: ignore[assignment]
+
+        def __init__(self, loader):
+            self.loader = loader
+
+        def epoch(self, number, start=0):
+            return itertools.islice(itertools.cycle(self.loader.epoch(number)), sound)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "fit", lambda *all: kept.extend(all))
+        train.main(args)
+    state, run = kept
+    asked = []
+    with nullcontext() if sound else pytest.raises(Stopped, match="no picture to be judged on"):
+        loop.validate(state, Few(run.val_loader), lambda: asked.append(1))
+    assert len(asked) == 3
+
+
+def test_measuring_a_budget_ends_where_no_picture_can_be_read():
+    class Empty(Loader):
+        def __init__(self):
+            pass
+
+        def __len__(self):
+            return 4
+
+        def epoch(self, number, start=0):
+            return iter(())
+
+    assert loop._seconds_each(Empty(), 5, torch.device("cpu"), print) == 0
+
+
+def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    class Killed(BaseException):
+        pass
+
+    def deadly(path, state, **more):
+        if state["step"] == 8 and path.name == "last.pt":
+            raise Killed
+        save(path, state, **more)
+
+    more = ["--keep-every", "4", "--keep-best", "--checkpoint-every", "100"]
+    monkeypatch.setattr(checkpoint, "save", deadly)
+    with pytest.raises(Killed):
+        go(pictures, tmp_path, *more)
+    monkeypatch.undo()
+    folder = last(tmp_path).parent
+    for name in ("step_8.pt", "best.pt"):  # written before last.pt, else they were never made
+        (folder / name).unlink()
+    go(pictures, tmp_path, *more)
+    assert checkpoint.load(folder / "step_8.pt")["step"] == 8
+    best = checkpoint.load(folder / "best.pt")
+    assert best["story"]["best"] == best["story"]["val"]["accuracy"]
+
+
+def test_ranks_that_read_different_checkpoints_are_refused(pictures, tmp_path, monkeypatch):
+    """As where --out lies on each machine's own disk."""
+    monkeypatch.setattr("fastrot.dist.everyones", lambda mine: [(60, 60), mine])
+    with pytest.raises(Refused, match=r"--out .* is not the same folder for all ranks"):
+        go(pictures, tmp_path)
 
 
 def test_workers_of_a_folder_do_not_die_of_a_warning(pictures, tmp_path, monkeypatch, capsys):
@@ -266,6 +341,7 @@ def test_the_one_before_is_taken_where_the_last_was_removed(straight, pictures, 
 def test_any_flipped_byte_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"net": {"w": torch.arange(300.0)}, "step": 7, "config": {"lr": 0.1}})
+    version = checkpoint.VERSION
     data, draw, refused = path.read_bytes(), np.random.default_rng(0), 0
     for at in draw.integers(len(data), size=150):
         path.write_bytes(
@@ -277,7 +353,7 @@ def test_any_flipped_byte_is_refused_or_changes_nothing(tmp_path):
             refused += 1
             continue
         assert torch.equal(state["net"]["w"], torch.arange(300.0)), at
-        assert (state["step"], state["config"], state["version"]) == (7, {"lr": 0.1}, 1), at
+        assert (state["step"], state["config"], state["version"]) == (7, {"lr": 0.1}, version), at
     assert refused > 30
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -82,6 +82,10 @@ class Folder:
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self._sizes[rows]
 
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole picture. Raises BadPicture or OSError."""
+        return _read(self.root, self._paths[row], self._sizes[row].tolist())
+
     def pictures(
         self, plan: Iterable[Picks], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
@@ -135,7 +139,7 @@ class _Worker:
         for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
             what = f"row {picks.rows[0][place, 0]}, {path!r},"
             try:
-                picture = self._read(path, size)
+                picture = _read(self.root, path, size)
             except (pictures.BadPicture, OSError) as e:
                 why = getattr(e, "strerror", None) or e
                 spoilt.append((place, f"{what} cannot be read: {why}; take it out of the folder"))
@@ -147,16 +151,17 @@ class _Worker:
                 raise RuntimeError(f"{what} cannot be cropped: {e}") from e
         return out, spoilt
 
-    def _read(self, path: str, size: list[int]) -> np.ndarray:
-        whole = os.path.join(self.root, path)
-        with open(whole, "rb", opener=sources.without_waiting) as file:
-            if reason := sources.too_long(os.fstat(file.fileno()).st_size):
-                raise pictures.BadPicture(reason)
-            picture = pictures.decode(file.read())
-        if list(picture.shape[:2]) != size:
-            was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
-            raise pictures.BadPicture(f"it was listed as {was} and is {now}, so it has changed")
-        return picture
+
+def _read(root: str | Path, path: str, size: list[int]) -> np.ndarray:
+    """A picture's pixels. Raises BadPicture or OSError."""
+    with open(os.path.join(root, path), "rb", opener=sources.without_waiting) as file:
+        if reason := sources.too_long(os.fstat(file.fileno()).st_size):
+            raise pictures.BadPicture(reason)
+        picture = pictures.decode(file.read())
+    if list(picture.shape[:2]) != size:
+        was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
+        raise pictures.BadPicture(f"it was listed as {was} and is {now}, so it has changed")
+    return picture
 
 
 def _begin_worker(_: int) -> None:
@@ -165,6 +170,10 @@ def _begin_worker(_: int) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
+
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where no cluster warns
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, entry.WARNINGS)
+        return
 
     def heed() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
