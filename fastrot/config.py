@@ -20,6 +20,10 @@ class Stopped(RuntimeError):
     """A run that cannot go on, told in one sentence. Entries exit with status 1."""
 
 
+class Left(Stopped):
+    """Another process of the run has ended; it knows why, so that it is let speak first."""
+
+
 def free(default: Any) -> Any:
     """A knob that changes no number."""
     return field(default=default, metadata={"free": True})

@@ -68,22 +68,41 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
     inherit it. So a worker that outlives its killed parent holds nothing, while the ranks that a killed
     launcher leaves behind do.
     """
-    with open(folder / "lock", "a+b") as file:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() > until:
-                    file.seek(0)
-                    owner = file.read(200).decode(errors="replace").strip() or "unknown"
-                    raise Refused(f"{refusal} ({owner})") from None
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks
-        with contextlib.suppress(OSError):  # a full disk
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            file.flush()
-        yield
+    path, until = folder / "lock", time.monotonic() + PATIENCE
+    while True:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:
+            raise Refused(f"{refusal} (it has ended just now)") from None
+        with file:
+            _take(file, until, refusal)
+            if not _still_named(file, path):
+                continue  # its owner removed it at the end: the next process would lock another
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.flush()
+            yield
+            return
+
+
+def _take(file: BinaryIO, until: float, refusal: str) -> None:
+    """Wait for the lock on an open file, in time.monotonic()'s seconds."""
+    while True:
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                file.seek(0)
+                owner = file.read(200).decode(errors="replace").strip() or "unknown"
+                raise Refused(f"{refusal} ({owner})") from None
+            time.sleep(0.1)
+        except OSError:
+            return  # a file system without locks
+
+
+def _still_named(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from fastrot.config import Stopped
+
 
 @dataclass(frozen=True)
 class Place:
@@ -151,6 +153,15 @@ def everyones(value: Any) -> list[Any]:
     if world() > 1:
         distributed.all_gather_object(values, value, group=_patient)
     return values
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
+    if world() == 1 or isinstance(error, Stopped):
+        return False
+    gone = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
+    network = isinstance(error, distributed.DistNetworkError)
+    return network or any(words in str(error) for words in gone)
 
 
 def _first_node(nodes: str) -> str:

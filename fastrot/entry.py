@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import Left, Refused, Stopped
 
 WARNINGS = (
     signal.SIGTERM,
@@ -45,7 +45,7 @@ def status(main: Callable[[], int | None]) -> int:
     except (Refused, Stopped, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
-        complain(in_words(error))
+        complain(in_words(error), last=isinstance(error, Left))
         code = 2 if isinstance(error, Refused) else 1
     except Warned as warned:  # who saved has said so
         code = 128 + warned.signal
@@ -106,10 +106,14 @@ def warnings_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def complain(sentence: str) -> None:
-    """One sentence on stderr. Rank 0 speaks at once; another only if its launcher lets it live on."""
+def complain(sentence: str, *, last: bool = False) -> None:
+    """One sentence on stderr. Rank 0 speaks at once; another only if its launcher lets it live on.
+
+    `last`: after all others, rank 0 too, since one of them knows the cause.
+    """
+    if rank() or last:
+        time.sleep(8 if last else 5)  # rank 0 met the same, or torchrun ends this process
     if rank():
-        time.sleep(5)  # rank 0 met the same, or torchrun ends this process
         sentence = f"rank {rank()}: {sentence}"
     print(f"fastrot: {printable(sentence)}", file=sys.stderr)
 

@@ -72,6 +72,11 @@ def train(cfg: Config) -> int:
                     "a process that decodes was killed, perhaps for want of memory: the same command "
                     "goes on from the last checkpoint, with fewer --workers where that was the reason"
                 ) from error
+            if dist.lost(error):
+                raise config.Left(
+                    "another process of this run has ended: see what it says, and the same command "
+                    "goes on from the last checkpoint"
+                ) from error
             raise
         finally:
             dist.stop(together=together)

@@ -5,9 +5,9 @@ A conversion is cut into parts of 10,000 records. Worker processes read, decode,
 appears whole or not at all. A run that was killed goes on from its whole parts. A part depends on its own
 records only, so parts may be made in any order, by anyone.
 
-Under torchrun or srun the missing parts are dealt out to the ranks, each with workers of its own; rank 0
-alone decides what is missing, puts the parts together, and speaks. A rank that dies leaves its part missing,
-for the next start to make.
+Under torchrun or srun the missing parts are dealt out to the ranks (ranks.py), each with workers of its own;
+rank 0 alone decides what is missing, puts the parts together, and speaks. A rank that dies leaves its part
+missing, for the next start to make.
 
 Statistics are sums of whole numbers, so they do not depend on order, workers, parts or ranks.
 """
@@ -22,7 +22,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
-import secrets
 import signal
 import threading
 import time
@@ -32,7 +31,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -41,6 +39,7 @@ import numpy as np
 
 from fastrot import entry
 from fastrot.config import Refused, Stopped, knob
+from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
 from fastrot.data.sources import Record, Source, open_source, shown
 from fastrot.disk import locked, replace_bytes
 
@@ -53,7 +52,6 @@ GONE = {  # what a file says that is not there, or not for us
 }
 BAND = 2**18  # pixels that are split into channels at once: these stay in the cache
 JUDGED = 200  # pictures that --estimate converts
-SEEN_WITHIN = 120  # seconds until a file that one machine wrote must be seen by another
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -103,6 +101,12 @@ def plan_of(options: Options, source: Source) -> dict[str, Any]:
     return {**knobs, "listing": listing.hexdigest()}
 
 
+def hash_of(plan: dict[str, Any]) -> str:
+    """The same for plans without a `difference`: an option that is not in use is one that is not there."""
+    used = {name: value for name, value in plan.items() if value is not None}
+    return hashlib.blake2b(json.dumps(used, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def open_source_of(options: Options) -> Source:
     return open_source(
         options.source, options.root, split=options.split, label_from=options.label_from
@@ -118,86 +122,6 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
                 return "from other pictures or labels than the source lists now"
             return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
     return None
-
-
-# ---- the processes that share a conversion ----
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun or srun started; by itself it is all of them.
-
-    They meet through torch.distributed, although the parts lie on a shared file system anyway: a process that
-    dies closes its connections, which tells the others at their next meeting, while a file that does not come
-    tells nothing, and one that does may be seen by other machines a minute later.
-    """
-
-    rank: int = 0
-    world: int = 1
-    cores: int = field(default_factory=entry.cores)  # for this rank alone
-
-    def everyones(self, value: T) -> list[T]:
-        """The values of all, rank 0's first; waits for them. Raises Stopped where one is gone."""
-        if self.world == 1:
-            return [value]
-        from fastrot import dist
-
-        try:
-            return dist.everyones(value)
-        except RuntimeError:
-            raise Stopped(
-                "another process of this conversion has ended: run the same command again to go on "
-                "from its whole parts"
-            ) from None
-
-    def first(self, do: Callable[[], T]) -> T:
-        """What rank 0 gets by doing it. Where it raises an error for people, the others leave in silence."""
-        told, error = None, None
-        if self.rank == 0:
-            try:
-                told = do()
-            except (Refused, Stopped, OSError) as e:
-                error = e
-        told, status = self.everyones((told, error and (2 if isinstance(error, Refused) else 1)))[0]
-        if status:
-            with contextlib.suppress(Stopped):
-                self.everyones(None)  # none leaves before all have heard
-            raise error or SystemExit(status)
-        return told  # type: ignore[return-value]
-
-
-ALONE = Ranks()
-
-
-@contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """The processes that the launcher started, met; they part where the work under it is done."""
-    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        yield ALONE  # without torch, which takes seconds
-        return
-    import torch
-
-    from fastrot import dist
-
-    here = dist.place()
-    # a rank may be done with its share days before another
-    dist.start(here, torch.device("cpu"), patience=timedelta(days=100))
-    finished = False
-    try:
-        yield Ranks(here.rank, here.world, entry.share_of_cores(here.local_world))
-        finished = True
-    finally:
-        dist.stop(together=finished)
-
-
-def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
-    """Raises Refused where a rank would convert other pictures than rank 0."""
-    for rank, plan in enumerate(plans):
-        if plan != plans[0]:
-            raise Refused(
-                f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
-                "all machines must see the same pictures there"
-            )
 
 
 # ---- one picture, in a worker ----
@@ -470,6 +394,7 @@ class Part:
     folder: Path
     records: range
     suffix: str  # of the file: the format's
+    plan: str  # `hash_of` what decides its bytes: a rank of an earlier start may still write here
 
     @property
     def file(self) -> Path:
@@ -482,7 +407,8 @@ class Part:
     def whole(self) -> bool:
         try:
             facts = json.loads(self.facts.read_bytes())
-            return facts["bytes"] == (self.file.stat().st_size if facts["bytes"] else 0)
+            size = self.file.stat().st_size if facts["bytes"] else 0
+            return (facts["bytes"], facts["plan"]) == (size, self.plan)
         except (FileNotFoundError, ValueError, KeyError):
             return False
 
@@ -501,6 +427,7 @@ class Part:
         if first is not None:  # a part of rejects alone has no file
             write(self.file, itertools.chain([first], pictures), len(self.records))
         facts = {
+            "plan": self.plan,
             "bytes": self.file.stat().st_size if first else 0,
             "tally": dataclasses.asdict(tally),
         }
@@ -508,52 +435,14 @@ class Part:
         return tally
 
 
-def parts_of(folder: Path, records: int, suffix: str, part: int = PART) -> list[Part]:
+def parts_of(
+    folder: Path, records: int, suffix: str, plan: dict[str, Any], part: int = PART
+) -> list[Part]:
+    plan_hash = hash_of({**plan, "part": part})
     return [
-        Part(folder, range(first, min(first + part, records)), suffix)
+        Part(folder, range(first, min(first + part, records)), suffix, plan_hash)
         for first in range(0, records, part)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """A file by which ranks know that they share one folder of parts, and that it is still theirs.
-
-    The next start in that folder removes it, so that ranks which a killed launcher left behind stop.
-    """
-
-    path: Path
-
-    @classmethod
-    def put_up(cls, folder: Path) -> "Sign":
-        sign = cls(folder / f"{NEW}.{secrets.token_hex(4)}")
-        sign.path.touch()
-        return sign
-
-    def find(self) -> None:
-        """Raises Refused where this rank does not see the folder that rank 0 sees."""
-        if not seen(self.path.exists):
-            raise Refused(
-                f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
-                "system that all machines share"
-            )
-
-    def check(self) -> None:
-        """Raises Stopped where another start has taken the folder over."""
-        if not self.path.exists():
-            raise Stopped(
-                f"another start has taken over {self.path.parent}: this one is at its end"
-            )
-
-
-def seen(there: Callable[[], bool]) -> bool:
-    """Whether it is there, now or soon: other machines see a new file late."""
-    until = time.monotonic() + SEEN_WITHIN
-    while not there():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def make_parts(
@@ -612,13 +501,14 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             yield
         finally:
             with contextlib.suppress(OSError):  # on a full disk they would be in the way
-                for file in folder.glob(f"{NEW}*"):
-                    file.unlink()
+                for file in folder.iterdir():
+                    if file.name.startswith((NEW, SIGN)):
+                        file.unlink()
 
 
 def _passing(file: Path) -> bool:
     """Whether it is of use to the start that wrote it alone."""
-    return file.suffix == ".tmp" or file.name.startswith(NEW)
+    return file.suffix == ".tmp" or file.name.startswith((NEW, SIGN))
 
 
 def _lasting(file: Path) -> bool:
@@ -642,7 +532,7 @@ def remove(folder: Path) -> None:
     for file in folder.iterdir():
         if _lasting(file) or _passing(file) or file.name == LOCK:
             file.unlink(missing_ok=True)
-    (folder / PLAN).unlink()
+    (folder / PLAN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are files in it that are not ours
         folder.rmdir()
 

@@ -2,10 +2,12 @@
 
     python small_parts.py PART MOMENT [arguments of to_ffcv.py]
 
-At its MOMENT it prints `reached` and waits. `never`: it does not; `die`: rank 1 kills itself in its second part.
+At its MOMENT it prints `reached` and waits. `never`: it does not; `die`: rank 1 kills itself in its second part;
+`full`: none of rank 1's files may grow beyond 5,000 bytes.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -55,6 +57,9 @@ if __name__ == "__main__":
     real_replace = os.replace
     if moment in ("part", "die"):
         write.Packer.add = at_call(write.Packer.add, part + 3, hold if moment == "part" else die)
+    elif moment == "full" and os.environ.get("RANK") == "1":
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     elif moment == "between":
         prepare.Part.make = at_call(prepare.Part.make, 2, hold)
     elif moment == "merge":

@@ -19,7 +19,7 @@ from truth import photo
 
 from fastrot import entry
 from fastrot.config import Refused, Stopped
-from fastrot.data import prepare
+from fastrot.data import prepare, ranks
 from fastrot.data.beton import write
 
 HERE = Path(__file__).parent
@@ -167,10 +167,35 @@ def test_parts_begun_by_an_earlier_version_are_gone_on_with(pictures, tmp_path):
     assert write.convert(options(pictures, out), part=PART).resumed == 37
 
 
+def test_a_part_of_other_options_or_of_none_is_made_anew(mixed, unbroken, tmp_path, monkeypatch):
+    """As a rank that a killed launcher left behind may finish it, after --overwrite began other parts."""
+    out, late = tmp_path / "a.beton", tmp_path / "late.beton"
+    write.convert(options(mixed, late, quality=50, keep_parts=True), part=PART)
+    with monkeypatch.context() as broken:
+        broken.setattr(write, "merge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write.convert(options(mixed, out), part=PART)
+    parts = tmp_path / "a.beton.parts"
+    for name in ("0000000010.json", "0000000010.beton"):
+        shutil.copy(tmp_path / "late.beton.set" / name, parts / name)
+    facts = json.loads((parts / "0000000020.json").read_bytes())
+    facts.pop("plan")  # of an earlier version
+    (parts / "0000000020.json").write_text(json.dumps(facts))
+    told = write.convert(options(mixed, out), part=PART)
+    assert (told.converted, told.resumed) == (20, 18)
+    assert files(out) == unbroken
+
+
+def test_a_plan_that_another_process_removed_is_no_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "begun_with", lambda folder: {})  # it was still there
+    prepare.remove(_made(tmp_path / "a.beton.parts"))
+    assert not [*tmp_path.iterdir()]
+
+
 # ---- shared by several processes ----
 
 
-class Threads(prepare.Ranks):
+class Threads(ranks.Ranks):
     """Ranks that are threads of this process."""
 
     def everyones(self, value):
@@ -264,20 +289,22 @@ def test_what_rank_0_refuses_ends_all(mixed, tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SEEN_WITHIN", 0.2)
-    prepare.Sign.put_up(tmp_path).find()
+    monkeypatch.setattr(ranks, "SEEN_WITHIN", 0.2)
+    ranks.Sign.put_up(tmp_path).find()
     with pytest.raises(Refused, match="not the same folder for all ranks"):
-        prepare.Sign(tmp_path / "new.of-another-machine").find()
+        ranks.Sign(tmp_path / "sign.of-another-machine").find()
 
 
 def test_ranks_that_a_killed_launcher_left_stop_when_another_start_takes_over(mixed, tmp_path):
     """They write no part any more: it might be of other options."""
     work = tmp_path / "a.beton.parts"
     with prepare.parts_folder(_made(work), {"quality": 90}, False):
-        sign = prepare.Sign.put_up(work)
+        ended = ranks.Sign.put_up(work)
+    assert not ended.path.exists()
+    sign = ranks.Sign.put_up(work)  # of a start that was killed
     with prepare.parts_folder(work, {"quality": 80}, True):
         source = prepare.open_source_of(options(mixed, tmp_path / "a.beton"))
-        parts = prepare.parts_of(work, 20, ".beton", PART)
+        parts = prepare.parts_of(work, 20, ".beton", {"quality": 80}, PART)
         recipe = prepare.Recipe(write.Coder())
         save = partial(write.write_part, write.Coder())
         with pytest.raises(Stopped, match="another start has taken over"):
@@ -314,6 +341,15 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_start_goes_on(mixed, unbr
 
 
 @pytest.mark.ddp
+def test_what_another_rank_met_is_told_before_that_it_has_ended(mixed, tmp_path):
+    done = run(*TORCHRUN, "2", *command(mixed, tmp_path / "a.beton", 0, "full"))
+    assert done.returncode != 0
+    assert "fastrot: rank 1: " in done.stderr
+    assert "File too large; nothing written before is harmed" in done.stderr
+    assert "another process" not in done.stderr
+
+
+@pytest.mark.ddp
 def test_ranks_without_torchrun_learn_that_one_has_died(mixed, tmp_path):
     """As under srun, which ends nobody. Two processes, found by the variables that torchrun sets."""
     import socket
@@ -321,7 +357,7 @@ def test_ranks_without_torchrun_learn_that_one_has_died(mixed, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    ranks = [
+    processes = [
         subprocess.Popen(
             [sys.executable, *command(mixed, tmp_path / "a.beton", 0, "die")],
             env=ENV
@@ -332,9 +368,9 @@ def test_ranks_without_torchrun_learn_that_one_has_died(mixed, tmp_path):
         )
         for rank in (0, 1)
     ]
-    assert ranks[1].wait(60) == -signal.SIGKILL
-    _, said = ranks[0].communicate(timeout=60)
-    assert ranks[0].returncode == 1
+    assert processes[1].wait(60) == -signal.SIGKILL
+    _, said = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
     assert "another process of this conversion has ended: run the same command again" in said
     assert "Traceback" not in said
 

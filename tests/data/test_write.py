@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -408,6 +409,43 @@ def test_the_command_runs_from_anywhere(pictures, tmp_path):
 
 
 # ---- disk.py ----
+
+HOLDER = """
+import os, sys
+from pathlib import Path
+from fastrot.disk import locked
+folder = Path(sys.argv[1])
+with locked(folder, "taken"):
+    print("held", flush=True)
+    input()
+    (folder / "lock").unlink()
+    if sys.argv[2] == "folder":
+        folder.rmdir()
+"""
+
+
+@pytest.mark.parametrize("removed", ["lock", "folder"])
+def test_a_lock_that_its_owner_removes_at_the_end_is_not_taken(tmp_path, monkeypatch, removed):
+    """Where it was waited for: a third process would lock the next file of that name."""
+    folder = tmp_path / "held"
+    folder.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder, removed],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(disk.__file__).parents[1],
+    )
+    assert holder.stdout.readline() == "held\n"
+    waiting = SimpleNamespace(sleep=lambda _: holder.communicate("end\n"), monotonic=lambda: 0.0)
+    monkeypatch.setattr(disk, "time", waiting)
+    if removed == "lock":
+        with disk.locked(folder, "taken"):
+            assert (folder / "lock").read_text().startswith(f"process {os.getpid()} ")
+    else:
+        with pytest.raises(Refused, match="it has ended just now"), disk.locked(folder, "taken"):
+            pass
+    assert holder.returncode == 0
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

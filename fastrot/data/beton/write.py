@@ -48,6 +48,7 @@ from fastrot.data import prepare
 from fastrot.data.beton import layout
 from fastrot.data.beton.manifest import sealed, side, unsealed
 from fastrot.data.pictures import BadPicture
+from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
 from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
@@ -234,7 +235,7 @@ def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
 
 def convert(
     options: BetonOptions,
-    ranks: prepare.Ranks = prepare.ALONE,
+    ranks: Ranks = ALONE,
     *,
     part: int = prepare.PART,
 ) -> prepare.Summary | prepare.Estimate:
@@ -246,7 +247,7 @@ def convert(
     source = prepare.open_source_of(options)
     plan = prepare.plan_of(options, source)
     plans = ranks.everyones(plan)
-    ranks.first(lambda: prepare.same_pictures(plans, options.root))
+    ranks.first(lambda: same_pictures(plans, options.root))
     coder = Coder(options.encoding, options.quality)
     recipe = prepare.Recipe(coder, options.short_side, options.max_side)
     count = len(source.records[: options.limit])
@@ -262,7 +263,7 @@ def convert(
         begun = ranks.first(lambda: _begin(options, plan, count, part, ranks.world, held))
         if begun.told is not None:
             return begun.told
-        parts = prepare.parts_of(begun.folder, count, ".beton", begun.part)
+        parts = prepare.parts_of(begun.folder, count, ".beton", plan, begun.part)
         missing = [parts[i] for i in begun.missing]
         mine = missing[ranks.rank :: ranks.world]
         share, left = (sum(len(p.records) for p in each) for each in (mine, missing))
@@ -302,7 +303,7 @@ class _Begun(NamedTuple):
     folder: Path = Path()  # of the parts
     part: int = 0  # records a part
     missing: list[int] = []  # noqa: RUF012 (a tuple's default)
-    sign: prepare.Sign | None = None  # of several ranks
+    sign: Sign | None = None  # of several ranks
 
 
 def _begin(
@@ -334,10 +335,10 @@ def _begin(
     held.enter_context(
         prepare.parts_folder(options.parts, {**plan, "part": part}, options.overwrite)
     )
-    parts = prepare.parts_of(folder, count, ".beton", part)
+    parts = prepare.parts_of(folder, count, ".beton", plan, part)
     missing = [i for i, p in enumerate(parts) if not p.whole()]
     shared = world > 1 and bool(missing)
-    return _Begun(None, folder, part, missing, prepare.Sign.put_up(folder) if shared else None)
+    return _Begun(None, folder, part, missing, Sign.put_up(folder) if shared else None)
 
 
 def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
@@ -355,10 +356,10 @@ def _finish(
     source: Source,
     plan: dict[str, Any],
     parts: list[prepare.Part],
-    sign: prepare.Sign | None,
+    sign: Sign | None,
 ) -> dict[str, Any]:
     """Put the whole parts together, into a file or a set; what its .json says."""
-    if not prepare.seen(lambda: all(part.whole() for part in parts)):
+    if not seen(lambda: all(part.whole() for part in parts)):
         raise Stopped(
             f"{parts[0].folder} lacks parts that ranks have made: run the same command again"
         )

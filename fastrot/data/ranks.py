@@ -1,0 +1,139 @@
+"""Ranks: the processes that share a conversion, how they meet, and the sign that their folder is still theirs.
+
+They meet through torch.distributed, although the parts lie on a shared file system anyway: a process that dies
+closes its connections, which tells the others at their next meeting, while a file that does not come tells
+nothing, and one that does may be seen by other machines a minute later.
+"""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrot import entry
+from fastrot.config import Left, Refused, Stopped
+
+SIGN = "sign"  # so begins the name of a sign's file
+SEEN_WITHIN = 120  # seconds until a file that one machine wrote must be seen by another
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun or srun started; by itself it is all of them."""
+
+    rank: int = 0
+    world: int = 1
+    cores: int = field(default_factory=entry.cores)  # for this rank alone
+
+    def everyones(self, value: T) -> list[T]:
+        """The values of all, rank 0's first; waits for them. Raises Left where one is gone."""
+        if self.world == 1:
+            return [value]
+        from fastrot import dist
+
+        try:
+            return dist.everyones(value)
+        except RuntimeError:
+            raise Left(
+                "another process of this conversion has ended: run the same command again to go on "
+                "from its whole parts"
+            ) from None
+
+    def first(self, do: Callable[[], T]) -> T:
+        """What rank 0 gets by doing it. Where it raises an error for people, the others leave in silence."""
+        told, error, status = None, None, 0
+        if self.rank == 0:
+            try:
+                told = do()
+            except (Refused, Stopped, OSError) as e:
+                error, status = e, 2 if isinstance(e, Refused) else 1
+        told, status = self.everyones((told, status))[0]
+        if not status:
+            return told  # type: ignore[return-value]
+        with contextlib.suppress(Left):
+            self.everyones(None)  # none leaves before all have heard
+        if error is not None:
+            raise error  # rank 0 tells it
+        raise SystemExit(status)
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The processes that the launcher started, met; they part where the work under it is done."""
+    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        yield ALONE  # without torch, which takes seconds
+        return
+    import torch
+
+    from fastrot import dist
+
+    here = dist.place()
+    # a rank may be done with its share days before another
+    dist.start(here, torch.device("cpu"), patience=timedelta(days=100))
+    finished = False
+    try:
+        yield Ranks(here.rank, here.world, entry.share_of_cores(here.local_world))
+        finished = True
+    finally:
+        dist.stop(together=finished)
+
+
+def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
+    """Raises Refused where a rank would convert other pictures than rank 0."""
+    for rank, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise Refused(
+                f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
+                "all machines must see the same pictures there"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A file by which ranks know that they share one folder of parts, and that it is still theirs.
+
+    The next start in that folder removes it, so that ranks which a killed launcher left behind stop.
+    """
+
+    path: Path
+
+    @classmethod
+    def put_up(cls, folder: Path) -> "Sign":
+        sign = cls(folder / f"{SIGN}.{secrets.token_hex(4)}")
+        sign.path.touch()
+        return sign
+
+    def find(self) -> None:
+        """Raises Refused where this rank does not see the folder that rank 0 sees."""
+        if not seen(self.path.exists):
+            raise Refused(
+                f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
+                "system that all machines share"
+            )
+
+    def check(self) -> None:
+        """Raises Stopped where another start has taken the folder over."""
+        if not self.path.exists():
+            raise Stopped(
+                f"another start has taken over {self.path.parent}: this one is at its end"
+            )
+
+
+def seen(there: Callable[[], bool]) -> bool:
+    """Whether it is there, now or soon: other machines see a new file late."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not there():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
