@@ -4,8 +4,8 @@
 
 SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, checkpoint
 writing and validation; from an image folder and a `.beton`. A run is killed several times before it may end; then every
-leaf of its last.pt (weights, optimiser, order, meter, random state) and every line of metrics.jsonl, its clock left
-out, must be those of the straight run. A kill before the first checkpoint does not count: there is nothing to go on from.
+leaf of last.pt, best.pt and each step_N.pt (weights, optimiser, order, meter, random state) and every line of
+metrics.jsonl, its clock left out, must be those of the straight run. A kill before the first checkpoint does not count: there is nothing to go on from.
 
 How the moment is known: the child process is this file with CHAOS_PHASES set. It runs fastrot.train.main with
 train_step, validate and checkpoint.save wrapped so that each notes its phase in a shared page of memory before the real
@@ -59,6 +59,7 @@ CLOCK = (
     "seconds",
     "waited",
 )  # all that may differ from the straight run
+FREE = (".config.out", ".config.max_steps", ".config.workers")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TORCHRUN += (
     "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -66,6 +67,7 @@ TORCHRUN += (
 STEPS_EACH = 160  # of a run
 SMALL = ("demo", "--image-size", "32", "--backbone.width", "0.1", "--enlarge", "--hold-out", "0.3")
 SMALL += ("--log-every", "3", "--checkpoint-every", "5", "--validate-every", "1", "--workers", "1")
+SMALL += ("--keep-every", "7", "--keep-best")  # all that is kept is compared
 SMALL += ("--no-tensorboard", "--device", "cpu", "--precision", "fp32")
 BATCH = 4  # over all ranks
 REFUSED = "another run writes into"  # what a second start is told
@@ -203,9 +205,14 @@ def send(number: int, what: signal.Signals) -> None:
 
 def is_alive(number: int) -> bool:
     """Whether a process runs: neither gone nor a zombie."""
+    return state_of(number) not in ("", "Z")
+
+
+def state_of(number: int) -> str:
+    """A process's state as the system has it: R, S, T (stopped), Z...; empty where it is gone."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def until(true: Callable[[], bool], seconds: float = PATIENCE) -> bool:
@@ -237,23 +244,52 @@ def last_logged(run: Path) -> int:
 
 
 def strike(running: Running, kill: Kill, draw: random.Random) -> Struck | None:
-    """Wait for a random moment of the phase, send the signal, wait for the end. None: it had ended before."""
+    """Send the signal at a random moment of its phase, wait for the end. None: it had ended before."""
     last = running.run / "checkpoints" / "last.pt"
-    until(lambda: running.number(kill.target) > 0 or running.ended())
-    if kill.phase != START:
-        until(lambda: last.exists() or running.ended())
-        for _ in range(draw.randint(1, 3)):  # the phase has to come anew, perhaps more than once
-            until(lambda: running.phase() != kill.phase or running.ended())
-            until(lambda: running.phase() == kill.phase or running.ended())
-    time.sleep(draw.uniform(0, WITHIN[kill.phase]))
+    _wait(running, lambda: running.number(kill.target) > 0)
+    if kill.phase == START:
+        time.sleep(draw.uniform(0, WITHIN[START]))
+    else:
+        _wait(running, last.exists)
+        _hold(running, kill.phase, draw)
     if running.ended():
         return None
     hit, step = running.phase(), last_logged(running.run)
     send(running.number(kill.target), kill.signal)
+    send(running.ranks_begun()[0], signal.SIGCONT)
     running.wait()
     if kill.signal == KILL and kill.target in ("process", "rank 0"):
         hit = running.phase()  # the phase that it died in
     return Struck(hit, kill, step, last.exists())
+
+
+def _hold(running: Running, phase: int, draw: random.Random) -> None:
+    """Stop rank 0 at a random moment of a phase, or at the run's end: phases are short, and looking takes time."""
+    for _ in range(draw.randint(0, 2)):
+        _comes_anew(running, phase)
+    while not running.ended():
+        _comes_anew(running, phase)
+        time.sleep(draw.uniform(0, WITHIN[phase]))
+        first = running.ranks_begun()[0]
+        send(first, signal.SIGSTOP)
+        _wait(running, lambda number=first: state_of(number) == "T")
+        if running.phase() == phase:
+            return
+        send(first, signal.SIGCONT)
+
+
+def _comes_anew(running: Running, phase: int) -> None:
+    _wait(running, lambda: running.phase() != phase)
+    _wait(running, lambda: running.phase() == phase)
+
+
+def _wait(running: Running, true: Callable[[], bool]) -> None:
+    """Until it is true, or the run has ended. Raises Stopped where neither comes: a run that hangs."""
+    if not until(lambda: true() or running.ended()):
+        running.end()
+        raise Stopped(
+            f"{running.run} hangs in {PHASES[running.phase()]}: {running.words()[-2000:]}"
+        )
 
 
 def complaints(running: Running, struck: Struck | None) -> list[str]:
@@ -292,12 +328,8 @@ def complaints(running: Running, struck: Struck | None) -> list[str]:
 
 
 def differences(straight: Path, run: Path) -> tuple[list[str], int]:
-    """Names of what is not the same in two finished runs, and how many leaves were compared."""
-    from fastrot import checkpoint
-
-    mine, others = (
-        dict(leaves(checkpoint.load(each / "checkpoints" / "last.pt"))) for each in (straight, run)
-    )
+    """Names of what is not the same in two finished runs, and how many leaves of checkpoints were compared."""
+    mine, others = (dict(_kept(each / "checkpoints")) for each in (straight, run))
     wrong = sorted(mine.keys() ^ others.keys())
     wrong += [name for name in mine if name in others and not same(mine[name], others[name])]
     if told(straight) != told(run):
@@ -305,13 +337,24 @@ def differences(straight: Path, run: Path) -> tuple[list[str], int]:
     return wrong, len(mine)
 
 
+def _kept(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The leaves of all checkpoints in a folder, and whatever else is there."""
+    from fastrot import checkpoint
+
+    for file in folder.iterdir():
+        if file.suffix != ".pt":
+            yield file.name, None
+        elif file.name != "previous.pt":  # which one that is depends on where a run was broken off
+            yield from leaves(checkpoint.load(file), file.name)
+
+
 def leaves(state: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Every tensor and plain value of a checkpoint by its path, but for the clock and the run's own name."""
+    """Every tensor and plain value of a checkpoint by its path, but for the clock and what changes no number."""
     if not isinstance(state, (dict, list, tuple)):
         yield at, state
         return
     for name, value in state.items() if isinstance(state, dict) else enumerate(state):
-        if name not in CLOCK and f"{at}.{name}" != ".config.out":
+        if name not in CLOCK and not f"{at}.{name}".endswith(FREE):
             yield from leaves(value, f"{at}.{name}")
 
 
@@ -422,7 +465,7 @@ def _run_through(
                 plan.append(plan.pop(0))  # it came too late
             return
         seen.struck.append(struck)
-        if struck.counts:
+        if struck.counts and kill is plan[0]:  # what stood in for a start-up leaves that planned
             plan.pop(0)
         if struck.kill.signal == KILL and struck.kill.target == "torchrun":
             refused, wrong = beside(running, setting, name, paused=draw.random() < setting.paused)
@@ -468,12 +511,15 @@ def pictures(folder: Path) -> tuple[Path, Path]:
 
 def settings(folder: Path, kills: int) -> dict[str, tuple[Setting, int]]:
     """Each setting and its share of the kills: a start of torchrun takes twice as long."""
-    found = {}
+    found, left = {}, kills
     for ranks, share in ((1, 0.32), (2, 0.18)):
         for data in pictures(folder) if not found else [s.data for s, _ in found.values()][:2]:
             setting = Setting(ranks, data, folder / f"{ranks}-{data.suffix[1:] or 'folder'}")
             setting.folder.mkdir()
-            found[setting.name] = (setting, round(kills * share))
+            found[setting.name] = (setting, min(left, round(kills * share)))
+            left -= found[setting.name][1]
+    name, (setting, share) = list(found.items())[-1]
+    found[name] = (setting, share + left)  # what rounding left over
     return found
 
 
@@ -505,7 +551,7 @@ def row(found: dict[str, Seen], asked: argparse.Namespace, seconds: float) -> di
         before_the_first_checkpoint=len(every) - len(struck),
         refused_beside_a_living_run=sum(seen.refused for seen in found.values()),
         runs_compared=sum(seen.runs for seen in found.values()),
-        leaves_of_a_checkpoint=max(seen.leaves for seen in found.values()),
+        leaves_compared=max(seen.leaves for seen in found.values()),
         mismatches=sum(len(seen.wrong) for seen in found.values()),
         seed=asked.seed,
         seconds=round(seconds, 1),
@@ -515,7 +561,7 @@ def row(found: dict[str, Seen], asked: argparse.Namespace, seconds: float) -> di
 def summary(row: dict[str, Any]) -> str:
     lines = [
         f"{row['kills']} kills in {row['seconds']:.0f} s, {row['runs_compared']} runs compared "
-        f"({row['leaves_of_a_checkpoint']} leaves of last.pt each, and metrics.jsonl): "
+        f"({row['leaves_compared']} leaves of all kept checkpoints each, and metrics.jsonl): "
         f"{row['mismatches']} mismatches"
     ]
     for name in ("by_phase", "by_signal", "by_setting"):

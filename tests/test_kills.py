@@ -67,7 +67,9 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, ranks, form, k
     seen = chaos.batter(setting, kills, random.Random(SEED), lambda _: None)
     told = f"seed {SEED}: {seen.wrong}"
     assert not seen.wrong, told
-    assert [each.kill for each in seen.counted()] == kills, told
+    assert sorted(each.kill for each in seen.counted()) == sorted(kills), told
+    aimed = [(each.phase, each.kill.phase) for each in seen.counted() if each.kill.phase != START]
+    assert all(hit == phase for hit, phase in aimed), told
     assert seen.leaves > 100
     left_ranks = [kill for kill in kills if (kill.signal, kill.target) == (KILL, "torchrun")]
     assert seen.refused == len(left_ranks)  # while paused they hold their folder

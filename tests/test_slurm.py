@@ -166,10 +166,21 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
     assert len(cluster.requeued()) == 1
 
 
-def test_a_job_that_fails_is_not_queued_again(cluster):
-    job = cluster.sbatch("pretrain.sbatch", *TINY, "--data", "no/such/place", tasks=1)
+@pytest.mark.parametrize(
+    ("file", "status"),
+    [
+        ("pretrain.sbatch", 2),
+        pytest.param("pretrain_torchrun.sbatch", 1, marks=[pytest.mark.ddp, pytest.mark.slow]),
+    ],
+)
+def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
+    """Also where the start before it was warned, and this one fails before it says a word."""
+    cluster.run.mkdir()
+    old = "SIGUSR1: saved at step 7 of 300; the same command goes on there\n"
+    (cluster.run / "log.txt").write_text(old)
+    job = cluster.sbatch(file, *TINY, "--data", "no/such/place", tasks=1)
     told, _ = job.communicate(timeout=60)
-    assert job.returncode == 2, told
+    assert job.returncode == status, told
     assert "--data no/such/place does not exist" in told
     assert not cluster.requeued()
 
