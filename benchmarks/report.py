@@ -45,7 +45,7 @@ SHOWN = {  # columns beside what every row has
     "peak_memory_mb": "peak MB",
     "parent_mb": "parent MB",
     "worker_mb": "a worker MB",
-    "seconds": "s of training",
+    "seconds": "seconds",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
 VERSIONS += ("ffcv", "numba", "webdataset")
