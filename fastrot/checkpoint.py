@@ -78,12 +78,16 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+    except MemoryError:
+        raise  # says nothing of the file
     except Exception:  # damaged bytes make zipfile raise nearly every type there is
         damaged = "its directory"
     if damaged is not None:
         raise Refused(f"{path} is cut short or changed ({damaged})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # and so does the unpickler
         raise Refused(
             f"{path} is no checkpoint that can be read ({type(error).__name__})"

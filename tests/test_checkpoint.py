@@ -38,6 +38,17 @@ def test_a_flipped_bit_in_the_weights_is_refused(tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("reader", ["zipfile.ZipFile.testzip", "torch.load"])
+def test_a_want_of_memory_is_no_damage(tmp_path, monkeypatch, reader):
+    def fails(*_, **__):
+        raise MemoryError
+
+    path = written(tmp_path / "last.pt")
+    monkeypatch.setattr(reader, fails)
+    with pytest.raises(MemoryError):
+        checkpoint.load(path)
+
+
 def test_another_version_is_refused(tmp_path):
     torch.save({"version": 999}, tmp_path / "x.pt")
     with pytest.raises(Refused, match="version 999"):
