@@ -13,7 +13,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-OPS = ("fastrot.ops.turns",)  # each with variants(): what to compile
+OPS = (
+    "fastrot.ops.turns",
+    "fastrot.ops.nce",
+    "fastrot.ops.rows",
+)  # each with variants(): what to compile
 TARGETS = (80, 90)  # A100; H100 and H200
 
 
@@ -59,14 +63,14 @@ def compiled(variant: dict, target: int) -> Report:
         registers=_number(r"REG:(\d+)", usage),
         spills=max(_number(r"LOCAL:(\d+)", usage), _number(r"STACK:(\d+)", usage)),
         shared=kernel.metadata.shared,
-        load=_widest("LDG", code),
+        load=_widest("LDG(?:STS)?", code),
         store=_widest("STG", code),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.M)),
     )
 
 
 def _widest(instruction: str, code: str) -> int:
-    """Bytes of the widest such instruction: STG.E.128 is 16, STG.E is 4, LDG.E.U8 is 1."""
+    """Bytes of the widest such instruction: STG.E.128 is 16, STG.E is 4, LDG.E.U8 is 1; LDGSTS copies to shared memory."""
     found = re.findall(rf"\b{instruction}\.E(\S*)", code)
     return max((_width(suffix) for suffix in found), default=0)
 

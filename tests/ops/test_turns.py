@@ -1,8 +1,5 @@
 """turned_views: the reference is numpy's rot90 and the originals' float32 steps; the kernel is the reference, bit for bit."""
 
-import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +8,6 @@ import torch
 from truth import golden
 
 from fastrot.config import Refused
-from fastrot.ops import compile as compiler
 from fastrot.ops import turns as op
 from fastrot.ops.choice import form_for, using
 from fastrot.ops.turns import turned_views
@@ -221,19 +217,3 @@ def test_using_goes_before_the_environment(monkeypatch):
     assert form_for(torch.zeros(1)) == "triton"
     with using("reference"):
         assert form_for(torch.zeros(1)) == "reference"
-
-
-# ---- machine code ----
-
-
-@pytest.mark.slow
-def test_kernels_compile_without_spills_and_store_16_bytes():
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", compiler.__name__], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert rows
-    assert all(row[-2] == "16" for row in rows), done.stdout

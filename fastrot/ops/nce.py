@@ -1,0 +1,679 @@
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+"""NCE and InfoNCE of features against rows of a memory bank, without ever building the [B, K, D] gather.
+
+Shapes.  x [B, D], one feature an image; rows [N, D], the bank; positive [B], each image's own row; K negatives an
+         image, numbers [B, K] or a Draw. Loss and mass [B].
+Maths.   s_j = x . row_j over the positive (j = 0) and the negatives, T the temperature. NCE (Gutmann 2010; Wu 2018, arXiv
+         1805.01978; lemniscate's NCEAverage and NCECriterion) with P_j = exp(s_j / T) / Z and a = K / population:
+         loss = -ln(P_0 / (P_0 + a + eps)) - sum_j ln(a / (P_j + a + eps)). In log space, u_j = s_j / T - ln Z - ln(a + eps):
+             loss = softplus(-u_0) + sum_j softplus(u_j) + K ln(1 + eps / a)
+             dloss/dx = (sum_j sigmoid(u_j) row_j - sigmoid(-u_0) row_0) / T
+         exactly, with no exp that overflows and no difference of near numbers. InfoNCE (van den Oord 2018, arXiv 1807.03748):
+             loss = logsumexp(s / T) - s_0 / T,   dloss/dx = (sum_j softmax(s / T)_j row_j - row_0) / T
+         mass = exp(s_0 / T) + sum_j exp(s_j / T), for a running mean of Z; it has no gradient, nor have rows and Z.
+Idea.    NCE is a sum over negatives; InfoNCE's gradient is attention with one query whose keys and values are the same
+         rows, so a running maximum suffices. Both read each row once and give loss, mass and gradient
+         together; backward is one multiply. A Draw's negatives are Philox words that a program computes where it needs
+         them: a counter gives four words, so a program works in blocks of 4 words x ROWS. Each image's
+         negatives are shared out over several programs; a second kernel adds their sums in a fixed order, and the positive.
+Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given; partial sums 8 B splits (D + 2), where
+         splits * D < K. At B 192, K 4096, D 128 on 132 multiprocessors: 8 splits, 1,536 programs of 128 threads in
+         the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous copies
+         into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way.
+         Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`), draws, bfloat16: 80 registers, 32 KB
+         shared, no spills, so 6 programs a multiprocessor and 96 to 192 KB in flight, where 4.8 TB/s at a latency of
+         1 us want 36 KB. The loop is 550 instructions of a warp for 4 KB of rows, no barrier but the copies'
+         own, no layout changed: 201 MB cost 51,000 issue slots of each scheduler, 30 us at 1.7 GHz, where
+         the bytes take 42 us at 4.8 TB/s. float32: 64 registers, 380 instructions for 4 KB. Not yet timed on a GPU.
+         On a CPU the reference goes over pieces that stay in a core's cache: 2 MB instead of the gather's 403 MB.
+Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss; the kernel counts in
+         powers of 2 and takes one logarithm of a product of up to 64 factors 1 + exp(-|u|).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Optional, no_type_check
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrot.config import Refused
+from fastrot.ops.choice import form_for
+from fastrot.ops.philox import philox, scaled
+from fastrot.ops.rows import WIDEST, check_device, check_kernel, check_rows, check_values
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # torch's builds for the CPU come without it
+    triton = None
+
+
+# ---- negatives that are drawn where they are used ----
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Uniform negatives, with replacement, that are never stored: the same integers on every device.
+
+    Negative k of image i at step t is word k % 4 of Philox4x32-10(seed; k // 4, index low, index high, t),
+    times the number of rows, high 32 bits.
+    """
+
+    count: int  # K; more than N is legal
+    seed: int
+    index: Int64[Tensor, " b"]  # the images' data rows, not the bank's: where their randomness lies
+    step: Int64[Tensor, ""]  # on the device, so that a replayed CUDA graph draws anew
+    exclude_self: bool = False  # draw from N - 1 rows and step over the image's own, `positive`
+
+
+def drawn(draw: Draw, positive: Int64[Tensor, " b"], rows: int) -> Int64[Tensor, "b k"]:
+    """What `draw` draws from a bank of so many rows, as a tensor: for tests and small uses."""
+    counter = torch.arange(-(-draw.count // 4), device=draw.index.device)
+    low, high = draw.index[:, None], draw.index[:, None] >> 32
+    words = torch.stack(philox(draw.seed, counter, low, high, draw.step), dim=-1)
+    picks = scaled(words, rows - draw.exclude_self).flatten(1)[:, : draw.count]
+    return picks + (picks >= positive[:, None]) if draw.exclude_self else picks
+
+
+# ---- reference ----
+
+PIECE = 2**19  # elements gathered at a time: 2 MB of float32 stay in a core's cache
+PICKS = 2**17  # negatives drawn at a time: fewer, larger calls
+
+
+def nce_reference(
+    x: Float[Tensor, "b d"],
+    rows: Float[Tensor, "n d"],
+    positive: Int64[Tensor, " b"],
+    negatives: Int64[Tensor, "b k"] | Draw,
+    z: Float[Tensor, ""] | None,
+    temperature: float,
+    population: int,
+    eps: float,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b d"]]:
+    """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
+    loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
+    for some, picks in _shares(negatives, positive, rows):
+        query, own = x[some] / temperature, rows[positive[some]].to(x.dtype)  # [c, D]
+        gathered = _gathered(rows, picks, x.dtype)
+        if z is None:
+            loss[some], mass[some], weighted = _infonce(query, own, gathered)
+        else:
+            k = picks.shape[1]
+            shift = z.to(x.dtype).log() + math.log(k / population + eps)
+            loss[some], mass[some], weighted = _nce(query, own, gathered, shift)
+            loss[some] += k * math.log1p(eps * population / k)
+        grad[some] = weighted / temperature
+    return loss, mass, grad
+
+
+def _nce(
+    query: Tensor, own: Tensor, gathered: Iterator[Tensor], shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    score = (query * own).sum(1)
+    loss, mass = -F.logsigmoid(score - shift), score.exp()
+    weighted = -torch.sigmoid(shift - score)[:, None] * own
+    for near in gathered:
+        scores = torch.bmm(near, query[:, :, None])[:, :, 0]  # [c, k]
+        loss -= F.logsigmoid(shift - scores).sum(1)
+        weighted += torch.bmm(torch.sigmoid(scores - shift)[:, None], near)[:, 0]
+        mass += scores.exp_().sum(1)
+    return loss, mass, weighted
+
+
+def _infonce(
+    query: Tensor, own: Tensor, gathered: Iterator[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    score = (query * own).sum(1)
+    top, total, weighted = score, torch.zeros_like(score), torch.zeros_like(own)  # over exp(top)
+    for near in gathered:
+        scores = torch.bmm(near, query[:, :, None])[:, :, 0]  # [c, k]
+        higher = torch.maximum(top, scores.amax(1))
+        shrink = (top - higher).exp()
+        scores = scores.sub_(higher[:, None]).exp_()
+        weighted = weighted * shrink[:, None] + torch.bmm(scores[:, None], near)[:, 0]
+        top, total = higher, total * shrink + scores.sum(1)
+    share = (score - top).exp()
+    loss = torch.where(score == top, total.log1p(), top - score + (total + share).log())
+    total += share
+    weighted = (weighted + share[:, None] * own) / total[:, None] - own
+    return loss, top.exp() * total, weighted
+
+
+def _shares(
+    negatives: Int64[Tensor, "b k"] | Draw, positive: Int64[Tensor, " b"], rows: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """A few images at a time with their negatives [c, K]: one where its rows alone fill the cache."""
+    b, k = len(positive), _count(negatives)
+    several = max(1, PIECE // (k * rows.shape[1]))
+    ahead = several * max(1, PICKS // (k * several))
+    for first in range(0, b, ahead):
+        share = slice(first, first + ahead)
+        picks = _picks(negatives, positive, share, len(rows))
+        for some in range(0, len(picks), several):
+            yield (
+                slice(first + some, min(first + some + several, b)),
+                picks[some : some + several],
+            )
+
+
+def _picks(
+    negatives: Int64[Tensor, "b k"] | Draw,
+    positive: Int64[Tensor, " b"],
+    share: slice,
+    rows: int,
+) -> Tensor:
+    if isinstance(negatives, Draw):
+        return drawn(replace(negatives, index=negatives.index[share]), positive[share], rows)
+    return negatives[share]
+
+
+def _gathered(rows: Tensor, picks: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows [c, k, D] of pieces of the negatives."""
+    for piece in picks.split(max(1, PIECE // (len(picks) * rows.shape[1])), dim=1):
+        near = rows.index_select(0, piece.reshape(-1))
+        yield near.view(len(picks), -1, rows.shape[1]).to(dtype)
+
+
+# ---- kernel ----
+
+TILE = 4096  # bytes of a word's rows in a program: 32 of each of its 128 threads
+WARPS = 4
+PER_PROCESSOR = 12  # programs a multiprocessor: two waves of the six that fit
+STEP = 2048  # elements of partial gradients that the second stage adds at a time
+
+if triton is not None:
+    STAGES = tl.constexpr(3)  # one block is worked on while the rows of the next two come in
+    LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+    LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: minus itself it is 0
+
+    @triton.jit(do_not_specialize=["size", "seed"])
+    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    def _nce_kernel(
+        x, rows, positive, negatives, index, step, z, sums, grads,
+        count, size, splits, turns, seed, in_log2, level,
+        D: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+        DRAWN: tl.constexpr, OTHERS: tl.constexpr, SOFTMAX: tl.constexpr,
+    ):  # fmt: skip
+        """One image and one share of its negatives: sums of loss and mass, maximum, gradient; in log2 units."""
+        program = tl.program_id(0)
+        image, split = (program // splits).to(tl.int64), program % splits
+        column = tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        query = tl.load(x + image * D + column, mask=column < D, other=0) * in_log2
+        own = tl.load(positive + image)
+        if DRAWN:
+            address = tl.load(index + image)
+            low, high = address.to(tl.uint32), (address >> 32).to(tl.uint32)
+            now = tl.load(step).to(tl.uint32)
+            key = seed.to(tl.uint64)
+            choices = (size.to(tl.int64) - OTHERS).to(tl.uint32)
+        if not SOFTMAX:
+            shift = tl.log2(tl.load(z).to(tl.float32)) + level
+        loss = tl.zeros((ROWS,), tl.float32)
+        spread = tl.zeros((ROWS,), tl.float32)
+        mass = tl.zeros((ROWS,), tl.float32)
+        top = tl.full((ROWS,), LOWEST, tl.float32)
+        grad = tl.zeros((PARTS, ROWS, WIDTH), tl.float32)
+        last = tl.minimum((split + 1) * turns, tl.cdiv(count, 4 * ROWS))
+        for block in tl.range(split * turns, last, num_stages=STAGES):
+            place = block * ROWS + tl.arange(0, ROWS)  # of four negatives each, one a word
+            if DRAWN:
+                words = tl.philox(key, place.to(tl.uint32), low, high, now)
+            for word in tl.static_range(4):
+                asked = 4 * place + word < count
+                if DRAWN:
+                    pick = tl.umulhi(words[word], choices).to(tl.int64)
+                    if OTHERS:
+                        pick += (pick >= own).to(tl.int64)
+                    found = asked
+                else:
+                    source = negatives + image * count + 4 * place + word
+                    pick = tl.load(source, mask=asked, other=0)
+                    found = asked & (pick >= 0) & (pick < size)
+                mask = found[None, :, None]
+                if D != PARTS * WIDTH:
+                    mask = mask & (column < D)[:, None, :]
+                near = tl.load(
+                    rows + pick[None, :, None] * D + column[:, None, :], mask=mask, other=0
+                )
+                near = near.to(tl.float32)  # [PARTS, ROWS, WIDTH]
+                score = tl.sum(tl.sum(near * query[:, None, :], 0), 1)
+                if not DRAWN:
+                    score = tl.where(found, score, float("nan"))  # there is no such row
+                score = tl.where(asked, score, float("-inf"))  # weighs nothing
+                if SOFTMAX:
+                    higher = tl.maximum(top, score)
+                    shrink = tl.exp2(top - higher)
+                    top = higher
+                    weight = tl.exp2(score - top)
+                    mass = mass * shrink + weight
+                    grad = grad * shrink[None, :, None]
+                else:
+                    weight, over, tail = _soft(score - shift)
+                    loss += over
+                    spread += tail + spread * tail  # spread + 1 is the product of all 1 + tail
+                    mass += tl.exp2(score)
+                grad += near * weight[None, :, None]
+            if not SOFTMAX and block % 16 == 0:  # float32 holds a product of 64 factors up to 2
+                loss += _log1p(spread) * LOG2E
+                spread = tl.zeros_like(spread)
+        if SOFTMAX:
+            best = tl.max(top, 0)
+            shrink = tl.exp2(top - best)
+            mass = mass * shrink
+            grad = grad * shrink[None, :, None]
+            tl.store(sums + program, best)
+        else:
+            tl.store(sums + program, tl.sum(loss + _log1p(spread) * LOG2E, 0))
+        programs = tl.num_programs(0)
+        tl.store(sums + programs + program, tl.sum(mass, 0))
+        target = grads + program.to(tl.int64) * D + column
+        tl.store(target, tl.sum(grad, 1), mask=column < D)
+
+    @triton.jit(do_not_specialize=["size"])
+    @no_type_check
+    def _finish_kernel(
+        x, rows, positive, z, sums, grads, loss, mass, grad,
+        size, splits, in_log2, level, over_temperature, floor,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, SOFTMAX: tl.constexpr,
+    ):  # fmt: skip
+        """One image: its shares in a fixed order, and its positive."""
+        image = tl.program_id(0).to(tl.int64)
+        programs = tl.num_programs(0) * splits
+        column = tl.arange(0, BLOCK_D)
+        query = tl.load(x + image * D + column, mask=column < D, other=0) * in_log2
+        own = tl.load(positive + image)
+        inside = (own >= 0) & (own < size)
+        row = tl.load(rows + own * D + column, mask=inside & (column < D), other=0).to(tl.float32)
+        score = tl.where(inside, tl.sum(row * query, 0), float("nan"))
+        best = score
+        if SOFTMAX:
+            for first in range(0, splits, SPLITS):
+                split = first + tl.arange(0, SPLITS)
+                tops = tl.load(sums + image * splits + split, mask=split < splits, other=LOWEST)
+                best = tl.maximum(best, tl.max(tops, 0))
+        all_loss = tl.zeros((SPLITS,), tl.float32)
+        all_mass = tl.zeros((SPLITS,), tl.float32)
+        all_grad = tl.zeros((SPLITS, BLOCK_D), tl.float32)
+        for first in range(0, splits, SPLITS):
+            split = first + tl.arange(0, SPLITS)
+            there = split < splits
+            program = image * splits + split
+            part = tl.load(sums + program, mask=there, other=LOWEST if SOFTMAX else 0)
+            part_mass = tl.load(sums + programs + program, mask=there, other=0)
+            part_grad = tl.load(
+                grads + program[:, None] * D + column[None, :],
+                mask=there[:, None] & (column < D)[None, :],
+                other=0,
+            )
+            if SOFTMAX:
+                shrink = tl.exp2(part - best)
+                all_mass += part_mass * shrink
+                all_grad += part_grad * shrink[:, None]
+            else:
+                all_loss += part
+                all_mass += part_mass
+                all_grad += part_grad
+        total, weighted = tl.sum(all_mass, 0), tl.sum(all_grad, 0)
+        if SOFTMAX:
+            share = tl.exp2(score - best)
+            value = (best - score + tl.log2(total + share)) * LN2
+            value = tl.where(score == best, _log1p(total), value)  # exact where the loss is small
+            total += share
+            weighted = (weighted + share * row) / total - row
+            total *= tl.exp2(best)
+        else:
+            weight, over, tail = _soft(tl.log2(tl.load(z).to(tl.float32)) + level - score)
+            value = (tl.sum(all_loss, 0) + over) * LN2 + _log1p(tail) + floor
+            total += tl.exp2(score)
+            weighted -= weight * row
+        tl.store(loss + image, value)
+        tl.store(mass + image, total)
+        tl.store(grad + image * D + column, weighted * over_temperature, mask=column < D)
+
+    @triton.jit
+    @no_type_check
+    def _soft(u):
+        """Of 2**u: its share of 1 + 2**u, and the logarithm of that in two parts, max(u, 0) and t of log(1 + t)."""
+        tail = tl.exp2(-tl.abs(u))
+        return tl.where(u >= 0, 1.0, tail) / (1 + tail), tl.maximum(u, 0.0), tail
+
+    @triton.jit
+    @no_type_check
+    def _log1p(t):
+        """With what 1 + t lost to rounding given back."""
+        grown = 1 + t
+        return tl.log(grown) + (t - (grown - 1)) / grown
+
+
+# ---- launch ----
+
+
+def _launch(
+    x: Tensor,
+    rows: Tensor,
+    positive: Tensor,
+    negatives: Tensor | Draw,
+    z: Tensor | None,
+    temperature: float,
+    population: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_kernel(x, rows)
+    b, d = x.shape
+    draw = negatives if isinstance(negatives, Draw) else None
+    k, block_d = _count(negatives), triton.next_power_of_2(d)
+    row_bytes = block_d * rows.element_size()
+    parts, at_once = _parts(row_bytes), _rows_at_once(x, row_bytes)
+    splits, turns = _shared_out(b, k, d, at_once, _processors(x))
+    x, positive = x.contiguous(), positive.contiguous()
+    if isinstance(negatives, Draw):
+        negatives, index, step = positive, negatives.index.contiguous(), negatives.step
+    else:
+        negatives, index, step = negatives.contiguous(), positive, positive
+    sums = torch.empty(2, b, splits, device=x.device)
+    grads = torch.empty(b, splits, d, device=x.device)
+    loss, mass = torch.empty(b, device=x.device), torch.empty(b, device=x.device)
+    grad = torch.empty_like(x)
+    in_log2, level = 1 / (temperature * math.log(2)), math.log2(k / population + eps)
+    floor = k * math.log1p(eps * population / k)
+    softmax, z = z is None, x if z is None else z
+    if b:
+        with torch.cuda.device_of(x):
+            _nce_kernel[(b * splits,)](
+                x, rows, positive, negatives, index, step, z, sums, grads,
+                k, len(rows), splits, turns, draw.seed if draw else 0, in_log2, level,
+                D=d, PARTS=parts, WIDTH=block_d // parts, ROWS=at_once, DRAWN=draw is not None,
+                OTHERS=bool(draw and draw.exclude_self), SOFTMAX=softmax, num_warps=WARPS,
+            )  # fmt: skip
+            _finish_kernel[(b,)](
+                x, rows, positive, z, sums, grads, loss, mass, grad,
+                len(rows), splits, in_log2, level, 1 / temperature, floor,
+                D=d, BLOCK_D=block_d, SPLITS=max(1, STEP // block_d), SOFTMAX=softmax,
+                num_warps=WARPS,
+            )  # fmt: skip
+    return loss, mass, grad
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def _rows_at_once(x: Tensor, row_bytes: int) -> int:
+    """Rows of one load, a power of two; the interpreter pays by the turn, not by the row."""
+    return max(1, min(TILE // row_bytes, 64)) if x.is_cuda else 128
+
+
+def _parts(row_bytes: int) -> int:
+    """A row is read in two halves, so that half the threads share it, each with twice the arithmetic."""
+    return 2 if row_bytes >= 256 else 1
+
+
+def _shared_out(b: int, k: int, d: int, at_once: int, processors: int) -> tuple[int, int]:
+    """Programs an image, and blocks of negatives a program.
+
+    As many as fill the GPU, but never so many that the partial gradients outgrow [B, K].
+    """
+    blocks = -(-k // (4 * at_once))
+    wanted = -(-PER_PROCESSOR * processors // max(b, 1))
+    splits = max(1, min(wanted, blocks, (k - 1) // d))
+    turns = -(-blocks // splits)
+    return -(-blocks // turns), turns
+
+
+@torch.library.custom_op("fastrot::nce", mutates_args=())
+def _nce_op(
+    x: Tensor,
+    rows: Tensor,
+    positive: Tensor,
+    explicit: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
+    index: Optional[Tensor],  # noqa: UP045
+    step: Optional[Tensor],  # noqa: UP045
+    count: int,
+    seed: int,
+    exclude_self: bool,
+    z: Optional[Tensor],  # noqa: UP045
+    temperature: float,
+    population: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    negatives = explicit
+    if explicit is None:
+        negatives = Draw(count, seed, index, step, exclude_self)
+    if form_for(x) == "triton":
+        run = _launch
+    else:
+        run = nce_reference
+        if not x.is_cuda:  # looking would wait there
+            check_values(x, len(rows), positive, explicit)
+    return run(x, rows, positive, negatives, z, temperature, population, eps)
+
+
+@_nce_op.register_fake
+def _(x, rows, positive, *rest):
+    return x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
+
+
+def _keep_gradient(ctx, inputs, output):
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _one_multiply(ctx, loss, mass, grad):
+    (of_x,) = ctx.saved_tensors
+    return (None if loss is None else loss[:, None] * of_x, *[None] * 12)
+
+
+_nce_op.register_autograd(_one_multiply, setup_context=_keep_gradient)
+
+
+# ---- public names ----
+
+
+def nce_loss(
+    x: Float[Tensor, "b d"],
+    rows: Float[Tensor, "n d"],
+    positive: Int64[Tensor, " b"],
+    negatives: Int64[Tensor, "b k"] | Draw,
+    *,
+    temperature: float,
+    z: float | Float[Tensor, ""] | None = None,
+    population: int | None = None,
+    kind: Literal["nce", "infonce"] = "nce",
+    eps: float = 1e-7,
+) -> Float[Tensor, " b"]:
+    """Loss of each image, differentiable in x (once); rows get no gradient.
+
+    `z` is the constant of "nce" (`estimate_z`), `population` the number of pictures that negatives stand for
+    (None: the rows). A row's number outside the bank, like a NaN, makes that image's loss NaN on a GPU.
+    """
+    return nce_loss_and_mass(
+        x, rows, positive, negatives, temperature=temperature, z=z, population=population, kind=kind, eps=eps,
+    )[0]  # fmt: skip
+
+
+def nce_loss_and_mass(
+    x: Float[Tensor, "b d"],
+    rows: Float[Tensor, "n d"],
+    positive: Int64[Tensor, " b"],
+    negatives: Int64[Tensor, "b k"] | Draw,
+    *,
+    temperature: float,
+    z: float | Float[Tensor, ""] | None = None,
+    population: int | None = None,
+    kind: Literal["nce", "infonce"] = "nce",
+    eps: float = 1e-7,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """`nce_loss`, and the sum of exp(s / T) over the positive and its negatives, without gradient.
+
+    mass.mean() / (K + 1) * population is Z as this batch sees it: a running mean of Z costs no second gather.
+    """
+    population = len(rows) if population is None else population
+    if kind not in ("nce", "infonce"):
+        raise Refused(f"kind got {kind!r}: it wants nce or infonce")
+    if kind == "infonce":
+        z = None
+    elif z is None:
+        raise Refused("z got None: kind nce wants one, from estimate_z")
+    elif not isinstance(z, Tensor):
+        if not 0 < z < math.inf:
+            raise Refused(f"z got {z}: it wants a number above 0, from estimate_z")
+        z = x.new_full((), z)
+    _check(x, rows, positive, negatives, z, temperature, population)
+    explicit = index = step = None
+    count = seed = 0
+    exclude_self = False
+    if isinstance(negatives, Draw):
+        count, index, step = negatives.count, negatives.index, negatives.step
+        seed, exclude_self = _signed(negatives.seed), negatives.exclude_self
+    else:
+        explicit = negatives
+    loss, mass, _ = _nce_op(
+        x, rows, positive, explicit, index, step, count, seed, exclude_self, z, temperature, population, eps,
+    )  # fmt: skip
+    return loss, mass
+
+
+def estimate_z(
+    x: Float[Tensor, "b d"],
+    rows: Float[Tensor, "n d"],
+    positive: Int64[Tensor, " b"],
+    negatives: Int64[Tensor, "b k"] | Draw,
+    *,
+    temperature: float,
+    population: int | None = None,
+) -> Float[Tensor, ""]:
+    """Mean of exp(s / T) over all B (K + 1) entries, the positives too, times the population. No gradient."""
+    population = len(rows) if population is None else population
+    _, mass = nce_loss_and_mass(
+        x.detach(), rows, positive, negatives,
+        temperature=temperature, population=population, kind="infonce",
+    )  # fmt: skip
+    return (mass.double().mean() / (1 + _count(negatives)) * population).to(x.dtype)
+
+
+# ---- what is refused ----
+
+
+def _count(negatives: Tensor | Draw) -> int:
+    return negatives.count if isinstance(negatives, Draw) else negatives.shape[1]
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as torch's operators take them."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _check(
+    x: Tensor,
+    rows: Tensor,
+    positive: Tensor,
+    negatives: Tensor | Draw,
+    z: Tensor | None,
+    temperature: float,
+    population: int,
+) -> None:
+    if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in (torch.float32, torch.float64):
+        raise Refused(f"x is {x.dtype} {tuple(x.shape)}: it wants torch.float32 [B, D]")
+    check_rows(rows, x)
+    b = len(x)
+    if positive.shape != (b,) or positive.dtype != torch.int64:
+        raise Refused(
+            f"positive is {positive.dtype} {tuple(positive.shape)}: it wants torch.int64 [{b}]"
+        )
+    if isinstance(negatives, Draw):
+        _check_draw(negatives, b, len(rows))
+        check_device(x, rows, positive, z, negatives.index, negatives.step)
+    else:
+        if negatives.ndim != 2 or len(negatives) != b or negatives.dtype != torch.int64:
+            raise Refused(
+                f"negatives are {negatives.dtype} {tuple(negatives.shape)}: they want torch.int64 [{b}, K], or a Draw"
+            )
+        check_device(x, rows, positive, z, negatives)
+    if not 1 <= _count(negatives) < 2**31 - 2**12:  # the kernel counts to a block beyond them
+        raise Refused(
+            f"--method.negatives got {_count(negatives)}: it wants 1 or more, below two billion"
+        )
+    if not 0 < temperature < math.inf:
+        raise Refused(f"--method.temperature got {temperature}: it wants a number above 0, as 0.07")
+    if population < 1:
+        raise Refused(f"population got {population}: it wants 1 or more, as a rule the bank's rows")
+    if z is not None and (z.ndim or not z.is_floating_point()):
+        raise Refused(f"z is {z.dtype} {tuple(z.shape)}: it wants one number of no dimension")
+
+
+def _check_draw(draw: Draw, b: int, n: int) -> None:
+    if draw.index.shape != (b,) or draw.index.dtype != torch.int64:
+        raise Refused(
+            f"Draw.index is {draw.index.dtype} {tuple(draw.index.shape)}: it wants torch.int64 [{b}]"
+        )
+    if draw.step.ndim or draw.step.dtype != torch.int64:
+        raise Refused(
+            f"Draw.step is {draw.step.dtype} {tuple(draw.step.shape)}: it wants torch.int64 of no dimension"
+        )
+    if draw.exclude_self and n < 2:
+        raise Refused(
+            "the bank has one row: leaving the image itself out wants two, or exclude_self=False"
+        )
+
+
+# ---- what `make kernels` compiles ----
+
+
+def variants() -> list[dict]:
+    """The kernels as training uses them, at D 128, and at the widest."""
+    shared = {
+        "x": "*fp32", "positive": "*i64", "z": "*fp32", "sums": "*fp32", "grads": "*fp32",
+        "size": "i32", "splits": "i32", "in_log2": "fp32", "level": "fp32",
+    }  # fmt: skip
+    first = {
+        **shared, "negatives": "*i64", "index": "*i64", "step": "*i64",
+        "count": "i32", "turns": "i32", "seed": "i32",
+    }  # fmt: skip
+    second = {
+        **shared, "loss": "*fp32", "mass": "*fp32", "grad": "*fp32",
+        "over_temperature": "fp32", "floor": "fp32",
+    }  # fmt: skip
+    forms = {
+        "nce draw": (128, True, False, False),
+        "nce": (128, False, False, False),
+        "infonce draw": (128, True, False, True),
+        "infonce": (128, False, False, True),
+        "nce draw others": (WIDEST, True, True, False),
+        "infonce given": (WIDEST, False, False, True),
+    }
+    return [
+        dict(
+            name=f"{form} {d} {rows}",
+            kernel=_nce_kernel,
+            signature={**first, "rows": f"*{rows}"},
+            constants=dict(
+                D=d,
+                PARTS=_parts(d * itemsize),
+                WIDTH=d // _parts(d * itemsize),
+                ROWS=max(1, TILE // (d * itemsize)),
+                DRAWN=drawn_inside,
+                OTHERS=others,
+                SOFTMAX=softmax,
+            ),
+            aligned=("x", "rows", "negatives", "grads"),
+            warps=WARPS,
+        )
+        for rows, itemsize in (("bf16", 2), ("fp32", 4))
+        for form, (d, drawn_inside, others, softmax) in forms.items()
+    ] + [
+        dict(
+            name=f"{form} second stage {d} {rows}",
+            kernel=_finish_kernel,
+            signature={**second, "rows": f"*{rows}"},
+            constants=dict(D=d, BLOCK_D=d, SPLITS=max(1, STEP // d), SOFTMAX=form == "infonce"),
+            aligned=("x", "rows", "grads", "grad"),
+            warps=WARPS,
+        )
+        for form, d, rows in (("nce", 128, "bf16"), ("infonce", WIDEST, "fp32"))
+    ]

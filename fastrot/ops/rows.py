@@ -1,0 +1,225 @@
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+"""Blend, renormalise and write rows of a memory bank, in place.
+
+Shapes.  rows [N, D], float32 or bfloat16; index int64 [B], rows that may repeat; features [B, D] float32.
+Maths.   row <- unit(m * row + (1 - m) * feature), unit(v) = v / max(|v|, eps); eps 0, as the originals have it, gives
+         NaN where a blend is zero (lemniscate NCEAverage; Wu 2018, arXiv 1805.01978, section 3.3).
+Idea.    Of each row's duplicates the last in `index` order is the only one that reads and writes it: so every one
+         starts from the old row, the last wins, and no program meets another. One warp an image; it first
+         looks through the rest of `index` for its own row.
+Bytes.   B D (4 + 2 * itemsize) + 4 B**2, the indices from the cache. B programs of 32 threads; at D 128 a thread has
+         4 elements of the row and of the feature, one load each, of 16 bytes in float32.
+Digits.  Blend and norm are float32, added in another order than the reference's: the last bit may differ.
+"""
+
+from typing import no_type_check
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fastrot.config import Refused, Stopped
+from fastrot.ops.choice import form_for
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # torch's builds for the CPU come without it
+    triton = None
+
+WIDEST = 1024  # features that a kernel's program holds
+
+
+# ---- reference ----
+
+
+def update_rows_reference(
+    rows: Float[Tensor, "n d"],
+    index: Int64[Tensor, " b"],
+    features: Float[Tensor, "b d"],
+    momentum: float,
+    eps: float,
+) -> None:
+    """What the CPU runs and what tests trust."""
+    order = index.argsort(stable=True)
+    ends = torch.ones_like(index, dtype=torch.bool)
+    ends[:-1] = index[order[1:]] != index[order[:-1]]
+    last = order[ends]  # of each row's duplicates
+    blend = momentum * rows[index[last]].to(features.dtype) + (1 - momentum) * features[last]
+    norm = torch.linalg.vector_norm(blend, dim=1, keepdim=True)
+    rows[index[last]] = (blend / norm.clamp_min(eps)).to(rows.dtype)
+
+
+# ---- kernel ----
+
+AHEAD = 512  # indices looked through at a time
+WARPS = 1
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["size", "images"])
+    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    def _update_rows_kernel(
+        rows, index, features, size, images, momentum, rest, eps,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+    ):  # fmt: skip
+        image = tl.program_id(0)
+        row = tl.load(index + image)
+        again = tl.zeros((AHEAD,), tl.int32)
+        for first in range(image + 1, images, AHEAD):
+            later = first + tl.arange(0, AHEAD)
+            other = tl.load(index + later, mask=later < images, other=-1)
+            again += (other == row).to(tl.int32)
+        if (tl.max(again, 0) == 0) & (row >= 0) & (row < size):
+            column = tl.arange(0, BLOCK_D)
+            inside = column < D
+            target = rows + row * D + column
+            old = tl.load(target, mask=inside, other=0).to(tl.float32)
+            new = tl.load(features + image.to(tl.int64) * D + column, mask=inside, other=0)
+            blend = momentum * old + rest * new
+            norm = tl.sqrt_rn(tl.sum(blend * blend, 0))
+            norm = tl.where(norm < eps, eps, norm)  # a NaN stays one
+            tl.store(target, tl.div_rn(blend, norm).to(rows.dtype.element_ty), mask=inside)
+
+
+# ---- launch ----
+
+
+def _launch(rows: Tensor, index: Tensor, features: Tensor, momentum: float, eps: float) -> None:
+    check_kernel(features, rows)
+    b, d = features.shape
+    if b:
+        with torch.cuda.device_of(rows):
+            _update_rows_kernel[(b,)](
+                rows, index.contiguous(), features.contiguous(),
+                len(rows), b, momentum, 1 - momentum, eps,
+                D=d, BLOCK_D=triton.next_power_of_2(d), AHEAD=AHEAD, num_warps=WARPS,
+            )  # fmt: skip
+
+
+@torch.library.custom_op("fastrot::update_rows", mutates_args=("rows",))
+def _update_rows(
+    rows: Tensor, index: Tensor, features: Tensor, momentum: float, eps: float
+) -> None:
+    if form_for(rows) == "triton":
+        return _launch(rows, index, features, momentum, eps)
+    if not rows.is_cuda:  # looking would wait there
+        check_values(features, len(rows), index)
+    return update_rows_reference(rows, index, features, momentum, eps)
+
+
+@_update_rows.register_fake
+def _(rows, index, features, momentum, eps):
+    return None
+
+
+# ---- public name ----
+
+
+def update_rows(
+    rows: Float[Tensor, "n d"],
+    index: Int64[Tensor, " b"],
+    features: Float[Tensor, "b d"],
+    momentum: float,
+    eps: float = 0.0,
+) -> None:
+    """Row <- unit(momentum * row + (1 - momentum) * feature), in place; unit(v) = v / max(|v|, eps).
+
+    Every duplicate in `index` starts from the old row, and the last one wins. What lies outside the bank is
+    refused on a CPU and left out on a GPU, where looking would wait.
+    """
+    if features.ndim != 2 or features.dtype not in (torch.float32, torch.float64):
+        raise Refused(
+            f"features are {features.dtype} {tuple(features.shape)}: they want torch.float32 [B, D]"
+        )
+    check_rows(rows, features)
+    if index.shape != features.shape[:1] or index.dtype != torch.int64:
+        raise Refused(
+            f"index is {index.dtype} {tuple(index.shape)}: it wants torch.int64 [{len(features)}]"
+        )
+    check_device(rows, index, features)
+    if not 0 <= momentum <= 1:
+        raise Refused(f"--method.bank-momentum got {momentum}: it wants 0 to 1, as 0.5")
+    if not eps >= 0:
+        raise Refused(f"eps got {eps}: it wants 0 or more")
+    _update_rows(rows, index, features.detach(), momentum, eps)
+
+
+# ---- what is refused, here and in nce.py ----
+
+
+def check_rows(rows: Tensor, features: Tensor) -> None:
+    """A bank that these features [B, D] can meet."""
+    d = features.shape[1]
+    if rows.ndim != 2 or rows.shape[1] != d or not rows.is_floating_point():
+        raise Refused(
+            f"rows are {rows.dtype} {tuple(rows.shape)}: they want torch.float32 or torch.bfloat16 [N, {d}]"
+        )
+    if rows.dtype not in (torch.float32, torch.bfloat16, features.dtype):
+        raise Refused(
+            f"rows are {rows.dtype}: with features of {features.dtype} they want torch.float32 or torch.bfloat16"
+        )
+    if not rows.is_contiguous():
+        raise Refused("rows are not contiguous: give the bank itself, or rows.contiguous()")
+    if not 1 <= len(rows) < 2**32:
+        raise Refused(f"the bank has {len(rows)} rows: it wants from 1 to 2**32 - 1")
+
+
+def check_device(first: Tensor, *others: Tensor | None) -> None:
+    """All on the device of the first."""
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise Refused(
+                f"tensors are on {first.device} and {other.device}: they want the same device"
+            )
+
+
+def check_kernel(features: Tensor, rows: Tensor) -> None:
+    """What the Triton kernels take."""
+    if triton is None:
+        raise Refused(
+            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
+        )
+    if torch.float64 in (features.dtype, rows.dtype):
+        raise Refused("the Triton kernels read no torch.float64: set FASTROT_OPS=reference")
+    if features.shape[1] > WIDEST:
+        raise Refused(
+            f"the Triton kernels hold features up to {WIDEST}, and these are {features.shape[1]}: "
+            "say --method.dim 128, or set FASTROT_OPS=reference"
+        )
+
+
+def check_values(features: Tensor, rows: int, *indices: Tensor | None) -> None:
+    """What a GPU would have to be waited for."""
+    for index in indices:
+        if index is not None and index.numel():
+            low, high = (int(end) for end in index.aminmax())
+            if low < 0 or high >= rows:
+                raise Refused(
+                    f"index out of range: rows {low} to {high} are asked for, the bank has 0 to {rows - 1}"
+                )
+    if not bool(torch.isfinite(features).all()):
+        raise Stopped(
+            "features are not finite (NaN or infinity): start again with a smaller --lr, or --precision fp32"
+        )
+
+
+# ---- what `make kernels` compiles ----
+
+
+def variants() -> list[dict]:
+    """The kernel at the papers' width and at the widest."""
+    return [
+        dict(
+            name=f"update_rows {d} {rows}",
+            kernel=_update_rows_kernel,
+            signature={
+                "rows": f"*{rows}", "index": "*i64", "features": "*fp32", "size": "i32",
+                "images": "i32", "momentum": "fp32", "rest": "fp32", "eps": "fp32",
+            },
+            constants=dict(D=d, BLOCK_D=d, AHEAD=AHEAD),
+            aligned=("rows", "index", "features"),
+            warps=WARPS,
+        )
+        for rows, d in (("bf16", 128), ("fp32", 128), ("fp32", WIDEST))
+    ]  # fmt: skip
