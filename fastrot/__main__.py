@@ -6,7 +6,10 @@ import sys
 from fastrot import entry
 from fastrot.config import Refused
 
-COMMANDS = {"train": "train a network: fastrot train PRESET --data PATH"}
+COMMANDS = {
+    "train": "train a network: fastrot train PRESET --data PATH",
+    "evaluate": "ask a trained one: fastrot evaluate RUN rotation",
+}
 
 
 def main() -> None:

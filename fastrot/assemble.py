@@ -3,6 +3,7 @@
 A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
 """
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,17 @@ from fastrot.core import Data, Facts, Method, View
 from fastrot.data import crops
 from fastrot.data.plan import Loader
 from fastrot.entry import cores
+from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 from fastrot.ops.turns import turned_views
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
-METHODS = {config.RotNet: RotNet, config.Supervised: Supervised}
+METHODS = {
+    config.RotNet: RotNet,
+    config.Decoupling: Decoupling,
+    config.Supervised: Supervised,
+}
 
 
 def backbone(cfg: config.Backbone, size: int) -> Staged:
@@ -134,7 +140,8 @@ def open_loader(
 
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
-    return View(crops=METHODS[type(cfg.method)].crops(cfg.method), rows=rows)
+    kind = METHODS[type(cfg.method)]
+    return View(crops=kind.crops(cfg.method), rows=rows, owned=kind.owned(cfg.method))
 
 
 def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
@@ -188,6 +195,45 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
 
 
+def tells_turns(cfg: Config) -> bool:
+    """Whether the method answers `turn_logits`; a decoupling without its rotation loss does not."""
+    kind = METHODS[type(cfg.method)]
+    return kind.turn_logits is not Method.turn_logits and getattr(cfg.method, "lambda_cls", 1) > 0
+
+
+def trained_method(run: str | Path, device: torch.device) -> Method:
+    """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
+
+    What a method keeps for training alone (bank, PU weights) is left out.
+    """
+    path = checkpoint.of_run(run)
+    state = checkpoint.load(path)
+    cfg, known = config.from_plain(state["config"]), state["facts"]
+    if isinstance(cfg.method, config.Decoupling):
+        asked = dataclasses.replace(cfg.method, pu_table=None, bank="replicated")
+        cfg = dataclasses.replace(cfg, method=asked)
+    built = method(
+        cfg,
+        Facts(
+            images=1,
+            rows=None,
+            data_rows=1,
+            data_fingerprint="",
+            classes=known.get("classes", 0),
+            mean=cfg.mean,
+            std=cfg.std,
+            size=cfg.method.crop.size,
+            seed=cfg.seed,
+            device=device,
+            dtype=torch.float32,
+            fingerprint=known["fingerprint"],
+        ),
+    )
+    checkpoint.load_weights(built.net, state["net"], str(path))
+    built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return built
+
+
 def facts(
     cfg: Config, loader: Loader, val_loader: Loader | None, device: torch.device, dtype: torch.dtype
 ) -> Facts:
@@ -211,6 +257,9 @@ def facts(
     classes = len(data.classes) or int(data.labels.max()) + 1
     return Facts(
         images=loader.images,
+        rows=loader.rows,
+        data_rows=data.rows,
+        data_fingerprint=data.fingerprint,
         classes=classes,
         mean=cfg.mean,
         std=cfg.std,

@@ -29,6 +29,9 @@ def free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
+WIDEST_EMBEDDING = 1024  # numbers in a row of the memory bank that the kernels take
+
+
 # ---- crops: which box of a picture is looked at ----
 
 
@@ -113,7 +116,30 @@ class Supervised:
     crop: Crop = RandomResized()
 
 
-MethodConfig = RotNet | Supervised
+@dataclass(frozen=True, kw_only=True)
+class Decoupling:
+    """Tell turns by half of the features and pictures by the other half (Feng 2019)."""
+
+    crop: Crop = RandomResized()
+    dim: int = 128  # numbers in a picture's embedding, and in its row of the memory bank
+    negatives: int = 4096  # K: rows of other pictures that each picture is told from, each step
+    temperature: float = 0.07  # T
+    bank_momentum: float = 0.5  # share of the old row in a new one
+    lambda_cls: float = 1.0  # weight of the rotation loss; a term at 0 is not built
+    lambda_mse: float = 1.0  # weight of the spread of the other half over a picture's four turns
+    lambda_nce: float = 1.0  # weight of telling pictures apart
+    proximal: float = 0.0  # weight of |embedding - row|^2 (Wu 2018, eq 9); no original code has it
+    contrast: Literal["nce", "infonce"] = "nce"  # nce: the original; infonce: a softmax over K + 1
+    z: Literal["frozen", "ema"] = "frozen"  # nce's constant: of the first batch, or a moving mean
+    exclude_self: bool = False  # never draw a picture's own row among its negatives
+    bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
+    bank_dtype: Literal["fp32", "bf16"] = "fp32"
+    pu_table: str | None = None  # turn probabilities that evaluate.py wrote, or a prob.dat
+    pu_from: int = 210  # epoch of the paper from which they weigh the rotation loss
+    gamma: float = 2.0  # a turned copy weighs 1 - p ** gamma, p: how upright it looks
+
+
+MethodConfig = RotNet | Supervised | Decoupling
 
 
 # ---- optimiser and schedule ----
@@ -166,6 +192,8 @@ class Config:
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures to be judged on, where there is no --val
+    folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
+    fold: int | None = None  # with --folds: train this one alone, in OUT itself
     log_every: int = free(20)  # steps
     checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
@@ -224,6 +252,10 @@ def check(cfg: Config) -> None:
         raise Refused(f"--std got {cfg.std}: each of the three must be above 0")
     if not all(math.isfinite(m) for m in cfg.mean):
         raise Refused(f"--mean got {cfg.mean}: it wants three numbers, such as 0.485 0.456 0.406")
+    if cfg.folds is not None and not 2 <= cfg.folds <= 100:
+        raise Refused(f"--folds got {cfg.folds}: it wants 2 to 100")
+    if cfg.fold is not None and not (cfg.folds is not None and 0 <= cfg.fold < cfg.folds):
+        raise Refused(f"--fold got {cfg.fold}: it wants --folds, and a number from 0 to below that")
     if cfg.epochs is not None and cfg.budget is not None:
         raise Refused(
             f"--epochs {cfg.epochs} and --budget {cfg.budget} both set the length: give one"
@@ -250,6 +282,8 @@ def check(cfg: Config) -> None:
         raise Refused(
             f"--backbone.width got {cfg.backbone.width}: it wants a number above 0 and up to 64, such as 0.25"
         )
+    if isinstance(cfg.method, Decoupling):
+        _check_decoupling(cfg.method)
     crop = cfg.method.crop
     if isinstance(crop, RandomResized):
         low, high = crop.scale
@@ -267,6 +301,31 @@ def check(cfg: Config) -> None:
         raise Refused(f"--method.crop.pad got {crop.pad}: it wants 0 or more pixels")
     if crop.size < 1:
         raise Refused(f"--method.crop.size got {crop.size}: it wants at least 1 pixel")
+
+
+def _check_decoupling(method: Decoupling) -> None:
+    def refuse(name: str, wants: str) -> None:
+        value = getattr(method, name)
+        raise Refused(f"{knob('method.' + name)} got {value}: it wants {wants}")
+
+    if not 0 < method.temperature < math.inf:
+        refuse("temperature", "a number above 0, such as 0.07")
+    if not 1 <= method.dim <= WIDEST_EMBEDDING:
+        refuse("dim", f"1 to {WIDEST_EMBEDDING}, such as 128")
+    if method.negatives < 1:
+        refuse("negatives", "at least 1")
+    if not 0 <= method.bank_momentum <= 1:
+        refuse("bank_momentum", "a share from 0 to 1")
+    weights = ("lambda_cls", "lambda_mse", "lambda_nce", "proximal", "gamma")
+    for name in weights:
+        if not 0 <= getattr(method, name) < math.inf:
+            refuse(name, "0 or more")
+    if not any(getattr(method, name) for name in weights[:4]):
+        refuse("lambda_cls", "a number above 0, since all other terms are 0 too")
+    if method.pu_from < 0:
+        refuse("pu_from", "an epoch of the paper, 0 or more")
+    if method.pu_table is not None and not method.lambda_cls:
+        refuse("pu_table", "--method.lambda-cls above 0, the loss that it weighs")
 
 
 def resolved(cfg: Config) -> Config:

@@ -4,7 +4,7 @@ Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -57,6 +57,9 @@ class Facts:
     """What a method may know of its surroundings."""
 
     images: int  # in the training view, over all ranks
+    rows: Int64[np.ndarray, " n"] | None  # which rows of the data these are; None: all
+    data_rows: int  # of the data that they are taken from
+    data_fingerprint: str
     classes: int  # 0 where the data has no labels
     mean: tuple[float, ...]  # of red, green, blue; 0 to 1
     std: tuple[float, ...]
@@ -130,6 +133,11 @@ class Method(ABC):
         """Recipes of the crops that it wants in training."""
         return (cfg.crop,)
 
+    @staticmethod
+    def owned(cfg: Any) -> bool:  # *
+        """Whether each rank learns from rows of its own alone (a sharded bank)."""
+        return False
+
     @abstractmethod
     def views(self, batch: Batch) -> Any:
         """Pixels for the net. No gradient."""
@@ -140,12 +148,22 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, outputs: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Evaluation: name -> (sum, count), always `loss` and `accuracy`. Never reads the bank."""
+        """Evaluation: name -> (sum, count), always `loss`, and `accuracy` where there is an answer.
+
+        Never reads the bank.
+        """
+
+    def turn_logits(self, outputs: Any) -> Tensor | None:  # *
+        """What the net says of the four turns, [4 b, 4] image-major; None: it is not asked."""
+        return None
+
+    def told_length(self, begins: Callable[[int], int]) -> None:  # noqa: B027
+        """Once, before the first step: `begins(E)` is the epoch of this run in which the paper's E begins."""
 
     def first(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 (a default that does nothing)
         """Once, before the first loss of a run."""
 
-    def after_step(self, outputs: Any, batch: Batch) -> None:  # noqa: B027
+    def after_step(self, outputs: Any, batch: Batch, losses: Losses) -> None:  # noqa: B027
         """After the optimiser's step: the bank's write, if any."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -158,3 +176,7 @@ class Method(ABC):
     def agree(self) -> dict[str, Any]:
         """What a resumed run must agree with, beyond the config."""
         return {}
+
+    def in_words(self) -> list[str]:
+        """Lines for the beginning of a run: what people should know of it."""
+        return []

@@ -131,13 +131,13 @@ class Journal:
         self.speaks = False
 
     def _show(self, line: dict[str, Any]) -> None:
-        if "val_accuracy" in line:
-            text = f"validation loss {line['val_loss']:.4f}  accuracy {line['val_accuracy']:.1%}"
+        if "val_loss" in line:
+            text = f"validation {_in_words(line, 'val_')}"
             self.say(f"step {line['step']}  epoch {line['epoch']}  {text}")
             return
         figures = (
-            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  "
-            f"{line['images_per_s']:.0f} images/s  waiting for data {line['wait_share']:.1%}"
+            f"{_in_words(line)}  {line['images_per_s']:.0f} images/s  "
+            f"waiting for data {line['wait_share']:.1%}"
         )
         if self._bar is not None:
             self._bar.update(self._task, figures=figures)
@@ -149,6 +149,21 @@ class Journal:
         with named(self.run / "log.txt"):
             self._log.write(text)
             self._log.flush()
+
+
+def _in_words(line: dict[str, Any], prefix: str = "") -> str:
+    """Loss and accuracy, then the terms and other precisions as the method names them."""
+    known = {"loss": "loss", "accuracy": "accuracy"}
+    values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+    terms = [k for k in values if k.startswith(("loss_", "prec_"))]
+    shown = [*known, *(terms if len(terms) > 1 else ())]
+    return "  ".join(
+        f"{name} {values[name]:.1%}"
+        if name == "accuracy" or name.startswith("prec_")
+        else f"{name} {values[name]:.4f}"
+        for name in shown
+        if name in values
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

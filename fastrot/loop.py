@@ -1,6 +1,7 @@
 """The training loop, the same for every method: step, validation, log lines, checkpoints."""
 
 import contextlib
+import copy
 import math
 import signal
 import time
@@ -33,7 +34,7 @@ class Story:
     waited: float = 0.0  # of these seconds: waiting for data
     val_first: dict[str, float] = field(default_factory=dict)  # before training
     val: dict[str, float] = field(default_factory=dict)  # the latest
-    best: float = -math.inf  # validation accuracy
+    best: float = -math.inf  # validation accuracy, or minus the loss where there is none
     skipped: list[str] = field(default_factory=list)  # damaged records, a sentence each
 
     def images_per_s(self) -> float:
@@ -114,7 +115,7 @@ def train_step(state: TrainState, batch: Batch) -> Losses:
         state.fresh = False
     losses = state.method.losses(outputs, batch)
     state.descend(losses.total)
-    state.method.after_step(outputs, batch)
+    state.method.after_step(outputs, batch, losses)
     return losses.detached()
 
 
@@ -166,7 +167,7 @@ class Run:
     val_loader: Loader | None
     journal: Journal
     cfg: Config
-    save: Callable[[str], None]  # writes checkpoints/NAME
+    save: Callable[[str, dict[str, Any]], None]  # writes checkpoints/NAME
     at_epoch: Callable[[], None]  # draws the run's page
     alarm: Alarm  # of this process
 
@@ -227,14 +228,19 @@ def _end_epoch(state: TrainState, run: Run, end: int) -> None:
     if run.val_loader is not None and (due or state.step == end):
         line = {"step": state.step, "epoch": epochs - (inside == 0)}
         state.story.val = _validated(state, run, line | ({} if due else {"partial": True}))
-    best = due and run.val_loader is not None and state.story.val["accuracy"] > state.story.best
+    best = due and run.val_loader is not None and _merit(state.story.val) > state.story.best
     if best:
-        state.story.best = state.story.val["accuracy"]
+        state.story.best = _merit(state.story.val)
     state.judged = state.step
     _save(state, run, best=best)
     if state.step < end:
         _end_if_warned(state, run)
     run.at_epoch()
+
+
+def _merit(scores: dict[str, float]) -> float:
+    """What the best checkpoint is the best by: accuracy, or a low loss where the task has no answers."""
+    return scores.get("accuracy", -scores["loss"])
 
 
 def _validated(state: TrainState, run: Run, line: dict[str, Any]) -> dict[str, float]:
@@ -276,15 +282,16 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
 
     In this order, so that a run that is killed between two of them makes both again.
     """
-    kept = [*state.method.net.state_dict().values(), *state.method.state_dict().values()]
-    bad = not checkpoint.all_finite([*kept, *state.meter.sums.values()])
-    _go_on_only_if_finite(not dist.highest(int(bad)), state, run.journal.run)
     _count_skipped(state.story, run)
+    parts = state.state_dict()
+    kept = [*parts["net"].values(), *parts["method"].values(), *state.meter.sums.values()]
+    finite = not dist.highest(int(not checkpoint.all_finite(kept)))
+    _go_on_only_if_finite(finite, state, run.journal.run)
     if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:
-        run.save(f"step_{state.step}.pt")
+        run.save(f"step_{state.step}.pt", parts)
     if best and run.cfg.keep_best:
-        run.save("best.pt")
-    run.save("last.pt")
+        run.save("best.pt", parts)
+    run.save("last.pt", parts)
 
 
 def _count_skipped(story: Story, run: Run) -> None:
@@ -369,12 +376,13 @@ def epochs_within(
     Measures 20 training steps and up to 5 validation batches after 3 to warm up; undoes what they did.
     """
     weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
-    method, random = state.method.state_dict(), checkpoint.random_state(state.device)
+    rest = {k: copy.deepcopy(v) for k, v in vars(state.method).items() if k != "net"}
+    random = checkpoint.random_state(state.device)
     state.method.net.train()
     step = _seconds_each(loader, 20, state.device, lambda batch: train_step(state, batch))
     epoch = step * len(loader)
     state.method.net.load_state_dict(weights)
-    state.method.load_state_dict(method)
+    vars(state.method).update(rest)
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True

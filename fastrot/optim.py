@@ -76,6 +76,11 @@ class Rates:
                 return rate
         return self.schedule.table[-1][1]
 
+    def begins(self, published: int) -> int:
+        """The epoch of this run in which the paper's 0-based epoch begins."""
+        paper, length = self._lengths()
+        return -(-published * length // paper)
+
     def in_words(self) -> Iterable[str]:
         """The schedule as it will run, a line a change."""
         if self.schedule.kind != "table":

@@ -67,7 +67,8 @@ class Story:
         self.summary = summary if (_number(summary.get("steps")) or 0) >= self.step else {}
 
         method, first = self.config.get("method"), self.lines[0] if self.lines else {}
-        self.turns = isinstance(method, dict) and method.get("type") == "RotNet"
+        kind = method.get("type") if isinstance(method, dict) else None
+        self.turns = kind in ("RotNet", "Decoupling")
         self.chance = _number(self.summary.get("chance", 0.25 if self.turns else None))
         self.before = _number(self.summary.get("val_accuracy_first", first.get("val_accuracy")))
         self.after = self.figure("val_accuracy")
@@ -129,6 +130,8 @@ def _accuracy(story: Story) -> "Figure":
     figure, (axes,) = _figure("Accuracy", story)
     _curve(axes, story, "accuracy", "training", BLUE, scale=100.0)
     _curve(axes, story, "val_accuracy", "held-out", RED, scale=100.0, marker="o")
+    inv = {"scale": 100.0, "marker": "o", "width": 1.0}
+    _curve(axes, story, "val_prec_inv", "held-out, other half", TERMS[0], **inv)
     if story.chance is not None:
         axes.axhline(100 * story.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         place = (0.995, 100 * story.chance - 2.5)
@@ -147,7 +150,8 @@ def _loss(story: Story) -> "Figure":
         for name, colour in zip(names, TERMS * len(names), strict=False):
             _curve(axes, story, name, name.removeprefix("loss_"), colour, width=1.0)
     _curve(axes, story, "loss", "training", BLUE)
-    _curve(axes, story, "val_loss", "held-out", RED, marker="o")
+    judged = "held-out, rotation alone" if len(names) > 1 and story.turns else "held-out"
+    _curve(axes, story, "val_loss", judged, RED, marker="o")
     _legend(axes)
     return figure
 

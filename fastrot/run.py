@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastrot import assemble, checkpoint, config, dist, loop, machine, page
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import Batch, Data, View
 from fastrot.data.plan import Loader
-from fastrot.data.sources import held_out
+from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
@@ -33,54 +34,98 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def train(cfg: Config) -> int:
-    """Train as the config says, from the folder's last checkpoint where there is one.
+    """Train as the config says, from the folder's last checkpoint where there is one; with --folds each
+    fold's net in turn.
 
     Raises Warned when a warning signal reached a rank and all is saved.
     """
     here = dist.place()
     device = choose_device(cfg.device, here)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    runs = runs_of(cfg)
+    for run, _ in runs:
+        _made(run)
+    with contextlib.closing(Alarm()) as alarm, joined(here, device):
+        for run, each in runs:
+            _train_one(each, run, here, device, alarm)
+    return 0
+
+
+def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
+    """The run's folder and config; with --folds those of each fold, but with --fold that one alone, in --out."""
     run = Path(cfg.out or f"runs/{cfg.preset}")
-    _made(run)
+    if cfg.folds is None or cfg.fold is not None:
+        if folds_in(run):
+            own = "NEW" if cfg.fold is None else run / f"fold{cfg.fold}"
+            raise Refused(f"--out {run} holds the runs of --folds: use --out {own}")
+        return [(run, cfg)]
+    if (run / "checkpoints" / LAST).exists():
+        raise Refused(f"--out {run} holds a run without --folds: use --out NEW")
+    folders = [run / f"fold{fold}" for fold in range(cfg.folds)]
+    return [
+        (folder, dataclasses.replace(cfg, fold=fold, out=str(folder)))
+        for fold, folder in enumerate(folders)
+    ]
+
+
+def folds_in(folder: Path) -> list[Path]:
+    """The runs of --folds that a folder holds, by their names."""
+    return sorted(path.parent for path in folder.glob("fold[0-9]*/config.yaml"))
+
+
+@contextlib.contextmanager
+def joined(
+    here: dist.Place,
+    device: torch.device,
+    again: str = "the same command goes on from the last checkpoint",
+) -> Iterator[None]:
+    """Among the other processes, from here to the end; raises Left where one of them is gone.
+
+    `again`: what the same command does then.
+    """
+    dist.start(here, device)
+    together = False
+    try:
+        yield
+        together = True
+    except Warned:
+        together = True  # all ranks raise it, and rank 0 is the last to have saved
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "killed" in str(error):
+            raise Stopped(
+                f"a process that decodes was killed, perhaps for want of memory: {again}, with fewer "
+                "--workers where that was the reason"
+            ) from error
+        if dist.lost(error):
+            raise config.Left(
+                f"another process of this run has ended: see what it says, and {again}"
+            ) from error
+        raise
+    finally:
+        dist.stop(together=together)
+
+
+def _train_one(
+    cfg: Config, run: Path, here: dist.Place, device: torch.device, alarm: Alarm
+) -> None:
     with contextlib.ExitStack() as until_the_end:
-        alarm = until_the_end.enter_context(contextlib.closing(Alarm()))
         if here.rank == 0:  # the one that writes
             refusal = f"another run writes into {run}: wait for it, end it, or use --out NEW"
             until_the_end.enter_context(locked(run, refusal))
         begun = time.perf_counter()
-        dist.start(here, device)  # all meet here: nobody writes while they read the checkpoint
-        together = False
-        try:
-            saved = _last_checkpoint(run)
-            places = dist.everyones(saved and (saved["step"], saved["judged"]))
-            if any(place != places[0] for place in places):
-                raise Refused(
-                    f"--out {run} is not the same folder for all ranks: choose one on a file system "
-                    "that all machines share"
-                )
-            if saved is not None:
-                _compare(saved, cfg, here, run)
-            _deterministic(cfg)
-            _train(cfg, run, saved, here, device, begun, alarm)
-            together = True
-        except Warned:
-            together = True  # all ranks raise it, and rank 0 is the last to have saved
-            raise
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and "killed" in str(error):
-                raise Stopped(
-                    "a process that decodes was killed, perhaps for want of memory: the same command "
-                    "goes on from the last checkpoint, with fewer --workers where that was the reason"
-                ) from error
-            if dist.lost(error):
-                raise config.Left(
-                    "another process of this run has ended: see what it says, and the same command "
-                    "goes on from the last checkpoint"
-                ) from error
-            raise
-        finally:
-            dist.stop(together=together)
-    return 0
+        dist.barrier()  # all meet here: nobody writes while they read the checkpoint
+        saved = _last_checkpoint(run)
+        places = dist.everyones(saved and (saved["step"], saved["judged"]))
+        if any(place != places[0] for place in places):
+            raise Refused(
+                f"--out {run} is not the same folder for all ranks: choose one on a file system "
+                "that all machines share"
+            )
+        if saved is not None:
+            _compare(saved, cfg, here, run)
+        _deterministic(cfg)
+        _train(cfg, run, saved, here, device, begun, alarm)
 
 
 def _train(
@@ -119,7 +164,9 @@ def _train(
         dtype=DTYPES[cfg.precision],
     )
     said = _set_length(state, cfg, saved, loader, val_loader)
-    run_facts["epochs"] = state.rates.epochs
+    run_facts |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
+    run_facts |= {"classes": facts.classes}
+    method.told_length(state.rates.begins)
     if here.world > 1:
         loop.settle(state, next(iter(loader.epoch(0))))
     if saved is not None:
@@ -138,9 +185,9 @@ def _train(
         journal.say(*_greeting(cfg, state, loader, val_loader, run, run_facts, saved), *said)
         journal.say(*_other_machine(saved, run_facts))
 
-        def save(name: str) -> None:
-            parts = {"config": config.to_plain(cfg), "facts": run_facts, **state.state_dict()}
+        def save(name: str, parts: dict[str, Any]) -> None:
             if dist.rank() == 0:
+                parts = {"config": config.to_plain(cfg), "facts": run_facts, **parts}
                 folder = run / "checkpoints"
                 previous = folder / PREVIOUS if name == LAST else None
                 checkpoint.save(folder / name, parts, previous=previous)
@@ -240,19 +287,13 @@ def _loaders(
             on_bad_record=cfg.on_bad_record,
         )
 
+    val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
         alike = Path(cfg.val).suffix == Path(cfg.data or "").suffix
         val_data = assemble.open_data(cfg.val, cfg.loader if alike else "auto", knob="--val")
-        view = assemble.evaluation_view(cfg)
-        return opened(data, assemble.training_view(cfg)), opened(val_data, view)
-    if cfg.hold_out == 0:
-        return opened(data, assemble.training_view(cfg)), None
-    kept_back = held_out(data.keys, cfg.hold_out)
-    train_rows, val_rows = run / "rows-train.npy", run / "rows-val.npy"
-    for path, rows in (
-        (train_rows, np.flatnonzero(~kept_back)),
-        (val_rows, np.flatnonzero(kept_back)),
-    ):
+    files = {}
+    for name, rows in _chosen(cfg, data.keys).items():
+        path = files[name] = run / f"rows-{name}.npy"
         if saved is not None and not (path.exists() and np.array_equal(np.load(path), rows)):
             raise Refused(
                 f"{run} was trained on other pictures ({saved['facts']['data']}): "
@@ -261,8 +302,27 @@ def _loaders(
         if here.rank == 0 and saved is None:
             _save_rows(path, rows)
     dist.barrier()
-    view = assemble.evaluation_view(cfg, val_rows)
-    return opened(data, assemble.training_view(cfg, train_rows)), opened(data, view)
+    loader = opened(data, assemble.training_view(cfg, files.get("train")))
+    if val_data is None:
+        return loader, None
+    return loader, opened(val_data, assemble.evaluation_view(cfg, files.get("val")))
+
+
+def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows to learn from, and those set aside to judge by, where these are not all and --val."""
+    chosen, left_out = {}, np.zeros(len(keys), bool)
+    if cfg.val is None and cfg.hold_out:
+        left_out = held_out(keys, cfg.hold_out)
+        chosen["val"] = np.flatnonzero(left_out)
+    if cfg.folds is not None:
+        fold = fold_of(keys, cfg.folds)
+        empty = np.flatnonzero(np.bincount(fold, minlength=cfg.folds) == 0)
+        if len(empty):
+            raise Refused(
+                f"--folds {cfg.folds} leaves fold {empty[0]} of {len(keys)} pictures empty: use fewer folds"
+            )
+        left_out = left_out | (fold == cfg.fold)
+    return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 
 
 def _save_rows(path: Path, rows: np.ndarray) -> None:
@@ -275,6 +335,7 @@ def run_facts_of(
     """What decides a run's numbers beside its config; goes into checkpoints."""
     return {
         "fingerprint": loader.fingerprint,
+        "data_fingerprint": data.fingerprint,
         "images": loader.images,
         "global_batch": cfg.batch * here.world,
         "ranks": here.world,
@@ -414,9 +475,15 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         f"{trained:,} parameters, {cfg.precision} on {run_facts['device']}",
         f"{loader.images:,} pictures of {cfg.data}, judged on "
         + (f"{val_loader.images:,}" if val_loader is not None else "none"),
+        *(
+            [f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training"]
+            if cfg.folds
+            else []
+        ),
         f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
         *state.rates.in_words(),
+        *state.method.in_words(),
     ]
     paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_facts["global_batch"]
     if run_facts["global_batch"] != paper:
@@ -476,7 +543,9 @@ def _summary(
         "val_accuracy_first": story.val_first.get("accuracy"),
         "val_accuracy": story.val.get("accuracy"),
         "val_loss": story.val.get("loss"),
+        "val": story.val,
         "chance": 1 / answers,
+        "method": state.method.in_words(),
         "skipped_records": story.skipped,
         "verdict": verdict(device, story.wait_share(), story.images_per_s()),
         "device": machine.device_name(device),
@@ -508,6 +577,7 @@ def _in_words(summary: dict[str, Any], run: Path) -> list[str]:
         ),
         ("waiting for data", share(summary["wait_share"])),
         ("verdict", summary["verdict"]),
+        *(("method", line) for line in summary["method"]),
         *(
             [("damaged records skipped", f"{len(skipped):,}, named in {run / 'summary.json'}")]
             if (skipped := summary["skipped_records"])

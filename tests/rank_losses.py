@@ -1,4 +1,4 @@
-"""Run by test_end_to_end under torchrun, or alone: the losses of some steps of RotNet, in float64.
+"""Run by test_end_to_end under torchrun, or alone: the losses of some steps of a method, in float64.
 
 BatchNorm stays in eval mode: its batch statistics are each rank's own, so that in training mode two ranks
 are not one process by construction. All else (order, crops, turns, gradients, SGD) must agree.
@@ -14,17 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastrot import assemble, config, dist
 from fastrot.loop import TrainState, train_step
+from fastrot.ops.nce import drawn
 from fastrot.optim import Rates, sgd
 
 STEPS, GLOBAL_BATCH, SIZE = 12, 8, 32
+CROP = config.RandomResized(size=SIZE)
+METHODS = {
+    "rotnet": config.RotNet(crop=CROP),
+    "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema", proximal=0.1),
+}
 
 
-def main(pictures: str, out: str) -> None:
+def main(pictures: str, out: str, name: str) -> None:
     here = dist.place()
     dist.start(here, torch.device("cpu"))
     cfg = config.Config(
         batch=GLOBAL_BATCH // here.world,
-        method=config.RotNet(crop=config.RandomResized(size=SIZE)),
+        method=METHODS[name],
         backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
     )
     loader = assemble.open_loader(
@@ -40,6 +46,9 @@ def main(pictures: str, out: str) -> None:
     torch.manual_seed(0)
     method = assemble.method(cfg, facts)
     method.net.double().eval()
+    bank = getattr(method, "bank", None)
+    if bank is not None:
+        bank.rows = bank.rows.double()
     rates = Rates(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=0.05)
     state = TrainState(
         method=method,
@@ -49,20 +58,29 @@ def main(pictures: str, out: str) -> None:
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64
     )
-    losses, seen = [], []
+    losses, seen, negatives = [], [], []
     while state.step < STEPS:
         for batch in loader.epoch(*divmod(state.step, len(loader))):
             total = train_step(state, batch).total
             losses.append((dist.sum_over_ranks(total) / here.world).item())
-            seen.append(sorted(dist.gather_rows(batch.index).tolist()))
+            index = dist.gather_rows(batch.index)
+            seen.append(sorted(index.tolist()))
+            if bank is not None:
+                draw = method.negatives(batch)
+                mine = drawn(draw, bank.place[batch.index], len(bank.rows))
+                negatives.append(dist.gather_rows(mine)[index.argsort()].tolist())
             state.step += 1
             if state.step == STEPS:
                 break
     weights = torch.cat([p.detach().flatten() for p in method.net.parameters()])
+    told = {"losses": losses, "seen": seen, "weights": weights[:2000].tolist()}
+    if bank is not None:
+        told |= {"negatives": negatives, "bank": bank.rows.flatten().tolist()}
+        told |= {"z": float(method.mean_exp)}
+        of_all = dist.gather_rows(bank.rows[None])
+        assert all(torch.equal(of_all[0], other) for other in of_all), "banks differ"
     if here.rank == 0:
-        Path(out).write_text(
-            json.dumps({"losses": losses, "seen": seen, "weights": weights[:2000].tolist()})
-        )
+        Path(out).write_text(json.dumps(told))
     dist.stop(together=True)
 
 

@@ -1,16 +1,19 @@
 """Rows say where they come from; a page holds each row's figure and no other; no test times anything."""
 
+import dataclasses
 import importlib.util
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import bench_loaders, measure, report
+from benchmarks import bench_decoupling, bench_loaders, bench_ops, bench_train, measure, report
 from fastrot.assemble import open_data
-from fastrot.config import Refused
+from fastrot.config import Refused, Stopped, resolved
+from fastrot.presets import PRESETS
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
@@ -153,9 +156,207 @@ def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
     assert all(row["images_per_s"] > 0 for row in rows if row["what"] == "loader")
 
 
+# ---- ops ----
+
+
+def test_the_plain_way_computes_what_ours_does(monkeypatch):
+    bench_ops.check_plain("cpu")
+    monkeypatch.setattr(bench_ops, "EPS", 1e-3)  # in both
+    bench_ops.check_plain("cpu")
+    monkeypatch.setattr(bench_ops, "nce_loss", lambda *of, **more: 1.01 * ours(*of, **more))
+    with pytest.raises(AssertionError):
+        bench_ops.check_plain("cpu")
+
+
+def ours(*of, **more):
+    from fastrot.ops.nce import nce_loss
+
+    return nce_loss(*of, **more)
+
+
+def test_all_plain_negatives_are_drawn_and_the_own_row_comes_first():
+    positive = torch.tensor([7, 3])
+    index = bench_ops.plain_index(positive, 500, 10)
+    assert index.shape == (2, 501)
+    assert index[:, 0].tolist() == [7, 3]
+    assert set(index[:, 1:].flatten().tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("device", "form", "target"), [("cpu", "reference", 3), ("cuda", "kernel", 8)]
+)
+def test_ratios_are_taken_round_by_round_and_name_their_target(device, form, target):
+    plain, end = bench_ops.PLAIN, f", {bench_ops.AS_GRAPH}"
+    times = {("nce_loss", plain, "float32"): [8.0, 80.0, 9.0]}
+    times |= {("nce_loss", form, "float32"): [2.0, 20.0, 3.0]}
+    times |= {("nce_loss", form, "bfloat16"): [1.0, 10.0, 1.0]}
+    times |= {("nce_loss", plain + end, "float32"): [6.0, 6.0, 6.0]}
+    times |= {("nce_loss", form + end, "float32"): [1.0, 1.0, 1.0]}
+    times |= {("infonce", plain, "float32"): [8.0], ("infonce", form, "float32"): [4.0]}
+    rows = list(bench_ops.ratio_rows(times, device, {"batch": 192}))
+    nce = [row for row in rows if row["variant"].startswith("nce_loss / plain gather")]
+    assert [row["p50"] for row in nce] == ([4, 8] if device == "cpu" else [4, 6, 8])
+    assert {(row["target"], row["better"]) for row in nce} == {(target, "higher")}
+    assert all("target" not in row for row in rows if row not in nce)
+    assert all(set(row) >= FROM | FIGURE for row in rows)
+
+
+@pytest.mark.skipif(bench_ops.triton is None, reason="torch's build comes without Triton")
+def test_what_a_gpu_is_asked_for_once_runs_to_its_last_row(monkeypatch):
+    """Kernels in the interpreter; a graph that is captured becomes the call itself."""
+
+    def once(runs, device, **of):
+        for run in runs.values():
+            run()
+        return {name: [0.001] * 3 for name in runs}
+
+    monkeypatch.setattr(measure, "interleaved", once)
+    monkeypatch.setattr(bench_ops, "replayed", lambda call: call)
+    case = bench_ops.Case("cpu", batch=2, k=8, dim=16, pictures=40)
+    case.device = "cuda"
+    rows = list(bench_ops.bench_nce(case, 0.0, 1e9))
+    found = {(row["what"], row["variant"], row["dtype"]) for row in rows}
+    assert len(found) == len(rows)
+    for dtype in ("float32", "bfloat16"):
+        for variant in (
+            "kernel",
+            "kernel, as a CUDA graph",
+            "kernel, negatives given",
+            "reference",
+        ):
+            assert ("nce_loss", variant, dtype) in found
+        assert ("infonce", "kernel, as a CUDA graph", dtype) in found
+        assert ("estimate_z", "kernel, as a CUDA graph", dtype) in found
+        share = ("share of random gather", f"nce_loss, {dtype} rows, as a CUDA graph", dtype)
+        assert share in found
+        assert ("ratio", f"nce_loss / plain gather, {dtype} rows, as a CUDA graph", dtype) in found
+    assert all(set(row) >= FROM | FIGURE for row in rows)
+
+
+def test_shares_are_of_the_rates_beside_them():
+    found = bench_ops.rates(2_000_000, {"p50": 1.0}, copy=4e9, gather=2.5e9)  # 2 GB/s
+    assert found["gb_per_s"] == pytest.approx(2)
+    assert found["share_of_peak"] == pytest.approx(0.5)
+    assert found["share_of_gather"] == pytest.approx(0.8)
+
+
+def test_bytes_count_each_row_once():
+    case = bench_ops.Case("cpu", batch=2, k=5, dim=8, pictures=20)
+    assert case.moved("nce_loss", case.rows) == 2 * 6 * 8 * 4 + 2 * 2 * 8 * 4
+    assert case.moved("nce_loss", case.rows.bfloat16()) == 2 * 6 * 8 * 2 + 2 * 2 * 8 * 4
+    assert case.moved("random gather", case.rows) == 2 * 5 * 8 * 4
+
+
+def test_every_way_of_only_reading_rows_reads_them_all():
+    rows, picks = torch.randn(50, 24), torch.randint(50, (130,))
+    wanted = rows[picks].sum(0)
+    bags = bench_ops.gathers(rows, picks)["embedding_bag, sums of 64"]()
+    torch.testing.assert_close(bags.sum(0), wanted)
+    if bench_ops.triton is not None:
+        sums = bench_ops.sum_of_rows(rows, picks, block=32)
+        assert sums.shape == (5, 24)
+        torch.testing.assert_close(sums.sum(0), wanted)
+
+
+# ---- a training step ----
+
+
+def test_the_time_of_a_part_in_two_pieces_is_their_sum():
+    marks = bench_train.Marks(torch.device("cpu"))
+    for begin in (0.0, 1.0):
+        marks.made += [("", begin), ("views", begin + 0.1), ("losses", begin + 0.2)]
+        marks.made += [("nce", begin + 0.5), ("losses", begin + 0.6), ("rest", begin + 0.9)]
+    found = marks.read(steps=1)
+    assert {part: pytest.approx(times) for part, times in found.items() if any(times)} == {
+        "views": [100.0],
+        "losses": [200.0],
+        "nce": [300.0],
+        "rest": [300.0],
+    }
+
+
+def test_steps_without_the_bank_leave_it_alone_and_train_the_head():
+    preset = PRESETS["decoupling-alexnet"]()
+    small = dataclasses.replace(preset, **bench_train.QUICK, precision="fp32")
+    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    method = trained.state.method
+    assert method.bank.rows.shape == (500, 128)
+    before, head = method.bank.rows.clone(), method.net.embed.weight.detach().clone()
+    with bench_train.without_bank(trained):
+        trained.step(trained.batch)
+    assert torch.equal(method.bank.rows, before)
+    assert not torch.equal(method.net.embed.weight, head)
+    trained.step(trained.batch)
+    assert not torch.equal(method.bank.rows, before)
+
+
+# ---- decoupling's curves ----
+
+
+def curves(nce, inv=0.25, rot=0.6):
+    lines = [{"step": 0, "epoch": 0, "val_prec_rot": 0.25, "val_prec_inv": 0.25}]
+    for step, value in enumerate(nce, 1):
+        terms = {"loss_cls": 1.3, "loss_mse": 0.01, "loss_nce": value}
+        lines.append({"step": 10 * step, "epoch": step // 4, **terms})
+    return [*lines, {"step": 10 * len(nce), "epoch": 4, "val_prec_rot": rot, "val_prec_inv": inv}]
+
+
+SUMMARY = {"steps": 160, "epochs": 4, "seconds": 9.0, "images_per_s": 500.0}
+RISES_AND_FALLS = [10, 14, 17, 18, 17, 15, 13, 11, 9, 8, 7, 6, 5, 4, 3, 3]
+
+
+def missed(lines):
+    rows = bench_decoupling.rows([(SUMMARY, lines)], {"batch": 32})
+    return {row["what"] for row in rows if "target" in row and not measure.met(row)}
+
+
+def test_a_curve_of_the_right_shape_passes():
+    assert not missed(curves(RISES_AND_FALLS))
+    found = bench_decoupling.shape_of(curves(RISES_AND_FALLS))
+    assert (found["first"], found["highest"], found["last"]) == (10, 18, 3)
+    assert found["highest_at"] == 3 / 16
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        (curves(sorted(RISES_AND_FALLS, reverse=True)), "loss_nce's highest over its first"),
+        (curves(sorted(RISES_AND_FALLS)[8:]), "loss_nce's last over its first"),
+        (curves(RISES_AND_FALLS, inv=0.4), "prec_inv's farthest from chance"),
+        (curves(RISES_AND_FALLS, inv=0.1), "prec_inv's farthest from chance"),
+        (curves(RISES_AND_FALLS, rot=0.3), "prec_rot's gain"),
+    ],
+)
+def test_a_curve_of_another_shape_is_told(lines, what):
+    assert missed(lines) == {what}
+
+
+def test_too_short_a_run_is_told_in_one_sentence():
+    with pytest.raises(Stopped, match="more steps"):
+        bench_decoupling.shape_of(curves([10]))
+
+
+def test_the_decoupling_page_draws_its_curves(tmp_path):
+    for row in bench_decoupling.rows([(SUMMARY, curves(RISES_AND_FALLS))], {"batch": 32}):
+        measure.append(tmp_path / "cpu_x_2_cores.jsonl", row)
+    made = report.write(tmp_path / "cpu_x_2_cores.jsonl", tmp_path / "reports")
+    (page,) = (path for path in made if path.suffix == ".html")
+    assert page.name.startswith("decoupling_cpu_x_2_cores_")
+    assert page.read_text().count("data:image/png;base64,") == 1
+    text = page.with_suffix(".md").read_text()
+    assert "4 of 4 targets met" in text
+    assert f"({page.stem}_curves.png)" in text
+    points = bench_decoupling.curve(curves(RISES_AND_FALLS), steps=40)
+    assert [point["epoch"] for point in points["losses"]] == [0.25, 0.5, 0.75, 1, 2, 3, 4]
+    assert points["losses"][4]["loss_nce"] == np.mean(RISES_AND_FALLS[4:8])
+    assert [point["prec_rot"] for point in points["validations"]] == [0.25, 0.6]
+
+
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(Refused, match="--root DIR"):
         bench_loaders.originals(tmp_path / "nowhere")
+    with pytest.raises(Refused, match="--root DIR"):
+        bench_decoupling.prepared(tmp_path / "nowhere", tmp_path, quick=True)
 
 
 def test_the_readme_shows_what_the_results_say():

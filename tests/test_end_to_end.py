@@ -31,15 +31,20 @@ def run(*command: str, **more) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.ddp
-def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path):
+@pytest.mark.parametrize("method", ["rotnet", "decoupling"])
+def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path, method):
     """With the same global batch; BatchNorm in eval mode in both (see rank_losses.py)."""
     script = ROOT / "tests" / "rank_losses.py"
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    assert run(sys.executable, script, pictures, one).returncode == 0
-    done = run(*TWO, script, pictures, two)
+    done = run(sys.executable, script, pictures, one, method)
+    assert done.returncode == 0, done.stderr
+    done = run(*TWO, script, pictures, two, method)
     assert done.returncode == 0, done.stderr
     mine, others = json.loads(one.read_text()), json.loads(two.read_text())
     assert mine["seen"] == others["seen"]
+    assert mine.get("negatives") == others.get("negatives")  # drawn by picture and step
+    for name in mine.keys() & {"bank", "z"}:
+        assert mine[name] == pytest.approx(others[name], rel=1e-10, abs=1e-13)
     assert mine["losses"] == pytest.approx(others["losses"], rel=1e-12)
     assert mine["weights"] == pytest.approx(others["weights"], rel=1e-10, abs=1e-13)
 

@@ -10,28 +10,35 @@ from test_run import TINY, assert_same_bits
 
 from fastrot import assemble, checkpoint, config, loop, train
 from fastrot.loop import TrainState, train_step, validate
+from fastrot.ops.choice import using
 from fastrot.optim import Rates, sgd
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
+CROP = config.RandomResized(size=64)
+METHODS = {
+    "rotnet": config.RotNet(crop=CROP),
+    "decoupling": config.Decoupling(crop=CROP, z="ema", proximal=0.1),
+    "decoupling-bf16-infonce": config.Decoupling(crop=CROP, bank_dtype="bf16", contrast="infonce"),
+}
 ON_GPU = [word if word != "cpu" else "cuda" for word in TINY]
 
 
-def state_and_loader(data: str, dtype: torch.dtype, **knobs):
+def state_and_loader(data: str, dtype: torch.dtype, method: str = "rotnet", **knobs):
     cfg = config.Config(
-        method=config.RotNet(crop=config.RandomResized(size=64)),
+        method=METHODS[method],
         backbone=config.AlexNet(width=0.25, kernel=5, stride=2),
         **knobs,
     )
     view = assemble.training_view(cfg)
     loader = assemble.open_loader(data, view, batch=16, device=CUDA, enlarge=True)
     facts = assemble.facts(cfg, loader, None, CUDA, dtype)
-    method = assemble.method(cfg, facts)
-    method.net.to(CUDA).to(memory_format=torch.channels_last)
+    task = assemble.method(cfg, facts)
+    task.net.to(CUDA).to(memory_format=torch.channels_last)
     state = TrainState(
-        method=method,
-        net=assemble.wrapped(method.net, cfg, CUDA),
-        optimizer=sgd(method.net, cfg.optim, 0.05),
+        method=task,
+        net=assemble.wrapped(task.net, cfg, CUDA),
+        optimizer=sgd(task.net, cfg.optim, 0.05),
         rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=0.05),
         device=CUDA,
         dtype=dtype,
@@ -40,9 +47,10 @@ def state_and_loader(data: str, dtype: torch.dtype, **knobs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_nothing_in_a_step_waits_for_the_gpu(dtype, pictures):
-    """Loader, views, network, losses, descent, running means."""
-    state, loader = state_and_loader("synthetic:400", dtype)
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_in_a_step_waits_for_the_gpu(dtype, method, pictures):
+    """Loader, views, network, losses, descent, the bank's write, running means."""
+    state, loader = state_and_loader("synthetic:400", dtype, method)
     batches = loader.epoch(0)
     for _ in range(3):  # allocations and kernels of the first steps may wait
         train_step(state, next(batches))
@@ -55,6 +63,32 @@ def test_nothing_in_a_step_waits_for_the_gpu(dtype, pictures):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(losses.total)
+
+
+def test_a_bank_on_the_gpu_is_the_cpus(pictures):
+    """Steps with the kernels and with the references, from the same weights: losses, Z, rows written."""
+    with using("triton"):
+        kernel, loader = state_and_loader("synthetic:400", torch.float32, "decoupling")
+    plain, _ = state_and_loader("synthetic:400", torch.float32, "decoupling")
+    plain.method.net.load_state_dict(kernel.method.net.state_dict())
+    for batch in itertools.islice(loader.epoch(0), 3):
+        found = []
+        for state, form in ((kernel, "triton"), (plain, "reference")):
+            with using(form):
+                found.append(train_step(state, batch))
+            state.step += 1
+        plain.method.net.load_state_dict(kernel.method.net.state_dict())
+        for name, value in found[0].terms.items():
+            torch.testing.assert_close(value, found[1].terms[name], rtol=1e-3, atol=1e-5, msg=name)
+    mine, others = kernel.method.state_dict(), plain.method.state_dict()
+    torch.testing.assert_close(mine["mean_exp"], others["mean_exp"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(mine["bank.rows"], others["bank.rows"], rtol=1e-2, atol=1e-3)
+
+
+def test_a_damaged_feature_stops_the_run_at_the_next_log_line(pictures, tmp_path):
+    args = ["decoupling-alexnet", *ON_GPU[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
+    with pytest.raises(config.Stopped, match="finite"):
+        train.main([*args, "--data", str(pictures), "--out", str(tmp_path), "--lr", "1e30"])
 
 
 def test_crops_on_the_gpu_are_those_of_the_cpu(pictures):
@@ -74,9 +108,19 @@ def test_crops_on_the_gpu_are_those_of_the_cpu(pictures):
         assert torch.equal(host.clock, device.clock.cpu())
 
 
+TASKS = {
+    "rotnet": ON_GPU,
+    "decoupling": [
+        *("decoupling-alexnet", *ON_GPU[1:], "--backbone.kernel", "5", "--backbone.stride", "2"),
+        *("--method.z", "ema"),
+    ],
+}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
-def test_a_deterministic_run_resumes_to_the_same_bits(precision, pictures, tmp_path):
-    args = [*ON_GPU, "--precision", precision, "--deterministic", "--data", str(pictures)]
+@pytest.mark.parametrize("task", TASKS)
+def test_a_deterministic_run_resumes_to_the_same_bits(task, precision, pictures, tmp_path):
+    args = [*TASKS[task], "--precision", precision, "--deterministic", "--data", str(pictures)]
     try:
         train.main([*args, "--out", str(tmp_path / "straight")])
         train.main([*args, "--out", str(tmp_path / "broken"), "--max-steps", "7"])

@@ -13,7 +13,7 @@ from PIL import Image
 from truth import photo
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 9 * 60
+SECONDS = 9.5 * 60
 FROM = {"COMMIT", "DIRTY", "OUT", "DEVICE", "PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
 ENV = {k: v for k, v in os.environ.items() if k not in FROM} | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -64,11 +64,16 @@ def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     kinds = {row["what"] for row in rows}
     assert kinds >= {"turned_views", "loader", "ratio", "first batch", "conversion"}
-    assert kinds >= {"matrix product", "step part", "step", "run"}
+    assert kinds >= {"nce_loss", "random gather", "update_rows", "extra memory"}
+    assert kinds >= {"matrix product", "bank's share of a step", "step part", "step", "run"}
     parts = {row["variant"].split(": ")[1] for row in rows if row["what"] == "step part"}
-    assert parts == {"views", "forward", "losses", "backward", "optimiser", "rest"}
+    assert parts == {"views", "forward", "losses", "nce", "backward", "optimiser", "bank", "rest"}
     seen = {row["variant"].split(", ")[1] for row in rows if row["what"] == "step"}
     assert seen == {"one batch", "synthetic", "beton"}
+    assert {row["variant"] for row in rows if row["what"] == "run"} == {
+        "decoupling-alexnet",
+        "demo",
+    }
     assert {(row["commit"], row["dirty"]) for row in rows} == {("abc", True)}
     assert "Self CPU" in (out / "profile_eager.txt").read_text()
 
@@ -82,7 +87,7 @@ def test_a_row_without_a_commit_is_refused_before_anything_runs(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_time_limits_add_up_to_less_than_nine_minutes():
+def test_the_time_limits_add_up_to_less_than_nine_and_a_half_minutes():
     """Each with the five seconds that a command has to clean up in; of two branches the longer one counts."""
     script = (ROOT / "benchmarks" / "gpu.sh").read_text()
     branches = re.findall(r"then\n(.*?)\nelse\n(.*?)\nfi", script, re.DOTALL)

@@ -24,6 +24,7 @@ class Loader:
     """Batches of a view of prepared data, addressed by epoch and batch number.
 
     images       pictures in the view, over all ranks
+    rows         which rows of the data these are, int64; None: all
     fingerprint  of the view's order: of the data, and of the rows looked at
     skipped      the damaged records met so far, a sentence each, where these are skipped
 
@@ -53,11 +54,11 @@ class Loader:
         self.data, self.view, self.batch, self.seed = data, view, batch, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
-        self._rows = None if view.rows is None else _read_rows(view.rows, data.rows)
-        self.images = data.rows if self._rows is None else len(self._rows)
+        self.rows = None if view.rows is None else _read_rows(view.rows, data.rows)
+        self.images = data.rows if self.rows is None else len(self.rows)
         if not self.images:
             raise Refused("the view holds no pictures: choose other rows, or a smaller --hold-out")
-        self._share = self._own_rows() if view.owned else self._rows
+        self._share = self._own_rows() if view.owned else self.rows
         self._shared_by = (0, 1) if view.owned else (rank, world)
         if view.shuffled and self.images < batch * world:
             raise Refused(
@@ -66,7 +67,7 @@ class Loader:
             )
         for recipe in view.crops:
             crops.check_sizes(recipe, data.sizes(self._all_rows()), enlarge=enlarge)
-        seen = b"all" if self._rows is None else self._rows.tobytes()
+        seen = b"all" if self.rows is None else self.rows.tobytes()
         self.fingerprint = hashlib.blake2b(
             data.fingerprint.encode() + seen, digest_size=16
         ).hexdigest()
@@ -189,7 +190,7 @@ class Loader:
         return self._all_rows()[self.rank :: self.world]
 
     def _all_rows(self) -> np.ndarray:
-        return np.arange(self.data.rows, dtype=np.int64) if self._rows is None else self._rows
+        return np.arange(self.data.rows, dtype=np.int64) if self.rows is None else self.rows
 
 
 def _read_rows(path, rows: int) -> np.ndarray:

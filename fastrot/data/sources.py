@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8, UInt64
+from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
 from fastrot.data.order import hash64
@@ -34,6 +34,7 @@ MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
 _OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 _HELD_OUT = 0x68656C64  # "held": keeps these draws apart from those of order and crops
+_FOLD = 0x666F6C64  # "fold": and from these
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,3 +555,8 @@ def held_out(keys: UInt64[np.ndarray, " n"], share: float) -> Bool[np.ndarray, "
         aside[draw.argmin()] = True
         aside[draw.argmax()] = False
     return aside
+
+
+def fold_of(keys: UInt64[np.ndarray, " n"], folds: int) -> Int8[np.ndarray, " n"]:
+    """Each row's fold, by the key alone; folds are about equal, and apart from what is held out."""
+    return (hash64(_FOLD, keys) % np.uint64(folds)).astype(np.int8)

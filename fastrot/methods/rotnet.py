@@ -29,16 +29,19 @@ class RotNet(Method):
         )
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
-        turn = _turns(outputs)
+        turn = turn_labels(outputs)
         right = (outputs.argmax(dim=1) == turn).float().mean()
         return Losses({"loss_cls": F.cross_entropy(wide(outputs), turn)}, {"accuracy": right})
 
     def score(
         self, outputs: Float[Tensor, "v 4"], batch: Batch
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        return classification_scores(outputs, _turns(outputs))
+        return classification_scores(outputs, turn_labels(outputs))
+
+    def turn_logits(self, outputs: Float[Tensor, "v 4"]) -> Float[Tensor, "v 4"]:
+        return outputs
 
 
-def _turns(outputs: Tensor) -> Tensor:
+def turn_labels(outputs: Tensor) -> Tensor:
     """Labels of image-major views: 0 1 2 3 0 1 2 3 ..."""
     return torch.arange(len(outputs), device=outputs.device) % len(TURNS)

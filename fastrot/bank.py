@@ -1,0 +1,130 @@
+"""The memory bank: one row per picture of the training view, on every rank or shared out among them.
+
+Shapes.  N rows of D numbers, float32 or bfloat16. A picture's place is its position in the training view: pictures
+         that are held out have none, so population and draws range over rows that are trained.
+Idea.    Replicated: each rank holds all rows; the features of all ranks are gathered and written in rank order, so that
+         the banks stay equal to the bit. Sharded: rank r of W holds the places p with p % W == r, which are the pictures
+         that it learns from (`View.owned`); it contrasts with these alone and asks nobody.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from fastrot import dist
+from fastrot.config import Refused
+from fastrot.core import Facts
+from fastrot.ops.rows import update_rows
+
+CHUNK = 2**16  # rows that are initialised or gathered at once
+
+
+class Bank:
+    """Rows that learn by their own rule, not by gradients.
+
+    rows        [n, dim]: all N of them, or this rank's
+    place       int64 [data rows]: the row of `rows` that is a picture's; -1: it has none here
+    population  n, which NCE wants to know
+
+    A fresh row is uniform in +-sqrt(3 / dim) with a mean square length of 1, as in Wu 2018's code; it depends
+    on the seed and its place alone, not on the ranks.
+    """
+
+    def __init__(
+        self, facts: Facts, dim: int, *, dtype: torch.dtype, sharded: bool, momentum: float
+    ):
+        self.sharded, self.momentum = sharded and dist.world() > 1, momentum
+        self.images, self.fingerprint = facts.images, facts.fingerprint
+        self._rank, self._world = (dist.rank(), dist.world()) if self.sharded else (0, 1)
+        of_data = torch.arange(facts.images) if facts.rows is None else torch.from_numpy(facts.rows)
+        mine = of_data[self._rank :: self._world]
+        place = torch.full((facts.data_rows,), -1, dtype=torch.int64)
+        place[mine] = torch.arange(len(mine))
+        self.place = place.to(facts.device)
+        self.rows = torch.empty(len(mine), dim, dtype=dtype, device=facts.device)
+        self._fill(facts.seed)
+
+    @property
+    def population(self) -> int:
+        return len(self.rows)
+
+    def of(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """The rows of some pictures, in float32 at least."""
+        rows = self.rows[self.place[index]]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    def update(self, index: Int64[Tensor, " b"], features: Float[Tensor, "b d"]) -> None:
+        """Blend the features of all ranks' pictures into their rows: unit(m row + (1 - m) feature).
+
+        A picture that occurs twice gets its last feature: the highest rank's, the last of its batch.
+        """
+        if not self.sharded:
+            index, features = dist.gather_rows(index), dist.gather_rows(features)
+        # where row and feature cancel out the original writes NaN; guarded, the row becomes zero and recovers
+        update_rows(self.rows, self.place[index], features, self.momentum, eps=1e-12)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All N rows in the order of the view, on rank 0; called on all ranks. What it gives is not a copy."""
+        state = {"fingerprint": torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)}
+        if not self.sharded:
+            return {"rows": self.rows, **state}
+        most = -(-self.images // self._world)  # rows of a rank; the last ranks may have one less
+        shape = (self.images if self._rank == 0 else 0, self.rows.shape[1])
+        whole = torch.empty(shape, dtype=self.rows.dtype)
+        for start in range(0, most, CHUNK):
+            length = min(CHUNK, most - start)
+            mine = self.rows.new_zeros(length, self.rows.shape[1])
+            own = self.rows[start : start + length]
+            mine[: len(own)] = own
+            each = dist.gather_rows(mine).unflatten(0, (self._world, length)).cpu()
+            if self._rank == 0:
+                in_order = each.transpose(0, 1).flatten(0, 1)
+                part = whole[start * self._world : (start + length) * self._world]
+                part.copy_(in_order[: len(part)])
+        return {"rows": whole, **state} if self._rank == 0 else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's rows of all N, whatever the number of ranks that saved them.
+
+        Raises Refused for rows of another training view or another width.
+        """
+        rows, found = state["rows"], bytes(state["fingerprint"].tolist()).decode()
+        if found != self.fingerprint or len(rows) != self.images:
+            raise Refused(
+                f"the memory bank is of other pictures ({len(rows)} rows, fingerprint {found[:8]}; these are "
+                f"{self.images}, {self.fingerprint[:8]}): give the --data it was made from, or --out NEW"
+            )
+        if rows.shape[1] != self.rows.shape[1]:
+            raise Refused(
+                f"the memory bank's rows have {rows.shape[1]} numbers: set --method.dim {rows.shape[1]}"
+            )
+        self.rows.copy_(rows[self._rank :: self._world])
+
+    def agree(self) -> dict[str, Any]:
+        """What a resumed run's bank must be like."""
+        return {"rows": self.images, "dim": self.rows.shape[1]}
+
+    def in_words(self) -> str:
+        bytes_each = self.rows.numel() * self.rows.element_size()
+        what = f"{len(self.rows):,} x {self.rows.shape[1]} {str(self.rows.dtype).removeprefix('torch.')}"
+        if not self.sharded:
+            return f"memory bank: {what}, {bytes_each / 2**20:,.1f} MB on each rank"
+        return (
+            f"memory bank: {self.images:,} rows over {self._world} ranks; rank {self._rank} holds {what}, "
+            f"{bytes_each / 2**20:,.1f} MB, and contrasts with its own: population {len(self.rows):,}"
+        )
+
+    def _fill(self, seed: int) -> None:
+        """All ranks draw the same N rows, and keep their own."""
+        draw = torch.Generator().manual_seed(seed)
+        bound, done = math.sqrt(3 / self.rows.shape[1]), 0
+        for start in range(0, self.images, CHUNK):
+            whole = torch.empty(min(CHUNK, self.images - start), self.rows.shape[1])
+            whole.uniform_(-bound, bound, generator=draw)
+            first = (self._rank - start) % self._world
+            mine = whole[first :: self._world]
+            self.rows[done : done + len(mine)] = mine.to(self.rows.device)
+            done += len(mine)

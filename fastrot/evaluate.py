@@ -1,0 +1,278 @@
+"""Evaluate: `torchrun fastrot/evaluate.py RUN EVALUATION [any knob]`; plain python, srun and `fastrot evaluate` do the same."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
+    sys.path[0] = str(HERE.parent)
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastrot import config, entry
+from fastrot.config import Config, LoaderName, Refused, Stopped
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastrot.core import Data
+    from fastrot.evals.rotation import Answers
+
+AGAIN = "give the same command again"  # the way out where a process was lost
+
+
+def main(argv: list[str] | None = None) -> int:
+    import tyro
+
+    run, name, rest = _words(sys.argv[1:] if argv is None else argv)
+    with contextlib.nullcontext() if entry.rank() == 0 else _silence():
+        if name is None:
+            print("usage: evaluate.py RUN EVALUATION [any knob]\n")
+            print(
+                "RUN is a run's folder, a checkpoint, or a folder of fold0, fold1, ... (--folds).\n"
+            )
+            for word, (knobs, _) in EVALUATIONS.items():
+                print(f"  {word:<9} {(knobs.__doc__ or '').strip()}")
+            return 0
+        knobs, evaluate = EVALUATIONS[name]
+        wanted = tyro.cli(knobs, args=rest, prog=f"evaluate.py {run} {name}")
+    return evaluate(run, wanted)
+
+
+def _words(argv: list[str]) -> tuple[str, str | None, list[str]]:
+    """RUN, the evaluation's name, and its knobs; the name is None where only help is asked for."""
+    if not argv or argv[0] in ("-h", "--help") or argv[1:2] in (["-h"], ["--help"]):
+        return "", None, []
+    known = ", ".join(EVALUATIONS)
+    if argv[0].startswith("-") or len(argv) < 2:
+        raise Refused(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
+    if argv[1] not in EVALUATIONS:
+        raise Refused(f"there is no evaluation {argv[1]!r}: choose one of {known}")
+    return argv[0], argv[1], argv[2:]
+
+
+@contextlib.contextmanager
+def _silence():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---- what was trained ----
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of itself."""
+
+    source: Path  # the run's folder, or the checkpoint
+    cfg: Config
+    facts: dict[str, Any]
+    step: int
+
+
+def nets_of(run: str | Path) -> list[Trained]:
+    """The net of a run or checkpoint; of a folder of folds those of all of them, in order.
+
+    Raises Refused where a fold is missing, unfinished, or one of another --folds.
+    """
+    from fastrot import checkpoint
+    from fastrot.run import folds_in
+
+    folders = folds_in(Path(run))
+    if not folders:
+        return [_trained(Path(run))]
+    begun = {f: _trained(f) for f in folders if checkpoint.of_run(f).exists()}
+    folds = max((net.cfg.folds or 0 for net in begun.values()), default=0)
+    for fold in range(max(folds, 1)):
+        folder = Path(run) / f"fold{fold}"
+        if folder not in begun:
+            raise Refused(
+                f"{folder} holds no trained net: train with --folds {folds or 'F'} --out {run} first, to the end"
+            )
+        net = begun[folder]
+        if (net.cfg.folds, net.cfg.fold) != (folds, fold):
+            raise Refused(
+                f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
+                f"{folds} belongs: train it in another folder"
+            )
+        if net.step < net.facts["steps"]:
+            raise Refused(
+                f"{folder} is not trained to its end (step {net.step} of {net.facts['steps']}): the command "
+                "that began it goes on there"
+            )
+    return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
+
+
+def _trained(source: Path) -> Trained:
+    from fastrot import checkpoint
+
+    state = checkpoint.load(checkpoint.of_run(source))
+    return Trained(source, config.from_plain(state["config"]), state["facts"], state["step"])
+
+
+# ---- rotation ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Ask which way up each picture is, turned four ways; a folder of folds: the net that never saw it."""
+
+    data: str | None = None  # pictures to ask about; default: all that the run's data holds
+    table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
+    batch: int | None = None  # pictures at once in each process, before turning; default: the run's
+    workers: int | None = None  # threads or processes that decode; default: one a core
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    loader: LoaderName = "auto"  # what reads the data; auto: by its format
+    on_bad_record: Literal["stop", "skip"] = "stop"  # a picture that cannot be read; skip counts
+
+
+def rotation(run: str, knobs: Rotation) -> int:
+    """Print how often the nets are right, and write the table where one is asked for."""
+    from fastrot import assemble, dist, turn_table
+    from fastrot.evals.rotation import exactly
+    from fastrot.run import choose_device, joined
+
+    for name, least in {"batch": 1, "workers": 0}.items():
+        if (value := getattr(knobs, name)) is not None and value < least:
+            raise Refused(f"--{name} got {value}: it wants at least {least}")
+    if knobs.table is not None:
+        turn_table.check_name(knobs.table, "--table")
+    nets = nets_of(run)
+    for net in nets:
+        if not assemble.tells_turns(net.cfg):
+            raise Refused(
+                f"{net.source} tells no turns ({type(net.cfg.method).__name__}): name a run of rotnet or "
+                "decoupling"
+            )
+    here = dist.place()
+    device = choose_device(knobs.device, here)
+    name = knobs.data or nets[0].cfg.data or ""
+    data = assemble.open_data(name, knobs.loader)
+    fold = _folds(nets, data, name)
+    with joined(here, device, AGAIN), exactly():
+        answers = _asked(nets, knobs, data, fold, here, device)
+    if here.rank:
+        return 0
+    if not answers.asked.any():
+        raise Stopped(f"no picture of {name} can be read: prepare it anew")
+    print(f"{run}: {data.rows:,} pictures of {name}, each turned four ways")
+    print(*_shares_right(answers, fold, nets), sep="\n")
+    for line in _cautions(answers, nets, data):
+        print(line)
+    if knobs.table is not None:
+        turn_table.write(
+            knobs.table, turn_table.TurnTable(answers.probabilities, fold, data.fingerprint)
+        )
+        print(f"written to {knobs.table}")
+    return 0
+
+
+def _folds(nets: list[Trained], data: "Data", name: str) -> "np.ndarray":
+    """The fold of each row, whose net never saw it; -1 where there is one net for all."""
+    import numpy as np
+
+    from fastrot.data.sources import fold_of
+
+    if len(nets) == 1:
+        return np.full(data.rows, -1, np.int8)
+    for net in nets:
+        if net.facts["data_fingerprint"] != data.fingerprint:
+            raise Refused(
+                f"--data {name} holds other pictures than {net.source} was trained on, so that no fold says "
+                f"which net never saw them: give the same --data, or name {net.source} alone"
+            )
+    return fold_of(data.keys, len(nets))
+
+
+def _asked(nets, knobs: Rotation, data: "Data", fold: "np.ndarray", here, device) -> "Answers":
+    """What the nets say of all rows; on every rank."""
+    from fastrot import assemble
+    from fastrot.evals.rotation import Answers, ask
+
+    share = entry.share_of_cores(here.local_world)
+    answers = Answers.none_yet(data.rows)
+    with _counted(data.rows, here.rank) as count:
+        for number, net in enumerate(nets):
+            with _rows_file(fold, number) as rows:
+                loader = assemble.open_loader(
+                    data,
+                    assemble.evaluation_view(net.cfg, rows),
+                    batch=knobs.batch or net.cfg.batch,
+                    rank=here.rank,
+                    world=here.world,
+                    device=device,
+                    workers=share if knobs.workers is None else knobs.workers,
+                    enlarge=net.cfg.enlarge,
+                    on_bad_record=knobs.on_bad_record,
+                )
+            method = assemble.trained_method(net.source, device)
+            ask(method, loader, answers, lambda pictures: count(pictures * here.world))
+    return answers.of_all_ranks()
+
+
+@contextlib.contextmanager
+def _rows_file(fold: "np.ndarray", number: int) -> Iterator[Path | None]:
+    """The rows of a fold as a view wants them; None where all are asked about."""
+    import numpy as np
+
+    if (fold < 0).all():
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "rows.npy", np.flatnonzero(fold == number))
+        yield Path(folder) / "rows.npy"
+
+
+@contextlib.contextmanager
+def _counted(pictures: int, rank: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, on a terminal and rank 0 alone; what it yields hears of pictures done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(quiet=rank > 0)
+    with Progress(console=console, disable=rank > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("pictures", total=pictures)
+        yield lambda done: bar.update(task, advance=done)
+
+
+def _shares_right(answers: "Answers", fold: "np.ndarray", nets: list[Trained]) -> list[str]:
+    from fastrot.journal import table
+
+    asked = answers.asked > 0
+    right = answers.right[asked]
+    rows = [("all turns", f"{right.mean():.2%}")]
+    for turn, share in enumerate(right.mean(axis=0)):
+        rows.append((f"turned {90 * turn} degrees" if turn else "upright", f"{share:.2%}"))
+    for number, net in enumerate(nets if len(nets) > 1 else ()):
+        mine = answers.right[asked & (fold == number)]
+        share = f"{mine.mean():.2%}" if len(mine) else "nothing"
+        rows.append((f"fold {number}", f"{share} of {len(mine):,} pictures, by {net.source}"))
+    return table(rows)
+
+
+def _cautions(answers: "Answers", nets: list[Trained], data: "Data") -> list[str]:
+    lines = []
+    if unread := int((answers.asked == 0).sum()):
+        lines.append(
+            f"{unread:,} of {data.rows:,} pictures cannot be read: their probabilities are 0, so that PU weights "
+            "leave them as they are"
+        )
+    seen = nets[0].facts.get("data_fingerprint") in (None, data.fingerprint)
+    if len(nets) == 1 and seen:
+        lines.append(
+            "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"
+        )
+    return lines
+
+
+# the word on the command line: its knobs, and what is done with them
+EVALUATIONS: dict[str, tuple[type, Callable[[str, Any], int]]] = {"rotation": (Rotation, rotation)}
+
+
+if __name__ == "__main__":
+    sys.exit(entry.status(main))

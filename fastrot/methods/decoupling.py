@@ -1,0 +1,257 @@
+"""Rotation Feature Decoupling: half of the features tell turns, the other half tells pictures (Feng 2019, CVPR).
+
+As the authors' code computes it (philiptheother/FeatureDecoupling), but for its faults: README.md names them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrot import config, dist
+from fastrot.backbones.staged import Staged
+from fastrot.bank import Bank
+from fastrot.config import Refused
+from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.methods.rotnet import TURNS, turn_labels
+from fastrot.methods.scores import classification_scores, wide
+from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
+from fastrot.ops.turns import turned_views
+from fastrot.turn_table import pu_weights, read
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
+
+
+class Parts(NamedTuple):
+    """What the net makes of 4 B views; None: nothing asks for it."""
+
+    logits: Float[Tensor, "v 4"] | None  # of the four turns, from the first half of the features
+    other: Float[Tensor, "v h"]  # the second half
+    embedding: Float[Tensor, "b d"] | None  # unit length, of the other half's mean over the turns
+
+
+class DecouplingNet(nn.Module):
+    """A trunk whose features are split in half; a head that tells turns, and one that embeds pictures."""
+
+    def __init__(self, trunk: Staged, cfg: config.Decoupling):
+        super().__init__()
+        width = trunk.channels[trunk.stages[-1]]
+        if width % 2:
+            raise Refused(
+                f"the trunk's last stage has {width} features, which cannot be split in half: choose another "
+                "--backbone.width"
+            )
+        self.trunk, self.each = trunk, width // 2
+        # a head without a loss would have no gradient, which DDP refuses
+        self.rotation = nn.Linear(self.each, len(TURNS)) if cfg.lambda_cls else None
+        self.embed = nn.Linear(self.each, cfg.dim) if _has_bank(cfg) else None
+
+    def forward(self, x: Float[Tensor, "v 3 s s"]) -> Parts:
+        features = self.trunk(x)
+        return self.heads(features if features.ndim == 2 else features.mean(dim=(2, 3)))
+
+    def heads(self, features: Float[Tensor, "v w"]) -> Parts:
+        told, other = features.split(self.each, dim=1)
+        logits = None if self.rotation is None else self.rotation(told)
+        embedding = None
+        if self.embed is not None:
+            # guarded: the original divides a zero vector by its length of zero
+            embedding = F.normalize(wide(self.embed(_mean_over_turns(other))), dim=1, eps=1e-12)
+        return Parts(logits, other, embedding)
+
+
+class Decoupling(Method):
+    """PU-weighted rotation loss + spread of the other half over a picture's turns + NCE against the bank."""
+
+    def __init__(self, cfg: config.Decoupling, trunk: Staged, facts: Facts):
+        self.cfg, self.facts = cfg, facts
+        self.net = DecouplingNet(trunk, cfg)
+        self.bank: Bank | None = None
+        if _has_bank(cfg):
+            self.bank = Bank(
+                facts,
+                cfg.dim,
+                dtype=DTYPES[cfg.bank_dtype],
+                sharded=cfg.bank == "sharded",
+                momentum=cfg.bank_momentum,
+            )
+        # Z / population: mean of exp(s / T); so it does not depend on how many rows a rank holds
+        self.mean_exp = torch.full((), torch.nan, device=facts.device)
+        self.weights, self.pu_epoch, self.table = None, cfg.pu_from, None
+        if cfg.pu_table is not None:
+            table = read(cfg.pu_table, rows=facts.data_rows, fingerprint=facts.data_fingerprint)
+            weights = torch.from_numpy(pu_weights(table.upright, cfg.gamma))
+            self.weights, self.table = weights.float().to(facts.device), table.digest
+
+    @staticmethod
+    def owned(cfg: config.Decoupling) -> bool:
+        return cfg.bank == "sharded" and _has_bank(cfg)
+
+    def told_length(self, begins) -> None:
+        self.pu_epoch = begins(self.cfg.pu_from)
+
+    @torch.no_grad()
+    def views(self, batch: Batch) -> Float[Tensor, "v 3 s s"]:
+        return turned_views(
+            batch.images, TURNS, self.facts.mean, self.facts.std, dtype=self.facts.dtype
+        )
+
+    def negatives(self, batch: Batch) -> Draw:
+        """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
+        return Draw(
+            self.cfg.negatives,
+            self.facts.seed,
+            batch.index,
+            batch.clock[1],
+            exclude_self=self.cfg.exclude_self,
+        )
+
+    def first(self, outputs: Parts, batch: Batch) -> None:
+        """Z, from the first batch of all ranks."""
+        if self._wants_z():
+            assert self.bank is not None
+            assert outputs.embedding is not None
+            mean = estimate_z(
+                *self._contrasted(outputs.embedding, batch),
+                temperature=self.cfg.temperature,
+                population=1,
+            )
+            self.mean_exp = dist.sum_over_ranks(mean) / dist.world()
+
+    def losses(self, outputs: Parts, batch: Batch) -> Losses:
+        terms, metrics = {}, {}
+        if outputs.logits is not None:
+            turn = turn_labels(outputs.logits)
+            each = F.cross_entropy(wide(outputs.logits), turn, reduction="none")
+            terms["loss_cls"] = self.cfg.lambda_cls * (self._weight(batch, each) * each).mean()
+            right = (outputs.logits.argmax(dim=1) == turn).float().mean()
+            metrics |= {"accuracy": right, "prec_cls": right}
+        if self.cfg.lambda_mse:
+            terms["loss_mse"] = self.cfg.lambda_mse * _spread(outputs.other).mean()
+        if outputs.embedding is not None:
+            more, seen = self._instance_terms(outputs.embedding, batch)
+            terms, metrics = terms | more, metrics | seen
+        return Losses(terms, metrics)
+
+    def score(self, outputs: Parts, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """prec_rot and loss_rot of the rotation head; prec_inv and loss_inv of the same head on the other half.
+
+        prec_inv should stay at chance: the other half holds nothing that this head can read. Without a
+        rotation loss there is only `loss`, the spread.
+        """
+        if outputs.logits is None:
+            spread = _spread(outputs.other)
+            return {"loss": (spread.sum(), torch.full_like(spread.sum(), len(spread)))}
+        turn = turn_labels(outputs.logits)
+        rotation = classification_scores(outputs.logits, turn)
+        head = self.net.get_submodule("rotation")
+        invariant = classification_scores(head(outputs.other), turn)
+        return rotation | {
+            "prec_rot": rotation["accuracy"],
+            "loss_rot": rotation["loss"],
+            "prec_inv": invariant["accuracy"],
+            "loss_inv": invariant["loss"],
+        }
+
+    def turn_logits(self, outputs: Parts) -> Tensor | None:
+        return outputs.logits
+
+    @torch.no_grad()
+    def after_step(self, outputs: Parts, batch: Batch, losses: Losses) -> None:
+        """The embedding of before the step goes into the bank; Z follows where it shall."""
+        if self.bank is None:
+            return
+        assert outputs.embedding is not None
+        self.bank.update(batch.index, outputs.embedding.detach())
+        if self.cfg.z == "ema" and self._wants_z():
+            now = losses.metrics["z"].detach() / self.bank.population
+            if not self.bank.sharded:
+                now = dist.sum_over_ranks(now) / dist.world()
+            self.mean_exp = EMA * self.mean_exp + (1 - EMA) * now
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.bank is None:
+            return {}
+        state = {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
+        if self._wants_z():
+            state["mean_exp"] = dist.gather_rows(
+                self.mean_exp[None]
+            )  # a rank's own, with a sharded bank
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.bank is None:
+            return
+        names = {name for name in state if name.startswith("bank.")}
+        self.bank.load_state_dict({name.removeprefix("bank."): state[name] for name in names})
+        if self._wants_z():
+            each = state["mean_exp"].to(self.mean_exp.device)
+            own = each[dist.rank()] if len(each) == dist.world() else each.mean()
+            self.mean_exp = own.clone()
+
+    def agree(self) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.bank is None else {"bank": self.bank.agree()}
+        return found if self.table is None else found | {"pu_table": self.table}
+
+    def in_words(self) -> list[str]:
+        lines = [] if self.bank is None else [self.bank.in_words()]
+        if self.weights is not None:
+            lines.append(f"PU weights from epoch {self.pu_epoch} on, of {self.cfg.pu_table}")
+        return lines
+
+    # ---- inside ----
+
+    def _wants_z(self) -> bool:
+        return self.cfg.lambda_nce > 0 and self.cfg.contrast == "nce"
+
+    def _weight(self, batch: Batch, like: Tensor) -> Float[Tensor, " v"] | float:
+        """1, or 1 - p ** gamma of each turned copy: one that looks upright may be a wrong label."""
+        if self.weights is None:
+            return 1.0
+        weights = self.weights[batch.index].flatten().to(like.dtype)
+        return torch.where(batch.clock[0] >= self.pu_epoch, weights, torch.ones_like(weights))
+
+    def _contrasted(
+        self, embedding: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | Draw]:
+        assert self.bank is not None
+        return embedding, self.bank.rows, self.bank.place[batch.index], self.negatives(batch)
+
+    def _instance_terms(
+        self, embedding: Float[Tensor, "b d"], batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        assert self.bank is not None
+        terms, metrics = {}, {}
+        if self.cfg.lambda_nce:
+            population = self.bank.population
+            loss, mass = nce_loss_and_mass(
+                *self._contrasted(embedding, batch),
+                temperature=self.cfg.temperature,
+                z=self.mean_exp * population if self._wants_z() else None,
+                population=population,
+                kind=self.cfg.contrast,
+            )
+            terms["loss_nce"] = self.cfg.lambda_nce * loss.mean()
+            metrics["z"] = mass.mean() / (self.cfg.negatives + 1) * population  # of this batch
+        if self.cfg.proximal:
+            apart = (embedding - self.bank.of(batch.index)).square().sum(dim=1)
+            terms["loss_proximal"] = self.cfg.proximal * apart.mean()
+        return terms, metrics
+
+
+def _has_bank(cfg: config.Decoupling) -> bool:
+    return cfg.lambda_nce > 0 or cfg.proximal > 0
+
+
+def _mean_over_turns(other: Float[Tensor, "v h"]) -> Float[Tensor, "b h"]:
+    return wide(other).unflatten(0, (-1, len(TURNS))).mean(dim=1)
+
+
+def _spread(other: Float[Tensor, "v h"]) -> Float[Tensor, " b"]:
+    """Mean square distance of each picture's four copies from their mean, over copies and features."""
+    each = wide(other).unflatten(0, (-1, len(TURNS)))
+    # the mean is held: its own gradient is zero anyway
+    return (each - each.mean(dim=1, keepdim=True).detach()).square().mean(dim=(1, 2))

@@ -1,0 +1,202 @@
+"""Turn probabilities of every picture of a data set, as a file: what PU weights are made of.
+
+Two formats. `.npz` holds plain arrays: `probabilities` float32 [rows, 4, 4] by (picture, turn that it was shown,
+turn that the net says), `fold` int8 [rows], `fingerprint` of the data. `.dat` and `.txt` hold the text of the
+original code, one number a line: line 4 i + r is the probability that picture i, turned r times, is upright.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Float, Float32, Int8
+
+from fastrot.config import Refused
+from fastrot.disk import write_atomically
+
+SUFFIXES = (".npz", ".dat", ".txt")
+TURNS = 4
+WRITTEN_BY = "fastrot/evaluate.py RUN rotation --table FILE"
+_ZIP = b"PK\x03\x04"  # the first bytes of an .npz
+_LINES = 2**16  # that are written or read at once
+
+
+@dataclass(frozen=True)
+class TurnTable:
+    """What a net says of the four turns of each picture."""
+
+    # by (picture, turn that it was shown, turn that the net says); of the last a text holds only turn 0
+    probabilities: Float32[np.ndarray, "rows 4 k"]
+    fold: Int8[np.ndarray, " rows"]  # whose net said it; -1: there were no folds
+    fingerprint: str | None  # of the data; None: a text holds none
+
+    @property
+    def upright(self) -> Float32[np.ndarray, "rows 4"]:
+        """The probability that copy r of a picture is in default orientation."""
+        return self.probabilities[:, :, 0]
+
+    @property
+    def digest(self) -> str:
+        """Of what weights are made from: the same in both formats."""
+        upright = np.ascontiguousarray(self.upright)
+        return hashlib.blake2b(upright.tobytes(), digest_size=16).hexdigest()
+
+
+def pu_weights(upright: Float[np.ndarray, "rows 4"], gamma: float) -> Float[np.ndarray, "rows 4"]:
+    """1 for the picture as it is, 1 - p ** gamma for a turned copy: one that looks upright may be a wrong label."""
+    weights = 1 - upright**gamma
+    weights[:, 0] = 1
+    return weights
+
+
+# ---- writing ----
+
+
+def write(path: str | Path, table: TurnTable) -> None:
+    """An .npz, or by its name the original's text, which holds `upright` alone. Appears whole or not at all."""
+    if Path(path).suffix != ".npz":
+        return write_atomically(path, lambda file: _write_text(file, table.upright.reshape(-1)))
+    probabilities, fold = table.probabilities, table.fold
+    fingerprint = np.array(table.fingerprint or "")
+    return write_atomically(
+        path,
+        lambda file: np.savez(
+            file, probabilities=probabilities, fold=fold, fingerprint=fingerprint
+        ),
+    )
+
+
+def check_name(path: str | Path, knob: str) -> None:
+    """Refuse a file that could not be written, before anything is computed for it."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise Refused(f"{knob} {path} wants a name that ends in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise Refused(f"{knob} {path} cannot be written: name a file in a folder that exists")
+
+
+def _write_text(file: BinaryIO, numbers: Float32[np.ndarray, " n"]) -> None:
+    for start in range(0, len(numbers), _LINES):
+        part = numbers[start : start + _LINES].tolist()
+        # nine digits give a float32 back exactly
+        file.write(("%.9g\n" * len(part) % tuple(part)).encode())
+
+
+# ---- reading ----
+
+
+def read(
+    path: str | Path, *, rows: int, fingerprint: str, knob: str = "--method.pu-table"
+) -> TurnTable:
+    """The table of a data set of so many rows, in either format. Nothing in it is ever unpickled.
+
+    Raises Refused, naming `knob`, for a file that is not there, is no table, is another data set's, or holds
+    what is no probability.
+    """
+    name = f"{knob} {path}"
+    if not Path(path).is_file():
+        raise Refused(f"{name} is no file: name one that {WRITTEN_BY} wrote, or a prob.dat")
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start.startswith(_ZIP):
+        table = _read_npz(Path(path), name)
+    elif len(start) == 4096 and b"\n" not in start:
+        raise _no_table(name)
+    else:
+        table = _read_text(Path(path), rows, name)
+    if len(table.fold) != rows:
+        raise Refused(
+            f"{name} holds {len(table.fold):,} pictures, but the data has {rows:,}: write it from this data"
+        )
+    if table.fingerprint not in (None, fingerprint):
+        raise Refused(
+            f"{name} was written from other data (fingerprint {table.fingerprint}, now {fingerprint}): "
+            f"write it from this data, by {WRITTEN_BY}"
+        )
+    return table
+
+
+def _no_table(name: str) -> Refused:
+    return Refused(f"{name} is no table of turns: name one that {WRITTEN_BY} wrote, or a prob.dat")
+
+
+def _read_npz(path: Path, name: str) -> TurnTable:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("probabilities", "fold", "fingerprint")}
+    except MemoryError:
+        raise  # says nothing of the file
+    except (
+        Exception
+    ) as error:  # damaged bytes make zipfile and numpy raise nearly every type there is
+        raise _no_table(name) from error
+    probabilities, fold, fingerprint = arrays.values()
+    if (
+        probabilities.dtype != np.float32
+        or probabilities.shape != (len(fold) if fold.ndim else -1, TURNS, TURNS)
+        or (fold.dtype, fold.ndim) != (np.int8, 1)
+        or (fingerprint.dtype.kind, fingerprint.ndim) != ("U", 0)
+    ):
+        raise _no_table(name)
+    bad = np.flatnonzero(~_shares(probabilities).all(axis=(1, 2)))
+    if len(bad):
+        row = probabilities[bad[0]]
+        raise _no_share(name, f"row {bad[0]}", row[~_shares(row)][0])
+    return TurnTable(probabilities, fold, str(fingerprint) or None)
+
+
+def _read_text(path: Path, rows: int, name: str) -> TurnTable:
+    wanted = rows * TURNS
+    upright, lines = np.empty(wanted, np.float32), 0
+    with open(path, "rb") as file:
+        for part in _numbers(file, name):
+            kept = part[: max(0, wanted - lines)]
+            upright[lines : lines + len(kept)] = kept
+            lines += len(part)
+    if lines != wanted:
+        raise Refused(
+            f"{name} has {lines:,} lines, but the data's {rows:,} pictures want {wanted:,}, four each: write it "
+            f"from this data, by {WRITTEN_BY}"
+        )
+    return TurnTable(upright.reshape(rows, TURNS, 1), np.full(rows, -1, np.int8), None)
+
+
+def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:
+    """The numbers of a text, some thousand lines at a time."""
+    before = 0
+    while lines := file.readlines(_LINES * 12):
+        try:
+            part = np.fromiter(map(float, lines), np.float64, len(lines))
+        except ValueError:
+            at = next(i for i, line in enumerate(lines) if not _is_number(line))
+            text = lines[at][:40].decode("ascii", "backslashreplace").strip()
+            raise Refused(
+                f"{name}: line {before + at + 1} is no number ({text!r}); name a table that {WRITTEN_BY} wrote, "
+                "or a prob.dat of one probability a line"
+            ) from None
+        bad = np.flatnonzero(~_shares(part))
+        if len(bad):
+            raise _no_share(name, f"line {before + bad[0] + 1}", part[bad[0]])
+        before += len(lines)
+        yield part
+
+
+def _is_number(line: bytes) -> bool:
+    try:
+        float(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _shares(numbers: np.ndarray) -> np.ndarray:
+    return (numbers >= 0) & (numbers <= 1)  # both are false of NaN
+
+
+def _no_share(name: str, where: str, value: Any) -> Refused:
+    return Refused(
+        f"{name}: {where} holds {value:g}, and a probability is from 0 to 1; write the table anew, by {WRITTEN_BY}"
+    )
