@@ -1,6 +1,6 @@
-"""Where a training step's time goes: views, forward, losses, backward, optimiser, the rest; and waiting for data.
+"""Where a training step's time goes: views, forward, losses, NCE, backward, optimiser, bank, rest; and waiting for data.
 
-    python -m benchmarks.bench_train [--root FOLDER] [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
+    python -m benchmarks.bench_train [--preset PRESET] [--root FOLDER] [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
     python -m benchmarks.bench_train --run -- demo --data FOLDER ...    a whole run, as the command gives it
 
 The step is loop.train_step itself; marks at its borders are CUDA events (clock readings on a CPU), all read behind the
@@ -8,6 +8,11 @@ last step. Each form of the network (eager, compiled) sees a batch that stays on
 --root's as .beton. Whole steps are then timed without marks, the forms in turns. A file profile_<form>.txt beside the
 rows names the fifteen most costly operations. TFLOP/s count multiplications and additions of the network's forward and
 backward; their share is of a large matrix product in the same precision, measured in the same run.
+
+With --preset decoupling-alexnet, `nce` is the loss against the memory bank, its gradient included, and `bank` the bank's
+write. The bank has ImageNet's 1,281,167 rows, however few pictures are learnt from. What it costs in all is told by
+whole steps in turns with steps that lack NCE and write and train the same network: its head gets a trivial
+gradient instead. On a CPU the network has a quarter of the width and sees 64 pixels.
 """
 
 import sys
@@ -17,6 +22,7 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
     sys.path[0] = str(Path(__file__).parents[1])
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -27,21 +33,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_loaders, measure
 from fastrot import assemble, entry
-from fastrot.config import AlexNet, Config, Stopped, resolved
-from fastrot.core import Batch
+from fastrot.config import AlexNet, Config, Decoupling, Stopped, resolved
+from fastrot.core import Batch, Losses
 from fastrot.loop import TrainState, train_step
+from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
 from fastrot.run import DTYPES, choose_precision
 
 HELD = "one batch, held on the device"
 WARM = 2  # batches before the clock starts
-PARTS = ("views", "forward", "losses", "backward", "optimiser", "rest")
-QUICK = {"batch": 8, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+PARTS = ("views", "forward", "losses", "nce", "backward", "optimiser", "bank", "rest")
+SMALL = {"batch": 64, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+QUICK = {**SMALL, "batch": 8}
+BANK, QUICK_BANK = 1_281_167, 100_000  # rows
+SHARE = 0.03  # of a step on a GPU, which the bank may take
 MB = 2**20
 
 
@@ -75,19 +86,20 @@ class Marks:
     def read(self, steps: int) -> dict[str, list[float]]:
         """Milliseconds of each part in each of the last steps. Waits for the device."""
         wait_for(self.device)
-        found: dict[str, list[float]] = {part: [] for part in PARTS}
-        for (_, begin), (part, end) in itertools.pairwise(self.made):
-            if part in found:
-                gpu = self.device.type == "cuda"
-                found[part].append(begin.elapsed_time(end) if gpu else 1e3 * (end - begin))
+        gpu, each = self.device.type == "cuda", []
+        for (_, begin), (part, end) in itertools.pairwise([("", None), *self.made]):
+            if part == "":  # a step begins
+                each.append(dict.fromkeys(PARTS, 0.0))
+            elif each and part in PARTS:
+                each[-1][part] += begin.elapsed_time(end) if gpu else 1e3 * (end - begin)
         self.made = []
-        return {part: times[-steps:] for part, times in found.items()}
+        return {part: [step[part] for step in each[-steps:]] for part in PARTS}
 
 
 class Trained:
-    """A network in one form, and its steps."""
+    """A network in one form, and its steps; `bank`: rows of its memory bank, where it has one."""
 
-    def __init__(self, cfg: Config, images: int, device: torch.device):
+    def __init__(self, cfg: Config, images: int, device: torch.device, bank: int = BANK):
         self.device = device
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         view = assemble.training_view(cfg)
@@ -96,7 +108,10 @@ class Trained:
         )
         dtype = DTYPES[cfg.precision]
         torch.manual_seed(cfg.seed)
-        method = assemble.method(cfg, assemble.facts(cfg, self.loader, None, device, dtype))
+        facts = assemble.facts(cfg, self.loader, None, device, dtype)
+        if isinstance(cfg.method, Decoupling):
+            facts = dataclasses.replace(facts, images=bank, data_rows=bank)
+        method = assemble.method(cfg, facts)
         method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = TrainState(
             method=method,
@@ -153,10 +168,33 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     marks = Marks(device)
     state.method.views = marks.behind("views", state.method.views)
     state.net = marks.behind("forward", state.net)
+    if isinstance(state.method, DecouplingMethod):
+        terms = marks.behind("nce", state.method._instance_terms)
+        state.method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
     state.method.losses = marks.behind("losses", state.method.losses)
     state.optimizer.register_step_pre_hook(lambda *_: marks("backward"))
     state.optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
+    state.method.after_step = marks.behind("bank", state.method.after_step)
     return marks
+
+
+@contextlib.contextmanager
+def without_bank(trained: Trained) -> Iterator[None]:
+    """Steps of the same network that neither contrast with the bank nor write it: its head gets a trivial gradient."""
+
+    def terms(embedding: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"loss_nce": embedding.mean()}, {}
+
+    def nothing(outputs: Any, batch: Batch, losses: Losses) -> None:
+        pass
+
+    method: Any = trained.state.method
+    kept = method._instance_terms, method.after_step
+    method._instance_terms, method.after_step = terms, nothing
+    try:
+        yield
+    finally:
+        method._instance_terms, method.after_step = kept
 
 
 def wait_for(device: torch.device) -> None:
@@ -168,7 +206,14 @@ def wait_for(device: torch.device) -> None:
 
 
 def step_rows(
-    cfg: Config, beton: Path | None, device: torch.device, *, steps: int, reps: int, out: Path
+    cfg: Config,
+    beton: Path | None,
+    device: torch.device,
+    *,
+    steps: int,
+    reps: int,
+    out: Path,
+    bank: int = BANK,
 ) -> Iterator[dict[str, Any]]:
     """Rows of all forms on all data, each as soon as it is measured; profiles as text into the folder `out`."""
     peak, about = matrix_peak(device, DTYPES[cfg.precision]), {"dtype": cfg.precision}
@@ -177,15 +222,21 @@ def step_rows(
     if cfg.compile:
         forms = {"eager": dataclasses.replace(cfg, compile=False), "compiled": cfg}
     images = (WARM + steps) * cfg.batch
-    trained = {form: Trained(each, images, device) for form, each in forms.items()}
+    trained = {form: Trained(each, images, device, bank) for form, each in forms.items()}
     flop = flop_of(trained["eager"])
     net = {"batch": cfg.batch, "size": cfg.method.crop.size, "width": cfg.backbone.width}
+    if isinstance(cfg.method, Decoupling):
+        net |= {"negatives": cfg.method.negatives, "bank": bank}
+        form, each = list(trained.items())[-1]  # compiled, where that is asked for
+        yield bank_row(f"{cfg.preset} {form}", each, steps, reps, shape=net, **about)
     for name, source in sources(cfg, beton, device, steps).items():
         for form, each in trained.items():
             each.marks.on = True
             each.run(source(each.batch))
             each.marks.on = False
             for part, times in each.marks.read(steps).items():
+                if not any(times):
+                    continue  # NCE, in a method that has none
                 variant = f"{cfg.preset} {form}, {name}: {part}"
                 time_of = measure.middle(times, "ms")
                 yield row("step part", variant, mode="with marks", shape=net, **about, **time_of)
@@ -232,6 +283,30 @@ def sources(
         HELD: lambda held: iter([held] * (WARM + steps)),
         **{name: opened(each) for name, each in data.items()},
     }
+
+
+def bank_row(variant: str, trained: Trained, steps: int, reps: int, **of: Any) -> dict[str, Any]:
+    """What NCE and the bank's write take of a step: whole steps with them, in turns with steps without."""
+    held = [trained.batch] * (WARM + steps)
+    with_it, without = [], []
+    for _ in range(2 * reps):
+        with_it.append(trained.run(iter(held))[0])
+        with without_bank(trained):
+            without.append(trained.run(iter(held))[0])
+    shares = [1 - less / whole for whole, less in zip(with_it, without, strict=True)]
+    target = {"target": SHARE, "better": "lower"} if trained.device.type == "cuda" else {}
+    return row(
+        "bank's share of a step",
+        variant,
+        mode=f"NCE and write, by steps with and without, {steps} steps a repetition",
+        **of,
+        **measure.middle(shares, "share"),
+        with_ms=measure.spread(with_it)["p50"],
+        without_ms=measure.spread(without)["p50"],
+        **target,
+        about=f"the bank has {of['shape']['bank']:,} rows, however few pictures are learnt from; steps without it "
+        "train the same network, whose head gets a trivial gradient",
+    )
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -293,8 +368,9 @@ def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
 
 
 def config_of(asked: argparse.Namespace, device: torch.device) -> Config:
-    """The preset, small where a quick look is asked for."""
-    cfg = dataclasses.replace(PRESETS[asked.preset](), **(QUICK if asked.quick else {}))
+    """The preset, small on a CPU and smaller where a quick look is asked for."""
+    small = QUICK if asked.quick else SMALL if device.type == "cpu" else {}
+    cfg = dataclasses.replace(PRESETS[asked.preset](), **small)
     precision = choose_precision(cfg.precision, device)
     return resolved(dataclasses.replace(cfg, compile=asked.compile, precision=precision))
 
@@ -331,7 +407,8 @@ def main(args: list[str] | None = None) -> int:
             beton = bench_loaders.prepared(root, asked.work, entry.cores())
         steps, reps = (3, 2) if asked.quick else (60, 4) if asked.device == "cuda" else (5, 3)
         cfg = config_of(asked, device)
-        rows = step_rows(cfg, beton, device, steps=steps, reps=reps, out=file.parent)
+        bank = QUICK_BANK if asked.quick else BANK
+        rows = step_rows(cfg, beton, device, steps=steps, reps=reps, out=file.parent, bank=bank)
     for each in rows:
         measure.append(file, each)
         measure.say(each)

@@ -74,12 +74,12 @@ def shared_data() -> Path:
     return Path(os.environ.get("FASTROT_DATA", ROOT.parent / "shared" / "data"))
 
 
-def say(row: Mapping[str, Any]) -> None:
+def say(row: Mapping[str, Any], more: str = "") -> None:
     """A row for the eye."""
     wall = f", {row['images_per_s']:,.0f} images/s" if row.get("images_per_s") else ""
     print(
         f"{row['what']}: {row.get('variant')}: {row['p50']:,.3g} {row['unit']} "
-        f"({row['p20']:,.3g} to {row['p80']:,.3g}){wall}{verdict(row)}",
+        f"({row['p20']:,.3g} to {row['p80']:,.3g}){wall}{more}{verdict(row)}",
         flush=True,
     )
 
@@ -102,6 +102,12 @@ def cpu_seconds() -> float:
     """User and system time of this process and of its children that have ended."""
     each = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(used.ru_utime + used.ru_stime for used in each)
+
+
+def memory(name: str) -> float:
+    """MB of this process as Linux tells them: VmRSS, in memory now; VmHWM, the most so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0]) / 1024
 
 
 def middle(values: list[float], unit: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fastrot.config import Refused
 TITLES = {
     "loaders": "Loaders and conversion",
     "cifar": "Learning on real pictures: CIFAR-10",
+    "decoupling": "Decoupling on real pictures: ten ImageNet classes",
     "ops": "Ops",
     "train": "A training step",
     "demo": "The demonstration",
@@ -40,8 +41,11 @@ SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
     "gb_per_s": "GB/s",
     "share_of_peak": "share of copy",
+    "share_of_gather": "share of random gather",
     "tflops": "TFLOP/s",
     "share_of_matrix": "share of matrix peak",
+    "with_ms": "with, ms",
+    "without_ms": "without, ms",
     "peak_memory_mb": "peak MB",
     "parent_mb": "parent MB",
     "worker_mb": "a worker MB",
@@ -162,7 +166,11 @@ def _number(value: float) -> str:
 
 def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
     """The theme's plots as PNG beside the page."""
-    draws = {"loaders": (("loaders", _loaders),), "cifar": (("curve", _curve),)}
+    draws = {
+        "loaders": (("loaders", _loaders),),
+        "cifar": (("curve", _curve),),
+        "decoupling": (("curves", _decoupling),),
+    }
     made = []
     for name, plot in draws.get(theme, ()):
         figure = plot(rows)
@@ -205,15 +213,53 @@ def _curve(rows: list[dict[str, Any]]):
     return figure
 
 
+def _decoupling(rows: list[dict[str, Any]]):
+    """The losses as they are logged, and what the rotation head reads from either half of the features."""
+    found = [row for row in rows if row.get("curve")]
+    if not found:
+        return None
+    losses, seen = (found[0]["curve"][name] for name in ("losses", "validations"))
+    figure, (contrast, others, judged) = _panels(3, height=8)
+
+    def line(axes, points: list[dict], name: str, colour: str, style: str = "-", more: str = ""):
+        values = [point[name] for point in points]
+        axes.plot(
+            [p["epoch"] for p in points], values, style, color=colour, ms=3, label=name + more
+        )
+
+    line(contrast, losses, "loss_nce", "#d95f02")
+    contrast.axhline(losses[0]["loss_nce"], color="grey", linestyle=":", label="its first value")
+    contrast.set_ylim(bottom=0)
+    line(others, losses, "loss_cls", "#1b6ca8")
+    line(others, losses, "loss_mse", "#7a7a7a")
+    others.set_yscale("log")
+    line(judged, seen, "prec_rot", "#1b6ca8", "o-", ": of the half that tells turns")
+    line(judged, seen, "prec_inv", "#d95f02", "o-", ": of the other half")
+    judged.axhline(found[0]["chance"], color="grey", linestyle=":", label="chance")
+    judged.set_xlabel("epochs")
+    titles = ("loss against the memory bank", "the other losses", "held-out turns told right")
+    for axes, title in zip((contrast, others, judged), titles, strict=True):
+        axes.set_ylabel(title)
+        axes.legend(loc="best", fontsize="small")
+    return figure
+
+
 def _axes(height: float):
+    figure, (axes,) = _panels(1, height)
+    return figure, axes
+
+
+def _panels(count: int, height: float):
+    """So many panels, one above the other, over one x axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 # ---- Markdown and HTML ----
