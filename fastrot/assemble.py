@@ -204,14 +204,12 @@ def tells_turns(cfg: Config) -> bool:
 def trained_method(run: str | Path, device: torch.device) -> Method:
     """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
 
-    What a method keeps for training alone (bank, PU weights) is left out.
+    What a method keeps for training alone is left out.
     """
     path = checkpoint.of_run(run)
     state = checkpoint.load(path)
     cfg, known = config.from_plain(state["config"]), state["facts"]
-    if isinstance(cfg.method, config.Decoupling):
-        asked = dataclasses.replace(cfg.method, pu_table=None, bank="replicated")
-        cfg = dataclasses.replace(cfg, method=asked)
+    cfg = dataclasses.replace(cfg, method=METHODS[type(cfg.method)].bare(cfg.method))
     built = method(
         cfg,
         Facts(

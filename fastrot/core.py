@@ -138,6 +138,11 @@ class Method(ABC):
         """Whether each rank learns from rows of its own alone (a sharded bank)."""
         return False
 
+    @staticmethod
+    def bare(cfg: Any) -> Any:  # *
+        """The config without what training alone needs: for a net that is asked, not trained."""
+        return cfg
+
     @abstractmethod
     def views(self, batch: Batch) -> Any:
         """Pixels for the net. No gradient."""

@@ -3,6 +3,8 @@
 As the authors' code computes it (philiptheother/FeatureDecoupling), but for its faults: README.md names them.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +92,11 @@ class Decoupling(Method):
     def owned(cfg: config.Decoupling) -> bool:
         return cfg.bank == "sharded" and _has_bank(cfg)
 
-    def told_length(self, begins) -> None:
+    @staticmethod
+    def bare(cfg: config.Decoupling) -> config.Decoupling:
+        return dataclasses.replace(cfg, pu_table=None, bank="replicated")
+
+    def told_length(self, begins: Callable[[int], int]) -> None:
         self.pu_epoch = begins(self.cfg.pu_from)
 
     @torch.no_grad()
