@@ -54,8 +54,10 @@ kernels: $(VENV)/installed
 bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_train --preset decoupling-alexnet
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cifar
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_demo
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_decoupling
 
 report: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.report

@@ -193,7 +193,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--lr", type=float, default=RATE)
     parser.add_argument("--seeds", type=int, default=1, help="runs, one after the other")
-    parser.add_argument("--quick", action="store_true", help="few pictures, two epochs")
+    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args(args)
     epochs = 2 if asked.quick else asked.epochs
     data = prepared(asked.root, asked.work, asked.quick)
@@ -207,7 +207,8 @@ def main(args: list[str] | None = None) -> int:
     shape = {"batch": BATCH, "negatives": NEGATIVES, "lr": asked.lr, "epochs": epochs}
     shape |= {"steps": runs[0][0]["steps"], "width": NET["--backbone.width"], "seeds": asked.seeds}
     for row in rows(runs, shape):
-        measure.append(measure.results(asked.device, asked.out), row)
+        if asked.out or not asked.quick:
+            measure.append(measure.results(asked.device, asked.out), row)
         measure.say(row)
     return 0
 

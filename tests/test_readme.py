@@ -5,17 +5,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
-from fastrot import train
+from fastrot import evaluate, train
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "fastrot" / "methods" / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    line.split("#")[0].strip().removesuffix(" &&")
+    for block in re.findall(r"```sh\n(.*?)```", README + METHODS, re.S)
     for line in block.splitlines()
 ]
 
@@ -68,6 +70,9 @@ def test_commands_parse(command):
     if script.endswith("train.py"):
         rest = words[words.index(script) + 1 :]
         assert train.command_line(rest).preset in PRESETS
+    if script.endswith("evaluate.py"):
+        _, name, rest = evaluate._words(words[words.index(script) + 1 :])
+        assert tyro.cli(evaluate.EVALUATIONS[name][0], args=rest)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -62,9 +62,9 @@ def assert_near(got, want, tolerance: float):
         if name == "grad":
             largest = other.abs().amax(1, keepdim=True).clamp_min(0.1)  # of 1 / T = 14
             mine, other = mine / largest, other / largest
-            torch.testing.assert_close(mine, other, rtol=0, atol=tolerance, equal_nan=True)
+            torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
         else:
-            torch.testing.assert_close(mine, other, rtol=tolerance, atol=0, equal_nan=True)
+            torch.testing.assert_close(mine, other, rtol=tolerance, atol=0)
 
 
 # ---- the originals' numbers ----
@@ -397,6 +397,7 @@ def kernel_is_the_reference(case: Case, kind: str, device: str = "cpu", images: 
 def test_interpreted_kernel_is_the_reference(case, kind, monkeypatch):
     monkeypatch.setattr(op, "_rows_at_once", lambda x, row_bytes: case.at_once)
     monkeypatch.setattr(op, "_processors", lambda x: case.processors)
+    monkeypatch.setattr(op, "STEP", 4 * op.triton.next_power_of_2(case.d))  # four shares at a time
     kernel_is_the_reference(case, kind, images=40)
 
 
@@ -557,6 +558,33 @@ def test_the_log_form_is_the_formula_taken_to_its_limit(score):
     plain, _ = literal(x, rows, *where, temperature=T, z=5.0, population=2, kind="nce")
     if score > 1e3:
         assert plain.isnan().all()
+
+
+@pytest.mark.parametrize("form", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_loss_is_as_exact_as_a_large_one(kind, form):
+    """The positive fits and the negatives do not: 1 + exp(-12) or 1 + 40 exp(-14) keeps 2 or 3 digits in float32."""
+    rows = torch.eye(16)
+    size = 3.0 if kind == "nce" else 1.0
+    where = (rows, torch.tensor([0, 5]), integers(4, 2, 40) + torch.tensor([[1], [8]]))
+    knobs = dict(temperature=T, z=16 * math.exp(11.0), kind=kind, eps=1e-12)
+    x = size * rows[[0, 5]]
+    want = with_gradient(literal, x.double(), rows.double(), *where[1:], **knobs)
+    assert (want[0] < 1e-3).all()
+    with using(form):
+        got = with_gradient(nce_loss_and_mass, x, *where, **knobs)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", BOTH)
+def test_products_of_many_factors_do_not_overflow(form, monkeypatch):
+    """At u = 0 each factor is 2: 164 of them in one place pass float32."""
+    monkeypatch.setattr(op, "_rows_at_once", lambda x, row_bytes: 1)
+    monkeypatch.setattr(op, "_processors", lambda x: 0)
+    where = (torch.zeros(1, 4), unit(9, 4), integers(9, 1), integers(9, 1, 164))
+    with using(form):
+        loss = nce_loss(*where, temperature=T, z=9 / 164, population=9)
+    assert loss.item() == pytest.approx(165 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("form", BOTH)
