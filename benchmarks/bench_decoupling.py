@@ -76,7 +76,8 @@ def shape_of(lines: list[dict[str, Any]]) -> dict[str, float]:
 
     Raises Stopped where a run has fewer than two log lines or two validations.
     """
-    nce = [line["loss_nce"] for line in lines if "loss_nce" in line]
+    whole = [line for line in lines if "loss_nce" in line and line["step"] % LOG_EVERY == 0]
+    nce = [line["loss_nce"] for line in whole]  # the last line may be of a few steps alone
     seen = [line for line in lines if "val_prec_rot" in line]
     if len(nce) < 2 or len(seen) < 2:
         raise Stopped(
