@@ -20,18 +20,22 @@ Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given;
          splits * D < K. At B 192, K 4096, D 128 on 132 multiprocessors: 8 splits, 1,536 programs of 128 threads in
          the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous copies
          into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way.
-         Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`), draws, bfloat16: 80 registers, 32 KB
-         shared, no spills, so 6 programs a multiprocessor and 96 to 192 KB in flight, where 4.8 TB/s at a latency of
-         1 us want 36 KB. The loop is 550 instructions of a warp for 4 KB of rows, no barrier but the copies'
-         own, no layout changed: 201 MB cost 51,000 issue slots of each scheduler, 30 us at 1.7 GHz, where
-         the bytes take 42 us at 4.8 TB/s. float32: 64 registers, 380 instructions for 4 KB. Not yet timed on a GPU.
-         On a CPU the reference goes over pieces that stay in a core's cache: 2 MB instead of the gather's 403 MB.
+         Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`), draws, bfloat16: 95 registers, 32 KB
+         shared, no spills, so 5 programs a multiprocessor and 80 to 160 KB in flight, where 4.8 TB/s at a latency of
+         1 us want 36 KB: two programs are enough, as in the last wave. The loop is 525 instructions of a warp for 4 KB
+         of rows, no barrier but the copies' own, no change of layout: 201 MB cost 49,000 issue slots of each
+         scheduler, 29 us at 1.7 GHz, where the bytes take 42 us at 4.8 TB/s. float32: 56 registers, 360
+         instructions for 4 KB, 39 us where the bytes take 84. Not yet timed on a GPU.
+         On a CPU the reference goes over pieces that stay in a core's cache, 2 MB a core instead of the gather's 403 MB,
+         and the cores share the images.
 Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss; the kernel counts in
          powers of 2 and takes one logarithm of a product of up to 64 factors 1 + exp(-|u|).
 """
 
+import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, Optional, no_type_check
 
@@ -97,9 +101,12 @@ def nce_reference(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b d"]]:
     """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
     loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
+    room = rows.new_empty(
+        max(PIECE, rows.shape[1])
+    )  # once: fresh memory costs a page fault per 4 KB
     for some, picks in _shares(negatives, positive, rows):
         query, own = x[some] / temperature, rows[positive[some]].to(x.dtype)  # [c, D]
-        gathered = _gathered(rows, picks, x.dtype)
+        gathered = _gathered(rows, picks, room, x.dtype)
         if z is None:
             loss[some], mass[some], weighted = _infonce(query, own, gathered)
         else:
@@ -108,6 +115,36 @@ def nce_reference(
             loss[some], mass[some], weighted = _nce(query, own, gathered, shift)
             loss[some] += k * math.log1p(eps * population / k)
         grad[some] = weighted / temperature
+    return loss, mass, grad
+
+
+def on_cores(
+    x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference with images shared out over torch's threads: the same bits whatever their number.
+
+    Each thread's operators are kept to itself: split inside, they would meet hundreds of times, and each meeting
+    waits for the thread that a busy machine has put aside.
+    """
+    several, threads = _several(_count(negatives), x.shape[1]), torch.get_num_threads()
+    groups = -(-len(x) // several)
+    cores = min(threads, 8, groups)  # Python leads them one call at a time: more would queue
+    if cores < 2:
+        return nce_reference(x, rows, positive, negatives, *rest)
+    ends = [several * (core * groups // cores) for core in range(cores + 1)]
+
+    def of_one(share: slice) -> tuple[Tensor, Tensor, Tensor]:
+        torch.set_num_threads(1)
+        mine = negatives[share] if isinstance(negatives, Tensor) else _shared(negatives, share)
+        return nce_reference(x[share], rows, positive[share], mine, *rest)
+
+    shares = [slice(*pair) for pair in itertools.pairwise(ends)]
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            parts = list(pool.map(of_one, shares))
+    finally:
+        torch.set_num_threads(threads)
+    loss, mass, grad = (torch.cat(part) for part in zip(*parts, strict=True))
     return loss, mass, grad
 
 
@@ -149,7 +186,7 @@ def _shares(
 ) -> Iterator[tuple[slice, Tensor]]:
     """A few images at a time with their negatives [c, K]: one where its rows alone fill the cache."""
     b, k = len(positive), _count(negatives)
-    several = max(1, PIECE // (k * rows.shape[1]))
+    several = _several(k, rows.shape[1])
     ahead = several * max(1, PICKS // (k * several))
     for first in range(0, b, ahead):
         share = slice(first, first + ahead)
@@ -161,6 +198,10 @@ def _shares(
             )
 
 
+def _several(k: int, d: int) -> int:
+    return max(1, PIECE // (k * d))
+
+
 def _picks(
     negatives: Int64[Tensor, "b k"] | Draw,
     positive: Int64[Tensor, " b"],
@@ -168,22 +209,28 @@ def _picks(
     rows: int,
 ) -> Tensor:
     if isinstance(negatives, Draw):
-        return drawn(replace(negatives, index=negatives.index[share]), positive[share], rows)
+        return drawn(_shared(negatives, share), positive[share], rows)
     return negatives[share]
 
 
-def _gathered(rows: Tensor, picks: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Rows [c, k, D] of pieces of the negatives."""
-    for piece in picks.split(max(1, PIECE // (len(picks) * rows.shape[1])), dim=1):
-        near = rows.index_select(0, piece.reshape(-1))
-        yield near.view(len(picks), -1, rows.shape[1]).to(dtype)
+def _shared(draw: Draw, share: slice) -> Draw:
+    return replace(draw, index=draw.index[share])
+
+
+def _gathered(rows: Tensor, picks: Tensor, room: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows [c, k, D] of pieces of the negatives, one after the other in the same memory."""
+    c, d = len(picks), rows.shape[1]
+    for piece in picks.split(max(1, PIECE // (c * d)), dim=1):
+        near = room[: piece.numel() * d].view(-1, d)
+        torch.index_select(rows, 0, piece.reshape(-1), out=near)
+        yield near.view(c, -1, d).to(dtype)
 
 
 # ---- kernel ----
 
 TILE = 4096  # bytes of a word's rows in a program: 32 of each of its 128 threads
 WARPS = 4
-PER_PROCESSOR = 12  # programs a multiprocessor: two waves of the six that fit
+PER_PROCESSOR = 12  # programs a multiprocessor, five or six of which run at once
 STEP = 2048  # elements of partial gradients that the second stage adds at a time
 
 if triton is not None:
@@ -446,10 +493,11 @@ def _nce_op(
         negatives = Draw(count, seed, index, step, exclude_self)
     if form_for(x) == "triton":
         run = _launch
-    else:
+    elif x.is_cuda:
         run = nce_reference
-        if not x.is_cuda:  # looking would wait there
-            check_values(x, len(rows), positive, explicit)
+    else:
+        run = on_cores
+        check_values(x, len(rows), positive, explicit)  # on a GPU looking would wait
     return run(x, rows, positive, negatives, z, temperature, population, eps)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jaxtyping
@@ -292,14 +293,40 @@ def test_leaving_itself_out_steps_over_one_row_and_keeps_the_rest_uniform():
 @pytest.mark.parametrize("others", [False, True], ids=["with-itself", "without"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_draws_what_drawn_says(kind, others, monkeypatch):
-    monkeypatch.setattr(op, "PICKS", 1000)  # several images a draw, and several draws
+    monkeypatch.setattr(op, "PIECE", 2 * 333 * 16)  # two images at a time
+    monkeypatch.setattr(op, "PICKS", 4 * 333)  # four images a draw
     x, rows, positive = unit(9, 16), unit(40, 16), integers(40, 9)
     draw = a_draw(9, 333, exclude_self=others)
     knobs = dict(temperature=T, z=90.0, kind=kind)
     explicit = drawn(draw, positive, 40)
-    want = with_gradient(nce_loss_and_mass, x, rows, positive, explicit, **knobs)
-    got = with_gradient(nce_loss_and_mass, x, rows, positive, draw, **knobs)
-    assert_near(got, want, 1e-6)
+    want = with_gradient(literal, x.double(), rows.double(), positive, explicit, **knobs)
+    for negatives in (draw, explicit):
+        got = with_gradient(nce_loss_and_mass, x, rows, positive, negatives, **knobs)
+        assert_near(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drawn_inside", [False, True], ids=["explicit", "draw"])
+def test_threads_share_the_images_and_change_no_bit(drawn_inside, kind):
+    b, k = 7, 2000
+    x, rows, positive = unit(b, 64), unit(300, 64), integers(300, b)
+    negatives = a_draw(b, k, exclude_self=True) if drawn_inside else integers(300, b, k, seed=1)
+    assert b * k * 64 > op.PIECE
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 16):
+            torch.set_num_threads(threads)
+            seen.append(
+                with_gradient(
+                    nce_loss_and_mass, x, rows, positive, negatives, temperature=T, z=9.0, kind=kind
+                )
+            )
+            with ThreadPoolExecutor(1) as later:  # a new thread's share is as before, too
+                assert later.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
 # ---- kernel ----
