@@ -230,7 +230,9 @@ def _curve(
 def _legend(axes: "Axes") -> None:
     if axes.lines and axes.get_legend_handles_labels()[0]:
         place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.985)}
-        axes.legend(frameon=False, fontsize=8, ncols=5, columnspacing=1.2, handlelength=1.5, **place)
+        axes.legend(
+            frameon=False, fontsize=8, ncols=5, columnspacing=1.2, handlelength=1.5, **place
+        )
 
 
 def _save(path: Path, figure: "Figure") -> None:
