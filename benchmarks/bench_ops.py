@@ -20,6 +20,8 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
 import argparse
 import functools
 import multiprocessing
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from fastrot import entry
+from fastrot import checkpoint, entry
+from fastrot.bank import Bank
+from fastrot.core import Facts
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rows import update_rows
@@ -51,6 +55,7 @@ TEMPERATURE, MOMENTUM, EPS = 0.07, 0.5, 1e-7
 TIMES = {"cuda": 8.0, "cpu": 3.0}  # nce_loss over the plain gather
 OF_GATHER = 0.8  # of the random-gather bandwidth, on a GPU
 OF_MEMORY = 0.05  # of the plain gather's extra memory
+SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
 CHUNK = 4096  # rows gathered into one reused buffer, which stays in the cache
 MB = 2**20
@@ -472,6 +477,34 @@ def extra_memory(device: str, variant: str, knobs: dict[str, int]) -> float:
     return measure.memory("VmHWM") - held
 
 
+# ---- a bank in the checkpoint ----
+
+
+def bench_saved_bank(device: str, knobs: dict[str, int], reps: int) -> Iterator[dict[str, Any]]:
+    """Seconds to check a bank for what is not finite and write it, as a checkpoint does, and to take it back."""
+    known = dict(rows=None, data_rows=knobs["pictures"], data_fingerprint="", classes=0, size=224)
+    known |= dict(mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.float32, fingerprint="")
+    facts = Facts(images=knobs["pictures"], seed=0, device=torch.device(device), **known)
+    bank = Bank(facts, knobs["dim"], dtype=torch.float32, sharded=False, momentum=0.5)
+    saved, loaded = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "last.pt"
+        for _ in range(reps):
+            begun = time.perf_counter()
+            state = bank.state_dict()
+            assert checkpoint.all_finite(list(state.values()))
+            checkpoint.save(path, {"method": state})
+            written = time.perf_counter()
+            bank.load_state_dict(checkpoint.load(path)["method"])
+            loaded.append(time.perf_counter() - written)
+            saved.append(written - begun)
+    shape = {"dim": knobs["dim"], "pictures": knobs["pictures"]}
+    for variant, seconds in (("saved", saved), ("loaded", loaded)):
+        took = measure.middle(seconds, "s")
+        wanted = {"target": SAVED_IN, "better": "lower"} if variant == "saved" else {}
+        yield row("bank in a checkpoint", variant, shape=shape, dtype="float32", **took, **wanted)
+
+
 # ---- the command ----
 
 
@@ -521,6 +554,7 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_nce(case, seconds, peak)
     yield bench_update(case, seconds, peak)
     yield bench_memory(device, knobs)
+    yield bench_saved_bank(device, knobs, 1 if quick else 3)
     yield bench_turns(device, seconds, peak, shapes, torch.bfloat16 if gpu else torch.float32)
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import WIDEST_EMBEDDING, Refused, Stopped
 from fastrot.ops.choice import form_for
 
 try:
@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError:  # torch's builds for the CPU come without it
     triton = None
 
-WIDEST = 1024  # features that a kernel's program holds
+WIDEST = WIDEST_EMBEDDING  # features that a kernel's program holds
 
 
 # ---- reference ----
