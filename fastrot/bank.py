@@ -20,6 +20,7 @@ from fastrot.core import Facts
 from fastrot.ops.rows import update_rows
 
 CHUNK = 2**16  # rows that are initialised or gathered at once
+BANK = 0x62616E6B  # "bank": keeps its draws apart from those of the weights, which come from the same seed
 
 
 class Bank:
@@ -52,8 +53,9 @@ class Bank:
         return len(self.rows)
 
     def of(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """The rows of some pictures, in float32 at least."""
-        rows = self.rows[self.place[index]]
+        """The rows of some pictures, in float32 at least; NaN for one that has none here."""
+        place = self.place[index]
+        rows = self.rows[place].masked_fill((place < 0)[:, None], torch.nan)
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def update(self, index: Int64[Tensor, " b"], features: Float[Tensor, "b d"]) -> None:
@@ -79,9 +81,9 @@ class Bank:
             mine = self.rows.new_zeros(length, self.rows.shape[1])
             own = self.rows[start : start + length]
             mine[: len(own)] = own
-            each = dist.gather_rows(mine).unflatten(0, (self._world, length)).cpu()
+            each = dist.gather_rows(mine).unflatten(0, (self._world, length))
             if self._rank == 0:
-                in_order = each.transpose(0, 1).flatten(0, 1)
+                in_order = each.transpose(0, 1).flatten(0, 1).cpu()
                 part = whole[start * self._world : (start + length) * self._world]
                 part.copy_(in_order[: len(part)])
         return {"rows": whole, **state} if self._rank == 0 else {}
@@ -119,7 +121,7 @@ class Bank:
 
     def _fill(self, seed: int) -> None:
         """All ranks draw the same N rows, and keep their own."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(seed ^ BANK)
         bound, done = math.sqrt(3 / self.rows.shape[1]), 0
         for start in range(0, self.images, CHUNK):
             whole = torch.empty(min(CHUNK, self.images - start), self.rows.shape[1])

@@ -123,10 +123,10 @@ def set_random_state(states: list[dict[str, Tensor]], device: torch.device) -> N
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every number is finite. Waits for the device."""
     floats = [t for t in tensors if t.is_floating_point() and t.numel()]
-    if not floats:
-        return True
-    sums = torch.stack([t.detach().float().abs().sum() for t in floats])
-    return bool(torch.isfinite(sums).all())
+    sums: dict[torch.device, list[Tensor]] = {}  # a bank that was gathered lies in host memory
+    for t in floats:
+        sums.setdefault(t.device, []).append(t.detach().float().abs().sum())
+    return all(bool(torch.isfinite(torch.stack(each)).all()) for each in sums.values())
 
 
 def load_weights(net: nn.Module, weights: dict[str, Tensor], name: str) -> None:

@@ -20,6 +20,10 @@ class Stopped(RuntimeError):
     """A run that cannot go on, told in one sentence. Entries exit with status 1."""
 
 
+class NotFinite(Stopped):
+    """Numbers of a step are NaN or infinite."""
+
+
 class Left(Stopped):
     """Another process of the run has ended; it knows why, so that it is let speak first."""
 
@@ -133,7 +137,7 @@ class Decoupling:
     z: Literal["frozen", "ema"] = "frozen"  # nce's constant: of the first batch, or a moving mean
     exclude_self: bool = False  # never draw a picture's own row among its negatives
     bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
-    bank_dtype: Literal["fp32", "bf16"] = "fp32"
+    bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of its rows; bf16 takes half the memory
     pu_table: str | None = None  # turn probabilities that evaluate.py wrote, or a prob.dat
     pu_from: int = 210  # epoch of the paper from which they weigh the rotation loss
     gamma: float = 2.0  # a turned copy weighs 1 - p ** gamma, p: how upright it looks
@@ -197,7 +201,7 @@ class Config:
     log_every: int = free(20)  # steps
     checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
-    keep_best: bool = free(False)  # keep best.pt, by validation accuracy
+    keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
     validate_every: int = free(1)  # epochs
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool = False  # torch.compile the network
@@ -312,8 +316,8 @@ def _check_decoupling(method: Decoupling) -> None:
         refuse("temperature", "a number above 0, such as 0.07")
     if not 1 <= method.dim <= WIDEST_EMBEDDING:
         refuse("dim", f"1 to {WIDEST_EMBEDDING}, such as 128")
-    if method.negatives < 1:
-        refuse("negatives", "at least 1")
+    if not 1 <= method.negatives < 2**31 - 2**12:
+        refuse("negatives", "1 to 2**31 - 4097, such as 4096")
     if not 0 <= method.bank_momentum <= 1:
         refuse("bank_momentum", "a share from 0 to 1")
     weights = ("lambda_cls", "lambda_mse", "lambda_nce", "proximal", "gamma")

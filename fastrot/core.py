@@ -162,8 +162,8 @@ class Method(ABC):
         """What the net says of the four turns, [4 b, 4] image-major; None: it is not asked."""
         return None
 
-    def told_length(self, begins: Callable[[int], int]) -> None:  # noqa: B027
-        """Once, before the first step: `begins(E)` is the epoch of this run in which the paper's E begins."""
+    def told_length(self, epochs: int, begins: Callable[[int], int]) -> None:  # noqa: B027
+        """Once, before the first step: the run's epochs, and `begins(E)`, that in which the paper's E begins."""
 
     def first(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 (a default that does nothing)
         """Once, before the first loss of a run."""

@@ -267,6 +267,13 @@ def _cautions(answers: "Answers", nets: list[Trained], data: "Data") -> list[str
         lines.append(
             "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"
         )
+    if len(nets) > 1 and (
+        begun := next((n.cfg.start_from for n in nets if n.cfg.start_from), None)
+    ):
+        lines.append(
+            f"these nets began with the weights of {begun}: if it was trained on these pictures, no net is one that "
+            "never saw them\n"
+        )
     return lines
 
 

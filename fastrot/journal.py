@@ -153,10 +153,11 @@ class Journal:
 
 def _in_words(line: dict[str, Any], prefix: str = "") -> str:
     """Loss and accuracy, then the terms and other precisions as the method names them."""
-    known = {"loss": "loss", "accuracy": "accuracy"}
     values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     terms = [k for k in values if k.startswith(("loss_", "prec_"))]
-    shown = [*known, *(terms if len(terms) > 1 else ())]
+    shown = ["loss", "accuracy"]
+    if len(terms) > 1:  # accuracy is one of these precisions
+        shown = ["loss", *terms] if any(k.startswith("prec_") for k in terms) else [*shown, *terms]
     return "  ".join(
         f"{name} {values[name]:.1%}"
         if name == "accuracy" or name.startswith("prec_")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastrot import checkpoint, dist
-from fastrot.config import Config, Stopped
+from fastrot.config import Config, NotFinite, Stopped
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
@@ -198,7 +198,11 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
     timer = _Timer(state.story, state.device)
     with contextlib.closing(timer.waits(run.loader.epoch(number, start))) as drawn:
         for batch in drawn:
-            losses = train_step(state, batch)
+            try:
+                losses = train_step(state, batch)
+            except NotFinite:  # a CPU sees it at once; a GPU at the next log line
+                _go_on_only_if_finite(False, state, run.journal.run)
+                raise
             state.step += 1
             state.story.images += len(batch.index) * dist.world()
             state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
@@ -284,7 +288,8 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
     """
     _count_skipped(state.story, run)
     parts = state.state_dict()
-    kept = [*parts["net"].values(), *parts["method"].values(), *state.meter.sums.values()]
+    loss = state.meter.sums.get("loss")  # of all steps since the last log line
+    kept = [*parts["net"].values(), *parts["method"].values(), *([] if loss is None else [loss])]
     finite = not dist.highest(int(not checkpoint.all_finite(kept)))
     _go_on_only_if_finite(finite, state, run.journal.run)
     if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:

@@ -151,7 +151,8 @@ def _loss(story: Story) -> "Figure":
         for name, colour in zip(names, TERMS * len(names), strict=False):
             _curve(axes, story, name, name.removeprefix("loss_"), colour, width=1.0)
     _curve(axes, story, "loss", "training", BLUE)
-    judged = "held-out, rotation alone" if len(names) > 1 and story.turns else "held-out"
+    several = any("val_prec_inv" in line for line in story.lines)
+    judged = "held-out, rotation alone" if several else "held-out"
     _curve(axes, story, "val_loss", judged, RED, marker="o")
     _legend(axes)
     return figure

@@ -166,11 +166,13 @@ def _train(
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_facts |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
     run_facts |= {"classes": facts.classes}
-    method.told_length(state.rates.begins)
+    method.told_length(state.rates.epochs, state.rates.begins)
     if here.world > 1:
         loop.settle(state, next(iter(loader.epoch(0))))
     if saved is not None:
         state.load_state_dict(saved)
+        for part in ("net", "optimizer", "method"):
+            del saved[part]  # or a second bank would stay in host memory to the end
     end = min(state.rates.steps, cfg.max_steps or state.rates.steps)
     begun_at = {"resumed_at": state.step, "judged": state.judged}
     journal = Journal(run, steps=end, **begun_at, tensorboard=cfg.tensorboard)

@@ -179,7 +179,7 @@ def test_six_steps_are_the_originals():
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64
     )
-    method.told_length(state.rates.begins)
+    method.told_length(245, state.rates.begins)
     exact = dict(rtol=1e-11, atol=1e-12)
     for step, epoch in enumerate(file["epochs"].tolist()):
         state.step = epoch
@@ -298,7 +298,7 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
     )
     method = small(cfg)
     schedule = PRESETS["decoupling-alexnet"]().schedule
-    method.told_length(Rates(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
+    method.told_length(49, Rates(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
     outputs = method.net.heads(features(3))
     index = torch.tensor([2, 8, 5])
     each = torch.nn.functional.cross_entropy(
@@ -315,6 +315,8 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
             found[epoch], (weights.flatten() * each).mean(), rtol=1e-6, atol=0
         )
     assert method.agree()["pu_table"] == table.digest
+    with pytest.raises(Refused, match=r"--method.pu-from 210 is epoch 3 of this run, which ends"):
+        method.told_length(3, Rates(schedule, epochs=3, batches=1, steps=3).begins)
 
 
 def test_a_moving_z_follows_the_batches():
@@ -415,3 +417,135 @@ def test_without_any_term_there_is_nothing_to_learn():
     cfg = config.Config(method=Decoupling(lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0))
     with pytest.raises(Refused, match="lambda-cls"):
         config.check(cfg)
+
+
+def test_negatives_are_addressed_by_seed_picture_and_step_and_may_leave_out_the_own_row():
+    for exclude in (False, True):
+        cfg = Decoupling(dim=5, negatives=7, exclude_self=exclude)
+        draw = small(cfg, seed=11).negatives(a_batch([3, 7], epoch=2, step=40))
+        assert (draw.count, draw.seed, int(draw.step), draw.exclude_self) == (7, 11, 40, exclude)
+        assert draw.index.tolist() == [3, 7]
+
+
+def test_the_knobs_of_the_instance_term_reach_it():
+    """Temperature, the old row's share, K and the kind of contrast; each changes what it should."""
+    batch = a_batch([1, 2, 3])
+
+    def value(**knobs) -> tuple[float, torch.Tensor]:
+        method = small(Decoupling(**(dict(dim=5, negatives=40) | knobs)))
+        outputs = method.net.heads(features(3))
+        method.first(outputs, batch)
+        losses = method.losses(outputs, batch)
+        method.after_step(outputs, batch, losses)
+        assert method.bank is not None
+        return losses.terms["loss_nce"].item(), method.bank.rows
+
+    plain, rows = value()
+    for knobs in (dict(temperature=0.2), dict(negatives=41), dict(contrast="infonce")):
+        assert value(**knobs)[0] != pytest.approx(plain, rel=1e-6)
+    assert value(lambda_nce=0.25)[0] == pytest.approx(0.25 * plain, rel=1e-9)
+    kept = value(bank_momentum=1.0)[1][1]
+    torch.testing.assert_close(kept, kept / kept.norm())
+    taken = value(bank_momentum=0.0)[1][1]
+    assert not torch.allclose(taken, rows[1], atol=1e-3)
+    own = small(Decoupling(dim=5)).net.heads(features(3)).embedding
+    torch.testing.assert_close(taken, own[0].detach())
+
+
+def test_the_weights_of_the_terms_scale_them():
+    batch = a_batch([1, 2, 3])
+    plain = small(Decoupling(dim=5, negatives=4))
+    scaled = small(Decoupling(dim=5, negatives=4, lambda_cls=2.0, lambda_mse=3.0, lambda_nce=5.0))
+    once, more = (m.losses(m.net.heads(features(3)), batch).terms for m in (plain, scaled))
+    for name, weight in (("cls", 2), ("mse", 3), ("nce", 5)):
+        torch.testing.assert_close(more[f"loss_{name}"], weight * once[f"loss_{name}"])
+
+
+def test_pu_from_is_scaled_too_and_as_published_is_not():
+    schedule = PRESETS["decoupling-alexnet"]().schedule
+    rates = Rates(schedule, epochs=49, batches=1, steps=49)
+    method = small(Decoupling(dim=5, pu_from=100))
+    method.told_length(49, rates.begins)
+    assert method.pu_epoch == 20
+    printed = dataclasses.replace(schedule, as_published=True)
+    assert Rates(printed, epochs=49, batches=1, steps=49).begins(210) == 210
+    for epochs in (49, 50, 100, 245, 300):  # the switch comes with the rate's restart, never apart
+        rates = Rates(schedule, epochs=epochs, batches=1, steps=epochs)
+        at = rates.begins(210)
+        assert [rates.of_epoch(at - 1), rates.of_epoch(at)] == [1e-5, 1e-4]
+
+
+def test_infonce_at_a_low_temperature_goes_on():
+    """exp(s / T) is beyond float32 there; the loss is not, nor anything that a checkpoint waits for."""
+    method = small(Decoupling(dim=5, negatives=4, contrast="infonce", temperature=0.01))
+    method.net.float()
+    assert method.bank is not None
+    outputs = method.net.heads(features(2).float())
+    method.bank.rows = method.bank.rows.float()
+    method.bank.rows[:2] = outputs.embedding.detach()
+    losses = method.losses(outputs, a_batch([0, 1]))
+    assert torch.isfinite(losses.total)
+    assert all(torch.isfinite(v) for v in losses.metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_inside_the_network(dtype):
+    """What a GPU trains with: embeddings, losses, rows and Z are float32, whatever the net's arithmetic."""
+    torch.manual_seed(0)
+    cfg = config.Config(
+        method=Decoupling(dim=16, negatives=20, z="ema", proximal=0.1),
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
+    )
+    method = assemble.method(cfg, dataclasses.replace(facts(9, dtype=dtype), size=32))
+    crops = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    state = TrainState(
+        method=method,
+        net=method.net,
+        optimizer=sgd(method.net, cfg.optim, 0.01),
+        rates=Rates(cfg.schedule, epochs=1, batches=9, steps=9),
+        device=torch.device("cpu"),
+        dtype=dtype,
+    )
+    seen = []
+    method.net.register_forward_hook(lambda net, given, out: seen.append(out))
+    for step in range(2):
+        losses = train_step(state, a_batch([0, 3, 5, 8], step=step, crops=crops))
+    parts = seen[0]
+    assert parts.logits.dtype == parts.other.dtype == dtype
+    assert parts.embedding.dtype == torch.float32
+    torch.testing.assert_close(parts.embedding.norm(dim=1), torch.ones(4))
+    assert {v.dtype for v in losses.terms.values()} == {torch.float32}
+    assert method.bank is not None
+    assert {method.bank.rows.dtype, method.mean_exp.dtype} == {torch.float32}
+    assert torch.isfinite(losses.total)
+
+
+def test_a_trunk_that_ends_in_maps_is_averaged_over_places():
+    cfg = config.Config(
+        method=Decoupling(dim=5, negatives=4), backbone=config.Nin(width=0.125, stages=3)
+    )
+    known = dataclasses.replace(facts(9, dtype=torch.float32), size=32)
+    net = assemble.method(cfg, known).net.eval()
+    views = torch.randn(4, 3, 32, 32)
+    maps = net.get_submodule("trunk")(views)
+    assert maps.ndim == 4
+    parts, pooled = net(views), maps.mean(dim=(2, 3))
+    torch.testing.assert_close(parts.other, pooled[:, pooled.shape[1] // 2 :])
+
+
+def test_features_that_cannot_be_halved_are_refused():
+    with pytest.raises(
+        Refused, match=r"7 features, which cannot be split in half.*--backbone.width"
+    ):
+        decoupling.Decoupling(Decoupling(dim=5), Features(7), facts(9))
+
+
+def test_the_proximal_term_alone_writes_the_bank_too():
+    method = small(Decoupling(dim=5, lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0, proximal=1.0))
+    outputs, batch = method.net.heads(features(2)), a_batch([1, 2])
+    assert method.bank is not None
+    before = method.bank.rows.clone()
+    method.after_step(outputs, batch, method.losses(outputs, batch))
+    changed = (method.bank.rows != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [1, 2]
+    assert set(method.state_dict()) == {"bank.rows", "bank.fingerprint"}  # there is no Z

@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_end_to_end import TWO, run
 from test_run import TINY, assert_same_bits, told
 
-from fastrot import checkpoint, train
+from fastrot import assemble, checkpoint, journal, loop, train, turn_table
 from fastrot.config import Refused, Stopped
+from fastrot.methods.decoupling import Decoupling
 
 TASK = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
 TASK += ["--method.dim", "16", "--method.negatives", "60", "--method.z", "ema"]
@@ -89,13 +91,77 @@ def test_a_measured_budget_leaves_the_bank_as_it_was(pictures, tmp_path):
 
 
 def test_features_that_are_not_finite_stop_the_run_at_once(pictures, tmp_path):
-    with pytest.raises(Stopped, match="finite"):
+    with pytest.raises(Stopped, match=r"not finite at step \d+; there is no checkpoint yet"):
         go(pictures, tmp_path, "--lr", "1e30")
 
 
 def test_another_dim_is_refused_by_name(straight, pictures):
     with pytest.raises(Refused, match=r"--method.dim was 16, now 8"):
         go(pictures, straight, "--method.dim", "8")
+
+
+def test_what_a_method_keeps_is_saved_only_where_it_is_finite(pictures, tmp_path, monkeypatch):
+    """A row that no loss has met yet."""
+    kept = Decoupling.state_dict
+
+    def poisoned(self):
+        state = kept(self)
+        return state | {"bank.rows": state["bank.rows"].index_fill(0, torch.tensor([3]), torch.nan)}
+
+    monkeypatch.setattr(Decoupling, "state_dict", poisoned)
+    with pytest.raises(Stopped, match="not finite at step 4; there is no checkpoint yet"):
+        go(pictures, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_without_a_rotation_loss_the_best_has_the_lowest_loss(pictures, tmp_path, capsys):
+    go(pictures, tmp_path, "--method.lambda-cls", "0", "--keep-best")
+    judged = [line for line in told(tmp_path) if "val_loss" in line and line["step"]]
+    best = min(judged, key=lambda line: line["val_loss"])
+    assert checkpoint.load(tmp_path / "checkpoints" / "best.pt")["step"] == best["step"]
+    said = capsys.readouterr().out
+    assert f"validation loss {judged[-1]['val_loss']:.4f}\n" in said
+    assert "accuracy on held-out pictures  not measured" in said
+    assert loop._merit({"accuracy": 0.2, "loss": 9.0}) == 0.2
+
+
+def test_pu_weights_are_told_of(pictures, tmp_path, capsys):
+    """With the epoch of this run that they begin at."""
+    data = assemble.open_data(pictures)
+    table = np.full((data.rows, 4, 4), 0.25, np.float32)
+    turns = turn_table.TurnTable(table, np.full(data.rows, -1, np.int8), data.fingerprint)
+    turn_table.write(tmp_path / "t.npz", turns)
+    more = ["--method.pu-table", str(tmp_path / "t.npz"), "--method.pu-from", "100"]
+    go(pictures, tmp_path / "run", *more, "--max-steps", "1")
+    assert f"PU weights from epoch 2 on, of {tmp_path / 't.npz'}" in capsys.readouterr().out
+
+
+def test_terms_are_shown_where_there_are_several():
+    line = {
+        "step": 3,
+        "loss": 3.0,
+        "accuracy": 0.5,
+        "loss_cls": 1.0,
+        "loss_nce": 2.0,
+        "prec_cls": 0.5,
+        "z": 9,
+    }
+    shown = "loss 3.0000  loss_cls 1.0000  loss_nce 2.0000  prec_cls 50.0%"
+    assert journal._in_words(line) == shown
+    alone = {"step": 3, "loss": 3.0, "accuracy": 0.5, "loss_cls": 3.0}
+    assert journal._in_words(alone) == "loss 3.0000  accuracy 50.0%"
+    judged = {"loss": 7.0, "val_loss": 1.0, "val_prec_inv": 0.25, "val_loss_inv": 1.4}
+    assert journal._in_words(judged, "val_") == "loss 1.0000  prec_inv 25.0%  loss_inv 1.4000"
+
+
+def test_a_validation_without_accuracy_comes_again_too(tmp_path):
+    """One that was told behind the checkpoint it belongs to."""
+    lines = [{"step": 4, "loss": 1.0}, {"step": 4, "val_loss": 1.0}]
+    path = tmp_path / "metrics.jsonl"
+    for judged, kept in ((0, 1), (4, 2)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        journal._cut_back(path, 4, judged).close()
+        assert journal.read_lines(path) == lines[:kept]
 
 
 @pytest.mark.ddp

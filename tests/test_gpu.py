@@ -91,6 +91,14 @@ def test_a_damaged_feature_stops_the_run_at_the_next_log_line(pictures, tmp_path
         train.main([*args, "--data", str(pictures), "--out", str(tmp_path), "--lr", "1e30"])
 
 
+def test_numbers_of_both_devices_are_looked_at():
+    """A sharded bank is gathered in host memory, the weights lie on the GPU."""
+    good = [torch.ones(2), torch.ones(2, device=CUDA)]
+    assert checkpoint.all_finite(good)
+    assert not checkpoint.all_finite([*good, torch.tensor([torch.nan])])
+    assert not checkpoint.all_finite([*good, torch.tensor([torch.nan], device=CUDA)])
+
+
 def test_crops_on_the_gpu_are_those_of_the_cpu(pictures):
     cfg = config.Config()
     view = assemble.training_view(cfg)

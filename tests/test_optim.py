@@ -11,6 +11,7 @@ from fastrot.optim import Rates, parameter_groups, sgd
 ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",
     "rotnet-nin-cifar10": "rot__CIFAR10_RotNet_NIN4blocks__model",
+    "decoupling-alexnet": "fd__ImageNet_Decoupling_AlexNet__feature",
 }
 
 

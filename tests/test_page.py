@@ -240,3 +240,20 @@ def test_a_montage_fits_a_page(kernel, filters):
     assert sheet is not None
     assert sheet.dtype == np.uint8
     assert sheet.shape[1] <= 16 * 54
+
+
+def test_decoupling_is_drawn_with_its_other_half_and_the_chance_of_turns(tmp_path):
+    other = dict(val_prec_inv=0.26, val_loss_inv=1.4)
+    run = folder(
+        tmp_path,
+        judged(0, 0.2) | other,
+        training(10, loss_cls=1.0, loss_nce=9.0),
+        judged(10, 0.5) | other,
+        config=ROTNET.replace("RotNet", "Decoupling"),
+    )
+    story = page.Story(run)
+    assert story.chance == 0.25
+    (axes,) = page._accuracy(story).axes
+    assert "held-out, other half" in axes.get_legend_handles_labels()[1]
+    (axes,) = page._loss(story).axes
+    assert "held-out, rotation alone" in axes.get_legend_handles_labels()[1]

@@ -82,11 +82,11 @@ class Decoupling(Method):
             )
         # Z / population: mean of exp(s / T); so it does not depend on how many rows a rank holds
         self.mean_exp = torch.full((), torch.nan, device=facts.device)
-        self.weights, self.pu_epoch, self.table = None, cfg.pu_from, None
+        self.weights, self.pu_epoch, self.table_digest = None, cfg.pu_from, None
         if cfg.pu_table is not None:
             table = read(cfg.pu_table, rows=facts.data_rows, fingerprint=facts.data_fingerprint)
             weights = torch.from_numpy(pu_weights(table.upright, cfg.gamma))
-            self.weights, self.table = weights.float().to(facts.device), table.digest
+            self.weights, self.table_digest = weights.float().to(facts.device), table.digest
 
     @staticmethod
     def owned(cfg: config.Decoupling) -> bool:
@@ -96,8 +96,13 @@ class Decoupling(Method):
     def bare(cfg: config.Decoupling) -> config.Decoupling:
         return dataclasses.replace(cfg, pu_table=None, bank="replicated")
 
-    def told_length(self, begins: Callable[[int], int]) -> None:
+    def told_length(self, epochs: int, begins: Callable[[int], int]) -> None:
         self.pu_epoch = begins(self.cfg.pu_from)
+        if self.weights is not None and self.pu_epoch >= epochs:
+            raise Refused(
+                f"--method.pu-from {self.cfg.pu_from} is epoch {self.pu_epoch} of this run, which ends before "
+                "it: set a smaller one, or more --epochs"
+            )
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v 3 s s"]:
@@ -200,7 +205,7 @@ class Decoupling(Method):
 
     def agree(self) -> dict[str, Any]:
         found: dict[str, Any] = {} if self.bank is None else {"bank": self.bank.agree()}
-        return found if self.table is None else found | {"pu_table": self.table}
+        return found if self.table_digest is None else found | {"pu_table": self.table_digest}
 
     def in_words(self) -> list[str]:
         lines = [] if self.bank is None else [self.bank.in_words()]
@@ -241,7 +246,8 @@ class Decoupling(Method):
                 kind=self.cfg.contrast,
             )
             terms["loss_nce"] = self.cfg.lambda_nce * loss.mean()
-            metrics["z"] = mass.mean() / (self.cfg.negatives + 1) * population  # of this batch
+            if self._wants_z():
+                metrics["z"] = mass.mean() / (self.cfg.negatives + 1) * population  # of this batch
         if self.cfg.proximal:
             apart = (embedding - self.bank.of(batch.index)).square().sum(dim=1)
             terms["loss_proximal"] = self.cfg.proximal * apart.mean()

@@ -666,7 +666,7 @@ def _check_draw(draw: Draw, b: int, n: int) -> None:
         )
     if draw.exclude_self and n < 2:
         raise Refused(
-            "the bank has one row: leaving the image itself out wants two, or exclude_self=False"
+            "the bank has one row: leaving the image itself out wants two, or --method.no-exclude-self"
         )
 
 

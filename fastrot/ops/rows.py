@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastrot.config import WIDEST_EMBEDDING, Refused, Stopped
+from fastrot.config import WIDEST_EMBEDDING, NotFinite, Refused
 from fastrot.ops.choice import form_for
 
 try:
@@ -199,7 +199,7 @@ def check_values(features: Tensor, rows: int, *indices: Tensor | None) -> None:
                     f"index out of range: rows {low} to {high} are asked for, the bank has 0 to {rows - 1}"
                 )
     if not bool(torch.isfinite(features).all()):
-        raise Stopped(
+        raise NotFinite(
             "features are not finite (NaN or infinity): start again with a smaller --lr, or --precision fp32"
         )
 
