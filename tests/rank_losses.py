@@ -24,6 +24,8 @@ METHODS = {
     "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema", proximal=0.1),
 }
 
+RATES = {"rotnet": 0.05, "decoupling": 0.002}  # without BatchNorm's help more would not last
+
 
 def main(pictures: str, out: str, name: str) -> None:
     here = dist.place()
@@ -49,11 +51,11 @@ def main(pictures: str, out: str, name: str) -> None:
     bank = getattr(method, "bank", None)
     if bank is not None:
         bank.rows = bank.rows.double()
-    rates = Rates(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=0.05)
+    rates = Rates(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=RATES[name])
     state = TrainState(
         method=method,
         net=assemble.wrapped(method.net, cfg, torch.device("cpu")),
-        optimizer=sgd(method.net, cfg.optim, 0.05),
+        optimizer=sgd(method.net, cfg.optim, RATES[name]),
         rates=rates,
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64

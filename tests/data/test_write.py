@@ -372,7 +372,9 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
         "import sys, time; from pathlib import Path\n"
         "from fastrot import entry; from fastrot.data import prepare; from fastrot.data.beton import write\n"
         "made = prepare.Part.make\n"
-        "def slow(*args): made(*args); print('part', flush=True); time.sleep(60)\n"
+        "def slow(*args):\n"  # in naps: a signal in the moment before a sleep begins does not end it
+        "    made(*args); print('part', flush=True)\n"
+        "    for _ in range(600): time.sleep(.1)\n"
         "prepare.Part.make = slow\n"
         f"o = write.BetonOptions(source='imagefolder', root=Path({str(pictures)!r}), "
         f"out=Path({str(out)!r}), workers=1)\n"
