@@ -101,18 +101,15 @@ def nce_reference(
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b d"]]:
     """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
     loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
-    room = rows.new_empty(
-        max(PIECE, rows.shape[1])
-    )  # once: fresh memory costs a page fault per 4 KB
+    room = _Room(rows, x.dtype)
     for some, picks in _shares(negatives, positive, rows):
         query, own = x[some] / temperature, rows[positive[some]].to(x.dtype)  # [c, D]
-        gathered = _gathered(rows, picks, room, x.dtype)
         if z is None:
-            loss[some], mass[some], weighted = _infonce(query, own, gathered)
+            loss[some], mass[some], weighted = _infonce(query, own, picks, room)
         else:
             k = picks.shape[1]
             shift = z.to(x.dtype).log() + math.log(k / population + eps)
-            loss[some], mass[some], weighted = _nce(query, own, gathered, shift)
+            loss[some], mass[some], weighted = _nce(query, own, picks, room, shift)
             loss[some] += k * math.log1p(eps * population / k)
         grad[some] = weighted / temperature
     return loss, mass, grad
@@ -149,25 +146,39 @@ def on_cores(
 
 
 def _nce(
-    query: Tensor, own: Tensor, gathered: Iterator[Tensor], shift: Tensor
+    query: Tensor, own: Tensor, picks: Tensor, room: "_Room", shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Of few calls in the inner loop: threads that share a bank take turns in Python between two of them."""
     score = (query * own).sum(1)
-    loss, mass = -F.logsigmoid(score - shift), score.exp()
     weighted = -torch.sigmoid(shift - score)[:, None] * own
-    for near in gathered:
-        scores = torch.bmm(near, query[:, :, None])[:, :, 0]  # [c, k]
-        loss -= F.logsigmoid(shift - scores).sum(1)
-        weighted += torch.bmm(torch.sigmoid(scores - shift)[:, None], near)[:, 0]
-        mass += scores.exp_().sum(1)
-    return loss, mass, weighted
+    scores = query.new_empty(picks.shape)
+    for images in range(0, len(picks), several := _several(picks.shape[1], own.shape[1])):
+        some = slice(images, images + several)
+        column, added = query[some, :, None], weighted[some]
+        for place, near in room.pieces(picks[some]):
+            part = torch.bmm(near, column)  # [c, k, 1]
+            scores[some, place] = part[:, :, 0]
+            added += torch.bmm(part.sub_(shift).sigmoid_().transpose(1, 2), near)[:, 0]
+    loss = -F.logsigmoid(score - shift) - F.logsigmoid(shift - scores).sum(1)
+    return loss, score.exp() + scores.exp_().sum(1), weighted
 
 
 def _infonce(
-    query: Tensor, own: Tensor, gathered: Iterator[Tensor]
+    query: Tensor, own: Tensor, picks: Tensor, room: "_Room"
+) -> tuple[Tensor, Tensor, Tensor]:
+    several = _several(picks.shape[1], own.shape[1])
+    shares = zip(*(each.split(several) for each in (query, own, picks)), strict=True)
+    parts = [_infonce_of_few(q, o, room.pieces(p)) for q, o, p in shares]
+    loss, mass, weighted = (torch.cat(part) for part in zip(*parts, strict=True))
+    return loss, mass, weighted
+
+
+def _infonce_of_few(
+    query: Tensor, own: Tensor, gathered: Iterator[tuple[slice, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     score = (query * own).sum(1)
     top, total, weighted = score, torch.zeros_like(score), torch.zeros_like(own)  # over exp(top)
-    for near in gathered:
+    for _, near in gathered:
         scores = torch.bmm(near, query[:, :, None])[:, :, 0]  # [c, k]
         higher = torch.maximum(top, scores.amax(1))
         shrink = (top - higher).exp()
@@ -184,18 +195,13 @@ def _infonce(
 def _shares(
     negatives: Int64[Tensor, "b k"] | Draw, positive: Int64[Tensor, " b"], rows: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """A few images at a time with their negatives [c, K]: one where its rows alone fill the cache."""
+    """Some images at a time with their negatives [c, K], drawn together."""
     b, k = len(positive), _count(negatives)
     several = _several(k, rows.shape[1])
     ahead = several * max(1, PICKS // (k * several))
     for first in range(0, b, ahead):
-        share = slice(first, first + ahead)
-        picks = _picks(negatives, positive, share, len(rows))
-        for some in range(0, len(picks), several):
-            yield (
-                slice(first + some, min(first + some + several, b)),
-                picks[some : some + several],
-            )
+        share = slice(first, min(first + ahead, b))
+        yield share, _picks(negatives, positive, share, len(rows))
 
 
 def _several(k: int, d: int) -> int:
@@ -217,13 +223,25 @@ def _shared(draw: Draw, share: slice) -> Draw:
     return replace(draw, index=draw.index[share])
 
 
-def _gathered(rows: Tensor, picks: Tensor, room: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Rows [c, k, D] of pieces of the negatives, one after the other in the same memory."""
-    c, d = len(picks), rows.shape[1]
-    for piece in picks.split(max(1, PIECE // (c * d)), dim=1):
-        near = room[: piece.numel() * d].view(-1, d)
-        torch.index_select(rows, 0, piece.reshape(-1), out=near)
-        yield near.view(c, -1, d).to(dtype)
+class _Room:
+    """Memory for pieces of gathered rows, used again and again: fresh memory costs a page fault per 4 KB."""
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype):
+        size = max(PIECE, rows.shape[1])
+        self.rows, self.near = rows, rows.new_empty(size)
+        self.wide = self.near if rows.dtype == dtype else rows.new_empty(size, dtype=dtype)
+
+    def pieces(self, picks: Int64[Tensor, "c k"]) -> Iterator[tuple[slice, Tensor]]:
+        """Places among the K, and their rows [c, k, D], one piece after the other in the same memory."""
+        c, d = len(picks), self.rows.shape[1]
+        most = max(1, PIECE // (c * d))
+        for first in range(0, picks.shape[1], most):
+            piece = picks[:, first : first + most]
+            near = self.near[: piece.numel() * d].view(-1, d)
+            torch.index_select(self.rows, 0, piece.reshape(-1), out=near)
+            if self.wide is not self.near:
+                near = self.wide[: near.numel()].view(-1, d).copy_(near)
+            yield slice(first, first + most), near.view(c, -1, d)
 
 
 # ---- kernel ----
