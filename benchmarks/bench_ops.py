@@ -455,7 +455,7 @@ def bench_memory(device: str, knobs: dict[str, int]) -> Iterator[dict[str, Any]]
 
 def extra_memory(device: str, variant: str, knobs: dict[str, int]) -> float:
     """MB that one call needs at its height, beyond what it is given. On a CPU: of the process, so in a new one."""
-    tiny = Case(device, batch=2, k=8, dim=knobs["dim"], pictures=10)
+    tiny = Case(device, **(knobs | {"batch": 4, "pictures": 10}))
     case = Case(device, **knobs)
 
     def call(case: Case) -> None:
