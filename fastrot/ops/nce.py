@@ -26,7 +26,7 @@ Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given;
          of rows, no barrier but the copies' own, no change of layout: 201 MB cost 49,000 issue slots of each
          scheduler, 29 us at 1.7 GHz, where the bytes take 42 us at 4.8 TB/s. float32: 56 registers, 360
          instructions for 4 KB, 39 us where the bytes take 84. Not yet timed on a GPU.
-         On a CPU the reference goes over pieces that stay in a core's cache, 1 MB a core instead of the gather's 403 MB,
+         On a CPU the reference goes over pieces that stay in a core's cache, 2 MB a core instead of the gather's 403 MB,
          and the cores share the images.
 Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss; the kernel counts in
          powers of 2 and takes one logarithm of a product of up to 64 factors 1 + exp(-|u|).
@@ -85,8 +85,8 @@ def drawn(draw: Draw, positive: Int64[Tensor, " b"], rows: int) -> Int64[Tensor,
 
 # ---- reference ----
 
-PIECE = 2**18  # elements gathered at a time: 1 MB of float32 stays in a core's cache
-PICKS = 2**15  # negatives drawn at a time: fewer, larger calls
+PIECE = 2**19  # elements gathered at a time: 2 MB of float32 stay in a core's cache
+PICKS = 2**16  # negatives drawn at a time: fewer, larger calls
 
 
 def nce_reference(
