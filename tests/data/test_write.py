@@ -369,7 +369,8 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
     """By hand in a process of its own: parts of 16, and a source slow enough to be interrupted."""
     out = tmp_path / "a.beton"
     program = (
-        "import sys, time; from pathlib import Path\n"
+        "import signal, sys, time; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell's & has them ignore
         "from fastrot import entry; from fastrot.data import prepare; from fastrot.data.beton import write\n"
         "made = prepare.Part.make\n"
         "def slow(*args):\n"  # in naps: a signal in the moment before a sleep begins does not end it
