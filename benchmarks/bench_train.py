@@ -39,12 +39,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_loaders, measure
 from fastrot import assemble, entry
 from fastrot.config import AlexNet, Config, Decoupling, Stopped, resolved
-from fastrot.core import Batch, Losses
+from fastrot.core import DTYPES, Batch, Losses
 from fastrot.loop import TrainState, train_step
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
-from fastrot.run import DTYPES, choose_precision
+from fastrot.run import choose_precision
 
 HELD = "one batch, held on the device"
 WARM = 2  # batches before the clock starts

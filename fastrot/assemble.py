@@ -195,12 +195,6 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
 
 
-def tells_turns(cfg: Config) -> bool:
-    """Whether the method answers `turn_logits`; a decoupling without its rotation loss does not."""
-    kind = METHODS[type(cfg.method)]
-    return kind.turn_logits is not Method.turn_logits and getattr(cfg.method, "lambda_cls", 1) > 0
-
-
 def trained_method(run: str | Path, device: torch.device) -> Method:
     """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastrot.config import Crop, Stopped
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their knobs
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -157,6 +159,11 @@ class Method(ABC):
 
         Never reads the bank.
         """
+
+    @staticmethod
+    def tells_turns(cfg: Any) -> bool:  # *
+        """Whether `turn_logits` has an answer."""
+        return False
 
     def turn_logits(self, outputs: Any) -> Tensor | None:  # *
         """What the net says of the four turns, [4 b, 4] image-major; None: it is not asked."""

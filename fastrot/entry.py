@@ -6,6 +6,7 @@ warning signal N. FASTROT_TRACEBACK=1 shows where an error came from. Standard l
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -104,6 +105,16 @@ def warnings_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """What is printed in here, rank 0 alone prints: a parser's help and complaints."""
+    with contextlib.ExitStack() as quiet:
+        if rank():
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 def complain(sentence: str, *, last: bool = False) -> None:

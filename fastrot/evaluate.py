@@ -8,7 +8,6 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
 import contextlib
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     import tyro
 
     run, name, rest = _words(sys.argv[1:] if argv is None else argv)
-    with contextlib.nullcontext() if entry.rank() == 0 else _silence():
+    with entry.told_once():
         if name is None:
             print("usage: evaluate.py RUN EVALUATION [any knob]\n")
             print(
@@ -54,12 +53,6 @@ def _words(argv: list[str]) -> tuple[str, str | None, list[str]]:
     if argv[1] not in EVALUATIONS:
         raise Refused(f"there is no evaluation {argv[1]!r}: choose one of {known}")
     return argv[0], argv[1], argv[2:]
-
-
-@contextlib.contextmanager
-def _silence():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 # ---- what was trained ----
@@ -144,7 +137,7 @@ def rotation(run: str, knobs: Rotation) -> int:
         turn_table.check_name(knobs.table, "--table")
     nets = nets_of(run)
     for net in nets:
-        if not assemble.tells_turns(net.cfg):
+        if not assemble.METHODS[type(net.cfg.method)].tells_turns(net.cfg.method):
             raise Refused(
                 f"{net.source} tells no turns ({type(net.cfg.method).__name__}): name a run of rotnet or "
                 "decoupling"

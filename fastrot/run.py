@@ -17,7 +17,7 @@ import yaml
 
 from fastrot import assemble, checkpoint, config, dist, loop, machine, page
 from fastrot.config import Config, Refused, Stopped
-from fastrot.core import Batch, Data, View
+from fastrot.core import DTYPES, Batch, Data, View
 from fastrot.data.plan import Loader
 from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
@@ -30,7 +30,6 @@ from fastrot.presets import PRESETS
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def train(cfg: Config) -> int:

@@ -7,9 +7,7 @@ HERE = Path(__file__).resolve().parent
 if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
-import contextlib
 import difflib
-import io
 
 from fastrot import config, entry
 from fastrot.config import Config, Refused
@@ -34,8 +32,7 @@ def command_line(argv: list[str]) -> Config:
     """
     import tyro
 
-    quiet = contextlib.nullcontext() if entry.rank() == 0 else _silence()
-    with quiet:
+    with entry.told_once():
         file, rest = _config_file(argv)
         if file is not None:
             return tyro.cli(
@@ -89,12 +86,6 @@ def read_config(path: Path) -> Config:
             f"--config {path} is not YAML: use the config.yaml of a run folder"
         ) from error
     return config.from_plain(plain)
-
-
-@contextlib.contextmanager
-def _silence():
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 if __name__ == "__main__":

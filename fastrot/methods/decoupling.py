@@ -16,14 +16,13 @@ from fastrot import config, dist
 from fastrot.backbones.staged import Staged
 from fastrot.bank import Bank
 from fastrot.config import Refused
-from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.core import DTYPES, Batch, Facts, Losses, Method
 from fastrot.methods.rotnet import TURNS, turn_labels
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
 from fastrot.ops.turns import turned_views
 from fastrot.turn_table import pu_weights, read
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 
 
@@ -166,6 +165,10 @@ class Decoupling(Method):
             "prec_inv": invariant["accuracy"],
             "loss_inv": invariant["loss"],
         }
+
+    @staticmethod
+    def tells_turns(cfg: config.Decoupling) -> bool:
+        return cfg.lambda_cls > 0
 
     def turn_logits(self, outputs: Parts) -> Tensor | None:
         return outputs.logits

@@ -38,6 +38,10 @@ class RotNet(Method):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         return classification_scores(outputs, turn_labels(outputs))
 
+    @staticmethod
+    def tells_turns(cfg: config.RotNet) -> bool:
+        return True
+
     def turn_logits(self, outputs: Float[Tensor, "v 4"]) -> Float[Tensor, "v 4"]:
         return outputs
 
