@@ -151,9 +151,9 @@ def _nce(
     """Of few calls in the inner loop: threads that share a bank take turns in Python between two of them."""
     score = (query * own).sum(1)
     weighted = -torch.sigmoid(shift - score)[:, None] * own
-    scores = query.new_empty(picks.shape)
-    for images in range(0, len(picks), several := _several(picks.shape[1], own.shape[1])):
-        some = slice(images, images + several)
+    scores, several = query.new_empty(picks.shape), _several(picks.shape[1], own.shape[1])
+    for first in range(0, len(picks), several):
+        some = slice(first, first + several)
         column, added = query[some, :, None], weighted[some]
         for place, near in room.pieces(picks[some]):
             part = torch.bmm(near, column)  # [c, k, 1]
