@@ -6,6 +6,7 @@ The machinery, and more kills, are in benchmarks/chaos.py. Here each kill is nam
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +68,9 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, ranks, form, k
     seen = chaos.batter(setting, kills, random.Random(SEED), lambda _: None)
     told = f"seed {SEED}: {seen.wrong}"
     assert not seen.wrong, told
-    assert sorted(each.kill for each in seen.counted()) == sorted(kills), told
+    came = Counter(each.kill for each in seen.counted())  # more than planned where one stood in
+    assert not Counter(kills) - came, told
+    assert came.keys() <= set(kills) | {kill._replace(phase=STEPS) for kill in kills}, told
     aimed = [(each.phase, each.kill.phase) for each in seen.counted() if each.kill.phase != START]
     assert all(hit == phase for hit, phase in aimed), told
     assert seen.leaves > 100
