@@ -133,8 +133,10 @@ def resample(
 ) -> None:
     """Write the box of `row` (index, y, x, height, width, flip) into `out`: outside is 0, mirrored if flip.
 
-    Bilinear (cv2.INTER_LINEAR); by area where a side shrinks to less than half, where bilinear would
-    skip pixels. Raises ValueError for a box that lies outside the picture altogether.
+    OpenCV's INTER_LINEAR, which is whole numbers throughout, so that other decoders give the same bits. Where a
+    side shrinks to less than half, plain bilinear would skip pixels: there the box goes to `taps` times the size,
+    and each pixel is the mean of taps x taps of these. Raises ValueError for a box that lies outside the picture
+    altogether.
     """
     _, y, x, h, w, flip = row.tolist()
     height, width = picture.shape[:2]
@@ -150,15 +152,21 @@ def resample(
         box = np.zeros((h, w, 3), np.uint8)
         box[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
     size = out.shape[0]
-    if (h, w) == (size, size):
-        if flip:
-            cv2.flip(box, 1, dst=out)
-        else:
-            out[:] = box
-        return
-    shrinks = h > 2 * size or w > 2 * size
-    cv2.resize(
-        box, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
+    n = taps(h, w, size)
+    if n > 1:
+        box = cv2.resize(box, (n * size, n * size), interpolation=cv2.INTER_LINEAR)
+        cv2.resize(box, (size, size), dst=out, interpolation=cv2.INTER_AREA)  # the mean of n x n
+    elif (h, w) != (size, size):
+        cv2.resize(box, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+    else:
+        out[:] = box
     if flip:
         cv2.flip(out, 1, dst=out)
+
+
+def taps(height: int, width: int, size: int) -> int:
+    """The smallest power of two by which `size` grows until no side of the box shrinks to less than half."""
+    n = 1
+    while max(height, width) > 2 * n * size:
+        n *= 2
+    return n

