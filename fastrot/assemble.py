@@ -57,6 +57,8 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
     if name.split(":")[0] == "synthetic":
         from fastrot.data.synthetic import IMAGES, Synthetic
 
+        if loader == "dali":
+            raise Refused(_NOT_FOR_DALI.format(f"{knob} {name}"))
         count = name.partition(":")[2] or str(IMAGES)
         if not count.isdigit() or int(count) < 1:
             raise Refused(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
@@ -66,8 +68,13 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
         raise Refused(f"{knob} {path} does not exist: name a .beton file, a folder, or synthetic")
     kind = loader
     if loader == "auto":
-        kind = "folder" if path.is_dir() else "beton" if path.suffix == ".beton" else "unknown"
-        kind = "beton" if _holds_parts(path) else kind
+        kind = _kind(path)
+    if kind == "dali":
+        return _through_dali(open_data(path, _kind(path), knob=knob), f"{knob} {path}")
+    if kind == "tars" and _holds_shards(path):
+        from fastrot.data.tars.load import Tars
+
+        return Tars(path)
     if kind == "beton" and (path.is_file() or _holds_parts(path)):
         from fastrot.data.beton.load import Beton
 
@@ -79,11 +86,26 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
 
         return Folder(path)
     beton = dict.fromkeys(("beton", "ffcv"), "a .beton file")
-    wants = {**beton, "folder": "an image folder"}.get(loader, "a known format")
+    shards = "a folder of tar shards with their index"
+    wants = {**beton, "folder": "an image folder", "tars": shards}.get(loader, "a known format")
     raise Refused(
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
-        "an image folder, or synthetic"
+        "a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
     )
+
+
+def _kind(path: Path) -> str:
+    """What reads it unless --loader says otherwise."""
+    if _holds_parts(path) or path.suffix == ".beton" and path.is_file():
+        return "beton"
+    return "tars" if _holds_shards(path) else "folder" if path.is_dir() else "unknown"
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether dataprep/to_dali.py made this folder."""
+    from fastrot.data.tars.layout import MANIFEST
+
+    return (folder / MANIFEST).exists()
 
 
 def _holds_parts(folder: Path) -> bool:
@@ -100,6 +122,26 @@ def _through_ffcv(path: Path) -> Data:
             f"--loader ffcv cannot import FFCV ({error}): run  make ffcv  to install it, or choose --loader beton"
         ) from None
     return FfcvBeton(path)
+
+
+_NOT_FOR_DALI = (
+    "--loader dali decodes JPEGs, and {} holds none: leave --loader out, or name tar shards, a folder or a "
+    ".beton of JPEGs"
+)
+
+
+def _through_dali(data: Any, what: str) -> Data:
+    """`data` decoded by DALI; `what`: its knob and name."""
+    raw = data.format == "beton" and data.contents.raw.all()
+    if data.format not in ("tars", "folder", "beton") or raw:
+        raise Refused(_NOT_FOR_DALI.format(what))
+    try:
+        from fastrot.data.dali import ThroughDali
+    except ImportError as error:  # not installed, or without its system libraries
+        raise Refused(
+            f"--loader dali cannot import DALI ({error}): run  make dali  to install it, or choose another --loader"
+        ) from None
+    return ThroughDali(data)
 
 
 def open_loader(
