@@ -96,7 +96,7 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
 
 def _kind(path: Path) -> str:
     """What reads it unless --loader says otherwise."""
-    if _holds_parts(path) or path.suffix == ".beton" and path.is_file():
+    if _holds_parts(path) or (path.suffix == ".beton" and path.is_file()):
         return "beton"
     return "tars" if _holds_shards(path) else "folder" if path.is_dir() else "unknown"
 

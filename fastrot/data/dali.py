@@ -19,7 +19,8 @@ DALI is given upright JPEGs in colour or grey, whose header agrees with what is 
 
 Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open_data`, when asked.
 """
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import contextlib
 import functools
@@ -388,7 +389,9 @@ class _Pipe:
 
     def __init__(self, graph: Graph):
         self.graph = graph
-        self._under_way = deque[tuple[_Job, list[Any]]]()  # with what it was fed: DALI keeps no copy
+        self._under_way = deque[
+            tuple[_Job, list[Any]]
+        ]()  # with what it was fed: DALI keeps no copy
         self._waiting: _Waiting | None = None
         self._error: BaseException | None = None
         self._broken = False

@@ -86,15 +86,15 @@ def is_upright_jpeg(data: UInt8[np.ndarray, " n"], height: int, width: int) -> b
     """Whether its header says that any decoder of JPEG finds these pixels: colour or grey, of that size, not turned."""
     try:
         *size, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+        if size != [height, width] or colours not in ("YCbCr", "Gray"):
+            return False
+        encoded = data.tobytes()
+        if b"Exif\0\0" not in encoded:
+            return True
+        with _opened(io.BytesIO(encoded)) as image:
+            return _orientation(image) == 1
+    except ValueError:  # BadPicture too
         return False
-    if size != [height, width] or colours not in ("YCbCr", "Gray"):
-        return False
-    encoded = data.tobytes()
-    if b"Exif\0\0" not in encoded:
-        return True
-    with _opened(io.BytesIO(encoded)) as image:
-        return _orientation(image) == 1
 
 
 def shrink(

@@ -22,6 +22,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -147,6 +148,7 @@ class Recipe:
     short_side: int | None = None
     max_side: int | None = None
     judged: bool = False  # also measure what the coder loses
+    original: bool = False  # a file's bytes stay as they are; only pixels are coded
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,7 @@ def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Enc
     height, width = picture.shape[:2]
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")
-    data = recipe.coder.encode(picture)
+    data = read if recipe.original and isinstance(read, bytes) else recipe.coder.encode(picture)
     sums, squares = _channel_sums(picture)
     loss = None
     if recipe.judged:
@@ -498,7 +500,7 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             # parts without a plan are rests of a removal, and may be of any options
             of_others = (differs or not begun) and _lasting(file)
             if of_others or _passing(file):
-                file.unlink()
+                _discard(file)
         replace_bytes(folder / PLAN, json.dumps(plan).encode())
         try:
             yield
@@ -506,7 +508,15 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             with contextlib.suppress(OSError):  # on a full disk they would be in the way
                 for file in folder.iterdir():
                     if file.name.startswith((NEW, SIGN)):
-                        file.unlink()
+                        _discard(file)
+
+
+def _discard(file: Path) -> None:
+    """Remove a file, or the folder of a format that is one."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _passing(file: Path) -> bool:
@@ -534,7 +544,7 @@ def remove(folder: Path) -> None:
     (folder / "set.json").unlink(missing_ok=True)
     for file in folder.iterdir():
         if _lasting(file) or _passing(file) or file.name == LOCK:
-            file.unlink(missing_ok=True)
+            _discard(file)
     (folder / PLAN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are files in it that are not ours
         folder.rmdir()

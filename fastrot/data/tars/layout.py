@@ -1,12 +1,12 @@
 """Bytes of a tar shard and of its DALI index; what lies beside the shards of a folder.
 
-    NAME/00000.tar ...  WebDataset: KEY.jpg (or .png, ...), KEY.cls; KEY is the picture's number in its source
-    NAME/00000.idx ...  the same as DALI's wds2idx writes it, v1.2: a line a picture
-    NAME/shards.json    what is known of them as a whole, sealed; written last
-    NAME/rows.npy       a ROW for each picture: where it lies, its size, its label, its checksum
-    NAME/keys.npy       uint64 [rows]: hash of each path
-    NAME/paths.jsonl    {"path", "number"} of each row
-    NAME/rejects.jsonl  {"path", "reason"} of each picture left out, where there are any
+NAME/00000.tar ...  WebDataset: KEY.jpg (or .png, ...), KEY.cls; KEY is the picture's number in its source
+NAME/00000.idx ...  the same as DALI's wds2idx writes it, v1.2: a line a picture
+NAME/shards.json    what is known of them as a whole, sealed; written last
+NAME/rows.npy       a ROW for each picture: where it lies, its size, its label, its checksum
+NAME/keys.npy       uint64 [rows]: hash of each path
+NAME/paths.jsonl    {"path", "number"} of each row
+NAME/rejects.jsonl  {"path", "reason"} of each picture left out, where there are any
 """
 
 import tarfile
@@ -17,6 +17,7 @@ BLOCK = 512  # bytes: headers and contents begin at multiples
 RECORD = 20 * BLOCK  # a tar's length is a multiple, as GNU tar and tarfile write it
 MANIFEST, ROWS, KEYS = "shards.json", "rows.npy", "keys.npy"
 PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
+BESIDE = {MANIFEST, ROWS, KEYS, PATHS, REJECTS}
 ROW = np.dtype(
     [
         ("first", "<i8"),  # byte of the shard, where the picture begins

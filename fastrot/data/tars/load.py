@@ -24,14 +24,12 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
-from fastrot.data.beton.manifest import unsealed
 from fastrot.data.ring import Ring
-from fastrot.data.sources import order_fingerprint
 from fastrot.data.tars import layout
+from fastrot.data.tars.index import AGAIN, read_index
 from fastrot.data.threads import ahead
 
 AHEAD = 3  # batches read ahead
-_AGAIN = "copy it again, or prepare the pictures again with dataprep/to_dali.py"
 
 
 class Tars:
@@ -42,10 +40,12 @@ class Tars:
     """
 
     format = "tars"
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.manifest, self._index, self.keys = _opened_index(self.path)
+        self.manifest, self._index, self.keys = read_index(self.path)
         self._shards = [_mapped(self.path, shard) for shard in self.manifest["shards"]]
         self.rows, self.labels = len(self._index), self._index["label"].astype(np.int64)
         self._sizes = np.stack([self._index["height"], self._index["width"]], axis=1)
@@ -146,7 +146,7 @@ class Tars:
 
     def _damaged(self, row: int, why: str) -> DamagedRecord:
         file = self._shards[int(self._index[row]["shard"])].path
-        return DamagedRecord(f"row {row} of {file} ({self.name(row)}) is damaged, {why}: {_AGAIN}")
+        return DamagedRecord(f"row {row} of {file} ({self.name(row)}) is damaged, {why}: {AGAIN}")
 
     def _compare(self) -> None:
         """Raises Refused where the index leads outside of a shard, or not to its pictures."""
@@ -160,7 +160,9 @@ class Tars:
                 block = shard.bytes[first - layout.BLOCK : first].tobytes()
                 fits = fits and layout.length_in(block) == size
             if not fits:
-                raise Refused(f"{shard.path} is not the tar that {layout.ROWS} was made for: {_AGAIN}")
+                raise Refused(
+                    f"{shard.path} is not the tar that {layout.ROWS} was made for: {AGAIN}"
+                )
 
 
 class _Job(NamedTuple):
@@ -185,32 +187,10 @@ def _mapped(folder: Path, listed: dict[str, Any]) -> _Shard:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise Refused(f"{path} is empty: {_AGAIN}") from None
+        raise Refused(f"{path} is empty: {AGAIN}") from None
     except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}): {_AGAIN}") from None
+        raise Refused(f"{path} cannot be read ({error.strerror}): {AGAIN}") from None
     if len(mapped) != listed["bytes"]:
         cut = "is cut short" if len(mapped) < listed["bytes"] else "has grown"
-        raise Refused(f"{path} {cut}: it has {len(mapped):,} of {listed['bytes']:,} bytes; {_AGAIN}")
+        raise Refused(f"{path} {cut}: it has {len(mapped):,} of {listed['bytes']:,} bytes; {AGAIN}")
     return _Shard(path, mapped, np.frombuffer(mapped, np.uint8))
-
-
-def _opened_index(folder: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """shards.json, rows.npy and keys.npy. Raises Refused where they are not of one conversion."""
-    try:
-        manifest = unsealed((folder / layout.MANIFEST).read_bytes())
-        if (version := manifest.get("version")) != layout.VERSION:
-            raise Refused(f"{folder} is of version {version}, not {layout.VERSION}: {_AGAIN}")
-        index, keys = (
-            np.load(folder / name, allow_pickle=False) for name in (layout.ROWS, layout.KEYS)
-        )
-        whole = zlib.crc32(index.tobytes()) == manifest["rows_crc"]
-        whole = whole and index.dtype == layout.ROW and keys.shape == index.shape
-        found = order_fingerprint(keys, index["label"].astype(np.int64))
-        whole = whole and found == manifest["fingerprint"]
-    except FileNotFoundError as error:
-        raise Refused(f"{error.filename} is missing: copy it too, or {_AGAIN}") from None
-    except (ValueError, EOFError, KeyError, TypeError):
-        whole, manifest = False, {}
-    if not whole:
-        raise Refused(f"{folder / layout.MANIFEST}, or an .npy beside it, is damaged: {_AGAIN}")
-    return manifest, index, keys
