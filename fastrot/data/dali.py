@@ -136,11 +136,12 @@ class ThroughDali:
                     self._idle.append(pipe)
 
     def _pipe(self, graph: "Graph") -> "_Pipe":
-        for pipe in self._idle:
-            if pipe.graph.serves(graph):
-                self._idle.remove(pipe)
-                return pipe
-        return _Pipe(graph)
+        fitting = [pipe for pipe in self._idle if pipe.graph.serves(graph)]
+        if not fitting:
+            return _Pipe(graph)
+        pipe = min(fitting, key=lambda pipe: pipe.graph.batch)
+        self._idle.remove(pipe)
+        return pipe
 
     def _with_pixels(self, job: "_Job", pixels: Any, graph: "Graph") -> "_Job":
         if graph.gpu is not None:
@@ -172,9 +173,10 @@ class ThroughDali:
         for place in asked:
             probe = probe or _Pipe(graph._replace(batch=1, threads=1))
             try:
-                list(probe.through(_Waiting(iter([job.alone(place)]))))
+                (_,) = probe.through(_Waiting(iter([job.alone(place)])))
             except _Broken:
                 odd.append(place)
+            if not probe.drained():
                 probe = None
         if not asked:
             raise RuntimeError("DALI cannot decode its stand-in") from broken

@@ -23,6 +23,8 @@ class Index(NamedTuple):
 
 def read_index(folder: Path) -> Index:
     """Raises Refused where a file is missing or damaged, or they are not of one conversion."""
+    rows: np.ndarray
+    keys: np.ndarray
     try:
         manifest = unsealed((folder / layout.MANIFEST).read_bytes())
         rows, keys = (
