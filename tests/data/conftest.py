@@ -8,7 +8,6 @@ from PIL import Image
 from truth import photo
 
 
-
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory) -> Path:
     """Class folders of plain JPEGs, turned ones, grey, CMYK and progressive ones, and pictures that are no JPEGs."""
