@@ -195,12 +195,12 @@ class Held:
 
 
 def chunk_of(source: Source, first: int, stop: int) -> Chunk:
-    """Records first ... stop - 1 of a source: where their bytes lie if it can tell, else their pixels."""
+    """Records first ... stop - 1 of a source: where they are for a worker to read, else their pixels."""
     part = source.part(first, stop)
-    if part is not None:
-        return Chunk(part, first)
-    pictures = [source.read(i) for i in range(first, stop)]
-    return Chunk(Held(source.records[first:stop], pictures), first)
+    if part is None:
+        pictures = [source.read(i) for i in range(first, stop)]
+        part = Held(source.records[first:stop], pictures)
+    return Chunk(part, first)
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:

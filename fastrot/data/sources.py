@@ -59,9 +59,7 @@ class Source:
     keys: UInt64[np.ndarray, " n"] | None = None  # None: `path_keys` of the records
 
     def part(self, first: int, stop: int) -> "Source | None":
-        """Records first ... stop - 1, to be read by a worker process; None: only this one can read them."""
-        if type(self).read is not Source.read:
-            return None
+        """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
         return Source(root=self.root, records=self.records[first:stop], classes=(), seen=0)
 
     def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
@@ -387,6 +385,9 @@ class Cifar10(Source):
         if batch not in self._pixels:
             self._pixels[batch], _ = _cifar_batch(self.root / batch)
         return np.ascontiguousarray(self._pixels[batch][int(place)])
+
+    def part(self, first: int, stop: int) -> None:
+        """Workers would each read whole batches."""
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": {}}
