@@ -30,6 +30,7 @@ BLOCK = 2**26  # bytes of a file that one checksum covers
 SIDE = 8  # pixels of a tile
 Encoding: TypeAlias = Literal["ycc", "raw"]
 BODY = {"ycc": "tiles.npy", "raw": "pixels.npy"}  # the array that holds the pictures
+LENGTH = {"ycc": "tiles", "raw": "pixels"}  # how meta.json calls its length
 WIDTH = {"ycc": 48, "raw": 3}  # bytes of a row of it
 
 # the palette of a block whose first end point is the larger, and of all others: (first e0 + second e1) // of

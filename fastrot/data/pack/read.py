@@ -21,7 +21,7 @@ from fastrot.config import Refused
 from fastrot.core import DamagedRecord
 from fastrot.data.beton.manifest import unsealed
 from fastrot.data.pack import layout
-from fastrot.data.pack.layout import BLOCK, BODY, META, VERSION, WIDTH
+from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
 from fastrot.data.sources import order_fingerprint
 from fastrot.entry import cores
 
@@ -32,8 +32,9 @@ class PackFile:
     """A pack of pictures, opened. Raises Refused, in one sentence, where it is none or not whole.
 
     encoding     "ycc" or "raw"
-    body         uint8 [tiles, 48] or [pixels, 3]: all pictures, one after the other, mapped into memory
-    first        int64 [rows + 1]: where each picture begins in `body`; the last is its length
+    array        the file that holds the pictures: tiles.npy or pixels.npy
+    tiles        uint8 [tiles, 48] or [pixels, 3]: all pictures, one after the other, mapped into memory
+    first        int64 [rows + 1]: where each picture begins in `tiles`; the last is its length
     sizes        int32 [rows, 2]: heights and widths
     labels       int64 [rows]; -1 where there is none
     keys         uint64 [rows]: hash of each path
@@ -48,12 +49,13 @@ class PackFile:
         self.encoding: layout.Encoding = self.meta["encoding"]
         self.rows = int(self.meta["rows"])
         self._checksums: dict[str, list[int]] = self.meta["checksums"]
+        self.array = BODY[self.encoding]
         arrays = {name: self._opened(name) for name in layout.arrays(self.encoding)}
-        self.body: UInt8[np.ndarray, "t c"] = arrays[BODY[self.encoding]]
-        self._whole = np.zeros(len(self._checksums[BODY[self.encoding]]), bool)  # blocks of it
+        self.tiles: UInt8[np.ndarray, "t c"] = arrays[self.array]
+        self._whole = np.zeros(len(self._checksums[self.array]), bool)  # by blocks
         self._checking = threading.Lock()
         for name in arrays:
-            if name != BODY[self.encoding]:
+            if name != self.array:
                 self.check(name)
         self.first: Int64[np.ndarray, " m"] = arrays["first.npy"]
         self.sizes: Int32[np.ndarray, "n 2"] = arrays["sizes.npy"]
@@ -71,7 +73,7 @@ class PackFile:
 
     def rows_of(self, row: int) -> UInt8[np.ndarray, "t c"]:
         """The tiles [t, 48] or pixels [t, 3] of a picture, in the file, not checked."""
-        return self.body[self.first[row] : self.first[row + 1]]
+        return self.tiles[self.first[row] : self.first[row + 1]]
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture, from checked bytes. Raises DamagedRecord."""
@@ -81,7 +83,7 @@ class PackFile:
             if not self._is_whole(block):
                 raise DamagedRecord(
                     f"row {row} of {self.path} ({self.name(row)}) may be damaged: the checksum of "
-                    f"{self._where(BODY[self.encoding], block)} does not agree; {_AGAIN}, and "
+                    f"{self._where(self.array, block)} does not agree; {_AGAIN}, and "
                     f"dataprep/look.py {self.path} --verify names every damaged stretch"
                 )
         return layout.decode(self.rows_of(row), *self.sizes[row].tolist())
@@ -95,8 +97,12 @@ class PackFile:
         except (OSError, IndexError, ValueError, KeyError, TypeError):
             return "path unknown"
 
-    def check(self, name: str, threads: int | None = None) -> None:
-        """Read a whole array and compare its checksums. Raises Refused, which names the first damaged stretch."""
+    def check(self, name: str | None = None, threads: int | None = None) -> None:
+        """Read a whole array (None: the pictures') and compare its checksums.
+
+        Raises Refused, which names the first damaged stretch. `threads`: None: all cores.
+        """
+        name = name or self.array
         for block in self.damaged(name, threads):
             what = f"{self.path / name} is damaged"
             raise Refused(f"{what}: the checksum of {self._where(name, block)} differs; {_AGAIN}")
@@ -107,13 +113,13 @@ class PackFile:
         with ThreadPoolExecutor(min(count, threads or cores())) as pool:
             right = pool.map(self._agrees, repeat(name), range(count))
             for block, fine in enumerate(right):
-                if name == BODY[self.encoding]:
+                if name == self.array:
                     self._whole[block] = fine
                 if not fine:
                     yield block
 
     def rows_in(self, block: int) -> range:
-        """The pictures of which something lies in a block of the body."""
+        """The pictures of which something lies in a block of the pictures' array."""
         width, at = WIDTH[self.encoding], self._offset
         begins, ends = (max(b * BLOCK - at, 0) for b in (block, block + 1))
         first = int(np.searchsorted(self.first, begins // width, side="right")) - 1
@@ -137,14 +143,14 @@ class PackFile:
             raise Refused(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
         if size != array.offset + array.nbytes or -(-size // BLOCK) != len(self._checksums[name]):
             raise Refused(f"{file} has {size:,} bytes, which is not what was written: {_AGAIN}")
-        length = {BODY[self.encoding]: self.meta["length"], "first.npy": self.rows + 1}
+        length = {self.array: self.meta[LENGTH[self.encoding]], "first.npy": self.rows + 1}
         shape = (length.get(name, self.rows), *([] if width is None else [width]))
         if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
             raise Refused(
                 f"{file} is {array.dtype} {list(array.shape)}, and meta.json wants {dtype} "
                 f"{list(shape)}: {_AGAIN}"
             )
-        if name == BODY[self.encoding]:
+        if name == self.array:
             self._offset = array.offset
         return array.view(np.ndarray)
 
@@ -153,17 +159,17 @@ class PackFile:
         wanted = layout.firsts(self.sizes, self.encoding)
         if (self.sizes < 1).any() or not np.array_equal(self.first, wanted):
             raise Refused(f"{self.path} is damaged: first.npy and sizes.npy do not agree; {_AGAIN}")
-        if wanted[-1] != len(self.body):
+        if wanted[-1] != len(self.tiles):
             raise Refused(f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}")
         if order_fingerprint(self.keys, self.labels) != self.fingerprint:
             raise Refused(f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}")
 
     def _is_whole(self, block: int) -> bool:
-        """Whether a block of the body has its checksum; it is read once."""
+        """Whether a block of the pictures' array has its checksum; it is read once."""
         if not self._whole[block]:
             with self._checking:  # else every thread would read the block that all want first
                 if not self._whole[block]:
-                    self._whole[block] = self._agrees(BODY[self.encoding], block)
+                    self._whole[block] = self._agrees(self.array, block)
         return bool(self._whole[block])
 
     def _agrees(self, name: str, block: int) -> bool:
@@ -196,7 +202,6 @@ def open_pack(path: str | Path) -> PackFile:
 
 _WANTED: dict[str, Callable[[Any], bool]] = {  # of meta.json, to be read at all
     "rows": lambda v: type(v) is int and v > 0,
-    "length": lambda v: type(v) is int and v > 0,
     "encoding": lambda v: v in BODY,
     "classes": lambda v: isinstance(v, list),
     "mean": lambda v: isinstance(v, list) and len(v) == 3,
@@ -238,7 +243,6 @@ def _meta(path: Path) -> dict[str, Any]:
     for name, fits in _WANTED.items():
         if not fits(facts.get(name)):
             raise Refused(f"{file} has no usable {name!r}: prepare the pack again")
-    missing = layout.arrays(facts["encoding"]).keys() - facts["checksums"].keys()
-    if missing:
+    if missing := layout.arrays(facts["encoding"]).keys() - facts["checksums"].keys():
         raise Refused(f"{file} has no checksums of {min(missing)}: prepare the pack again")
     return facts
