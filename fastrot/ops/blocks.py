@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
+from fastrot import native
 from fastrot.config import Refused
 from fastrot.ops.choice import form_for
 from fastrot.ops.rows import check_device
@@ -53,7 +54,9 @@ class PackTensors:
     """Packed pictures on one device. A row of `tiles` is a tile (c = 48) or a pixel (c = 3)."""
 
     tiles: UInt8[Tensor, "t c"]
-    first: Int64[Tensor, " m"]  # m = n + 1: where each picture begins in `tiles`; the last is their number
+    first: Int64[
+        Tensor, " m"
+    ]  # m = n + 1: where each picture begins in `tiles`; the last is their number
     sizes: Int32[Tensor, "n 2"]  # heights and widths
 
     @property
@@ -220,7 +223,9 @@ if triton is not None:
         index = tl.load(boxes + image * 6)
         flip = tl.load(boxes + image * 6 + 5) != 0
         column = tl.where(flip, size - 1 - column, column)
-        red, green, blue = _crop_pixels(tiles, first, sizes, boxes + image * 6, index, row, column, size, PACKED)
+        red, green, blue = _crop_pixels(
+            tiles, first, sizes, boxes + image * 6, index, row, column, size, PACKED
+        )
         square = tl.reshape(red | (green << 8) | (blue << 16), [SIDE * SIDE])
 
         over0, over1, over2 = tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2)
@@ -281,7 +286,11 @@ if triton is not None:
             y0, y1, ay, by = _kernel_rows(row * n + i, height, n * size)
             for j in range(0, n):
                 x0, x1, ax, bx = _kernel_columns(column * n + j, width, n * size)
-                r, g, b = tl.full(red.shape, 2, tl.int32), tl.full(red.shape, 2, tl.int32), tl.full(red.shape, 2, tl.int32)
+                r, g, b = (
+                    tl.full(red.shape, 2, tl.int32),
+                    tl.full(red.shape, 2, tl.int32),
+                    tl.full(red.shape, 2, tl.int32),
+                )
                 for lower in range(0, 2):
                     at, weight = tl.where(lower == 0, y0, y1), tl.where(lower == 0, ay, by)
                     r0, g0, b0 = _pixel(picture, down, across, y + at, x + x0, PACKED)
@@ -345,7 +354,11 @@ if triton is not None:
         if PACKED:
             above = (y >> 3) * ((across + 7) >> 3) * 6
             beside = (x >> 3) * 6
-            luma = tl.load(picture + (above + ((y >> 2) & 1) * 2 + (beside + ((x >> 2) & 1))), mask=inside, other=0)
+            luma = tl.load(
+                picture + (above + ((y >> 2) & 1) * 2 + (beside + ((x >> 2) & 1))),
+                mask=inside,
+                other=0,
+            )
             blue = tl.load(picture + (above + 4 + beside), mask=inside, other=0)
             red = tl.load(picture + (above + 5 + beside), mask=inside, other=0)
             which = 16 + ((y >> 1) & 3) * 12 + ((x >> 1) & 3) * 3
@@ -376,7 +389,9 @@ if triton is not None:
         eight = e0 > e1
         weight = (tl.where(eight, 0x65432170, 0x00432150) >> (4 * choice)) & 15
         value = tl.where(eight, 7, 5) * e0 + weight * (e1 - e0)
-        value = (value * tl.where(eight, 9363, 13108)) >> 16  # over 7 or 5, rounded down: up to 2**11
+        value = (
+            value * tl.where(eight, 9363, 13108)
+        ) >> 16  # over 7 or 5, rounded down: up to 2**11
         return tl.where(eight | (choice < 6), value, (choice & 1) * 255)
 
 
@@ -419,7 +434,6 @@ def _launch(
     return out
 
 
-
 # ---- public names ----
 
 
@@ -434,17 +448,24 @@ def unpack_crops(
 
     boxes  rows (index, y, x, height, width, flip), as they travel with the order, where index is the picture's number
            in `pack`. They may reach over the border, where pixels are 0. A number that the pack has not is refused on a
-           CPU; on a GPU, where looking would wait, it is the caller's to avoid.
+           CPU, and so is a box altogether outside; on a GPU, where looking would wait, that is the caller's to avoid.
 
     Equal to the bit to decoding the whole picture, then `crops.resample`, on every device.
     """
     _check(pack, boxes, size)
     if out is not None and (out.shape != (len(boxes), size, size, 3) or not out.is_contiguous()):
-        raise Refused(f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous")
+        raise Refused(
+            f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous"
+        )
     if form_for(boxes) == "triton":
         return _launch(pack, boxes, size, torch.uint8, out=out)
-    crops = unpack_crops_reference(pack, boxes, size)
-    return crops if out is None else out.copy_(crops)
+    if boxes.is_cuda or native.load() is None:
+        crops = unpack_crops_reference(pack, boxes, size)
+        return crops if out is None else out.copy_(crops)
+    out = boxes.new_empty(len(boxes), size, size, 3, dtype=torch.uint8) if out is None else out
+    arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
+    native.pack_crops(*arrays, pack.encoding, boxes.numpy(), size, out.numpy())
+    return out
 
 
 def unpack_views(
@@ -471,7 +492,9 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
             f"tiles are {tiles.dtype} {list(tiles.shape)}: they want torch.uint8 [T, {YCC}] or [T, {RAW}]"
         )
     if not tiles.is_contiguous() or tiles.data_ptr() % 8:
-        raise Refused("tiles are not contiguous from a multiple of 8 bytes: give the pack's array itself")
+        raise Refused(
+            "tiles are not contiguous from a multiple of 8 bytes: give the pack's array itself"
+        )
     if sizes.dtype != torch.int32 or first.dtype != torch.int64 or len(first) != len(sizes) + 1:
         raise Refused(
             f"first is {first.dtype} {list(first.shape)} and sizes are {sizes.dtype} {list(sizes.shape)}: "
@@ -485,9 +508,12 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
     if not boxes.is_cuda and len(boxes):
         low, high = (int(end) for end in boxes[:, 0].aminmax())
         if low < 0 or high >= len(sizes):
-            raise Refused(f"boxes ask for pictures {low} to {high}: the pack has 0 to {len(sizes) - 1}")
-        if int(boxes[:, 3:5].min()) < 1:
-            raise Refused("boxes have a side of no pixels: they want a height and a width of at least 1")
+            raise Refused(
+                f"boxes ask for pictures {low} to {high}: the pack has 0 to {len(sizes) - 1}"
+            )
+        starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
+        if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
+            raise Refused("boxes lie outside their pictures: they want a pixel of these at least")
 
 
 # ---- what `make kernels` compiles ----
