@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from fastrot.config import Refused
 from fastrot.data import conversion, prepare
@@ -73,7 +73,7 @@ class Coder:
 def write_pack(
     path: str | Path,
     pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]],
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | Int64[np.ndarray, " n"] | None = None,
     *,
     encoding: Encoding = "ycc",
     paths: Sequence[str] | None = None,
@@ -194,7 +194,7 @@ def sizes_in(parts: list[prepare.Part], encoding: Encoding) -> Int32[np.ndarray,
             with open(part.file, "rb") as file:
                 for size in sizes:
                     size[:] = np.frombuffer(_exactly(file, HEAD.itemsize, part), HEAD.base)
-                    file.seek(_bytes_of(size, encoding), os.SEEK_CUR)
+                    file.seek(_bytes_of(size, encoding, part), os.SEEK_CUR)
                 if file.tell() != part.file.stat().st_size:
                     raise _changed(part)
         each.append(sizes)
@@ -212,19 +212,22 @@ def body_of(parts: list[prepare.Part], encoding: Encoding) -> Iterator[memoryvie
             with open(part.file, "rb") as file:
                 for crc in crcs:
                     head = _exactly(file, HEAD.itemsize, part)
-                    data = _exactly(file, _bytes_of(np.frombuffer(head, HEAD.base), encoding), part)
+                    size = np.frombuffer(head, HEAD.base)
+                    data = _exactly(file, _bytes_of(size, encoding, part), part)
                     if zlib.crc32(data, zlib.crc32(head)) != crc:
                         raise _changed(part)
                     yield memoryview(data)
 
 
-def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding) -> int:
+def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding, part: prepare.Part) -> int:
     """Of a picture's tiles or pixels."""
+    if size.min() < 1 or size.max() > 65_535:
+        raise _changed(part)
     return WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
 
 
 def _exactly(file: BinaryIO, count: int, part: prepare.Part) -> bytes:
-    data = file.read(count) if 0 <= count <= 2**34 else b""
+    data = file.read(count)
     if len(data) != count:
         raise _changed(part)
     return data
@@ -283,7 +286,8 @@ class PackForm(conversion.Form):
             out.rmdir()  # where it is empty
         if not out.exists():
             return There()
-        if foreign := {file.name for file in out.iterdir()} - NAMES:
+        names = {file.name for file in out.iterdir() if not file.name.startswith(".")}
+        if foreign := names - NAMES:
             raise Refused(
                 f"{out} is there, and holds {min(foreign)}, which is no file of a pack: remove it or "
                 "choose another --out"
