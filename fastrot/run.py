@@ -485,6 +485,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         ),
         f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
         *getattr(loader.data, "in_words", list)(),

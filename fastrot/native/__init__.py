@@ -1,7 +1,7 @@
 """The C++ extension: whole batches of crops, out of `.beton` records and out of packs. Optional.
 
 `setup.py` builds it where there is a compiler and libjpeg-turbo's headers; nothing but ctypes joins it to Python.
-It gives the bits that the Python libraries give, several times as fast; FASTROT_NATIVE=0 switches it off.
+It gives the bits that the Python libraries give; FASTROT_NATIVE=0 switches it off, a path names another build of it.
 
 C trusts what it gets, so everything is compared here with the memory that it lies in: types, layouts, numbers
 of rows, the bytes of every record. The GIL is free while C works.
@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 
+SETTING = "FASTROT_NATIVE"
+WANTS = "install g++ and libjpeg-turbo's headers, apt's libjpeg-dev, then fastrot again"
 EDITION = 1  # of the C functions' signatures: a library of another one is not used
 FINE = 0  # a picture's status; anything else: damaged, or of a kind that others decode
 TILE = 48  # bytes of a pack's 8 x 8 pixels
@@ -43,23 +45,22 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 def load() -> ctypes.CDLL | None:
     """The library; None where it was not built, cannot be loaded, or is switched off."""
-    return None if _switched_off() else _opened()[0]
+    return _opened(os.environ.get(SETTING, ""))[0]
 
 
 def why() -> str:
     """One phrase: why there is no library, or which one there is."""
-    return "FASTROT_NATIVE=0 switches it off" if _switched_off() else _opened()[1]
-
-
-def _switched_off() -> bool:
-    return os.environ.get("FASTROT_NATIVE") == "0"
+    return _opened(os.environ.get(SETTING, ""))[1]
 
 
 @functools.cache
-def _opened() -> tuple[ctypes.CDLL | None, str]:
-    file = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+def _opened(setting: str) -> tuple[ctypes.CDLL | None, str]:
+    if setting == "0":
+        return None, f"{SETTING}=0 switches it off"
+    beside = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    file = Path(setting) if setting else beside
     if not file.exists():
-        return None, "it was not built: install g++ and libjpeg-turbo's headers, then fastrot again"
+        return None, f"{file.name} is not there, since it could not be built ({WANTS})"
     try:
         library = ctypes.CDLL(str(file))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -71,7 +72,7 @@ def _opened() -> tuple[ctypes.CDLL | None, str]:
         return None, "it was built from other sources: install fastrot again"
     number = library.fastrot_libjpeg()
     version = f"{number // 10**6}.{number // 1000 % 1000}.{number % 1000}"
-    return library, f"built for libjpeg-turbo {version}"
+    return library, f"built with libjpeg-turbo {version}"
 
 
 class Files:
@@ -120,6 +121,8 @@ class Work:
     def wait(self) -> Int32[np.ndarray, " b"]:
         """The pictures' states, when all are done: FINE, or not, and then the crop holds anything."""
         if self._batch is not None:
+            if self._pool.address is None:
+                raise ValueError("its pool was closed before")
             self._pool.library.fastrot_wait(self._pool.address, self._batch)
             self._pool.under_way.discard(self)
             self._batch = self._arrays = None
@@ -181,9 +184,11 @@ class Pool:
         count = len(records.sizes)
         if (records.bytes[records.raw] != _raw_bytes(records.sizes[records.raw])).any():
             raise ValueError("a raw record is not height x width x 3 bytes")
+        place = (records.which, records.start, records.bytes)
+        which, start, size = (_checked(each, np.int64, (count,)) for each in place)
         columns = {
-            "at": records.files.addresses(records.which, records.start, records.bytes),
-            "bytes": _checked(records.bytes, np.int64, (count,)),
+            "at": records.files.addresses(which, start, size),
+            "bytes": size,
             "sizes": _checked(records.sizes, np.int32, (count, 2)),
             "raw": _checked(records.raw, np.bool_, (count,)).view(np.uint8),
         }

@@ -36,7 +36,8 @@ class Jpeg {
     if (made_) jpeg_destroy_decompress(&info_);
   }
 
-  // The box (inside the picture) of a JPEG of height x width pixels. `whole`: read it to its end, for damage there.
+  // The box (inside the picture) of a JPEG of height x width pixels. `whole`: read the JPEG to its end, so that
+  // damage there is met too.
   //
   // `at` is null for what is left to others: a damaged JPEG, one of another size, and the odd kinds (progressive,
   // arithmetic, CMYK, stored as RGB, 12 bits, chroma in other ways than 4:4:4, 4:2:2 and 4:2:0).
@@ -56,17 +57,14 @@ class Jpeg {
     info_.out_color_space = JCS_RGB;
     jpeg_start_decompress(&info_);
     const JDIMENSION left = crop(box, width), stride = info_.output_width * 3;
-    uint8_t* pixels = memory_.of<uint8_t>(size_t(box.h) * stride);
+    uint8_t* pixels = memory_.of<uint8_t>(size_t(box.h + 1) * stride);
     if (!pixels) {
       jpeg_abort_decompress(&info_);
       return none;
     }
     skip(JDIMENSION(box.y));
     read(pixels, stride, JDIMENSION(box.h));
-    if (whole) {
-      skip(info_.output_height - info_.output_scanline);
-      jpeg_finish_decompress(&info_);
-    }
+    if (whole) finish(pixels + box.h * int64_t(stride), stride);
     const bool sound = info_.err->num_warnings == 0;
     jpeg_abort_decompress(&info_);
     if (!sound) return none;
@@ -113,6 +111,15 @@ class Jpeg {
       for (JDIMENSION k = 0; k < some; ++k) each[k] = out + (done + k) * stride;
       done += jpeg_read_scanlines(&info_, each, some);
     }
+  }
+
+  // To the picture's last bytes. A skip to the end would read none of them; one to the last row reads them all.
+  void finish(uint8_t* row, size_t stride) {
+    if (const JDIMENSION left = info_.output_height - info_.output_scanline) {
+      skip(left - 1);
+      read(row, stride, 1);
+    }
+    jpeg_finish_decompress(&info_);
   }
 
   jpeg_decompress_struct info_{};
