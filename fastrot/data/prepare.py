@@ -22,6 +22,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -64,8 +65,8 @@ Item = TypeVar("Item")
 class Options:
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
-    source: Literal["imagefolder", "list", "cifar10"]  # how --root is laid out
-    root: Path  # folder (or list) of the pictures
+    source: Literal["imagefolder", "list", "cifar10", "beton"]  # how --root is laid out
+    root: Path  # folder (or list, or prepared file) of the pictures
     out: Path  # the prepared file
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
@@ -147,6 +148,7 @@ class Recipe:
     short_side: int | None = None
     max_side: int | None = None
     judged: bool = False  # also measure what the coder loses
+    square: bool = False  # keep the centre square, after shrinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +195,12 @@ class Held:
 
 
 def chunk_of(source: Source, first: int, stop: int) -> Chunk:
-    """Records first ... stop - 1 of a source: their names where pictures are files, else their pixels."""
-    records = source.records[first:stop]
-    if type(source).read is Source.read:
-        return Chunk(Source(root=source.root, records=records, classes=(), seen=0), first)
-    return Chunk(Held(records, [source.read(i) for i in range(first, stop)]), first)
+    """Records first ... stop - 1 of a source: where they are for a worker to read, else their pixels."""
+    part = source.part(first, stop)
+    if part is None:
+        pictures = [source.read(i) for i in range(first, stop)]
+        part = Held(source.records[first:stop], pictures)
+    return Chunk(part, first)
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
@@ -229,12 +232,13 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
 
 
 def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Encoded:
-    from fastrot.data.pictures import BadPicture, decode, shrink
+    from fastrot.data.pictures import BadPicture, centre_square, decode, shrink
 
     start = time.perf_counter()
     read = source.read(i)
     picture = read if isinstance(read, np.ndarray) else decode(read)
-    picture = np.ascontiguousarray(shrink(picture, recipe.short_side, recipe.max_side))
+    picture = shrink(picture, recipe.short_side, recipe.max_side)
+    picture = np.ascontiguousarray(centre_square(picture) if recipe.square else picture)
     height, width = picture.shape[:2]
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")
@@ -498,7 +502,7 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             # parts without a plan are rests of a removal, and may be of any options
             of_others = (differs or not begun) and _lasting(file)
             if of_others or _passing(file):
-                file.unlink()
+                _discard(file)
         replace_bytes(folder / PLAN, json.dumps(plan).encode())
         try:
             yield
@@ -506,7 +510,15 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             with contextlib.suppress(OSError):  # on a full disk they would be in the way
                 for file in folder.iterdir():
                     if file.name.startswith((NEW, SIGN)):
-                        file.unlink()
+                        _discard(file)
+
+
+def _discard(file: Path) -> None:
+    """Remove a file, or the folder of a format that is one."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _passing(file: Path) -> bool:
@@ -534,7 +546,7 @@ def remove(folder: Path) -> None:
     (folder / "set.json").unlink(missing_ok=True)
     for file in folder.iterdir():
         if _lasting(file) or _passing(file) or file.name == LOCK:
-            file.unlink(missing_ok=True)
+            _discard(file)
     (folder / PLAN).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are files in it that are not ours
         folder.rmdir()

@@ -56,6 +56,11 @@ class Source:
     skipped: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
     numbers: Int64[np.ndarray, " n"] | None = None  # see `image_folder`; None: 0 ... n - 1
+    keys: UInt64[np.ndarray, " n"] | None = None  # None: `path_keys` of the records
+
+    def part(self, first: int, stop: int) -> "Source | None":
+        """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
+        return Source(root=self.root, records=self.records[first:stop], classes=(), seen=0)
 
     def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
         """Encoded bytes of record i, or its pixels."""
@@ -68,11 +73,12 @@ class Source:
         places = np.arange(len(self.records))
         order = Shuffled(len(places), seed=seed, epoch=0)[places]
         numbers = order if self.numbers is None else self.numbers[order]
-        return replace(self, records=[self.records[i] for i in order], numbers=numbers)
+        keys = None if self.keys is None else self.keys[order]
+        return replace(self, records=[self.records[i] for i in order], numbers=numbers, keys=keys)
 
 
 def open_source(
-    kind: Literal["imagefolder", "list", "cifar10"],
+    kind: Literal["imagefolder", "list", "cifar10", "beton"],
     root: str | Path,
     *,
     split: str | None = None,
@@ -380,6 +386,9 @@ class Cifar10(Source):
             self._pixels[batch], _ = _cifar_batch(self.root / batch)
         return np.ascontiguousarray(self._pixels[batch][int(place)])
 
+    def part(self, first: int, stop: int) -> None:
+        """Workers would each read whole batches."""
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": {}}
 
@@ -493,6 +502,15 @@ _ADMITTED = {
 }
 
 
+# ---- prepared pictures ----
+
+
+def _beton(root: Path, **how) -> Source:
+    from fastrot.data.beton.source import beton_rows  # which needs torch
+
+    return beton_rows(root, **how)
+
+
 # ---- layouts, by name ----
 
 
@@ -506,6 +524,7 @@ KINDS = {
     "imagefolder": _Kind(image_folder, "a folder of class folders, or of pictures"),
     "list": _Kind(text_list, "a text file that names pictures"),
     "cifar10": _Kind(cifar10, "the folder cifar-10-batches-py"),
+    "beton": _Kind(_beton, "a .beton file, or the folder of its parts"),
 }
 
 

@@ -48,6 +48,7 @@ MOST_CLASSES = 2**20  # an int field that counts further is taken for something 
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
+UNKNOWN = "path unknown"
 _AGAIN = "copy or prepare it again"
 _MENDED = "remove {} and run the same dataprep/to_ffcv.py command, which makes it anew"
 
@@ -98,7 +99,7 @@ class Beton:
             start = ends[row - 1] + 1 if row else 0
             return json.loads(lines[start : ends[row]].tobytes())["path"]
         except (Refused, IndexError, ValueError, KeyError, TypeError):
-            return "path unknown"
+            return UNKNOWN
 
     @functools.cached_property
     def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
