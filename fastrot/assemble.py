@@ -47,11 +47,17 @@ def method(cfg: Config, facts: Facts) -> Method:
 # ---- data ----
 
 
-def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -> Data:
-    """Open prepared pictures: FILE.beton or the parts of one, an image folder, `synthetic[:IMAGES]`.
+def open_data(
+    path: str | Path,
+    loader: str = "auto",
+    *,
+    knob: str = "--data",
+    placement: config.Placement = "auto",
+) -> Data:
+    """Open prepared pictures: FILE.beton or the parts of one, NAME.pack, an image folder, `synthetic[:IMAGES]`.
 
-    The format picks the reader; `loader` overrides. Raises Refused, naming `knob`, for what is no
-    known format.
+    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/load.py. Raises
+    Refused, naming `knob`, for what is no known format.
     """
     name = str(path)
     if name.split(":")[0] == "synthetic":
@@ -67,7 +73,15 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
     kind = loader
     if loader == "auto":
         kind = "folder" if path.is_dir() else "beton" if path.suffix == ".beton" else "unknown"
-        kind = "beton" if _holds_parts(path) else kind
+        kind = "beton" if _holds_parts(path) else "pack" if _holds_pack(path) else kind
+    if kind == "pack" and path.is_dir():
+        from fastrot.data.pack.load import Pack
+
+        return Pack(path, placement)
+    if placement != "auto" and knob == "--data":
+        raise Refused(
+            f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
+        )
     if kind == "beton" and (path.is_file() or _holds_parts(path)):
         from fastrot.data.beton.load import Beton
 
@@ -79,11 +93,16 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
 
         return Folder(path)
     beton = dict.fromkeys(("beton", "ffcv"), "a .beton file")
-    wants = {**beton, "folder": "an image folder"}.get(loader, "a known format")
+    wants = {**beton, "folder": "an image folder", "pack": "a .pack"}.get(loader, "a known format")
     raise Refused(
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
-        "an image folder, or synthetic"
+        "a .pack (dataprep/to_pack.py), an image folder, or synthetic"
     )
+
+
+def _holds_pack(folder: Path) -> bool:
+    """Whether dataprep/to_pack.py made, or is making, this folder."""
+    return folder.is_dir() and (folder.suffix == ".pack" or (folder / "meta.json").exists())
 
 
 def _holds_parts(folder: Path) -> bool:

@@ -52,7 +52,8 @@ class PackFile:
         self.array = BODY[self.encoding]
         arrays = {name: self._opened(name) for name in layout.arrays(self.encoding)}
         self.tiles: UInt8[np.ndarray, "t c"] = arrays[self.array]
-        self._whole = np.zeros(len(self._checksums[self.array]), bool)  # by blocks
+        blocks = len(self._checksums[self.array])
+        self._read, self._whole = np.zeros(blocks, bool), np.zeros(blocks, bool)
         self._checking = threading.Lock()
         for name in arrays:
             if name != self.array:
@@ -77,16 +78,38 @@ class PackFile:
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture, from checked bytes. Raises DamagedRecord."""
+        if reasons := self.damage(np.array([row])):
+            raise DamagedRecord(reasons[0])
+        return layout.decode(self.rows_of(row), *self.sizes[row].tolist())
+
+    def damage(self, rows: Int64[np.ndarray, " b"], threads: int = 1) -> dict[int, str]:
+        """Which of these pictures lie in a damaged stretch: a sentence, by the place in `rows`.
+
+        Each 64 MB are read once, when something in them is first asked for.
+        """
         width, at = WIDTH[self.encoding], self._offset
-        start, stop = (at + width * int(self.first[r]) for r in (row, row + 1))
-        for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
-            if not self._is_whole(block):
-                raise DamagedRecord(
+        begin = (at + width * self.first[rows]) // BLOCK
+        end = (at + width * self.first[rows + 1] - 1) // BLOCK
+        blocks = np.unique(
+            np.concatenate([np.arange(a, b + 1) for a, b in zip(begin, end, strict=True)])
+        )
+        if not self._read[blocks].all():
+            with self._checking:  # else every thread would read the block that all want first
+                unread = blocks[~self._read[blocks]].tolist()
+                with ThreadPoolExecutor(threads) as pool:
+                    self._whole[unread] = [*pool.map(self._agrees, repeat(self.array), unread)]
+                self._read[unread] = True
+        damaged = blocks[~self._whole[blocks]]
+        found = {}
+        for block in damaged[::-1].tolist():  # the first one is told
+            for place in np.flatnonzero((begin <= block) & (block <= end)).tolist():
+                row = int(rows[place])
+                found[place] = (
                     f"row {row} of {self.path} ({self.name(row)}) may be damaged: the checksum of "
                     f"{self._where(self.array, block)} does not agree; {_AGAIN}, and "
                     f"dataprep/look.py {self.path} --verify names every damaged stretch"
                 )
-        return layout.decode(self.rows_of(row), *self.sizes[row].tolist())
+        return found
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""
@@ -114,7 +137,7 @@ class PackFile:
             right = pool.map(self._agrees, repeat(name), range(count))
             for block, fine in enumerate(right):
                 if name == self.array:
-                    self._whole[block] = fine
+                    self._whole[block], self._read[block] = fine, True
                 if not fine:
                     yield block
 
@@ -163,14 +186,6 @@ class PackFile:
             raise Refused(f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}")
         if order_fingerprint(self.keys, self.labels) != self.fingerprint:
             raise Refused(f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}")
-
-    def _is_whole(self, block: int) -> bool:
-        """Whether a block of the pictures' array has its checksum; it is read once."""
-        if not self._whole[block]:
-            with self._checking:  # else every thread would read the block that all want first
-                if not self._whole[block]:
-                    self._whole[block] = self._agrees(self.array, block)
-        return bool(self._whole[block])
 
     def _agrees(self, name: str, block: int) -> bool:
         """Whether 64 MB of a file have their checksum."""
