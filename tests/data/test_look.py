@@ -156,7 +156,6 @@ def test_a_set_without_one_part_is_refused(look, ours, capsys):
 
 @pytest.fixture
 def pack(tmp_path) -> Path:
-    pytest.importorskip("fastrot.data.pack.load")
     photos = [photo(i, 60, 70 + i) for i in range(20)]
     return write_pack(
         tmp_path / "a.pack", photos, [i % 3 for i in range(20)], classes=["cat", "dog", "fox"]
@@ -168,7 +167,7 @@ def test_a_pack_is_told_and_drawn(look, pack, capsys):
     said = capsys.readouterr().out
     for words in (
         "20 pictures",
-        "of ycc: 1,600 tiles of 8x8 pixels",
+        f"of ycc: {sum(8 * -(-(70 + i) // 8) for i in range(20)):,} tiles of 8x8 pixels",
         "encoding ycc",
         "20 seen, 0 rejected",
         "fox",
