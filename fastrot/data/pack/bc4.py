@@ -1,12 +1,12 @@
-"""BC4: 4x4 samples in 8 bytes, and back. Whole numbers throughout: all machines write and read the same bits.
+"""BC4: 4x4 samples in 8 bytes, and back, on all machines with the same bits.
 
 Format.  Two end points e0, e1 and sixteen numbers of 3 bits, row by row, little-endian, that choose from a palette:
          e0 > e1:    e0, e1, then ((8 - i) e0 + (i - 1) e1) // 7 for i = 2 ... 7
          otherwise:  e0, e1, then ((6 - i) e0 + (i - 1) e1) // 5 for i = 2 ... 5, then 0, 255
 Coding.  Always the palette of eight: step s = 0 (e0, the high end) to 7 (e1, the low one). The end points are the
-         extremes of the block, and each sample takes the nearest step. Then least squares fit the end points to these
-         steps, and the better of the two is kept. (etcpak's coder loses more than the extremes alone do, and writes
-         other bytes on other processors.)
+         extremes of the block, and each sample takes the nearest step. Where that loses something, least squares fit
+         the end points to these steps, and the better of the two is kept. (etcpak's coder loses more than the extremes
+         alone do, and writes other bytes on other processors.)
 Maths.   With weights v = s of the low end, u = 7 - s of the high one, and sums over the block's samples x:
          [uu uv; uv vv] [high; low] = 7 [ux; vx]. Between the ends the palette is rounded down, which costs 3/7 of a
          level at the mean: so much is added to such an x.
@@ -21,16 +21,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt16, UInt64
 
 _INDEX = np.array([0, 2, 3, 4, 5, 6, 7, 1], np.uint64)  # of each step, in the format
-_PLACES = (
-    16 + 3 * np.arange(16, dtype=np.uint64)[:, None]
-)  # bits of a block before each sample's number
-_FIELDS = {
-    "error": (0, 13),
-    "s": (13, 7),
-    "ss": (20, 10),
-    "x": (30, 15),
-    "sx": (45, 18),
-}  # first bit, bits
+_PLACES = 16 + 3 * np.arange(16, dtype=np.uint64)[:, None]  # the first bit of each sample's number
+# first bit and bits of what is summed over a block: 16 times the largest value fits
+_FIELDS = {"error": (0, 13), "s": (13, 7), "ss": (20, 10), "x": (30, 15), "sx": (45, 18)}
 
 # the palette of a block whose first end point is the larger, and of all others: (first e0 + second e1) // of
 _EIGHT = np.array([[7, 0, 6, 5, 4, 3, 2, 1], [0, 7, 1, 2, 3, 4, 5, 6]], np.int32)
@@ -42,29 +35,63 @@ def encode(plane: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "_h4 _w4 8"]:
     """The blocks of a plane whose sides are multiples of 4."""
     down, right = plane.shape[0] // 4, plane.shape[1] // 4
     blocks = plane.reshape(down, 4, right, 4).transpose(1, 3, 0, 2)
-    x = np.ascontiguousarray(blocks).reshape(
-        16, -1
-    )  # [16, blocks]: sums over the samples are then quick
+    x = np.ascontiguousarray(blocks).reshape(16, -1)  # [16, blocks]: so sums are quick
     high, low = x.max(axis=0), x.min(axis=0)
     places = _places(x, high, low)
-    sums = _sums(_tables().sums.take(places).sum(axis=0))
+    sums = _tables().sums.take(places).sum(axis=0)
 
-    fitted_high, fitted_low = _fit(sums, low)
-    fits = fitted_high > fitted_low
-    fitted_high, fitted_low = np.where(fits, fitted_high, high), np.where(fits, fitted_low, low)
-    within = np.minimum(np.maximum(x, fitted_low), fitted_high)
-    fitted_places = _places(within, fitted_high, fitted_low)
-    beyond = (x - within.astype(np.int16)).astype(np.int32)
-    error = _tables().errors.take(fitted_places).sum(axis=0, dtype=np.int64) + (
-        beyond * beyond
-    ).sum(axis=0)
+    lossy = np.flatnonzero(_field("error", sums))
+    better, fitted = _fitted(x.take(lossy, axis=1), high[lossy], low[lossy], sums[lossy])
+    high[lossy[better]], low[lossy[better]] = fitted.high, fitted.low
+    places[:, lossy[better]] = fitted.places
 
-    better = error < sums["error"]
-    high, low = np.where(better, fitted_high, high), np.where(better, fitted_low, low)
-    np.copyto(places, fitted_places, where=better)
     words = np.bitwise_or.reduce(_tables().indices.take(places) << _PLACES, axis=0)
     words |= low.astype(np.uint64) << np.uint64(8) | high
     return words.astype("<u8", copy=False).view(np.uint8).reshape(down, right, 8)
+
+
+class _Blocks(NamedTuple):
+    high: UInt8[np.ndarray, " n"]
+    low: UInt8[np.ndarray, " n"]
+    places: Int64[np.ndarray, "16 n"]
+
+
+def _fitted(
+    x: UInt8[np.ndarray, "16 n"],
+    high: UInt8[np.ndarray, " n"],
+    low: UInt8[np.ndarray, " n"],
+    sums: UInt64[np.ndarray, " n"],
+) -> tuple[Int64[np.ndarray, " m"], _Blocks]:
+    """Which blocks lose less with the ends of least squares, and these ends and places."""
+    fitted_high, fitted_low = _least_squares(sums, low)
+    fits = fitted_high > fitted_low
+    high, low = np.where(fits, fitted_high, high), np.where(fits, fitted_low, low)
+    within = np.minimum(np.maximum(x, low), high)
+    places = _places(within, high, low)
+    beyond = (np.maximum(x, within) - np.minimum(x, within)).astype(np.uint16)
+    errors = _tables().errors.take(places).sum(axis=0, dtype=np.int64)
+    errors += (beyond * beyond).sum(axis=0, dtype=np.int64)
+    better = np.flatnonzero(errors < _field("error", sums))
+    return better, _Blocks(high[better], low[better], places.take(better, axis=1))
+
+
+def _least_squares(
+    sums: UInt64[np.ndarray, " n"], low: UInt8[np.ndarray, " n"]
+) -> tuple[UInt8[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
+    """The ends, high and low; both 0 where the steps do not tell."""
+    s, vv, x, vx = (
+        _field(name, sums) for name in ("s", "ss", "x", "sx")
+    )  # x in sevenths, above low
+    uu, uv, ux = 16 * 49 - 14 * s + vv, 7 * s - vv, 7 * x - vx
+    scale = uu * vv - uv * uv
+    told = scale > 0
+    over = np.where(told, scale, 1).astype(
+        np.float64
+    )  # the quotient of two is rounded everywhere alike
+    high = np.rint((vv * ux - uv * vx) / over) + low
+    under = np.rint((uu * vx - uv * ux) / over) + low
+    high, under = ((end * told).clip(0, 255).astype(np.uint8) for end in (high, under))
+    return high, under
 
 
 def _places(x: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
@@ -72,27 +99,10 @@ def _places(x: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return (x - low).astype(np.intp) | (high - low).astype(np.intp) << 8
 
 
-def _sums(words: UInt64[np.ndarray, " n"]) -> dict[str, Int64[np.ndarray, " n"]]:
-    """The sums that stand beside each other in a word."""
-    return {
-        name: (words >> np.uint64(first) & np.uint64(2**bits - 1)).astype(np.int64)
-        for name, (first, bits) in _FIELDS.items()
-    }
-
-
-def _fit(
-    sums: dict[str, Int64[np.ndarray, " n"]], low: UInt8[np.ndarray, " n"]
-) -> tuple[UInt8[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
-    """The ends of least squares, high and low; equal ones where the steps do not tell."""
-    vv, uv = sums["ss"], 7 * sums["s"] - sums["ss"]
-    uu = 16 * 49 - 14 * sums["s"] + vv
-    vx, ux = sums["sx"], 7 * sums["x"] - sums["sx"]  # sevenths, above the low end
-    scale = uu * vv - uv * uv
-    told = scale > 0
-    twice = 2 * np.where(told, scale, 1)
-    ends = ((2 * top + scale) // twice + low for top in (vv * ux - uv * vx, uu * vx - uv * ux))
-    high, under = ((end * told).clip(0, 255).astype(np.uint8) for end in ends)
-    return high, under
+def _field(name: str, words: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """One of the sums that stand beside each other in a word."""
+    first, bits = _FIELDS[name]
+    return (words >> np.uint64(first) & np.uint64(2**bits - 1)).astype(np.int64)
 
 
 class _Tables(NamedTuple):
