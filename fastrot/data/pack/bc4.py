@@ -41,7 +41,7 @@ def encode(plane: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "_h4 _w4 8"]:
     sums = _tables().sums.take(places).sum(axis=0)
 
     lossy = np.flatnonzero(_field("error", sums))
-    better, fitted = _fitted(x.take(lossy, axis=1), high[lossy], low[lossy], sums[lossy])
+    better, fitted = _fitted(x.take(lossy, axis=1), low[lossy], sums[lossy])
     high[lossy[better]], low[lossy[better]] = fitted.high, fitted.low
     places[:, lossy[better]] = fitted.places
 
@@ -58,14 +58,11 @@ class _Blocks(NamedTuple):
 
 def _fitted(
     x: UInt8[np.ndarray, "16 n"],
-    high: UInt8[np.ndarray, " n"],
     low: UInt8[np.ndarray, " n"],
     sums: UInt64[np.ndarray, " n"],
 ) -> tuple[Int64[np.ndarray, " m"], _Blocks]:
     """Which blocks lose less with the ends of least squares, and these ends and places."""
-    fitted_high, fitted_low = _least_squares(sums, low)
-    fits = fitted_high > fitted_low
-    high, low = np.where(fits, fitted_high, high), np.where(fits, fitted_low, low)
+    high, low = _least_squares(sums, low)
     within = np.minimum(np.maximum(x, low), high)
     places = _places(within, high, low)
     beyond = (np.maximum(x, within) - np.minimum(x, within)).astype(np.uint16)
@@ -78,20 +75,17 @@ def _fitted(
 def _least_squares(
     sums: UInt64[np.ndarray, " n"], low: UInt8[np.ndarray, " n"]
 ) -> tuple[UInt8[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
-    """The ends, high and low; both 0 where the steps do not tell."""
+    """The ends, high and low, of blocks that lose something: such have steps 0 and 7, so the ends stay apart."""
     s, vv, x, vx = (
         _field(name, sums) for name in ("s", "ss", "x", "sx")
     )  # x in sevenths, above low
     uu, uv, ux = 16 * 49 - 14 * s + vv, 7 * s - vv, 7 * x - vx
-    scale = uu * vv - uv * uv
-    told = scale > 0
-    over = np.where(told, scale, 1).astype(
+    scale = (uu * vv - uv * uv).astype(
         np.float64
     )  # the quotient of two is rounded everywhere alike
-    high = np.rint((vv * ux - uv * vx) / over) + low
-    under = np.rint((uu * vx - uv * ux) / over) + low
-    high, under = ((end * told).clip(0, 255).astype(np.uint8) for end in (high, under))
-    return high, under
+    high = np.rint((vv * ux - uv * vx) / scale) + low
+    under = np.rint((uu * vx - uv * ux) / scale) + low
+    return high.clip(0, 255).astype(np.uint8), under.clip(0, 255).astype(np.uint8)
 
 
 def _places(x: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
