@@ -40,7 +40,7 @@ import numpy as np
 from fastrot import entry
 from fastrot.config import Refused, Stopped, knob
 from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
-from fastrot.data.sources import Record, Source, open_source, shown
+from fastrot.data.sources import Layout, Record, Source, open_source, shown
 from fastrot.disk import locked, replace_bytes
 
 PART = 10_000  # records a part
@@ -64,7 +64,7 @@ Item = TypeVar("Item")
 class Options:
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
-    source: Literal["imagefolder", "list", "cifar10"]  # how --root is laid out
+    source: Layout  # how --root is laid out
     root: Path  # folder (or list) of the pictures
     out: Path  # the prepared file
     split: str | None = None  # train, val, ...: which part of the source
@@ -190,11 +190,12 @@ class Held:
 
 
 def chunk_of(source: Source, first: int, stop: int) -> Chunk:
-    """Records first ... stop - 1 of a source: their names where pictures are files, else their pixels."""
-    records = source.records[first:stop]
-    if type(source).read is Source.read:
-        return Chunk(Source(root=source.root, records=records, classes=(), seen=0), first)
-    return Chunk(Held(records, [source.read(i) for i in range(first, stop)]), first)
+    """Records first ... stop - 1 of a source: where they are for a worker to read, else their pixels."""
+    part = source.part(first, stop)
+    if part is None:
+        pictures = [source.read(i) for i in range(first, stop)]
+        part = Held(source.records[first:stop], pictures)
+    return Chunk(part, first)
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
