@@ -195,6 +195,8 @@ class Members:
             return (
                 f"its name has {len(path):,} characters: no system takes more than {LONGEST_NAME:,}"
             )
+        if "\0" in path:
+            return "its name has a zero byte"
         if member.kind == "folder":
             return None if self._folder(path) else "a file or link has its name"
         parent, _, name = path.rpartition("/")
@@ -239,7 +241,8 @@ class Members:
             self._sniffed.append(False)
         else:
             self._named.append(judged(True, member.head, largest))
-            self._sniffed.append(sniff(member.head) is not None)
+            picture = self._named[-1][0] == "picture"
+            self._sniffed.append(picture or sniff(member.head) is not None)
         return len(self._named) - 1
 
     def _hard_link(self, target: str | None, inside: _Inside, name: str) -> str | None:

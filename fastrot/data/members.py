@@ -7,6 +7,7 @@ entered, as folders of their names without .tar (ImageNet's ILSVRC2012_img_train
 refused: a picture in the middle of one cannot be reached.
 """
 
+import errno
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 from fastrot.config import Refused
 from fastrot.data.sources import hidden, shown, without_waiting
+from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these
 LONGEST_NAME = 4096  # bytes; no system takes a longer path
@@ -51,8 +53,9 @@ def tar_members(path: Path, *, nested: bool = True) -> Iterator[Member]:
     """
     file = without_waiting(os.fspath(path), os.O_RDONLY)
     try:
-        stop = os.fstat(file).st_size
-        yield from _Tar(file, str(path), 0, stop, "", nested).members()
+        with named(path):
+            stop = os.fstat(file).st_size
+            yield from _Tar(file, str(path), 0, stop, "", nested).members()
     finally:
         os.close(file)
 
@@ -267,8 +270,10 @@ def zip_members(path: Path) -> Iterator[Member]:
     """Members of a zip in the order of their places. Raises Refused where its table of contents is damaged."""
     file = without_waiting(os.fspath(path), os.O_RDONLY)
     try:
-        for info in _table(path):
-            yield _zip_member(file, os.fstat(file).st_size, info)
+        with named(path):
+            size = os.fstat(file).st_size
+            for info in _table(path):
+                yield _zip_member(file, size, info)
     finally:
         os.close(file)
 
@@ -278,15 +283,30 @@ def _table(path: Path) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     except OSError as e:
-        if e.errno is not None and e.filename is not None:
+        if e.errno not in (None, errno.EINVAL):
             raise
         raise _damaged_zip(path, e) from None
     except Exception as e:  # a damaged table raises nearly every type there is
         raise _damaged_zip(path, e) from None
+    announced = _announced(path)
+    if announced not in (len(infos), len(infos) % 2**16):  # before zip64 the count went round
+        raise _damaged_zip(path, f"it names {len(infos):,} members and announces {announced:,}")
     if infos and infos[0].header_offset:
         # a zip whose end is lost, with another zip in it, would be taken for that one
         raise _damaged_zip(path, "its first member is not at its beginning")
     return infos
+
+
+def _announced(path: Path) -> int:
+    """How many members the end of a zip says that there are: a damaged table swallows some."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2**17))
+        tail = file.read()
+    large, end = tail.rfind(b"PK\6\6"), tail.rfind(b"PK\5\6")  # of zip64, and of all
+    (count,) = struct.unpack_from("<H", tail, end + 10)
+    if count == 2**16 - 1 and 0 <= large <= end - 56:
+        (count,) = struct.unpack_from("<Q", tail, large + 32)
+    return count
 
 
 def _damaged_zip(path: Path, why: object) -> Refused:

@@ -178,8 +178,7 @@ def parquet_files(
                 f"{path} has other columns or class names than {paths[0]}: give one data set at a time"
             )
         file = _opened(path)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+        for group, rows in enumerate(_rows(file, path)):
             places.append(np.full((rows, 3), (number, group, 0), np.int32))
             places[-1][:, 2] = np.arange(rows)
         if columns.label is not None and label_from == "folder":
@@ -203,6 +202,15 @@ def parquet_files(
     return not_empty(source, root)
 
 
+def _rows(file: Any, path: Path) -> list[int]:
+    """Rows of each row group."""
+    said = file.metadata
+    rows = [said.row_group(group).num_rows for group in range(said.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != said.num_rows:
+        raise _damaged(path, ValueError("its row groups do not add up"))
+    return rows
+
+
 class _Columns(NamedTuple):
     """Where in a file is what."""
 
@@ -213,9 +221,9 @@ class _Columns(NamedTuple):
 
 def _columns(path: Path) -> _Columns:
     """The columns to read. Raises Refused where none holds pictures."""
-    from pyarrow import types
-
     schema = _opened(path).schema_arrow
+    from pyarrow import types  # it is there: see above
+
     features = _features(schema.metadata)
 
     def holds_bytes(kind: Any) -> bool:
@@ -273,6 +281,8 @@ def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
         if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None):
             raise
         raise _damaged(path, e) from None
+    if len(values) != file.metadata.num_rows:
+        raise _damaged(path, ValueError(f"its column {column} ends early"))
     if all(value is None or type(value) in (int, str) for value in values):
         return values
     raise Refused(

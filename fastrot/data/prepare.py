@@ -65,7 +65,7 @@ class Options:
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
     source: Layout  # how --root is laid out
-    root: Path  # folder (or list) of the pictures
+    root: Path  # folder (or list, or archive) of the pictures
     out: Path  # the prepared file
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1

@@ -626,7 +626,7 @@ def not_empty(source: Source, root: Path) -> Source:
     if source.records:
         return source
     if not source.seen:
-        raise Refused(f"{root} is empty: give a folder or a list with pictures in it")
+        raise Refused(f"{root} is empty: give a path with pictures in it")
     first = source.rejected[:1]
     why = "".join(f" ({shown(path) or 'the root'}: {reason})" for path, reason in first)
     raise Refused(
