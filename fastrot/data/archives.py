@@ -18,9 +18,10 @@ from array import array
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from fastrot.config import Refused
 from fastrot.data.members import LONGEST_NAME, Member, tar_members, zip_members
@@ -76,17 +77,22 @@ class Archives(Source):
         data = _bytes(self.files[file], offset, stored)
         return data if crc < 0 else _checked(data, length, crc)
 
-    def part(self, first: int, stop: int) -> "Archives":
-        places = self.places[first:stop].copy()
-        used, places["file"] = np.unique(places["file"], return_inverse=True)
-        return Archives(
-            root=self.root,
-            records=self.records[first:stop],
-            classes=(),
-            seen=0,
-            files=[self.files[i] for i in used],
-            places=places,
-        )
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        return {**super()._of_records(rows), "places": self.places[rows]}
+
+    def part(self, first: int, stop: int) -> Source | None:
+        part = super().part(first, stop)
+        assert isinstance(part, Archives)
+        part.files, part.places["file"] = used_only(part.files, part.places["file"])
+        return part
+
+
+def used_only(
+    files: list[Archive], of: Int64[np.ndarray, " n"]
+) -> tuple[list[Archive], Int64[np.ndarray, " n"]]:
+    """The files that records are in, and of each record the number of its file among these."""
+    used, of = np.unique(of, return_inverse=True)
+    return [files[i] for i in used.tolist()], of.astype(np.int64)
 
 
 def _checked(data: bytes, length: int, crc: int) -> bytes:

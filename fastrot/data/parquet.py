@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int64
 
 from fastrot.config import Refused
-from fastrot.data.archives import Archive, archives_in, changed
+from fastrot.data.archives import Archive, archives_in, changed, used_only
 from fastrot.data.shards import of_split
 from fastrot.data.sources import Record, Source, not_empty, numbered, too_long
 
@@ -41,7 +41,7 @@ class Parquet(Source):
 
     files: list[Archive]
     column: str  # of the pictures' bytes
-    places: Int32[np.ndarray, "n 3"]  # of each record: file, row group, row in that
+    places: Int64[np.ndarray, "n 3"]  # of each record: file, row group, row in that
 
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
@@ -63,18 +63,14 @@ class Parquet(Source):
             raise BadPicture(reason)
         return data
 
-    def part(self, first: int, stop: int) -> "Parquet":
-        places = self.places[first:stop].copy()
-        used, places[:, 0] = np.unique(places[:, 0], return_inverse=True)
-        return Parquet(
-            root=self.root,
-            records=self.records[first:stop],
-            classes=(),
-            seen=0,
-            files=[self.files[i] for i in used],
-            column=self.column,
-            places=places,
-        )
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        return {**super()._of_records(rows), "places": self.places[rows]}
+
+    def part(self, first: int, stop: int) -> Source | None:
+        part = super().part(first, stop)
+        assert isinstance(part, Parquet)
+        part.files, part.places[:, 0] = used_only(part.files, part.places[:, 0])
+        return part
 
 
 _held = threading.local()  # the reader that was last used
@@ -179,7 +175,7 @@ def parquet_files(
             )
         file = _opened(path)
         for group, rows in enumerate(_rows(file, path)):
-            places.append(np.full((rows, 3), (number, group, 0), np.int32))
+            places.append(np.full((rows, 3), (number, group, 0), np.int64))
             places[-1][:, 2] = np.arange(rows)
         if columns.label is not None and label_from == "folder":
             said.append(_labels_said(file, path, columns.label))
@@ -197,7 +193,7 @@ def parquet_files(
         rejected=found.unreadable,
         files=[Archive.at(path) for path in paths],
         column=columns.picture,
-        places=np.concatenate([np.empty((0, 3), np.int32), *places]),
+        places=np.concatenate([np.empty((0, 3), np.int64), *places]),
     )
     return not_empty(source, root)
 

@@ -1,7 +1,7 @@
 """Where pictures come from: lists of records (path, label) out of an image folder, a text list, CIFAR-10.
 
-Archives and parquet files have files of their own (archives.py, parquet.py). What reads a Source does not care where it came from. Order and labels of an image folder are those of
-torchvision's ImageFolder. Every file is accounted for:
+Archives, shards and parquet files have modules of their own. What reads a Source does not care where it came
+from. Order and labels of an image folder are those of torchvision's ImageFolder. Every file is accounted for:
 
     len(records) + len(rejected) + skipped == seen
 
@@ -17,15 +17,15 @@ import re
 import stat
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
-from fastrot.data.order import hash64
+from fastrot.data.order import Shuffled, hash64
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
@@ -63,9 +63,26 @@ class Source:
         with open(path, "rb", opener=without_waiting) as file:
             return file.read()
 
+    def taken(self, rows: Int64[np.ndarray, " k"]) -> "Source":
+        """The same source with these of its records, in this order."""
+        return replace(self, **self._of_records(rows))
+
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        """What it knows record by record, of these."""
+        return {
+            "records": [self.records[i] for i in rows.tolist()],
+            "numbers": rows if self.numbers is None else self.numbers[rows],
+        }
+
+    def shuffled(self, seed: int) -> "Source":
+        """The same pictures in a random order, which `seed` and their number alone decide."""
+        places = np.arange(len(self.records))
+        return self.taken(Shuffled(len(places), seed=seed, epoch=0)[places])
+
     def part(self, first: int, stop: int) -> "Source | None":
         """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
-        return Source(root=self.root, records=self.records[first:stop], classes=(), seen=0)
+        part = self.taken(np.arange(first, stop))
+        return replace(part, classes=(), seen=0, skipped=0, rejected=[], numbers=None)
 
 
 Layout = Literal["imagefolder", "list", "cifar10", "tar", "zip", "webdataset", "parquet"]
