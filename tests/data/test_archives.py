@@ -28,6 +28,7 @@ ODD = {  # what names and bytes there are
     **dict.fromkeys(PLAIN, JPEG),
     **{path: data for path, (data, *_) in FATES.items()},
     f"long/{'x' * 90}/{'y' * 120}.jpg": JPEG,
+    f"middle/{'x' * 90}/{'y' * 40}.jpg": JPEG,
     "c/\udcff.jpg": JPEG,
     "c/two words,\n.jpg": JPEG,
 }
@@ -208,6 +209,17 @@ def test_a_split_is_a_folder_inside_or_an_archive(tmp_path, kind):
         same(sources.open_source(kind, tmp_path / "two", split=split), truth)
     with pytest.raises(Refused, match=r"--split test got no folder .* there are: train, val"):
         sources.open_source(kind, one, split="test")
+
+
+def test_a_split_may_be_deep_in_an_archive_or_a_folder_of_class_tars(tmp_path):
+    truth = sources.open_source("imagefolder", tree(tmp_path / "tree", CLASSES))
+    files = {f"ILSVRC/Data/CLS-LOC/train/{path}": data for path, data in CLASSES.items()}
+    files |= {"ILSVRC/Data/CLS-LOC/test/x.JPEG": JPEG, "ILSVRC/train.txt": b"x"}
+    archive = zipped(tmp_path / "a.zip", files)
+    same(sources.open_source("zip", archive, split="ILSVRC/Data/CLS-LOC/train"), truth)
+    class_tars(tmp_path / "tars" / "train")
+    tarred(tmp_path / "tars" / "val.tar", {"x/y.jpg": JPEG})
+    same(sources.open_source("tar", tmp_path / "tars", split="train"), truth)
 
 
 # ---- links, names, the last of several ----
