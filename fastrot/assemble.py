@@ -47,11 +47,17 @@ def method(cfg: Config, facts: Facts) -> Method:
 # ---- data ----
 
 
-def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -> Data:
-    """Open prepared pictures: FILE.beton or the parts of one, an image folder, `synthetic[:IMAGES]`.
+def open_data(
+    path: str | Path,
+    loader: str = "auto",
+    *,
+    knob: str = "--data",
+    placement: config.Placement = "auto",
+) -> Data:
+    """Open prepared pictures: FILE.beton or the parts of one, NAME.pack, an image folder, `synthetic[:IMAGES]`.
 
-    The format picks the reader; `loader` overrides. Raises Refused, naming `knob`, for what is no
-    known format.
+    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/load.py. Raises
+    Refused, naming `knob`, for what is no known format.
     """
     name = str(path)
     if name.split(":")[0] == "synthetic":
@@ -69,6 +75,14 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
     kind = loader
     if loader == "auto":
         kind = _kind(path)
+    if kind == "pack" and path.is_dir():
+        from fastrot.data.pack.load import Pack
+
+        return Pack(path, placement)
+    if placement != "auto" and knob == "--data":
+        raise Refused(
+            f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
+        )
     if kind == "dali":
         return _through_dali(open_data(path, _kind(path), knob=knob), f"{knob} {path}")
     if kind == "tars" and _holds_shards(path):
@@ -87,10 +101,12 @@ def open_data(path: str | Path, loader: str = "auto", *, knob: str = "--data") -
         return Folder(path)
     beton = dict.fromkeys(("beton", "ffcv"), "a .beton file")
     shards = "a folder of tar shards with their index"
-    wants = {**beton, "folder": "an image folder", "tars": shards}.get(loader, "a known format")
+    folders = {"folder": "an image folder", "pack": "a .pack", "tars": shards}
+    wants = {**beton, **folders}.get(loader, "a known format")
     raise Refused(
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
-        "a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
+        "a .pack (dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or "
+        "synthetic"
     )
 
 
@@ -98,6 +114,8 @@ def _kind(path: Path) -> str:
     """What reads it unless --loader says otherwise."""
     if _holds_parts(path) or (path.suffix == ".beton" and path.is_file()):
         return "beton"
+    if _holds_pack(path):
+        return "pack"
     return "tars" if _holds_shards(path) else "folder" if path.is_dir() else "unknown"
 
 
@@ -106,6 +124,11 @@ def _holds_shards(folder: Path) -> bool:
     from fastrot.data.tars.layout import MANIFEST
 
     return (folder / MANIFEST).exists()
+
+
+def _holds_pack(folder: Path) -> bool:
+    """Whether dataprep/to_pack.py made, or is making, this folder."""
+    return folder.is_dir() and (folder.suffix == ".pack" or (folder / "meta.json").exists())
 
 
 def _holds_parts(folder: Path) -> bool:

@@ -176,7 +176,8 @@ class Schedule:
 # ---- the run ----
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-LoaderName = Literal["auto", "beton", "dali", "ffcv", "folder", "synthetic", "tars"]
+LoaderName = Literal["auto", "beton", "dali", "ffcv", "folder", "pack", "synthetic", "tars"]
+Placement = Literal["auto", "resident", "pinned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +208,7 @@ class Config:
     compile: bool = False  # torch.compile the network
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
+    placement: Placement = free("auto")  # of a .pack for a GPU: in its memory, or in the host's
     on_bad_record: Literal["stop", "skip"] = free(
         "stop"
     )  # a picture that cannot be read; skip counts

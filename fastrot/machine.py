@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import fastrot
+from fastrot import native
 from fastrot.entry import cores
 
 
@@ -66,6 +67,7 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "threads": torch.get_num_threads(),
         "versions": versions() | {"cuda": torch.version.cuda},
+        "native": native.why(),
         "commit": commit(),
         "command": sys.argv,
         "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -136,7 +136,7 @@ def _train(
     begun: float,
     alarm: Alarm,
 ) -> None:
-    data = assemble.open_data(cfg.data or "", cfg.loader)
+    data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
     cfg = _with_statistics(cfg, data)
     loader, val_loader = _loaders(cfg, data, run, saved, here, device)
     run_facts = run_facts_of(cfg, data, loader, here, device)
@@ -291,7 +291,9 @@ def _loaders(
     val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
         alike = Path(cfg.val).suffix == Path(cfg.data or "").suffix
-        val_data = assemble.open_data(cfg.val, cfg.loader if alike else "auto", knob="--val")
+        val_data = assemble.open_data(
+            cfg.val, cfg.loader if alike else "auto", knob="--val", placement=cfg.placement
+        )
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():
         path = files[name] = run / f"rows-{name}.npy"
@@ -483,6 +485,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         ),
         f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
     ]

@@ -230,7 +230,10 @@ def labels_of(work: Work) -> Int64[np.ndarray, " n"]:
 
 def keys_of(work: Work) -> np.ndarray:
     """uint64 [n]: the hash of each row's path."""
-    return path_keys([work.source.records[i].path for i in work.found.written])
+    written, keys = work.found.written, work.source.keys
+    return (
+        path_keys([work.source.records[i].path for i in written]) if keys is None else keys[written]
+    )
 
 
 def facts_of(

@@ -125,6 +125,14 @@ def shrink(
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
+def centre_square(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """The largest square in the middle; where it cannot lie there, half a pixel up or left of it."""
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
+
+
 @contextmanager
 def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header read; whatever Pillow raises at foreign bytes becomes a BadPicture."""

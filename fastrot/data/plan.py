@@ -67,6 +67,8 @@ class Loader:
             )
         for recipe in view.crops:
             crops.check_sizes(recipe, data.sizes(self._all_rows()), enlarge=enlarge)
+        if place := getattr(data, "place", None):  # of those that lay pictures out for the device
+            place(self._share, self.device)
         seen = b"all" if self.rows is None else self.rows.tobytes()
         self.fingerprint = hashlib.blake2b(
             data.fingerprint.encode() + seen, digest_size=16

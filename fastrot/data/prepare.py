@@ -41,7 +41,7 @@ import numpy as np
 from fastrot import entry
 from fastrot.config import Refused, Stopped, knob
 from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
-from fastrot.data.sources import Record, Source, open_source, shown
+from fastrot.data.sources import Layout, Record, Source, open_source, shown
 from fastrot.disk import locked, replace_bytes
 
 PART = 10_000  # records a part
@@ -65,8 +65,8 @@ Item = TypeVar("Item")
 class Options:
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
-    source: Literal["imagefolder", "list", "cifar10"]  # how --root is laid out
-    root: Path  # folder (or list) of the pictures
+    source: Layout  # how --root is laid out
+    root: Path  # folder (or list, archive, prepared file) of the pictures
     out: Path  # the prepared file
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
@@ -148,6 +148,7 @@ class Recipe:
     short_side: int | None = None
     max_side: int | None = None
     judged: bool = False  # also measure what the coder loses
+    square: bool = False  # keep the centre square, after shrinking
     original: bool = False  # a file's bytes stay as they are; only pixels are coded
 
 
@@ -195,11 +196,12 @@ class Held:
 
 
 def chunk_of(source: Source, first: int, stop: int) -> Chunk:
-    """Records first ... stop - 1 of a source: their names where pictures are files, else their pixels."""
-    records = source.records[first:stop]
-    if type(source).read is Source.read:
-        return Chunk(Source(root=source.root, records=records, classes=(), seen=0), first)
-    return Chunk(Held(records, [source.read(i) for i in range(first, stop)]), first)
+    """Records first ... stop - 1 of a source: where they are for a worker to read, else their pixels."""
+    part = source.part(first, stop)
+    if part is None:
+        pictures = [source.read(i) for i in range(first, stop)]
+        part = Held(source.records[first:stop], pictures)
+    return Chunk(part, first)
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
@@ -231,12 +233,13 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
 
 
 def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Encoded:
-    from fastrot.data.pictures import BadPicture, decode, shrink
+    from fastrot.data.pictures import BadPicture, centre_square, decode, shrink
 
     start = time.perf_counter()
     read = source.read(i)
     picture = read if isinstance(read, np.ndarray) else decode(read)
-    picture = np.ascontiguousarray(shrink(picture, recipe.short_side, recipe.max_side))
+    picture = shrink(picture, recipe.short_side, recipe.max_side)
+    picture = np.ascontiguousarray(centre_square(picture) if recipe.square else picture)
     height, width = picture.shape[:2]
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")

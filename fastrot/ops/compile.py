@@ -17,6 +17,7 @@ OPS = (
     "fastrot.ops.turns",
     "fastrot.ops.nce",
     "fastrot.ops.rows",
+    "fastrot.ops.blocks",
 )  # each with variants(): what to compile
 TARGETS = (80, 90)  # A100; H100 and H200
 
@@ -49,7 +50,9 @@ def compiled(variant: dict, target: int) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant["aligned"]},
     )
     kernel = triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": variant["warps"]}
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": variant["warps"], **variant.get("options", {})},
     )
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -65,7 +68,7 @@ def compiled(variant: dict, target: int) -> Report:
         shared=kernel.metadata.shared,
         load=_widest("LDG(?:STS)?", code),
         store=_widest("STG", code),
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.M)),
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
     )
 
 

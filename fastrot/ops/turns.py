@@ -106,14 +106,21 @@ if triton is not None:
             else:
                 offset = 3 * _source_pixel(row, column, size, (PATTERN >> 2 * view) & 3) + channel
             byte = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
-            centred = byte * HI + byte * LO - mean
-            if FUSED:  # IEEE's quotient without its 14 instructions and a branch (Markstein 1990)
-                value = centred * inverse
-                value = tl.fma(tl.fma(-value, std, centred), inverse, value)
-            else:  # the interpreter's fma rounds twice
-                value = tl.div_rn(centred, std)
+            value = _normalised(byte, mean, std, inverse, FUSED)
             target = out + (image * VIEWS + view) * width * size + row * width + element
             tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    @no_type_check
+    def _normalised(byte, mean, std, inverse, FUSED: tl.constexpr):
+        """(byte / 255 - mean) / std, of float32; inverse = 1 / std."""
+        centred = byte * HI + byte * LO - mean
+        if FUSED:  # IEEE's quotient without its 14 instructions and a branch (Markstein 1990)
+            value = centred * inverse
+            value = tl.fma(tl.fma(-value, std, centred), inverse, value)
+        else:  # the interpreter's fma rounds twice
+            value = tl.div_rn(centred, std)
+        return value
 
     @triton.jit
     @no_type_check
@@ -208,22 +215,34 @@ def turned_views(
         )
     if images.dtype != torch.uint8:
         raise Refused(f"images are {images.dtype}: turned_views wants torch.uint8")
+    mean, std = check_views(turns, mean, std, dtype, len(images))
+    if isinstance(turns, Tensor):
+        return _turned_views(images, turns, [], mean, std, dtype)
+    return _turned_views(images, None, list(turns), mean, std, dtype)
+
+
+def check_views(
+    turns: Sequence[int] | Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    images: int,
+) -> tuple[list[float], list[float]]:
+    """Refuse what no views can be made with; mean and std as plain numbers."""
     if dtype not in DTYPES:
         raise Refused(f"dtype got {dtype}: turned_views wants one of {DTYPES}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise Refused(
             f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0"
         )
-    mean, std = [float(m) for m in mean], [float(s) for s in std]
     if not isinstance(turns, Tensor):
         if not turns or any(t not in (0, 1, 2, 3) for t in turns):
             raise Refused(f"turns got {turns}: they want at least one of 0, 1, 2 and 3")
-        return _turned_views(images, None, list(turns), mean, std, dtype)
-    if turns.ndim != 2 or len(turns) != len(images) or turns.dtype != torch.int64:
+    elif turns.ndim != 2 or len(turns) != images or turns.dtype != torch.int64:
         raise Refused(
-            f"turns are {turns.dtype} {tuple(turns.shape)}: they want torch.int64 [{len(images)}, V]"
+            f"turns are {turns.dtype} {tuple(turns.shape)}: they want torch.int64 [{images}, V]"
         )
-    return _turned_views(images, turns, [], mean, std, dtype)
+    return [float(m) for m in mean], [float(s) for s in std]
 
 
 # ---- what `make kernels` compiles ----

@@ -17,11 +17,14 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
 from fastrot.core import Data, View
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.pack import write as pack
+from fastrot.data.pack.layout import Encoding
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 
-FORMATS = ("folder", "beton", "raw-beton", "parts", "tars", "ffcv-beton", "synthetic")
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "tars")
+PACKS = ("pack", "raw-pack")
+FORMATS = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
     marks=[
@@ -67,6 +70,10 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
                 workers=0,
             )
         )
+    packs: tuple[tuple[Encoding, str], ...] = (("ycc", "pack"), ("raw", "raw-pack"))
+    for encoding, name in packs:
+        made = dict(source="imagefolder", root=pictures, workers=0)
+        pack.convert(pack.PackOptions(**made, out=out / f"{name}.pack", encoding=encoding))
     photos = [photo(i, 50 + i, 60) for i in range(23)]
     write_beton(out / "ffcv-beton.beton", photos, {"image": "image", "label": ("int", range(23))})
     parts = BetonOptions(
@@ -74,6 +81,7 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
     )
     betons = {name: open_data(out / f"{name}.beton") for name in FORMATS if "beton" in name}
     betons["parts"] = open_data(convert(parts, part=9).out)
+    betons |= {name: open_data(out / f"{name}.pack") for _, name in packs}
     tars = TarsOptions(source="imagefolder", root=pictures, out=out / "tars", workers=0, shard=15)
     write_tars(tars)
     return {
@@ -284,13 +292,15 @@ def test_boxes_and_flips_are_equal_in_all_formats(prepared, name):
         assert torch.equal(ours.index, theirs.index)
 
 
-def test_raw_beton_gives_the_folders_pixels(prepared):
+@pytest.mark.parametrize("name", ["raw-beton", "raw-pack"])
+def test_what_is_raw_gives_the_folders_pixels(prepared, name):
     for view in (TRAINING, EVALUATION):
-        assert same(epoch(prepared["folder"], view), epoch(prepared["raw-beton"], view))
+        assert same(epoch(prepared["folder"], view), epoch(prepared[name], view))
 
 
-def test_jpeg_beton_gives_the_folders_pixels_but_for_jpegs_loss(prepared):
-    pairs = zip(epoch(prepared["folder"], TRAINING), epoch(prepared["beton"], TRAINING))  # noqa: B905
+@pytest.mark.parametrize("name", ["beton", "pack"])
+def test_what_is_compressed_gives_the_folders_pixels_but_for_its_loss(prepared, name):
+    pairs = zip(epoch(prepared["folder"], TRAINING), epoch(prepared[name], TRAINING))  # noqa: B905
     apart = np.concatenate([(a.images.float() - b.images.float()).abs().numpy() for a, b in pairs])
     assert apart.mean() < 4
     assert np.quantile(apart, 0.99) < 20

@@ -1,4 +1,8 @@
-"""Reads `.beton`, ours or FFCV's own: memory-mapped, decoded by simplejpeg, resampled by OpenCV, in threads.
+"""Reads `.beton`, ours or FFCV's own: memory-mapped, decoded and resampled in threads.
+
+Two forms of the same work, equal to the bit: the C++ extension (`fastrot.native`), which decodes no more than the
+boxes, and, where it was not built, simplejpeg and OpenCV. What the extension leaves alone, since it is damaged or of a
+rare kind, goes to the other form: so they agree in what they refuse, too.
 
 Nothing of a picture is read before it is asked for; opening costs a pass over the rows and the table. What can
 be checked without decoding is checked at the door, and each record against its crc32 where there is one: a
@@ -16,7 +20,7 @@ import resource
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,6 +31,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 from torch import Tensor
 
+from fastrot import native
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
@@ -43,6 +48,7 @@ MOST_CLASSES = 2**20  # an int field that counts further is taken for something 
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
+UNKNOWN = "path unknown"
 _AGAIN = "copy or prepare it again"
 _MENDED = "remove {} and run the same dataprep/to_ffcv.py command, which makes it anew"
 
@@ -53,6 +59,7 @@ class Beton:
     numbers   each row's index in torchvision's ImageFolder, where these differ; None: the row itself
     contents  header, rows and table
     manifest  what FILE.beton.json says; empty where there is none
+    native    whether the C++ extension makes the crops
     """
 
     format = "beton"
@@ -75,6 +82,8 @@ class Beton:
         self.numbers = None if numbers is None else np.array(numbers, np.int64)
         self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
         self._scratch = threading.local()
+        self._memory = native.Files([file.bytes for file in self._files])
+        self.native = native.load() is not None
 
     def __len__(self) -> int:
         return self.rows
@@ -90,7 +99,7 @@ class Beton:
             start = ends[row - 1] + 1 if row else 0
             return json.loads(lines[start : ends[row]].tobytes())["path"]
         except (Refused, IndexError, ValueError, KeyError, TypeError):
-            return "path unknown"
+            return UNKNOWN
 
     @functools.cached_property
     def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
@@ -119,32 +128,27 @@ class Beton:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
-        if not workers:
-            for picks in plan:
-                self._announce(picks)
-                out = _buffers(ring, picks)
-                self._fill(picks, out, 0, len(picks.rows[0]))
-                yield out
-            return
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="beton")
+        crew = (_InC if self.native else _InPython)(self, workers)
         ahead: deque[_Ahead] = deque()
         tasks = 0
         try:
             for picks in plan:
                 self._announce(picks)
-                out = _buffers(ring, picks)
-                images = len(picks.rows[0])
-                parts = [(at, min(at + TASK, images)) for at in range(0, images, TASK)]
-                ahead.append(_Ahead(out, [pool.submit(self._fill, picks, out, *p) for p in parts]))
-                del out  # else this frame would keep a buffer from being used again
-                tasks += len(parts)
-                while len(ahead) > AHEAD and tasks > 2 * workers:
-                    tasks -= len(ahead[0].tasks)
+                ahead.append(crew.begin(picks, _buffers(ring, picks)))
+                tasks += ahead[-1].tasks
+                while ahead and (not workers or (len(ahead) > AHEAD and tasks > 2 * workers)):
+                    tasks -= ahead[0].tasks
                     yield ahead.popleft().done()
             while ahead:
                 yield ahead.popleft().done()
         finally:
-            pool.shutdown(cancel_futures=True)
+            crew.close()
+
+    def in_words(self) -> list[str]:
+        """For the beginning of a run: which form of the reader it is."""
+        if self.native:
+            return [f"crops are decoded by the C++ extension, {native.why()}"]
+        return [f"crops are decoded by simplejpeg, without the C++ extension: {native.why()}"]
 
     def _announce(self, picks: Picks) -> None:
         """Tell the system which bytes will be read: a slow disk gets a whole batch to sort, not one a thread.
@@ -161,7 +165,14 @@ class Beton:
             for row, start, length in spans:
                 self._file_of(row).map.madvise(mmap.MADV_WILLNEED, start, length)
 
-    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+    def records(self, rows: Int64[np.ndarray, " b"]) -> native.Records:
+        """Where the records of rows lie, for the C++ extension."""
+        which = np.searchsorted(self._first, rows, side="right") - 1
+        place = self._ptr[rows].astype(np.int64), self._size[rows].astype(np.int64)
+        crcs = None if self._crc is None else self._crc[rows]
+        return native.Records(self._memory, which, *place, self._sizes[rows], self._raw[rows], crcs)
+
+    def fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
         into = [crop.numpy() for crop in out]
         for i in range(start, stop):
@@ -208,13 +219,61 @@ class Beton:
 class _Ahead(NamedTuple):
     """A batch under way."""
 
-    out: tuple[Tensor, ...]
-    tasks: list[Future]
+    tasks: int
+    done: Callable[[], tuple[Tensor, ...]]  # waits for it
 
-    def done(self) -> tuple[Tensor, ...]:
-        for task in self.tasks:
-            task.result()
-        return self.out
+
+class _InPython:
+    """Batches decoded by simplejpeg and resampled by OpenCV, in Python's threads."""
+
+    def __init__(self, data: Beton, workers: int):
+        self._data = data
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="beton") if workers else None
+
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> _Ahead:
+        images, tasks = len(picks.rows[0]), list[Future]()
+        if self._pool is None:
+            self._data.fill(picks, out, 0, images)
+        else:
+            for at in range(0, images, TASK):
+                end = min(at + TASK, images)
+                tasks.append(self._pool.submit(self._data.fill, picks, out, at, end))
+
+        def done() -> tuple[Tensor, ...]:
+            for task in tasks:
+                task.result()
+            return out
+
+        return _Ahead(_tasks(images), done)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _InC:
+    """Batches made by the C++ extension's threads; what these leave alone is decoded in Python."""
+
+    def __init__(self, data: Beton, workers: int):
+        self._data, self._pool = data, native.Pool(workers)
+
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> _Ahead:
+        records = self._data.records(picks.rows[0][:, 0])
+        work = self._pool.jpeg_crops(records, picks.rows, [crop.numpy() for crop in out])
+
+        def done() -> tuple[Tensor, ...]:
+            for place in np.flatnonzero(work.wait() != native.FINE).tolist():
+                self._data.fill(picks, out, place, place + 1)
+            return out
+
+        return _Ahead(_tasks(len(picks.rows[0])), done)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _tasks(images: int) -> int:
+    return -(-images // TASK)
 
 
 def _buffers(ring: Ring, picks: Picks) -> tuple[Tensor, ...]:

@@ -1,0 +1,413 @@
+"""Reads a pack: on a GPU its pictures are decoded there, by the kernel that cuts the crops; on a CPU in threads.
+
+Placement of the pictures for a GPU:
+
+    resident  in its memory, those of a view's rows; a batch crosses the bus as boxes, 48 bytes a crop
+    pinned    in host memory, which the system keeps the mapped file in; threads gather the tile rows under a
+              batch's boxes into pinned memory, which is copied to the GPU on a side stream and decoded there
+    auto      resident where that leaves a third of the GPU's memory to the training, else pinned
+
+Not tried: a kernel that reads the tiles over the bus.
+
+For a GPU all checksums are compared before the first batch; on a CPU each 64 MB when first asked for.
+"""
+
+import contextlib
+import functools
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64
+from torch import Tensor
+
+from fastrot import native
+from fastrot.config import Placement, Refused
+from fastrot.core import Picks
+from fastrot.data import crops
+from fastrot.data.ahead import TASK, Begun, in_order
+from fastrot.data.pack import layout
+from fastrot.data.pack.layout import BLOCK, WIDTH
+from fastrot.data.pack.read import PackFile
+from fastrot.data.ring import Ring
+from fastrot.ops.blocks import PackTensors, decoded_box, unpack_crops
+
+KEPT_FOR_TRAINING = 1 / 3  # of a GPU's memory, by auto
+GB = 1e9
+
+
+class Pack:
+    """`core.Data` of a pack.
+
+    file       what was opened
+    numbers    each row's index in torchvision's ImageFolder, where these differ; None: the row itself
+    placement  as asked for; `place` chooses
+    """
+
+    format = "pack"
+
+    def __init__(self, path: str | Path, placement: Placement = "auto"):
+        self.file = PackFile(path)
+        self.path: Path = self.file.path
+        self.placement: Placement = placement
+        self.rows, self.labels, self.keys = self.file.rows, self.file.labels, self.file.keys
+        self.classes, self.fingerprint = self.file.classes, self.file.fingerprint
+        self.mean: tuple[float, ...] | None = self.file.mean
+        self.std: tuple[float, ...] | None = self.file.std
+        self.numbers = self.file.numbers
+        self.native = native.load() is not None
+        self._placed: list[_Resident | _Pinned] = []
+        self._said: list[str] = []
+        self._ring = Ring()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        """Heights and widths."""
+        return self.file.sizes[rows]
+
+    def name(self, row: int) -> str:
+        """Where the picture came from, if paths.jsonl tells."""
+        return self.file.name(row)
+
+    def place(self, rows: Int64[np.ndarray, " n"] | None, device: torch.device) -> None:
+        """Say which rows (None: all) will be asked for, and where. A Loader does it, before its first epoch.
+
+        Raises Refused where the pictures do not fit into the GPU, or are damaged.
+        """
+        if device.type != "cuda":
+            if self.placement != "auto":
+                raise Refused(
+                    f"--placement {self.placement} is for a GPU, and this runs on {device}: leave it out, "
+                    "or run it with --device cuda"
+                )
+            return
+        if any(placed.device == device and placed.covers(rows) for placed in self._placed):
+            return
+        if not self._placed:
+            self.file.check()
+        free, total = torch.cuda.mem_get_info(device)
+        wanted = self._bytes(rows)
+        chosen = choose(self.placement, wanted, free, total, str(self.path))
+        kind = _Resident if chosen == "resident" else _Pinned
+        self._placed.append(kind(self.file, rows, device))
+        self._said.append(
+            f"{wanted / GB:.1f} GB of {self.path} are {PLACES[chosen]} (--placement {chosen}); "
+            f"the GPU had {free / GB:.1f} of {total / GB:.1f} GB free"
+        )
+
+    def _bytes(self, rows: Int64[np.ndarray, " n"] | None) -> int:
+        if rows is None:
+            return self.file.tiles.nbytes
+        return (
+            int((self.file.first[rows + 1] - self.file.first[rows]).sum())
+            * self.file.tiles.shape[1]
+        )
+
+    def in_words(self) -> list[str]:
+        """For the beginning of a run: where the pictures are, and what decodes them."""
+        if self._said:
+            return self._said
+        if self.native:
+            return [f"tiles are decoded by the C++ extension, {native.why()}"]
+        return [f"tiles are decoded by PyTorch, without the C++ extension: {native.why()}"]
+
+    def pictures(
+        self, plan: Iterable[Picks], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
+        if device.type == "cuda":
+            with _threads(workers) as pool:
+                yield from in_order((self._begin_on(device, p, pool) for p in plan), workers)
+            return
+        crew = (_InC if self.native else _InPython)(self.file, workers)
+        try:
+            yield from in_order((self._begin(crew, picks, workers) for picks in plan), workers)
+        finally:
+            crew.close()
+
+    def _begin(self, crew: "_InC | _InPython", picks: Picks, workers: int) -> Begun:
+        picks.spoilt.extend(self.file.damage(picks.rows[0][:, 0], max(1, workers)).items())
+        sizes = zip(picks.rows, picks.sizes, strict=True)
+        return crew.begin(picks, tuple(self._ring.take(len(boxes), size) for boxes, size in sizes))
+
+    def _begin_on(
+        self, device: torch.device, picks: Picks, pool: ThreadPoolExecutor | None
+    ) -> Begun:
+        rows = picks.rows[0][:, 0]
+        for placed in self._placed:
+            if placed.device == device and placed.covers(rows):
+                return placed.begin(picks, pool)
+        self.place(None, device)
+        return self._placed[-1].begin(picks, pool)
+
+
+# ---- on a CPU ----
+
+
+class _InC:
+    """Batches made by the C++ extension's threads."""
+
+    def __init__(self, file: PackFile, workers: int):
+        self._file, self._pool = file, native.Pool(workers)
+
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
+        file = self._file
+        arrays = file.tiles, file.first, file.sizes, file.encoding
+        works = [
+            self._pool.pack_crops(*arrays, boxes, crop.numpy())
+            for boxes, crop in zip(picks.rows, out, strict=True)
+        ]
+
+        def done() -> tuple[Tensor, ...]:
+            for work in works:
+                assert not work.wait().any()
+            return out
+
+        return Begun(len(picks.rows[0]), done)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class _InPython:
+    """Batches decoded by PyTorch and resampled by OpenCV, in Python's threads."""
+
+    def __init__(self, file: PackFile, workers: int):
+        self._pack = _tensors(file)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack") if workers else None
+
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
+        images = len(picks.rows[0])
+        tasks = _in_tasks(self._pool, images, lambda at: self._fill(picks, out, at))
+        return Begun(images, lambda: _finished(tasks, out))
+
+    def _fill(self, picks: Picks, out: tuple[Tensor, ...], places: slice) -> None:
+        for rows, crop in zip(picks.rows, out, strict=True):
+            for row, pixels in zip(rows[places], crop.numpy()[places], strict=True):
+                index, y, x, height, width, flip = row.tolist()
+                box = decoded_box(self._pack, index, y, x, height, width)
+                whole = np.array([0, 0, 0, height, width, flip])
+                crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, pixels)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+# ---- on a GPU ----
+
+PLACES = {"resident": "in GPU memory", "pinned": "in host memory, copied ahead"}
+
+
+def choose(
+    asked: Placement, wanted: int, free: int, total: int, path: str
+) -> Literal["resident", "pinned"]:
+    """Where `wanted` bytes go, with so many of the GPU's free. Raises Refused where they do not fit as asked."""
+    if asked == "resident" and wanted > free:
+        raise Refused(
+            f"--placement resident wants {wanted / GB:.1f} GB of GPU memory for {path}, "
+            f"{(wanted - free) / GB:.1f} GB more than are free: choose --placement pinned, which keeps it "
+            "in host memory"
+        )
+    if asked != "auto":
+        return asked
+    return "resident" if wanted <= free - KEPT_FOR_TRAINING * total else "pinned"
+
+
+class _Resident:
+    """Pictures of some rows in the device's memory.
+
+    pack   those pictures
+    index  of each row, its number in `pack`, -1 where it is not there; None: the row itself
+    """
+
+    def __init__(self, file: PackFile, rows: Int64[np.ndarray, " n"] | None, device: torch.device):
+        self.device = device
+        self.index = None
+        sizes = file.sizes
+        if rows is not None:
+            rows = np.unique(rows)
+            self.index = np.full(file.rows, -1, np.int64)
+            self.index[rows] = np.arange(len(rows))
+            sizes = file.sizes[rows]
+        first = layout.firsts(sizes, file.encoding)
+        tiles = torch.empty(int(first[-1]), WIDTH[file.encoding], dtype=torch.uint8, device=device)
+        at = 0
+        for piece in _pieces(file, rows):
+            tiles[at : at + len(piece)].copy_(_tensor(piece))
+            at += len(piece)
+        small = (torch.from_numpy(np.array(each)).to(device) for each in (first, sizes))
+        self.pack = PackTensors(tiles, *small)
+
+    def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
+        """Whether all these pictures (None: of the data) are here."""
+        return self.index is None or (rows is not None and bool((self.index[rows] >= 0).all()))
+
+    def begin(self, picks: Picks, pool: ThreadPoolExecutor | None) -> Begun:
+        def done() -> tuple[Tensor, ...]:
+            with _beside(self.device) as handed_over:
+                return handed_over(
+                    tuple(
+                        unpack_crops(self.pack, _sent(self._boxes(rows), self.device), size)
+                        for rows, size in zip(picks.rows, picks.sizes, strict=True)
+                    )
+                )
+
+        return Begun(len(picks.rows[0]), done)
+
+    def _boxes(self, rows: Int64[np.ndarray, "b 6"]) -> Int64[np.ndarray, "b 6"]:
+        if self.index is None:
+            return rows
+        return np.concatenate([self.index[rows[:, :1]], rows[:, 1:]], axis=1)
+
+
+class _Pinned:
+    """Pictures in the mapped file, of which each batch's are copied to the device."""
+
+    def __init__(self, file: PackFile, rows: Int64[np.ndarray, " n"] | None, device: torch.device):
+        self.device, self._file = device, file
+
+    def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
+        return True
+
+    def begin(self, picks: Picks, pool: ThreadPoolExecutor | None) -> Begun:
+        """Gather what lies under the boxes, whole rows of tiles: of a batch, a pack of its own."""
+        file, images = self._file, len(picks.rows[0])
+        index = picks.rows[0][:, 0]
+        edge = layout.SIDE if file.encoding == "ycc" else 1
+        tops = np.min([rows[:, 1] for rows in picks.rows], axis=0)
+        ends = np.max([rows[:, 1] + rows[:, 3] for rows in picks.rows], axis=0)
+        heights, widths = file.sizes[index].astype(np.int64).T
+        tops = np.clip(tops, 0, heights - 1) // edge * edge
+        ends = np.minimum(-(-np.clip(ends, 1, heights) // edge) * edge, heights)
+        across = -(-widths // edge)
+        sizes = np.stack([ends - tops, widths], axis=1).astype(np.int32)
+        start = file.first[index] + tops // edge * across
+        first = layout.firsts(sizes, file.encoding)
+        tiles = torch.empty(
+            int(first[-1]), file.tiles.shape[1], dtype=torch.uint8, pin_memory=self._pins
+        )
+        into = tiles.numpy()
+
+        def gather(places: slice) -> None:
+            for i in range(images)[places]:
+                length = first[i + 1] - first[i]
+                into[first[i] : first[i + 1]] = file.tiles[start[i] : start[i] + length]
+
+        tasks = _in_tasks(pool, images, gather)
+        boxes = [
+            np.concatenate(
+                [np.arange(images)[:, None], (rows[:, 1] - tops)[:, None], rows[:, 2:]], axis=1
+            )
+            for rows in picks.rows
+        ]
+
+        def done() -> tuple[Tensor, ...]:
+            for task in tasks:
+                task.result()
+            with _beside(self.device) as handed_over:
+                arrays = (_sent(each, self.device) for each in (first, sizes))
+                pack = PackTensors(tiles.to(self.device, non_blocking=True), *arrays)
+                return handed_over(
+                    tuple(
+                        unpack_crops(pack, _sent(rows, self.device), size)
+                        for rows, size in zip(boxes, picks.sizes, strict=True)
+                    )
+                )
+
+        return Begun(images, done)
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type == "cuda"
+
+
+@functools.lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: torch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device):
+    """Work of the device beside that of the training; the given function hands its tensors over to this."""
+    if device.type != "cuda":
+        yield lambda tensors: tensors
+        return
+    main, side = torch.cuda.current_stream(device), _stream(device)
+
+    def handed_over(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        main.wait_event(side.record_event())
+        for tensor in tensors:
+            tensor.record_stream(
+                main
+            )  # its memory is not handed out again before main is done with it
+        return tensors
+
+    with torch.cuda.stream(side):
+        yield handed_over
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _pieces(file: PackFile, rows: Int64[np.ndarray, " n"] | None) -> Iterator[np.ndarray]:
+    """The tiles of these rows, in order, in pieces of about 64 MB."""
+    most = BLOCK // file.tiles.shape[1]
+    if rows is None:
+        for start in range(0, len(file.tiles), most):
+            yield file.tiles[start : start + most]
+        return
+    ends = np.cumsum(file.first[rows + 1] - file.first[rows])
+    for _, some in itertools.groupby(range(len(rows)), lambda i: int(ends[i]) // most):
+        yield np.concatenate([file.rows_of(int(rows[i])) for i in some])
+
+
+# ---- both ----
+
+
+def _tensors(file: PackFile) -> PackTensors:
+    return PackTensors(*map(_tensor, (file.tiles, file.first, file.sizes)))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """It shares the mapped file's memory, which nobody writes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+@contextlib.contextmanager
+def _threads(workers: int) -> Iterator[ThreadPoolExecutor | None]:
+    if not workers:
+        yield None
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_tasks(pool: ThreadPoolExecutor | None, images: int, work) -> list[Future]:
+    """`work` of slices of a batch, by the pool; None: done here and now."""
+    if pool is None:
+        work(slice(0, images))
+        return []
+    return [pool.submit(work, slice(at, min(at + TASK, images))) for at in range(0, images, TASK)]
+
+
+def _finished(tasks: list[Future], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for task in tasks:
+        task.result()
+    return out

@@ -1,0 +1,323 @@
+"""A source's pictures into one pack; layout.py says what lies where.
+
+Every picture is decoded, shrunk and cut where asked, and coded in a worker process. A part's file holds its
+pictures one after the other: height and width (int32 each), then the tiles or pixels. Whole parts are put together
+in a folder inside that of the parts, which gets the pack's name by one rename: so a pack is there with all that
+belongs to it, or not at all. One that is replaced is moved aside first, and removed last.
+
+Its bytes depend on neither workers nor parts.
+"""
+
+import contextlib
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+from fastrot.config import Refused
+from fastrot.data import conversion, prepare
+from fastrot.data.beton.manifest import sealed
+from fastrot.data.conversion import Found, There, Work
+from fastrot.data.pack import layout
+from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
+from fastrot.data.pack.read import PackFile
+from fastrot.data.ranks import ALONE, Ranks
+from fastrot.data.sources import Record, Source
+from fastrot.disk import replace_bytes, sync_folder, write_atomically
+
+HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
+PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
+NAMES = {META, *layout.arrays("ycc"), *layout.arrays("raw"), PATHS, REJECTS}  # of a pack's files
+_WAYS = "add --overwrite or choose another --out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions(prepare.Options):
+    """Convert pictures into one pack, whose tiles a GPU decodes in its crop kernel; resumable, with checksums."""
+
+    encoding: Encoding = "ycc"  # how pictures are stored; raw: exact, and four times as large
+    center_crop: bool = False  # keep the centre square of each picture, after shrinking
+
+    def check(self) -> None:
+        super().check()
+        if self.out.suffix != ".pack":
+            raise Refused(f"--out got {self.out}: its name must end in .pack")
+        if self.out.exists() and not self.out.is_dir():
+            raise Refused(f"--out got {self.out}, a file: a pack is a folder; choose another --out")
+
+
+@dataclass(frozen=True, slots=True)
+class Coder:
+    """A picture's bytes in a part."""
+
+    encoding: Encoding
+
+    def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+        head = np.array(picture.shape[:2], HEAD.base)
+        return head.tobytes() + layout.encode(picture, self.encoding).tobytes()
+
+    def decode(self, data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        rows = np.frombuffer(data, np.uint8, offset=HEAD.itemsize)
+        return layout.decode(rows.reshape(-1, WIDTH[self.encoding]), height, width)
+
+
+# ---- the folder ----
+
+
+def write_pack(
+    path: str | Path,
+    pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    labels: Sequence[int] | Int64[np.ndarray, " n"] | None = None,
+    *,
+    encoding: Encoding = "ycc",
+    paths: Sequence[str] | None = None,
+    classes: Sequence[str] = (),
+) -> Path:
+    """A pack of pictures in memory: for tests, benchmarks and notebooks. It replaces what stands there.
+
+    `labels`: None: -1 each. `paths`: the rows' names, from which their keys are made.
+    """
+    path = Path(path)
+    names = [f"{row:08d}" for row in range(len(pictures))] if paths is None else paths
+    known = [-1] * len(pictures) if labels is None else labels
+    records = [Record(name, int(label)) for name, label in zip(names, known, strict=True)]
+    source = Source(root=path, records=records, classes=tuple(classes), seen=len(records))
+    tally = prepare.Tally()
+    chunk = prepare.Chunk(prepare.Held(records, [*pictures]), 0)
+    coded = [*tally.watch(prepare.encode_chunk(prepare.Recipe(Coder(encoding)), chunk))]
+    assert len(coded) == len(records)
+    found = Found(tally, np.array(tally.crcs, np.uint32), np.array(tally.records, np.int64), [])
+    sizes = np.array([(picture.height, picture.width) for picture in coded], np.int32)
+    new = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    body = (picture.data[HEAD.itemsize :] for picture in coded)
+    write_folder(new, encoding, Work(source, {"encoding": encoding}, [], found), sizes, body)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(new, path)
+    return path
+
+
+def write_folder(
+    folder: Path,
+    encoding: Encoding,
+    work: Work,
+    sizes: Int32[np.ndarray, "n 2"],
+    body: Iterable[bytes | memoryview],
+) -> dict[str, Any]:
+    """All files of a pack into a folder, meta.json last; what that says.
+
+    `body`: the bytes of the pictures' tiles or pixels, in order, in pieces of any length.
+    """
+    first = layout.firsts(sizes, encoding)
+    contents = {
+        BODY[encoding]: ((int(first[-1]), WIDTH[encoding]), body),
+        "first.npy": (first.shape, [first.data]),
+        "sizes.npy": (sizes.shape, [sizes.data]),
+        "labels.npy": (sizes.shape[:1], [conversion.labels_of(work).data]),
+        "keys.npy": (sizes.shape[:1], [conversion.keys_of(work).data]),
+    }
+    checksums = {
+        name: write_array(folder / name, layout.arrays(encoding)[name][0], shape, pieces)
+        for name, (shape, pieces) in contents.items()
+    }
+    conversion.write_paths(folder / PATHS, work)
+    conversion.write_rejects(folder / REJECTS, work)
+    described = {
+        "version": layout.VERSION,
+        "encoding": encoding,
+        LENGTH[encoding]: int(first[-1]),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
+    facts = conversion.facts_of("pack", work, described, PackForm.packages)
+    facts["checksums"] = checksums
+    replace_bytes(folder / META, sealed(facts))
+    return facts
+
+
+def write_array(
+    path: Path,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    pieces: Iterable[bytes | memoryview],
+) -> list[int]:
+    """A `.npy` of a known shape from its bytes in pieces, whole or not at all; the crc32 of each 64 MB of it."""
+    crcs: list[int] = []
+
+    def write(file: BinaryIO) -> None:
+        checked = _Checked(file, crcs)
+        head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(checked, {**head, "shape": shape})
+        begins = checked.written
+        for piece in pieces:
+            checked.write(piece)
+        assert checked.written - begins == dtype.itemsize * int(np.prod(shape, dtype=object))
+
+    write_atomically(path, write)
+    return crcs
+
+
+class _Checked:
+    """A file that adds up the crc32 of each 64 MB as they are written."""
+
+    def __init__(self, file: BinaryIO, crcs: list[int]):
+        self.file, self.crcs, self.written = file, crcs, 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            inside = self.written % BLOCK
+            if not inside:
+                self.crcs.append(0)
+            piece = view[: BLOCK - inside]
+            self.crcs[-1] = zlib.crc32(piece, self.crcs[-1])
+            self.file.write(piece)
+            self.written += len(piece)
+            view = view[len(piece) :]
+
+
+# ---- parts ----
+
+
+def sizes_in(parts: list[prepare.Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
+    """Heights and widths of all pictures in whole parts, in order. Raises Refused as `body_of`."""
+    each = [np.zeros((0, 2), np.int32)]
+    for part in parts:
+        sizes = np.zeros((len(part.tally().crcs), 2), np.int32)
+        if len(sizes):
+            with open(part.file, "rb") as file:
+                for size in sizes:
+                    size[:] = np.frombuffer(_exactly(file, HEAD.itemsize, part), HEAD.base)
+                    file.seek(_bytes_of(size, encoding, part), os.SEEK_CUR)
+                if file.tell() != part.file.stat().st_size:
+                    raise _changed(part)
+        each.append(sizes)
+    return np.concatenate(each)
+
+
+def body_of(parts: list[prepare.Part], encoding: Encoding) -> Iterator[memoryview]:
+    """The tiles or pixels of all pictures in whole parts, in order, each picture checked on the way.
+
+    Raises Refused where a part has changed since it was written; it then counts as not made.
+    """
+    for part in parts:
+        crcs = part.tally().crcs
+        if crcs:
+            with open(part.file, "rb") as file:
+                for crc in crcs:
+                    head = _exactly(file, HEAD.itemsize, part)
+                    size = np.frombuffer(head, HEAD.base)
+                    data = _exactly(file, _bytes_of(size, encoding, part), part)
+                    if zlib.crc32(data, zlib.crc32(head)) != crc:
+                        raise _changed(part)
+                    yield memoryview(data)
+
+
+def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding, part: prepare.Part) -> int:
+    """Of a picture's tiles or pixels."""
+    if size.min() < 1 or size.max() > 65_535:
+        raise _changed(part)
+    return WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
+
+
+def _exactly(file: BinaryIO, count: int, part: prepare.Part) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise _changed(part)
+    return data
+
+
+def _changed(part: prepare.Part) -> Refused:
+    part.facts.unlink(missing_ok=True)
+    return Refused(
+        f"{part.file} has changed since it was written: run again, and that part is made anew"
+    )
+
+
+# ---- the conversion ----
+
+
+def convert(
+    options: PackOptions, ranks: Ranks = ALONE, *, part: int = prepare.PART
+) -> prepare.Summary | prepare.Estimate:
+    """See `conversion.convert`."""
+    return conversion.convert(PackForm(options), ranks, part=part)
+
+
+class PackForm(conversion.Form):
+    """A folder of arrays."""
+
+    suffix = ".tiles"
+    row_bytes = sum(np.dtype(kind).itemsize for kind in ("i8", "i8", "u8"))  # first, label, key
+    options: PackOptions
+
+    @property
+    def out(self) -> Path:
+        """Where the pack goes: a link stays a link, and what it points to is replaced."""
+        return Path(os.path.realpath(self.options.out))
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.parts")
+
+    @property
+    def recipe(self) -> prepare.Recipe:
+        options = self.options
+        return prepare.Recipe(
+            Coder(options.encoding),
+            options.short_side,
+            options.max_side,
+            square=options.center_crop,
+        )
+
+    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+        write_atomically(path, lambda file: file.writelines(p.data for p in pictures))
+
+    def there(self, plan: dict[str, Any], part: int) -> There:
+        out = self.out
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where it is empty
+        if not out.exists():
+            return There()
+        names = {file.name for file in out.iterdir() if not file.name.startswith(".")}
+        if foreign := names - NAMES:
+            raise Refused(
+                f"{out} is there, and holds {min(foreign)}, which is no file of a pack: remove it or "
+                "choose another --out"
+            )
+        if self.options.overwrite:
+            return There()
+        try:
+            facts = PackFile(out).meta
+        except Refused as error:
+            raise Refused(f"--out is there, but is no whole pack ({error}): {_WAYS}") from None
+        if differs := prepare.difference(plan, facts["options"]):
+            raise Refused(f"{out} is there, made {differs}: {_WAYS}")
+        if self.folder.exists():  # a start was killed at its very end
+            whole = {**plan, "part": part}
+            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
+                prepare.remove(self.folder)
+        return There(facts)
+
+    def publish(self, work: Work) -> dict[str, Any]:
+        encoding = self.options.encoding
+        new, old = self.folder / prepare.NEW, self.folder / f"{prepare.NEW}.old"
+        new.mkdir()
+        sizes = sizes_in(work.parts, encoding)
+        facts = write_folder(new, encoding, work, sizes, body_of(work.parts, encoding))
+        # all of it is on the disk: from here on names change, which needs no space
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(new, self.out)
+        sync_folder(self.out.parent)
+        prepare.remove(self.folder)
+        return facts
+
+    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {"out": self.options.out, "parts": False, "rejected_at": self.out / REJECTS}

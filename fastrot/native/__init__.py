@@ -1,0 +1,330 @@
+"""The C++ extension: whole batches of crops, out of `.beton` records and out of packs. Optional.
+
+`setup.py` builds it where there is a compiler and libjpeg-turbo's headers; nothing but ctypes joins it to Python.
+It gives the bits that the Python libraries give; FASTROT_NATIVE=0 switches it off, a path names another build of it.
+
+C trusts what it gets, so everything is compared here with the memory that it lies in: types, layouts, numbers
+of rows, the bytes of every record. The GIL is free while C works.
+"""
+
+import ctypes
+import functools
+import os
+import sysconfig
+from collections.abc import Sequence
+from ctypes import c_int, c_int64, c_uint32, c_void_p
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
+
+SETTING = "FASTROT_NATIVE"
+WANTS = "install g++ and libjpeg-turbo's headers, apt's libjpeg-dev, then fastrot again"
+EDITION = 1  # of the C functions' signatures: a library of another one is not used
+FINE = 0  # a picture's status; anything else: damaged, or of a kind that others decode
+TILE = 48  # bytes of a pack's 8 x 8 pixels
+LONGEST = 2**17  # pixels a side of a box
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "edition": (c_int, []),
+    "libjpeg": (c_int, []),
+    "wide": (c_int, [c_int]),
+    "crc32": (c_uint32, [c_void_p, c_int64]),
+    "pool": (c_void_p, [c_int]),
+    "end": (None, [c_void_p]),
+    "jpeg_crops": (c_void_p, [c_void_p, c_int64, *[c_void_p] * 5, c_int, *[c_void_p] * 4]),
+    "pack_crops": (
+        c_void_p,
+        [c_void_p, c_int64, *[c_void_p] * 3, c_int, c_void_p, c_int64, *[c_void_p] * 2],
+    ),
+    "wait": (None, [c_void_p, c_void_p]),
+}
+
+
+def load() -> ctypes.CDLL | None:
+    """The library; None where it was not built, cannot be loaded, or is switched off."""
+    return _opened(os.environ.get(SETTING, ""))[0]
+
+
+def why() -> str:
+    """One phrase: why there is no library, or which one there is."""
+    return _opened(os.environ.get(SETTING, ""))[1]
+
+
+@functools.cache
+def _opened(setting: str) -> tuple[ctypes.CDLL | None, str]:
+    if setting == "0":
+        return None, f"{SETTING}=0 switches it off"
+    beside = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    file = Path(setting) if setting else beside
+    if not file.exists():
+        return None, f"{file.name} is not there, since it could not be built ({WANTS})"
+    try:
+        library = ctypes.CDLL(str(file))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"fastrot_{name}")
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"it cannot be loaded ({' '.join(str(error).split())})"
+    if library.fastrot_edition() != EDITION:
+        return None, "it was built from other sources: install fastrot again"
+    number = library.fastrot_libjpeg()
+    version = f"{number // 10**6}.{number // 1000 % 1000}.{number % 1000}"
+    return library, f"built with libjpeg-turbo {version}"
+
+
+class Files:
+    """Memory that records lie in, which stays alive with it."""
+
+    def __init__(self, files: Sequence[UInt8[np.ndarray, " _n"]]):
+        assert all(file.flags.c_contiguous for file in files)
+        self._files = tuple(files)
+        self._at = np.array([_address(file) for file in files], np.uint64)
+        self._bytes = np.array([len(file) for file in files], np.int64)
+
+    def addresses(
+        self,
+        which: Int64[np.ndarray, " b"],
+        start: Int64[np.ndarray, " b"],
+        size: Int64[np.ndarray, " b"],
+    ) -> UInt64[np.ndarray, " b"]:
+        """Where records begin. Raises IndexError for one that does not lie in its file."""
+        known = (which >= 0) & (which < len(self._files))
+        ends = self._bytes[np.where(known, which, 0)]
+        inside = known & (start >= 0) & (size > 0) & (size <= ends) & (start <= ends - size)
+        if not inside.all():
+            raise IndexError(f"record {int(np.argmin(inside))} does not lie in its file")
+        return self._at[which] + start.astype(np.uint64)
+
+
+class Records(NamedTuple):
+    """The records of a batch, in their files."""
+
+    files: Files
+    which: Int64[np.ndarray, " b"]  # of the files
+    start: Int64[np.ndarray, " b"]  # the record's first byte
+    bytes: Int64[np.ndarray, " b"]
+    sizes: Int32[np.ndarray, "b 2"]  # heights and widths that the pictures must have
+    raw: Bool[np.ndarray, " b"]  # height x width x 3 bytes as they are; else a JPEG
+    crcs: UInt32[np.ndarray, " b"] | None  # crc32 of each; None: JPEGs are read to their ends
+
+
+class Work:
+    """A batch that C has taken on. All that it reads and writes is kept until it is done."""
+
+    def __init__(self, pool: "Pool", status: Int32[np.ndarray, " b"], arrays: Any):
+        self._pool, self._status, self._arrays = pool, status, arrays
+        self._batch: int | None = None
+
+    def wait(self) -> Int32[np.ndarray, " b"]:
+        """The pictures' states, when all are done: FINE, or not, and then the crop holds anything."""
+        if self._batch is not None:
+            if self._pool.address is None:
+                raise ValueError("its pool was closed before")
+            self._pool.library.fastrot_wait(self._pool.address, self._batch)
+            self._pool.under_way.discard(self)
+            self._batch = self._arrays = None
+        return self._status
+
+    def begin(self, function: Any, *arguments: Any) -> "Work":
+        self._pool.under_way.add(self)
+        self._batch = function(self._pool.address, *arguments)
+        if self._batch is None:
+            self._pool.under_way.discard(self)
+            raise MemoryError
+        return self
+
+
+class Pool:
+    """Threads that make crops, batch after batch. With 0 threads whoever waits does the work.
+
+    Raises OSError where there is no library.
+    """
+
+    def __init__(self, threads: int):
+        library = load()
+        if library is None:
+            raise OSError(f"no C++ extension: {why()}")
+        self.library = library
+        self.under_way: set[Work] = set()
+        self.address: int | None = library.fastrot_pool(threads)
+        if self.address is None:
+            raise MemoryError
+
+    def close(self) -> None:
+        """What is under way is finished, the rest left. No Work may be waited for afterwards."""
+        if self.address is not None:
+            self.library.fastrot_end(self.address)
+            self.address = None
+            self.under_way.clear()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def jpeg_crops(
+        self,
+        records: Records,
+        boxes: Sequence[Int64[np.ndarray, "b 6"]],
+        out: Sequence[UInt8[np.ndarray, "b _s _s 3"]],
+    ) -> Work:
+        """Begin a batch: crops of the records into `out`, one array for each recipe, as `crops.resample` makes them.
+
+        Raises ValueError for what is not of the form above, IndexError for a record outside its file.
+        """
+        count = len(records.sizes)
+        if (records.bytes[records.raw] != _raw_bytes(records.sizes[records.raw])).any():
+            raise ValueError("a raw record is not height x width x 3 bytes")
+        place = (records.which, records.start, records.bytes)
+        which, start, size = (_checked(each, np.int64, (count,)) for each in place)
+        columns = {
+            "at": records.files.addresses(which, start, size),
+            "bytes": size,
+            "sizes": _checked(records.sizes, np.int32, (count, 2)),
+            "raw": _checked(records.raw, np.bool_, (count,)).view(np.uint8),
+        }
+        crcs = None if records.crcs is None else _checked(records.crcs, np.uint32, (count,))
+        if not boxes or len(boxes) != len(out):
+            raise ValueError(f"{len(boxes)} arrays of boxes and {len(out)} of crops")
+        boxes = [_checked(each, np.int64, (count, 6)) for each in boxes]
+        sizes = np.array([_side_of(each, count) for each in out], np.int64)
+        tables = [np.array([_address(a) for a in each], np.uint64) for each in (boxes, out)]
+        status = np.full(count, -1, np.int32)
+        kept = (columns, crcs, boxes, out, sizes, tables, records.files)
+        return Work(self, status, kept).begin(
+            self.library.fastrot_jpeg_crops,
+            count,
+            *map(_address, columns.values()),
+            None if crcs is None else _address(crcs),
+            len(boxes),
+            _address(tables[0]),
+            _address(sizes),
+            _address(tables[1]),
+            _address(status),
+        )
+
+    def pack_crops(
+        self,
+        data: UInt8[np.ndarray, "t c"],
+        first: Int64[np.ndarray, " n1"],
+        sizes: Int32[np.ndarray, "n 2"],
+        encoding: Literal["ycc", "raw"],
+        boxes: Int64[np.ndarray, "b 6"],
+        out: UInt8[np.ndarray, "b s s 3"],
+    ) -> Work:
+        """Begin a batch of a pack's pictures, see `pack_crops`."""
+        tiled = encoding == "ycc"
+        data = _checked(data, np.uint8, (len(data), TILE if tiled else 3))
+        sizes = _checked(sizes, np.int32, (len(sizes), 2))
+        first = _checked(first, np.int64, (len(sizes) + 1,))
+        boxes = _checked(boxes, np.int64, (len(boxes), 6))
+        size = _side_of(out, len(boxes))
+        _check_rows(boxes[:, 0], first, sizes, len(data), 8 if tiled else 1)
+        status = np.full(len(boxes), -1, np.int32)
+        return Work(self, status, (data, first, sizes, boxes, out)).begin(
+            self.library.fastrot_pack_crops,
+            len(boxes),
+            *map(_address, (data, first, sizes)),
+            int(tiled),
+            _address(boxes),
+            size,
+            _address(out),
+            _address(status),
+        )
+
+
+def jpeg_crops(
+    records: Records,
+    boxes: Sequence[Int64[np.ndarray, "b 6"]],
+    out: Sequence[UInt8[np.ndarray, "b _s _s 3"]],
+    threads: int = 1,
+) -> Int32[np.ndarray, " b"]:
+    """Crops of a batch of records into `out`, see `Pool.jpeg_crops`; the pictures' states."""
+    with Pool(threads if threads > 1 else 0) as pool:
+        return pool.jpeg_crops(records, boxes, out).wait()
+
+
+def pack_crops(
+    data: UInt8[np.ndarray, "t c"],
+    first: Int64[np.ndarray, " n1"],
+    sizes: Int32[np.ndarray, "n 2"],
+    encoding: Literal["ycc", "raw"],
+    boxes: Int64[np.ndarray, "b 6"],
+    size: int,
+    out: UInt8[np.ndarray, "b s s 3"] | None = None,
+    threads: int = 1,
+) -> UInt8[np.ndarray, "b s s 3"]:
+    """Crops of a pack's pictures: decode the box, then `crops.resample`, to the bit.
+
+    `data` are tiles of 48 bytes (ycc) or pixels of 3 (raw), `first` the first of each picture and the total, `sizes`
+    true heights and widths; boxes are rows (index, y, x, height, width, flip), index a row of `first` and `sizes`.
+    Raises ValueError for what is not of this form or does not agree, IndexError for a row that there is not.
+    """
+    if out is None:
+        out = np.empty((len(boxes), size, size, 3), np.uint8)
+    if out.shape[1] != size:
+        raise ValueError(f"out holds crops of {out.shape[1]} pixels a side, not {size}")
+    with Pool(threads if threads > 1 else 0) as pool:
+        status = pool.pack_crops(data, first, sizes, encoding, boxes, out).wait()
+    if status.any():
+        bad = int(np.argmax(status != FINE))
+        row, *box, _ = boxes[bad].tolist()
+        raise ValueError(f"the box {tuple(box)} lies outside the picture of row {row}")
+    return out
+
+
+def _check_rows(
+    rows: Int64[np.ndarray, " b"],
+    first: Int64[np.ndarray, " n1"],
+    sizes: Int32[np.ndarray, "n 2"],
+    total: int,
+    side: int,
+) -> None:
+    """Raises where a picture of the batch does not lie in the pack: its tiles are `side` pixels a side."""
+    if not len(rows):
+        return
+    if rows.min() < 0 or rows.max() >= len(sizes):
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of a pack of {len(sizes)}")
+    across = -(-sizes[rows].astype(np.int64) // side)
+    begin, end = first[rows], first[rows + 1]
+    agree = (across > 0).all(axis=1) & (begin >= 0) & (end <= total)
+    agree &= end - begin == across[:, 0] * across[:, 1]
+    if not agree.all():
+        row = int(rows[np.argmin(agree)])
+        raise ValueError(f"the pack is damaged: the size of row {row} is not that of its pixels")
+
+
+def _raw_bytes(sizes: Int32[np.ndarray, "n 2"]) -> Int64[np.ndarray, " n"]:
+    return sizes[:, 0].astype(np.int64) * sizes[:, 1] * 3
+
+
+def _side_of(out: np.ndarray, count: int) -> int:
+    """Pixels a side of crops that are written into. Raises ValueError where C cannot."""
+    side = out.shape[1] if out.ndim == 4 else 0
+    fits = side > 0 and out.shape == (count, side, side, 3) and out.dtype == np.uint8
+    if not (fits and out.flags.c_contiguous and out.flags.writeable):
+        raise ValueError(
+            f"crops go to a uint8 array [{count}, s, s, 3], not {out.dtype}{out.shape}"
+        )
+    return side
+
+
+def _checked(array: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The array, contiguous. Raises ValueError for another type or shape."""
+    if array.dtype != dtype or array.shape != shape:
+        wanted = f"{np.dtype(dtype)}{list(shape)}"
+        raise ValueError(f"an array is {array.dtype}{list(array.shape)}, not {wanted}")
+    return np.ascontiguousarray(array)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -1,0 +1,544 @@
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+"""Boxes of packed pictures -> crops, and on to their turned, normalised, channels-last views in the same kernel.
+
+Shapes.  A pack's pictures one after the other (data/pack): tiles uint8 [T, 48], one row for 8x8 pixels, or pixels uint8
+         [T, 3]; first int64 [N + 1]; sizes int32 [N, 2]. boxes int64 [B, 6], rows (index, y, x, height, width, flip);
+         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of turns.py.
+Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr. Sample k of a block is entry
+         i = bits 16+3k to 18+3k of the palette between its first two bytes: e0, e1, then (7-j) e0 + j e1 over 7,
+         j = 1 to 6, where e0 > e1; else over 5, j = 1 to 4, and 0 and 255; rounded down. R = Y + (91881 Cr' + 2**15 >> 16),
+         B = Y + (116130 Cb' + 2**15 >> 16), G = Y + (-22554 Cb' - 46802 Cr' + 2**15 >> 16), each clipped; ' is less 128.
+         The box is cut out, 0 outside the picture, and brought to n S x n S, n the least power of two with no side over
+         2 n S, by OpenCV's INTER_LINEAR; a pixel is the mean of n x n of these. So crops.resample does it (data/crops.py).
+Idea.    A tile decodes alone and lies at a known place, so that a crop reads those under its box and no other. A program
+         owns 32 x 32 pixels of a crop: it decodes the four pixels that each mixes, where it needs them, and keeps the
+         result in registers, a word a pixel; a view is that square, taken out of shared memory in another order.
+Bytes.   0.75 h w of tiles from memory (3 h w raw), 3 S S of crop or 3 V S S itemsize of views, written once.
+         B ceil(S / 32)**2 programs of 128 threads. A thread has 8 pixels; a tap loads three words of 8 bytes (raw: three
+         bytes), of which a warp's 32 taps mostly share a few; views leave by 16-byte stores (bfloat16; 8 elements).
+Bound.   Expected, not measured: integer arithmetic. Decoding a pixel is about 80 operations and each of the four taps of
+         a pixel decodes its own, against 24 bytes written for its four views in bfloat16.
+Digits.  The same bits everywhere, as all of it is whole numbers, but for the place of a tap: float64, once a row or column,
+         each operation rounded by itself (so the kernel is compiled without fused multiply-adds), then float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, no_type_check
+
+import torch
+from jaxtyping import Float, Int16, Int32, Int64, UInt8
+from torch import Tensor
+
+from fastrot import native
+from fastrot.config import Refused
+from fastrot.ops.choice import form_for
+from fastrot.ops.rows import check_device
+from fastrot.ops.turns import check_views, turned_views
+
+try:
+    import triton
+    import triton.language as tl
+
+    from fastrot.ops.turns import _normalised, _source_pixel
+except ModuleNotFoundError:  # torch's builds for the CPU come without it
+    triton = None
+
+YCC, RAW = 48, 3  # bytes of a row of tiles
+WORDS = YCC // 8  # of 8 bytes, a block each
+EDGE = 8  # pixels of a tile's side
+
+
+@dataclass(frozen=True)
+class PackTensors:
+    """Packed pictures on one device. A row of `tiles` is a tile (c = 48) or a pixel (c = 3)."""
+
+    tiles: UInt8[Tensor, "t c"]
+    first: Int64[
+        Tensor, " m"
+    ]  # m = n + 1: where each picture begins in `tiles`; the last is their number
+    sizes: Int32[Tensor, "n 2"]  # heights and widths
+
+    @property
+    def encoding(self) -> Literal["ycc", "raw"]:
+        return "ycc" if self.tiles.shape[1] == YCC else "raw"
+
+
+# ---- reference ----
+
+
+def unpack_crops_reference(
+    pack: PackTensors, boxes: Int64[Tensor, "b 6"], size: int
+) -> UInt8[Tensor, "b s s 3"]:
+    """What tests trust, and what a CPU runs without the extension: one picture after the other."""
+    out = pack.tiles.new_empty(len(boxes), size, size, 3)
+    for crop, (index, y, x, height, width, flip) in zip(out, boxes.tolist(), strict=True):
+        box = decoded_box(pack, index, y, x, height, width)
+        pixels = resampled(box, size)
+        crop.copy_((pixels.flip(2) if flip else pixels).permute(1, 2, 0))
+    return out
+
+
+def decoded_box(
+    pack: PackTensors, index: int, y: int, x: int, height: int, width: int
+) -> UInt8[Tensor, "3 h w"]:
+    """The box's pixels, 0 outside the picture; only the tiles that it touches are decoded."""
+    down, across = pack.sizes[index].tolist()
+    start = int(pack.first[index])
+    top, left, bottom, right = max(y, 0), max(x, 0), min(y + height, down), min(x + width, across)
+    box = pack.tiles.new_zeros(3, height, width)
+    if top >= bottom or left >= right:
+        return box
+    if pack.encoding == "raw":
+        picture = pack.tiles[start : start + down * across].view(down, across, RAW)
+        inside = picture[top:bottom, left:right].permute(2, 0, 1)
+    else:
+        row, column, row_end, column_end = (
+            top // EDGE, left // EDGE, -(-bottom // EDGE), -(-right // EDGE),
+        )  # fmt: skip
+        wide = -(-across // EDGE)
+        tiles = pack.tiles[start : start + -(-down // EDGE) * wide].view(-1, wide, YCC)
+        touched = tiles[row:row_end, column:column_end].contiguous()
+        pixels = _decoded_tiles(touched)
+        inside = pixels[
+            :,
+            top - row * EDGE : bottom - row * EDGE,
+            left - column * EDGE : right - column * EDGE,
+        ]
+    box[:, top - y : bottom - y, left - x : right - x] = inside
+    return box
+
+
+def _decoded_tiles(tiles: UInt8[Tensor, "r c 48"]) -> UInt8[Tensor, "3 y x"]:
+    """A rectangle of tiles as pixels."""
+    rows, columns = tiles.shape[:2]
+    samples = _samples(tiles.view(-1, WORDS, 8)).view(rows, columns, WORDS, 4, 4)
+    luma = samples[:, :, :4].view(rows, columns, 2, 2, 4, 4).permute(0, 2, 4, 1, 3, 5)
+    luma = luma.reshape(rows * 4, 2, columns * 4, 2)  # pixels of a chroma sample: axes 1 and 3
+    cb, cr = samples[:, :, 4:].permute(2, 0, 3, 1, 4).reshape(2, rows * 4, columns * 4).int() - 128
+    out = tiles.new_empty(3, rows * 4, 2, columns * 4, 2)
+    for channel, added in enumerate((
+        91881 * cr + 32768, -22554 * cb - 46802 * cr + 32768, 116130 * cb + 32768,
+    )):  # fmt: skip
+        out[channel] = (luma + (added >> 16).short()[:, None, :, None]).clamp_(0, 255)
+    return out.view(3, rows * EDGE, columns * EDGE)
+
+
+def _samples(blocks: UInt8[Tensor, "t k 8"]) -> Int16[Tensor, "t k 16"]:
+    """The sixteen samples of each BC4 block, row by row."""
+    e0, e1 = blocks[..., 0:1].short(), blocks[..., 1:2].short()
+    seven = torch.arange(1, 7, dtype=torch.int16, device=blocks.device)
+    eight = ((7 - seven) * e0 + seven * e1) // 7
+    six = ((5 - seven) * e0 + seven * e1) // 5
+    six[..., 4], six[..., 5] = 0, 255
+    palette = torch.cat([e0, e1, torch.where(e0 > e1, eight, six)], dim=-1)  # [t, k, 8]
+    words = blocks.view(torch.int64)  # [t, k, 1]
+    choices = (words >> torch.arange(16, 64, 3, device=blocks.device)) & 7
+    return palette.gather(2, choices)
+
+
+def resampled(box: UInt8[Tensor, "3 h w"], size: int) -> UInt8[Tensor, "3 s s"]:
+    """`crops.resample` of a whole box, in whole numbers: OpenCV's INTER_LINEAR, and the mean of n x n of it."""
+    height, width = box.shape[1:]
+    n = _taps(height, width, size)
+    x0, x1, ax, bx = _columns(width, n * size, box.device)
+    y0, y1, ay, by = _rows(height, n * size, box.device)
+    pixels = box.int()
+    mixed = (pixels[:, :, x0] * ax + pixels[:, :, x1] * bx) >> 4  # [3, h, n s]
+    above, below = ay[:, None] * mixed[:, y0], by[:, None] * mixed[:, y1]
+    fine = ((above >> 16) + (below >> 16) + 2) >> 2  # 0 to 255: the weights add up to 2049 at most
+    return _mean(fine, n).to(torch.uint8)
+
+
+def _mean(fine: Int32[Tensor, "3 ns ns"], n: int) -> Tensor:
+    """Of n x n pixels: rounded half up where n is 2, half to even beyond, as OpenCV's INTER_AREA does it."""
+    if n == 1:
+        return fine
+    size = fine.shape[1] // n
+    total = fine.view(3, size, n, size, n).sum(dim=(2, 4))
+    half = n * n // 2
+    mean = (total + half) // (n * n)
+    return torch.where((total % (n * n) == half) & (n > 2), mean & ~1, mean)
+
+
+def _taps(height: int, width: int, size: int) -> int:
+    """The smallest power of two by which `size` grows until no side of the box shrinks to less than half."""
+    n = 1
+    while max(height, width) > 2 * n * size:
+        n *= 2
+    return n
+
+
+def _columns(length: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Both taps of each of `size` columns of `length`, and their weights in 2048ths. Edges are moved inside."""
+    place, share = _places(length, size, device)
+    before, beyond = place < 0, place >= length - 1
+    share = share.masked_fill(before | beyond, 0)
+    place = place.masked_fill(before, 0).masked_fill(beyond, length - 1)
+    return place, (place + 1).clamp(max=length - 1), *_weights(share)
+
+
+def _rows(length: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The same of rows, where edges keep their weights: both taps are the edge."""
+    place, share = _places(length, size, device)
+    return place.clamp(0, length - 1), (place + 1).clamp(0, length - 1), *_weights(share)
+
+
+def _places(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tap at or before each place, and the share of the next one. float64, then float32, as OpenCV has it."""
+    scale = 1.0 / (size / length)
+    middle = torch.arange(size, dtype=torch.float64, device=device) + 0.5
+    place = (middle * scale - 0.5).to(torch.float32)
+    floor = place.floor()
+    return floor.long(), place - floor
+
+
+def _weights(share: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the first and the second tap: halves to even."""
+    return ((1 - share) * 2048).round().int(), (share * 2048).round().int()
+
+
+# ---- kernel ----
+
+SIDE, WARPS = 32, 8  # pixels of a program's square; 8 of them a thread
+EXACT = {"enable_fp_fusion": False}  # a place of a tap is a product and a sum, each rounded
+
+if triton is not None:
+
+    @triton.jit
+    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    def _unpack_kernel(
+        tiles, first, sizes, boxes, turns, out, size, mean0, mean1, mean2, std0, std1, std2,
+        PACKED: tl.constexpr,  # ycc: `tiles` are words of 8 bytes
+        NORMALISED: tl.constexpr, VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as in turns.py
+        FUSED: tl.constexpr, SIDE: tl.constexpr,
+    ):  # fmt: skip
+        across = tl.cdiv(size, SIDE)
+        program = tl.program_id(0)
+        image = (program // (across * across)).to(tl.int64)  # B * V * S * S * 3 can pass 2**31
+        top = program // across % across * SIDE
+        left = program % across * SIDE
+        row = (top + tl.arange(0, SIDE))[:, None]
+        column = (left + tl.arange(0, SIDE))[None, :]
+        index = tl.load(boxes + image * 6)
+        flip = tl.load(boxes + image * 6 + 5) != 0
+        column = tl.where(flip, size - 1 - column, column)
+        red, green, blue = _crop_pixels(
+            tiles, first, sizes, boxes + image * 6, index, row, column, size, PACKED
+        )
+        square = tl.reshape(red | (green << 8) | (blue << 16), [SIDE * SIDE])
+
+        over0, over1, over2 = tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2)
+        place = tl.arange(0, SIDE * SIDE)
+        line = place // SIDE
+        for view in tl.static_range(VIEWS):
+            if PATTERN == -1:
+                turn = tl.load(turns + image * VIEWS + view).to(tl.int32) & 3
+            else:
+                turn = (PATTERN >> 2 * view) & 3
+            above, beside = _turned_corner(top, left, size - SIDE, turn)
+            for third in tl.static_range(3):  # of the square's 3 * SIDE elements a line
+                element = third * SIDE + place % SIDE
+                pixel, channel = element // 3, element % 3
+                word = tl.gather(square, _source_pixel(line, pixel, SIDE, turn), 0)
+                value = (word >> (8 * channel)) & 255
+                if NORMALISED:
+                    mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
+                    std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
+                    over = tl.where(channel == 0, over0, tl.where(channel == 1, over1, over2))
+                    value = _normalised(value.to(tl.float32), mean, std, over, FUSED)
+                target_row, target_element = above + line, 3 * beside + element
+                inside = (target_row >= 0) & (target_row < size)
+                inside &= (target_element >= 0) & (target_element < 3 * size)
+                target = out + (image * VIEWS + view) * 3 * size * size
+                target += target_row * 3 * size + target_element
+                tl.store(target, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    @no_type_check
+    def _turned_corner(top, left, last, turn):
+        """Where the square at (top, left) of the crop begins in the crop turned `turn` times; last = size - SIDE."""
+        if turn == 0:
+            above, beside = top, left
+        elif turn == 1:
+            above, beside = last - left, top
+        elif turn == 2:
+            above, beside = last - top, last - left
+        else:
+            above, beside = left, last - top
+        return above, beside
+
+    @triton.jit
+    @no_type_check
+    def _crop_pixels(tiles, first, sizes, box, index, row, column, size, PACKED: tl.constexpr):
+        """Red, green and blue of the crop's pixels at row [R, 1] and column [1, C]."""
+        y, x = tl.load(box + 1).to(tl.int32), tl.load(box + 2).to(tl.int32)
+        height, width = tl.load(box + 3).to(tl.int32), tl.load(box + 4).to(tl.int32)
+        down, across = tl.load(sizes + 2 * index), tl.load(sizes + 2 * index + 1)
+        picture = tiles + tl.load(first + index) * (6 if PACKED else 3)  # may pass 2**31
+        n, bits = 1, 0
+        while tl.maximum(height, width) > 2 * n * size:
+            n *= 2
+            bits += 2
+        red = tl.zeros((row + column).shape, tl.int32)
+        green, blue = red, red
+        for i in range(0, n):
+            y0, y1, ay, by = _kernel_rows(row * n + i, height, n * size)
+            y0, ay = _kept_inside(y + y0, ay, down)
+            y1, by = _kept_inside(y + y1, by, down)
+            for j in range(0, n):
+                x0, x1, ax, bx = _kernel_columns(column * n + j, width, n * size)
+                x0, ax = _kept_inside(x + x0, ax, across)
+                x1, bx = _kept_inside(x + x1, bx, across)
+                r = tl.full(red.shape, 2, tl.int32)
+                g, b = r, r
+                for lower in range(0, 2):
+                    at, weight = tl.where(lower == 0, y0, y1), tl.where(lower == 0, ay, by)
+                    r0, g0, b0 = _pixel(picture, across, at, x0, PACKED)
+                    r1, g1, b1 = _pixel(picture, across, at, x1, PACKED)
+                    r += (weight * ((r0 * ax + r1 * bx) >> 4)) >> 16
+                    g += (weight * ((g0 * ax + g1 * bx) >> 4)) >> 16
+                    b += (weight * ((b0 * ax + b1 * bx) >> 4)) >> 16
+                red += r >> 2
+                green += g >> 2
+                blue += b >> 2
+        return _kernel_mean(red, n, bits), _kernel_mean(green, n, bits), _kernel_mean(blue, n, bits)
+
+    @triton.jit
+    @no_type_check
+    def _kernel_mean(total, n, bits):
+        half = n * n // 2
+        mean = (total + half) >> bits
+        return tl.where(((total & (n * n - 1)) == half) & (n > 2), mean & ~1, mean)
+
+    @triton.jit
+    @no_type_check
+    def _kernel_places(at, length, size):
+        scale = 1.0 / (size.to(tl.float64) / length.to(tl.float64))
+        place = ((at.to(tl.float64) + 0.5) * scale - 0.5).to(tl.float32)
+        floor = tl.floor(place)
+        return floor.to(tl.int32), place - floor
+
+    @triton.jit
+    @no_type_check
+    def _kernel_columns(at, length, size):
+        place, share = _kernel_places(at, length, size)
+        share = tl.where((place < 0) | (place >= length - 1), 0.0, share)
+        place = tl.minimum(tl.maximum(place, 0), length - 1)
+        return place, tl.minimum(place + 1, length - 1), _weight(1 - share), _weight(share)
+
+    @triton.jit
+    @no_type_check
+    def _kernel_rows(at, length, size):
+        place, share = _kernel_places(at, length, size)
+        above = tl.minimum(tl.maximum(place, 0), length - 1)
+        below = tl.minimum(tl.maximum(place + 1, 0), length - 1)
+        return above, below, _weight(1 - share), _weight(share)
+
+    @triton.jit
+    @no_type_check
+    def _weight(share):
+        """2048ths, halves to even: where float32 has no room for a fraction."""
+        return (share * 2048.0 + 8388608.0 - 8388608.0).to(tl.int32)
+
+    @triton.jit
+    @no_type_check
+    def _kept_inside(at, weight, length):
+        """A tap outside the picture weighs nothing, as if it were 0; it is read at the edge."""
+        inside = (at >= 0) & (at < length)
+        return tl.minimum(tl.maximum(at, 0), length - 1), tl.where(inside, weight, 0)
+
+    @triton.jit
+    @no_type_check
+    def _pixel(picture, across, y, x, PACKED: tl.constexpr):
+        """Red, green and blue at y [R, 1] and x [1, C] of a picture."""
+        if PACKED:
+            above = (y >> 3) * ((across + 7) >> 3) * 6
+            beside = (x >> 3) * 6
+            luma = tl.load(picture + (above + ((y >> 2) & 1) * 2 + (beside + ((x >> 2) & 1))))
+            blue = tl.load(picture + (above + 4 + beside))
+            red = tl.load(picture + (above + 5 + beside))
+            which = 16 + ((y >> 1) & 3) * 12 + ((x >> 1) & 3) * 3
+            light = _sample(luma, 16 + (y & 3) * 12 + (x & 3) * 3)
+            cb, cr = _sample(blue, which) - 128, _sample(red, which) - 128
+            r = _clipped(light + ((91881 * cr + 32768) >> 16))
+            g = _clipped(light + ((-22554 * cb - 46802 * cr + 32768) >> 16))
+            b = _clipped(light + ((116130 * cb + 32768) >> 16))
+        else:
+            at = picture + (y * across * 3 + x * 3)
+            r = tl.load(at).to(tl.int32)
+            g = tl.load(at + 1).to(tl.int32)
+            b = tl.load(at + 2).to(tl.int32)
+        return r, g, b
+
+    @triton.jit
+    @no_type_check
+    def _clipped(value):
+        return tl.minimum(tl.maximum(value, 0), 255)
+
+    @triton.jit
+    @no_type_check
+    def _sample(block, shift):
+        """The sample of a BC4 block whose 3 bits begin at `shift`. A digit of a number is its weight of e1."""
+        low = block.to(tl.int32)
+        e0, e1 = low & 255, (low >> 8) & 255
+        choice = (block >> shift.to(tl.int64)).to(tl.int32) & 7
+        eight = e0 > e1
+        weight = (tl.where(eight, 0x65432170, 0x00432150) >> (4 * choice)) & 15
+        value = tl.where(eight, 7, 5) * e0 + weight * (e1 - e0)
+        value *= tl.where(eight, 9363, 13108)
+        value >>= 16  # over 7 or 5, rounded down: up to 2**11
+        return tl.where(eight | (choice < 6), value, (choice & 1) * 255)
+
+
+# ---- launch ----
+
+
+def _launch(
+    pack: PackTensors,
+    boxes: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    turns: Sequence[int] | Tensor = (0,),
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    out: Tensor | None = None,
+) -> UInt8[Tensor, "w s s 3"] | Float[Tensor, "w s s 3"]:
+    """Crops where the dtype is uint8, else views."""
+    if triton is None:
+        raise Refused(
+            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
+        )
+    if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+        raise Refused(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
+    tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
+    if isinstance(turns, Tensor):
+        views, pattern, turns = turns.shape[1], -1, turns.contiguous()
+    else:
+        views, pattern, turns = len(turns), sum(t << 2 * v for v, t in enumerate(turns)), boxes
+    if out is None:
+        out = torch.empty(len(boxes) * views, size, size, 3, dtype=dtype, device=boxes.device)
+    programs = len(boxes) * triton.cdiv(size, SIDE) ** 2
+    if out.numel():
+        with torch.cuda.device_of(boxes):
+            _unpack_kernel[(programs,)](
+                tiles, pack.first, pack.sizes, boxes.contiguous(), turns, out, size, *mean, *std,
+                PACKED=pack.encoding == "ycc", NORMALISED=dtype != torch.uint8,
+                VIEWS=views, PATTERN=pattern, FUSED=boxes.is_cuda, SIDE=SIDE,
+                num_warps=WARPS, **EXACT,
+            )  # fmt: skip
+    return out
+
+
+# ---- public names ----
+
+
+def unpack_crops(
+    pack: PackTensors,
+    boxes: Int64[Tensor, "b 6"],
+    size: int,
+    *,
+    out: UInt8[Tensor, "b s s 3"] | None = None,
+) -> UInt8[Tensor, "b s s 3"]:
+    """The boxes of packed pictures, decoded, brought to size x size and mirrored where asked; into `out`, if given.
+
+    boxes  rows (index, y, x, height, width, flip), as they travel with the order, where index is the picture's number
+           in `pack`. They may reach over the border, where pixels are 0. A number that the pack has not is refused on a
+           CPU, and so is a box altogether outside; on a GPU, where looking would wait, that is the caller's to avoid.
+
+    Equal to the bit to decoding the whole picture, then `crops.resample`, on every device.
+    """
+    _check(pack, boxes, size)
+    if out is not None and (out.shape != (len(boxes), size, size, 3) or not out.is_contiguous()):
+        raise Refused(
+            f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous"
+        )
+    if form_for(boxes) == "triton":
+        return _launch(pack, boxes, size, torch.uint8, out=out)
+    if boxes.is_cuda or native.load() is None:
+        crops = unpack_crops_reference(pack, boxes, size)
+        return crops if out is None else out.copy_(crops)
+    out = boxes.new_empty(len(boxes), size, size, 3, dtype=torch.uint8) if out is None else out
+    arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
+    native.pack_crops(*arrays, pack.encoding, boxes.numpy(), size, out.numpy())
+    return out
+
+
+def unpack_views(
+    pack: PackTensors,
+    boxes: Int64[Tensor, "b 6"],
+    size: int,
+    turns: Sequence[int] | Int64[Tensor, "b v"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "w 3 s s"]:
+    """`turned_views(unpack_crops(pack, boxes, size), turns, mean, std, dtype)`, to the bit; on a GPU in one kernel."""
+    if form_for(boxes) != "triton":
+        return turned_views(unpack_crops(pack, boxes, size), turns, mean, std, dtype)
+    _check(pack, boxes, size)
+    mean, std = check_views(turns, mean, std, dtype, len(boxes))
+    return _launch(pack, boxes, size, dtype, turns, mean, std).permute(0, 3, 1, 2)
+
+
+def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
+    tiles, first, sizes = pack.tiles, pack.first, pack.sizes
+    if tiles.dtype != torch.uint8 or tiles.ndim != 2 or tiles.shape[1] not in (YCC, RAW):
+        raise Refused(
+            f"tiles are {tiles.dtype} {list(tiles.shape)}: they want torch.uint8 [T, {YCC}] or [T, {RAW}]"
+        )
+    if not tiles.is_contiguous() or tiles.data_ptr() % 8:
+        raise Refused(
+            "tiles are not contiguous from a multiple of 8 bytes: give the pack's array itself"
+        )
+    if sizes.dtype != torch.int32 or first.dtype != torch.int64 or len(first) != len(sizes) + 1:
+        raise Refused(
+            f"first is {first.dtype} {list(first.shape)} and sizes are {sizes.dtype} {list(sizes.shape)}: "
+            "they want torch.int64 [N + 1] and torch.int32 [N, 2]"
+        )
+    if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype != torch.int64:
+        raise Refused(f"boxes are {boxes.dtype} {list(boxes.shape)}: they want torch.int64 [B, 6]")
+    check_device(tiles, first, sizes, boxes)
+    if size < 1:
+        raise Refused(f"size got {size}: it wants at least 1 pixel")
+    if not boxes.is_cuda and len(boxes):
+        low, high = (int(end) for end in boxes[:, 0].aminmax())
+        if low < 0 or high >= len(sizes):
+            raise Refused(
+                f"boxes ask for pictures {low} to {high}: the pack has 0 to {len(sizes) - 1}"
+            )
+        starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
+        if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
+            raise Refused("boxes lie outside their pictures: they want a pixel of these at least")
+
+
+# ---- what `make kernels` compiles ----
+
+
+def variants() -> list[dict]:
+    """Crops, and the views that training asks for, of both encodings, at 224 pixels."""
+    floats = dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")
+    forms = {
+        "unpack_crops {}": ("u8", 1, 0),
+        "unpack_views 0123 bf16 {}": ("bf16", 4, 0b11100100),
+        "unpack_views per image bf16 {}": ("bf16", 2, -1),
+    }
+    return [
+        dict(
+            name=name.format(encoding),
+            kernel=_unpack_kernel,
+            signature={
+                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "turns": "*i64",
+                "out": f"*{out}", "size": "i32", **floats,
+            },
+            constants=dict(
+                PACKED=encoding == "ycc", NORMALISED=out != "u8", VIEWS=views, PATTERN=pattern,
+                FUSED=True, SIDE=SIDE,
+            ),
+            aligned=("tiles", "first", "sizes", "boxes", "turns", "out", "size"),
+            warps=WARPS,
+            options=EXACT,
+        )
+        for name, (out, views, pattern) in forms.items()
+        for encoding, tiles in (("ycc", "*i64"), ("raw", "*u8"))
+    ]  # fmt: skip

@@ -1,0 +1,360 @@
+"""unpack_crops, unpack_views: every form gives the bits of decoding the whole picture, then `crops.resample`."""
+
+import numpy as np
+import pytest
+import torch
+from truth import DATA
+
+from fastrot import native
+from fastrot.config import Refused
+from fastrot.data import crops
+from fastrot.data.pack import layout
+from fastrot.ops import blocks as op
+from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
+from fastrot.ops.choice import using
+from fastrot.ops.turns import turned_views
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ENCODINGS: tuple[layout.Encoding, ...] = ("ycc", "raw")
+PICTURES = ((50, 61), (8, 8), (1, 3), (90, 41), (16, 104))  # height, width
+CASES = {  # a box (index, y, x, height, width, flip), and pixels a side of its crop
+    "copy": ((0, 3, 5, 20, 20, 0), 20),
+    "copy-mirrored": ((0, 3, 5, 20, 20, 1), 20),
+    "enlarged": ((0, 21, 30, 9, 13, 0), 32),
+    "enlarged-mirrored": ((3, 11, 7, 13, 9, 1), 31),
+    "shrunk": ((3, 2, 1, 47, 38, 0), 25),
+    "shrunk-to-half": ((3, 4, 0, 40, 40, 1), 20),
+    "taller-than-wide": ((3, 0, 39, 30, 1, 0), 16),
+    "wider-than-tall": ((4, 15, 0, 1, 30, 1), 16),
+    "whole-tiles": ((1, 0, 0, 8, 8, 0), 8),
+    "smaller-than-a-tile": ((2, 0, 0, 1, 3, 1), 4),
+    "two-taps": ((0, 7, 2, 41, 33, 1), 17),
+    "over-the-top-left": ((0, -5, -3, 20, 24, 0), 20),
+    "over-the-bottom-right": ((0, 40, 50, 20, 20, 1), 20),
+    "over-all-four": ((1, -4, -9, 19, 24, 0), 13),
+    "two-taps-over-the-border": ((2, -6, -5, 17, 30, 1), 9),
+    "one-pixel-of-one": ((4, 9, 88, 1, 1, 0), 1),
+    "one-pixel-of-two": ((4, 9, 88, 2, 1, 0), 1),
+    "four-taps": ((3, 8, 3, 37, 30, 1), 5),
+}
+SQUARES = {  # several programs a crop; ragged, and whole
+    "ragged": ([(0, 1, 2, 44, 52, 1), (3, -2, 4, 60, 30, 0)], 43),
+    "four-squares": ([(3, 20, 1, 50, 40, 0)], 64),
+}
+TURNS = {
+    "all": (0, 1, 2, 3),
+    "some-again": (3, 1, 1),
+    "per-image": torch.tensor([[0, 1], [3, 2]]),
+}
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+interpreted = pytest.mark.skipif(
+    op.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
+)
+in_c = pytest.mark.skipif(native.load() is None, reason="the C++ extension is not built")
+
+
+def random_pack(encoding: layout.Encoding, sizes=PICTURES) -> PackTensors:
+    """Any bytes are tiles."""
+    draw, sides = np.random.default_rng(7), np.array(sizes, np.int32)
+    first = layout.firsts(sides, encoding)
+    tiles = draw.integers(0, 256, (first[-1], layout.WIDTH[encoding]), dtype=np.uint8)
+    return PackTensors(*map(torch.from_numpy, (tiles, first, sides)))
+
+
+def decoded_then_cropped(pack: PackTensors, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    out = np.empty((len(boxes), size, size, 3), np.uint8)
+    for crop, box in zip(out, boxes.cpu().numpy(), strict=True):
+        start, stop = pack.first[box[0] : box[0] + 2].tolist()
+        picture = layout.decode(pack.tiles[start:stop].cpu().numpy(), *pack.sizes[box[0]].tolist())
+        crops.resample(picture, box, crop)
+    return torch.from_numpy(out)
+
+
+def random_boxes(draw: np.random.Generator, pack: PackTensors, count: int) -> torch.Tensor:
+    """Boxes that hold a pixel of their picture at least, and may reach over its border."""
+    index = draw.integers(0, len(pack.sizes), count)
+    sides = pack.sizes.numpy()[index].astype(np.int64)
+    start = draw.integers(-9, sides)
+    length = draw.integers(np.maximum(1, 1 - start), sides + 12)
+    flip = draw.integers(0, 2, count)
+    return torch.from_numpy(np.concatenate([index[:, None], start, length, flip[:, None]], axis=1))
+
+
+# ---- reference ----
+
+
+def test_the_random_tiles_hold_every_entry_of_both_palettes():
+    blocks = random_pack("ycc").tiles.numpy().reshape(-1, 8)
+    words = blocks.view("<u8")
+    seen = {
+        (bool(b[0] > b[1]), int(w) >> 16 + 3 * k & 7)
+        for b, w in zip(blocks, words[:, 0], strict=True)
+        for k in range(16)
+    }
+    assert len(seen) == 16
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_reference_equals_decode_then_crop(encoding):
+    draw, pack = np.random.default_rng(1), random_pack(encoding)
+    for size in (1, 2, 5, 9, 16, 24, 31, 57, 100):
+        boxes = random_boxes(draw, pack, 25)
+        found = unpack_crops_reference(pack, boxes, size)
+        assert torch.equal(found, decoded_then_cropped(pack, boxes, size)), size
+
+
+def test_resampled_is_opencvs_bilinear_and_the_mean_of_its_taps():
+    draw, seen = np.random.default_rng(2), set()
+    for _ in range(150):
+        height, width = (int(side) for side in draw.integers(1, 300, 2))
+        size = int(draw.integers(1, 200) if draw.random() < 0.7 else draw.integers(1, 20))
+        picture = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        want = np.empty((size, size, 3), np.uint8)
+        crops.resample(picture, np.array([0, 0, 0, height, width, 0]), want)
+        box = torch.from_numpy(picture).permute(2, 0, 1)
+        found = op.resampled(box, size).permute(1, 2, 0).numpy()
+        assert np.array_equal(found, want), (height, width, size)
+        seen.add(crops.taps(height, width, size))
+    assert {1, 2, 4, 8} <= seen
+
+
+def test_only_the_tiles_of_the_box_are_read():
+    pack = random_pack("ycc")
+    boxes = torch.tensor([(0, 17, 25, 20, 10, 0)])  # tile rows 2 to 4, columns 3 and 4, of 7 x 8
+    want = unpack_crops_reference(pack, boxes, 12)
+    tiles = pack.tiles[: 7 * 8].view(7, 8, 48)
+    kept = tiles[2:5, 3:5].clone()
+    tiles[:] = 0
+    tiles[2:5, 3:5] = kept
+    assert torch.equal(unpack_crops_reference(pack, boxes, 12), want)
+    tiles[4, 4] += 1
+    assert not torch.equal(unpack_crops_reference(pack, boxes, 12), want)
+
+
+@pytest.mark.skipif(not (DATA / "imagenet-sample").is_dir(), reason="no real pictures here")
+def test_real_pictures_come_out_as_decoded():
+    from fastrot.data.pictures import decode
+
+    files = sorted((DATA / "imagenet-sample").rglob("*.JPEG"))[:4]
+    pictures = [decode(file.read_bytes()) for file in files]
+    sides = np.array([picture.shape[:2] for picture in pictures], np.int32)
+    tiles = np.concatenate([layout.encode(picture, "ycc") for picture in pictures])
+    pack = PackTensors(*map(torch.from_numpy, (tiles, layout.firsts(sides, "ycc"), sides)))
+    boxes = random_boxes(np.random.default_rng(3), pack, 6)
+    want = decoded_then_cropped(pack, boxes, 96)
+    assert torch.equal(unpack_crops_reference(pack, boxes, 96), want)
+    assert torch.equal(unpack_crops(pack, boxes, 96), want)
+
+
+# ---- the C++ extension ----
+
+
+@in_c
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_extension_gives_the_same_bits(encoding, monkeypatch):
+    draw, pack = np.random.default_rng(4), random_pack(encoding)
+    for size in (1, 7, 40, 65):
+        boxes = random_boxes(draw, pack, 20)
+        want = unpack_crops_reference(pack, boxes, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(op, "unpack_crops_reference", None)  # it is not what runs
+            assert torch.equal(unpack_crops(pack, boxes, size), want)
+            out = torch.full((20, size, size, 3), 9, dtype=torch.uint8)
+            assert unpack_crops(pack, boxes, size, out=out).data_ptr() == out.data_ptr()
+            assert torch.equal(out, want)
+
+
+def test_without_the_extension_the_reference_runs(monkeypatch):
+    monkeypatch.setenv("FASTROT_NATIVE", "0")
+    pack, boxes = random_pack("ycc"), torch.tensor([CASES["shrunk"][0]])
+    out = torch.full((1, 9, 9, 3), 9, dtype=torch.uint8)
+    assert unpack_crops(pack, boxes, 9, out=out) is out
+    assert torch.equal(out, decoded_then_cropped(pack, boxes, 9))
+
+
+# ---- kernel ----
+
+
+def kernel_gives(device: str, pack: PackTensors, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    there = PackTensors(*(each.to(device) for each in (pack.tiles, pack.first, pack.sizes)))
+    with using("triton"):
+        return unpack_crops(there, boxes.to(device), size).cpu()
+
+
+@interpreted
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernel_equals_decode_then_crop(case, encoding):
+    box, size = CASES[case]
+    pack, boxes = random_pack(encoding), torch.tensor([box])
+    want = decoded_then_cropped(pack, boxes, size)
+    assert torch.equal(unpack_crops_reference(pack, boxes, size), want)
+    assert torch.equal(kernel_gives("cpu", pack, boxes, size), want)
+
+
+@interpreted
+@pytest.mark.parametrize("case", SQUARES)
+def test_interpreted_kernel_over_several_squares(case):
+    boxes, size = torch.tensor(SQUARES[case][0]), SQUARES[case][1]
+    pack = random_pack("ycc")
+    want = decoded_then_cropped(pack, boxes, size)
+    assert torch.equal(kernel_gives("cpu", pack, boxes, size), want)
+
+
+def views_equal(device: str, boxes: torch.Tensor, size: int, turns, dtype) -> None:
+    pack = random_pack("ycc")
+    there = PackTensors(*(each.to(device) for each in (pack.tiles, pack.first, pack.sizes)))
+    turns = turns.to(device) if isinstance(turns, torch.Tensor) else turns
+    rest = (turns, MEAN, STD, dtype)
+    with using("triton"):
+        found = unpack_views(there, boxes.to(device), size, *rest)
+        crop = decoded_then_cropped(pack, boxes, size).to(device)
+        want = turned_views(crop, *rest)
+    assert found.stride() == want.stride()
+    assert torch.equal(found, want)
+
+
+# the interpreter cuts bfloat16 off instead of rounding it
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+def test_interpreted_views_are_the_turned_crops(turns, dtype):
+    boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
+    views_equal("cpu", boxes, 19, turns, dtype)
+
+
+@interpreted
+def test_interpreted_views_of_several_squares():
+    views_equal("cpu", torch.tensor([(0, 1, 2, 44, 52, 1)]), 43, (0, 1, 2, 3), torch.float16)
+
+
+def test_views_on_a_cpu_are_the_turned_crops():
+    pack, boxes = random_pack("raw"), torch.tensor([CASES["enlarged"][0], CASES["shrunk"][0]])
+    for turns in ((0, 3), TURNS["per-image"]):
+        want = turned_views(decoded_then_cropped(pack, boxes, 20), turns, MEAN, STD)
+        assert torch.equal(unpack_views(pack, boxes, 20, turns, MEAN, STD), want)
+
+
+def behind_two_to_the_31_bytes() -> tuple[PackTensors, PackTensors]:
+    """A raw picture behind 2**31 bytes, most of which are never touched; and the same picture alone."""
+    alone = random_pack("raw", [(20, 30)])
+    before = 2**31 // 3 + 1000
+    tiles = torch.from_numpy(np.zeros((before + 600, 3), np.uint8))
+    tiles[before:] = alone.tiles
+    sizes = torch.tensor([(1, before), (20, 30)], dtype=torch.int32)
+    return PackTensors(tiles, torch.tensor([0, before, before + 600]), sizes), alone
+
+
+@interpreted
+def test_a_pack_of_more_than_two_to_the_31_bytes():
+    pack, alone = behind_two_to_the_31_bytes()
+    box = torch.tensor([(0, 2, 3, 15, 20, 0)])
+    want = decoded_then_cropped(alone, box, 16)
+    box[:, 0] = 1
+    assert torch.equal(unpack_crops_reference(pack, box, 16), want)
+    assert torch.equal(unpack_crops(pack, box, 16), want)
+    assert torch.equal(kernel_gives("cpu", pack, box, 16), want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_kernel_equals_decode_then_crop_on_a_gpu(encoding):
+    pack, draw = random_pack(encoding), np.random.default_rng(5)
+    for size in (1, 2, 5, 9, 16, 24, 31, 32, 57, 64, 100, 224):
+        boxes = random_boxes(draw, pack, 200)
+        want = decoded_then_cropped(pack, boxes, size)
+        assert torch.equal(kernel_gives("cuda", pack, boxes, size), want), size
+    for box, size in CASES.values():
+        boxes = torch.tensor([box])
+        want = decoded_then_cropped(pack, boxes, size)
+        assert torch.equal(kernel_gives("cuda", pack, boxes, size), want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_every_place_of_a_tap_is_opencvs_on_a_gpu():
+    """A fused multiply-add would move one in some hundred thousand."""
+    sides = [(i, 1000 - i) for i in range(1, 1000, 3)]
+    pack = random_pack("raw", sides)
+    boxes = torch.tensor([(i, 0, 0, h, w, 0) for i, (h, w) in enumerate(sides)])
+    for size in (96, 224):
+        want = unpack_crops_reference(pack, boxes, size)
+        assert torch.equal(kernel_gives("cuda", pack, boxes, size), want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("size", [1, 19, 32, 43, 64, 224])
+def test_views_are_the_turned_crops_on_a_gpu(size, turns, dtype):
+    boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
+    views_equal("cuda", boxes, size, turns, dtype)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_pack_of_more_than_two_to_the_31_bytes_on_a_gpu():
+    pack, alone = behind_two_to_the_31_bytes()
+    box = torch.tensor([(0, 2, 3, 15, 20, 0)])
+    want = decoded_then_cropped(alone, box, 16)
+    box[:, 0] = 1
+    assert torch.equal(kernel_gives("cuda", pack, box, 16), want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_nothing_waits_for_the_gpu():
+    pack, boxes = random_pack("ycc"), torch.tensor([CASES["shrunk"][0]]).cuda()
+    there = PackTensors(*(each.cuda() for each in (pack.tiles, pack.first, pack.sizes)))
+    unpack_views(there, boxes, 24, (0, 1), MEAN, STD)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        unpack_views(there, boxes, 24, (0, 1), MEAN, STD)
+        unpack_crops(there, boxes, 24)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- wrong use ----
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(boxes=torch.zeros(1, 5, dtype=torch.int64)), r"torch.int64 \[B, 6\]"),
+        (dict(boxes=torch.zeros(1, 6)), r"torch.int64 \[B, 6\]"),
+        (dict(boxes=torch.tensor([[5, 0, 0, 4, 4, 0]])), "pictures 5 to 5: the pack has 0 to 4"),
+        (dict(boxes=torch.tensor([[-1, 0, 0, 4, 4, 0]])), "pictures -1"),
+        (dict(boxes=torch.tensor([[0, 50, 0, 4, 4, 0]])), "outside their pictures"),
+        (dict(boxes=torch.tensor([[0, 0, -4, 4, 4, 0]])), "outside their pictures"),
+        (dict(boxes=torch.tensor([[0, 0, 0, 0, 4, 0]])), "outside their pictures"),
+        (dict(size=0), "size got 0"),
+        (dict(out=torch.zeros(1, 5, 5, 3, dtype=torch.uint8)), "out is"),
+    ],
+)
+def test_wrong_use_is_refused(change, words):
+    unchecked = getattr(unpack_crops, "__wrapped__", unpack_crops)  # before the tests' shape checks
+    right = dict(pack=random_pack("ycc"), boxes=torch.tensor([[0, 0, 0, 4, 4, 0]]), size=4)
+    with pytest.raises(Refused, match=words):
+        unchecked(**{**right, **change})
+
+
+def test_what_is_no_pack_is_refused():
+    pack, boxes = random_pack("ycc"), torch.tensor([[0, 0, 0, 4, 4, 0]])
+    for tiles, first, words in (
+        (pack.tiles[:, :47], pack.first, r"uint8 \[T, 48\] or \[T, 3\]"),
+        (pack.tiles, pack.first[1:], r"int64 \[N \+ 1\]"),
+        (pack.tiles.repeat(1, 2)[:, :48], pack.first, "not contiguous"),
+    ):
+        with pytest.raises(Refused, match=words):
+            unpack_crops(PackTensors(tiles, first, pack.sizes), boxes, 4)
+
+
+def test_an_empty_batch_is_empty():
+    none = torch.zeros(0, 6, dtype=torch.int64)
+    assert unpack_crops(random_pack("raw"), none, 8).shape == (0, 8, 8, 3)
+    with using("triton"):
+        assert unpack_crops(random_pack("ycc"), none, 8).shape == (0, 8, 8, 3)
