@@ -261,6 +261,14 @@ def test_a_part_whose_rows_have_changed_is_made_anew(odd, shards, tmp_path, monk
     assert files(out) == files(shards)
 
 
+def test_shards_are_a_source_again(shards, tmp_path):
+    convert(options(shards, tmp_path / "again", source="webdataset", shard=10))
+    data, again = Tars(shards), Tars(tmp_path / "again")
+    assert again.labels.tolist() == data.labels.tolist()
+    for row in range(data.rows):
+        assert again.record(row).tobytes() == data.record(row).tobytes()
+
+
 def test_estimate_writes_nothing(odd, tmp_path, shards):
     told = convert(options(odd, tmp_path / "none", estimate=True))
     assert told.psnr is None
