@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import fastrot.assemble
 from benchmarks import measure
+from benchmarks.dali_itself import dali_pipeline
 from fastrot import entry
 from fastrot.config import RandomResized, Refused
 from fastrot.core import Data, Picks, View
@@ -61,11 +62,13 @@ UINT8, FLOAT = "torchvision uint8", "torchvision normalised float"
 FFCV, THROUGH_FFCV = "FFCV, its own pipeline", "FFCV's Loader, our order and boxes"
 WEBDATASET, V2 = "webdataset + PIL, same JPEGs", "torchvision v2 uint8, same JPEGs"
 SIMPLEJPEG = "DataLoader + simplejpeg, same JPEGs"
+DALI, THROUGH_DALI = "DALI, its own pipeline, same JPEGs", "DALI, our order and boxes"
 TARGETS = {  # times, per core
     (OURS, UINT8): 4.0,
     (OURS, FLOAT): 5.0,
     (OURS, FFCV): 1.1,
     (THROUGH_FFCV, FFCV): 0.95,
+    (THROUGH_DALI, DALI): 1.0,
 }
 CONVERSION_TARGET = 1.0  # times: to_ffcv.py over FFCV's plain writer, per core
 MB = 2**20
@@ -236,10 +239,11 @@ def ffcv_pipeline(path: Path, batch: int, workers: int) -> Callable[[int], int]:
 @functools.cache  # so that it is told once
 def installed(*modules: str) -> bool:
     """Whether all of them are; told in a line where they are not."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"left out, not installed: {', '.join(missing)}", flush=True)
-    return not missing
+    for name in modules:  # a package before what is in it
+        if importlib.util.find_spec(name) is None:
+            print(f"left out, not installed: {name}", flush=True)
+            return False
+    return True
 
 
 def decoding(path: Path) -> Callable[[int], int]:
@@ -296,6 +300,11 @@ def loader_rows(
         }
     if installed("webdataset"):
         runs[WEBDATASET] = with_webdataset(shards, batch, workers)
+    if installed("nvidia", "nvidia.dali"):
+        runs |= {
+            THROUGH_DALI: ours(beton, batch, workers, "dali"),
+            DALI: dali_pipeline(files, batch, workers, size=SIZE),
+        }
     runs |= {
         V2: with_v2(files, batch, workers),
         SIMPLEJPEG: with_simplejpeg(files, batch, workers),
@@ -590,7 +599,9 @@ def _children(process: int) -> list[int]:
 
 
 def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
-    others = {name: _version(name) for name in ("ffcv", "numba", "webdataset")}
+    others = {
+        name: _version(name) for name in ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
+    }
     return measure.row(what, theme="loaders", variant=variant, **{"warmup": 1, **others, **fields})
 
 

@@ -52,7 +52,7 @@ SHOWN = {  # columns beside what every row has
     "seconds": "seconds",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
-VERSIONS += ("ffcv", "numba", "webdataset")
+VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
 STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
 
 

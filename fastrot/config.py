@@ -176,7 +176,7 @@ class Schedule:
 # ---- the run ----
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-LoaderName = Literal["auto", "beton", "ffcv", "folder", "pack", "synthetic"]
+LoaderName = Literal["auto", "beton", "dali", "ffcv", "folder", "pack", "synthetic", "tars"]
 Placement = Literal["auto", "resident", "pinned"]
 
 

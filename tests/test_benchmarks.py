@@ -19,6 +19,7 @@ FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
 FIGURE = {"unit", "p20", "p50", "p80", "reps"}
 FFCV, WEBDATASET = (importlib.util.find_spec(name) is not None for name in ("ffcv", "webdataset"))
+DALI = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +145,8 @@ def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
         *bench_loaders.process_rows(beton, workers=1, reps=1, images=20, epochs=4),
     ]
     assert [row["what"] for row in rows] == [
-        *["loader"] * (8 + 2 * FFCV + WEBDATASET),
-        *["ratio"] * (2 + 2 * FFCV),
+        *["loader"] * (8 + 2 * FFCV + WEBDATASET + 2 * DALI),
+        *["ratio"] * (2 + 2 * FFCV + DALI),
         *["first batch"] * (1 + FFCV),
         *("memory growth", "memory slope"),
     ]

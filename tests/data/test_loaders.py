@@ -19,9 +19,12 @@ from fastrot.core import Data, View
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.data.pack import write as pack
 from fastrot.data.pack.layout import Encoding
+from fastrot.data.tars.write import TarsOptions
+from fastrot.data.tars.write import convert as write_tars
 
-FORMATS = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "ffcv-beton", "synthetic")
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack")
+FORMATS = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars", "ffcv-beton")
+FORMATS += ("synthetic",)
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
     marks=[
@@ -31,6 +34,20 @@ THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
         ),
     ],
 )
+THROUGH_DALI = [  # by --loader dali
+    pytest.param(
+        f"dali-{name}",
+        marks=[
+            pytest.mark.dali,
+            pytest.mark.skipif(
+                not importlib.util.find_spec("nvidia")
+                or not importlib.util.find_spec("nvidia.dali"),
+                reason="DALI is not installed: make dali",
+            ),
+        ],
+    )
+    for name in ("tars", "folder", "beton")
+]
 TRAINING = View(crops=(RandomResized(size=24),))
 EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)
 BATCH = 5
@@ -65,13 +82,24 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
     betons = {name: open_data(out / f"{name}.beton") for name in FORMATS if "beton" in name}
     betons["parts"] = open_data(convert(parts, part=9).out)
     betons |= {name: open_data(out / f"{name}.pack") for _, name in packs}
-    return {"folder": folder, "synthetic": open_data("synthetic:31"), **betons}
+    tars = TarsOptions(source="imagefolder", root=pictures, out=out / "tars", workers=0, shard=15)
+    write_tars(tars)
+    return {
+        "folder": folder,
+        "synthetic": open_data("synthetic:31"),
+        "tars": open_data(tars.out),
+        **betons,
+    }
 
 
-@pytest.fixture(params=[*FORMATS, THROUGH_FFCV])
+@pytest.fixture(params=[*FORMATS, THROUGH_FFCV, *THROUGH_DALI])
 def data(request, prepared) -> Data:
     if request.param == "ffcv" and "ffcv" not in prepared:
         prepared["ffcv"] = open_data(prepared["beton"].path, "ffcv")
+    if request.param.startswith("dali-") and request.param not in prepared:
+        from fastrot.data.dali import ThroughDali
+
+        prepared[request.param] = ThroughDali(prepared[request.param.removeprefix("dali-")])
     return prepared[request.param]
 
 
