@@ -82,7 +82,7 @@ class Beton:
         self.numbers = None if numbers is None else np.array(numbers, np.int64)
         self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
         self._scratch = threading.local()
-        self._memory = native.Files([file.bytes for file in self._files])
+        self._records_in = native.Files([file.bytes for file in self._files])
         self.native = native.load() is not None
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ class Beton:
         which = np.searchsorted(self._first, rows, side="right") - 1
         place = self._ptr[rows].astype(np.int64), self._size[rows].astype(np.int64)
         crcs = None if self._crc is None else self._crc[rows]
-        return native.Records(self._memory, which, *place, self._sizes[rows], self._raw[rows], crcs)
+        return native.Records(self._records_in, which, *place, self._sizes[rows], self._raw[rows], crcs)
 
     def fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
