@@ -66,6 +66,9 @@ BAD = {
     "weight-decay": (["--optim.weight-decay", "nan"], "--optim.weight-decay"),
     "lr-infinite": (["--lr", "inf"], "--lr"),
     "mean": (["--mean", "nan", "0", "0"], "--mean"),
+    "order-window": (["--order", "blocks", "--order-window", "0"], "--order-window got 0"),
+    "order-block": (["--order", "blocks", "--order-block", "-3"], "--order-block got -3"),
+    "block-without-blocks": (["--order-block", "64"], "--order-block got 64.*--order blocks"),
     "seed": (["--seed", "99999999999999999999"], "--seed"),
     "published-epochs": (["--schedule.epochs", "0"], "--schedule.epochs"),
     "config-with-preset": (["--config", "x.yaml"], "--config x.yaml takes the place"),
@@ -101,6 +104,16 @@ def test_what_is_spelt_out_and_what_is_meant_are_the_same_run():
         train.command_line(["rotnet-alexnet", "--epochs", "50", "--lr", "0.01"])
     )
     assert plain == spelt
+
+
+def test_blocks_that_are_spelt_out_are_the_ones_that_are_meant():
+    plain = config.resolved(train.command_line(["rotnet-alexnet", "--order", "blocks"]))
+    size, window = map(str, config.BLOCKS)
+    spelt = ["--order", "blocks", "--order-block", size, "--order-window", window]
+    assert plain == config.resolved(train.command_line(["rotnet-alexnet", *spelt]))
+    assert config.blocks(plain) == config.BLOCKS
+    full = config.resolved(train.command_line(["rotnet-alexnet"]))
+    assert config.blocks(full) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""Which bytes to ask the system for before they are read: neighbours in one piece."""
+
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+GAP = 2**14  # bytes between two records that are read along: fewer than a seek or a request costs
+
+
+def runs(
+    files: Int64[np.ndarray, " n"], ptr: UInt64[np.ndarray, " n"], size: UInt64[np.ndarray, " n"]
+) -> Iterator[tuple[int, int, int]]:
+    """File, first byte (of a page of memory) and length of each run of records that lie side by side.
+
+    files  the number of the file that each record lies in
+    ptr    its first byte there
+    size   its bytes
+    """
+    order = np.lexsort((ptr, files))
+    files, begin = files[order], ptr[order].astype(np.int64)
+    end = begin + size[order].astype(np.int64)
+    apart = (files[1:] != files[:-1]) | (begin[1:] - end[:-1] > GAP)
+    first = np.flatnonzero(np.concatenate([[True], apart]))
+    last = np.concatenate([first[1:], [len(order)]]) - 1
+    begin = begin[first] // mmap.PAGESIZE * mmap.PAGESIZE
+    yield from zip(files[first].tolist(), begin.tolist(), (end[last] - begin).tolist(), strict=True)
