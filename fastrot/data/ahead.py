@@ -7,12 +7,15 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 GAP = 2**14  # bytes between two records that are read along: fewer than a seek or a request costs
+# bytes of one piece of advice: Linux silently reads no more at once than the larger of its read-ahead, 128 kB
+# where nobody has set it, and the largest request of the disk
+PIECE = 2**17
 
 
 def runs(
     files: Int64[np.ndarray, " n"], ptr: UInt64[np.ndarray, " n"], size: UInt64[np.ndarray, " n"]
 ) -> Iterator[tuple[int, int, int]]:
-    """File, first byte (of a page of memory) and length of each run of records that lie side by side.
+    """File, first byte (of a page of memory) and length of records that lie side by side, in pieces.
 
     files  the number of the file that each record lies in
     ptr    its first byte there
@@ -25,4 +28,7 @@ def runs(
     first = np.flatnonzero(np.concatenate([[True], apart]))
     last = np.concatenate([first[1:], [len(order)]]) - 1
     begin = begin[first] // mmap.PAGESIZE * mmap.PAGESIZE
-    yield from zip(files[first].tolist(), begin.tolist(), (end[last] - begin).tolist(), strict=True)
+    each = zip(files[first].tolist(), begin.tolist(), end[last].tolist(), strict=True)
+    for file, start, stop in each:
+        for at in range(start, stop, PIECE):
+            yield file, at, min(PIECE, stop - at)

@@ -24,6 +24,15 @@ def test_neighbours_go_together_and_pages_are_whole():
     assert runs([1, 0], [0, 50], [50, 50]) == [(0, 0, 100), (1, 0, 50)]
 
 
+def test_a_long_run_is_advised_in_pieces_that_linux_takes_whole():
+    piece = ahead.PIECE
+    assert piece <= 128 * 1024  # its read-ahead where nobody has set it
+    assert runs([0, 0], [0, piece], [piece, 2 * piece + 5]) == [
+        *((0, k * piece, piece) for k in range(3)),
+        (0, 3 * piece, 5),
+    ]
+
+
 @pytest.mark.parametrize(("apart", "count"), [(ahead.GAP, 1), (ahead.GAP + 1, 2)])
 def test_a_small_gap_is_read_along(apart, count):
     assert len(runs([0, 0], [0, 100 + apart], [100, 100])) == count

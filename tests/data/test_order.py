@@ -219,7 +219,8 @@ def test_blocks_are_announced_once_by_their_rank_and_before_their_time(images, w
         mine = shuffled[np.arange(rank, steps * batch * world, world)]
         assert np.isin(mine, rows).all()
     if world == 2:  # divides the window
-        assert not np.isin(np.concatenate(told[0]), np.concatenate(told[1])).any()
+        both = np.intersect1d(np.concatenate(told[0]), np.concatenate(told[1]))
+        assert len(both) <= images % 8  # the tail, which is no block
     assert late < 16 * 8 / 2  # a part of the first window, which is not waited for
 
 
