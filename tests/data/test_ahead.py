@@ -69,3 +69,19 @@ def test_a_beton_reads_blocks_ahead_in_one_piece(tmp_path, keep_parts):
     long = [length for each in heard for _, _, length in each.told if length >= 7 * record]
     assert len(long) >= 4  # of six blocks, of which some may lie across an edge
     assert {advice for each in heard for advice, _, _ in each.told} == {mmap.MADV_WILLNEED}
+
+
+@pytest.mark.parametrize("start", [0, 13])
+def test_a_loader_tells_of_each_block_once(start, monkeypatch):
+    view = View(crops=(RandomResized(size=16),), blocks=(8, 4))
+    loader = open_loader("synthetic:200", view, batch=5, workers=0)
+    told, plain = [], loader.data.pictures
+
+    def heard(plan, device, workers):
+        return plain((told.append(picks.coming) or picks for picks in plan), device, workers)
+
+    monkeypatch.setattr(loader.data, "pictures", heard)
+    drawn = np.concatenate([batch.index.numpy() for batch in loader.epoch(0, start)])
+    rows = np.concatenate(told)
+    assert len(np.unique(rows)) == len(rows) <= len(drawn) + 8 * 4
+    assert np.isin(drawn, rows).mean() > 0.9
