@@ -72,6 +72,7 @@ class Options:
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only
+    shuffle: int | None = None  # a seed: write the pictures in random order, for --order blocks
     workers: int | None = None  # processes of a rank; 0: only itself; default: the cores at hand
     allow_rejects: bool = False  # exit with status 0 even if pictures were rejected
     overwrite: bool = False  # replace a finished --out, and parts made with other options
@@ -108,9 +109,11 @@ def hash_of(plan: dict[str, Any]) -> str:
 
 
 def open_source_of(options: Options) -> Source:
-    return open_source(
+    """The source, in the order in which it is to be written."""
+    source = open_source(
         options.source, options.root, split=options.split, label_from=options.label_from
     )
+    return source if options.shuffle is None else source.shuffled(options.shuffle)
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
@@ -557,6 +560,7 @@ class Summary:
     resumed: int = 0  # records that stood in whole parts of an earlier run
     already: bool = False  # it was finished before
     parts: bool = False  # --out is a folder of parts
+    rejected_at: Path  # the file that names all rejects
 
     def lines(self) -> Iterator[str]:
         if self.already:
@@ -580,8 +584,7 @@ class Summary:
         for path, reason in self.rejects[:10]:
             yield f"rejected: {entry.printable(shown(path))}: {reason}"
         if len(self.rejects) > 10:
-            where = self.out / "set" if self.parts else self.out
-            yield f"and {len(self.rejects) - 10:,} more: see {where}.rejects.jsonl"
+            yield f"and {len(self.rejects) - 10:,} more: see {self.rejected_at}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
-from fastrot.data.order import hash64
+from fastrot.data.order import Shuffled, hash64
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
@@ -62,6 +62,13 @@ class Source:
         path = os.path.join(self.root, self.records[i].path)
         with open(path, "rb", opener=without_waiting) as file:
             return file.read()
+
+    def shuffled(self, seed: int) -> "Source":
+        """The same pictures in a random order, which `seed` and their number alone decide."""
+        places = np.arange(len(self.records))
+        order = Shuffled(len(places), seed=seed, epoch=0)[places]
+        numbers = order if self.numbers is None else self.numbers[order]
+        return replace(self, records=[self.records[i] for i in order], numbers=numbers)
 
 
 def open_source(

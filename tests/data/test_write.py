@@ -123,6 +123,36 @@ def test_jpg_is_near_the_source(pictures, tmp_path, quality, least):
         assert 10 * np.log10(255**2 / error) > least
 
 
+def test_shuffled_pictures_are_the_same_pictures_and_the_manifest_tells_their_order(
+    pictures, tmp_path
+):
+    out = tmp_path / "a.beton"
+    write.convert(options(pictures, out, encoding="raw", shuffle=3))
+    facts = json.loads((tmp_path / "a.beton.json").read_bytes())
+    order, source = facts["numbers"], open_source("imagefolder", pictures)
+    assert facts["options"]["shuffle"] == 3
+    assert sorted(order) == list(range(37)) != order
+    wanted, wanted_labels = upright(pictures)
+    got, labels, _ = parse(out)
+    assert labels == [wanted_labels[i] for i in order]
+    assert len(set(labels[:6])) > 1  # class-sorted they were all of one
+    for a, i in zip(got, order, strict=True):
+        np.testing.assert_array_equal(a, wanted[i])
+    keys = np.load(tmp_path / "a.beton.keys.npy", allow_pickle=False)
+    assert keys.tolist() == path_keys([source.records[i].path for i in order]).tolist()
+
+
+def test_an_order_depends_on_its_seed_and_on_nothing_else(pictures, tmp_path):
+    for name, how in {"a": {"workers": 2}, "b": {}}.items():
+        write.convert(options(pictures, tmp_path / f"{name}.beton", shuffle=3, **how), part=10)
+    a, b = ((tmp_path / f"{name}.beton").read_bytes() for name in "ab")
+    assert a == b
+    with pytest.raises(Refused, match="made with --shuffle 3, not 4"):
+        write.convert(options(pictures, tmp_path / "a.beton", shuffle=4))
+    with pytest.raises(Refused, match="made with --shuffle 3, not None"):
+        write.convert(options(pictures, tmp_path / "a.beton"))
+
+
 def test_what_lies_beside_describes_the_file(pictures, tmp_path):
     out = tmp_path / "a.beton"
     write.convert(options(pictures, out, encoding="raw"))

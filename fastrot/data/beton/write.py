@@ -26,30 +26,24 @@ depend on neither workers nor parts.
 """
 
 import contextlib
-import json
 import os
-import platform
 import tempfile
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt32
+from jaxtyping import UInt8
 
-import fastrot
-from fastrot.config import Refused, Stopped
-from fastrot.data import prepare
+from fastrot.config import Refused
+from fastrot.data import conversion, prepare
 from fastrot.data.beton import layout
 from fastrot.data.beton.manifest import sealed, side, unsealed
+from fastrot.data.conversion import There, Work
 from fastrot.data.pictures import BadPicture
-from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
-from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
+from fastrot.data.ranks import ALONE, Ranks
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
@@ -234,111 +228,58 @@ def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
 
 
 def convert(
-    options: BetonOptions,
-    ranks: Ranks = ALONE,
-    *,
-    part: int = prepare.PART,
+    options: BetonOptions, ranks: Ranks = ALONE, *, part: int = prepare.PART
 ) -> prepare.Summary | prepare.Estimate:
-    """Open the source and write what the options ask for; the ranks share the work.
+    """See `conversion.convert`."""
+    return conversion.convert(BetonForm(options), ranks, part=part)
 
-    `part`: records a part, for tests. The result is the same on all ranks.
-    """
-    options.check()
-    source = prepare.open_source_of(options)
-    plan = prepare.plan_of(options, source)
-    plans = ranks.everyones(plan)
-    ranks.first(lambda: same_pictures(plans, options.root))
-    coder = Coder(options.encoding, options.quality)
-    recipe = prepare.Recipe(coder, options.short_side, options.max_side)
-    count = len(source.records[: options.limit])
-    workers = ranks.cores if options.workers is None else options.workers
-    if options.estimate:
-        extra = layout.ROW.itemsize + layout.TABLE.itemsize
-        return ranks.first(
-            lambda: prepare.estimate(source, count, recipe, workers, extra, ranks.world)
-        )
 
-    start, cpu = time.perf_counter(), prepare.cpu_seconds()
-    with contextlib.ExitStack() as held:
-        begun = ranks.first(lambda: _begin(options, plan, count, part, ranks.world, held))
-        if begun.told is not None:
-            return begun.told
-        parts = prepare.parts_of(begun.folder, count, ".beton", plan, begun.part)
-        missing = [parts[i] for i in begun.missing]
-        mine = missing[ranks.rank :: ranks.world]
-        share, left = (sum(len(p.records) for p in each) for each in (mine, missing))
-        if begun.sign is not None:
-            begun.sign.find()
-        with prepare.progress_bar(share, count - left, ranks) as tick:
-            prepare.make_parts(
-                mine,
-                source,
-                recipe,
-                partial(write_part, coder),
-                min(workers, -(-share // prepare.CHUNK)),
-                tick,
-                begun.sign,
+class BetonForm(conversion.Form):
+    """One file, or with --keep-parts the folder of its parts."""
+
+    suffix = ".beton"
+    row_bytes = layout.ROW.itemsize + layout.TABLE.itemsize
+    options: BetonOptions
+
+    @property
+    def recipe(self) -> prepare.Recipe:
+        return prepare.Recipe(self._coder, self.options.short_side, self.options.max_side)
+
+    @property
+    def _coder(self) -> Coder:
+        return Coder(self.options.encoding, self.options.quality)
+
+    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+        write_part(self._coder, path, pictures, room)
+
+    def there(self, plan: dict[str, Any], part: int) -> There:
+        options = self.options
+        with contextlib.suppress(OSError):
+            options.set.rmdir()  # where it is empty: of a start that was killed at its very end
+        if options.set.exists() and prepare.begun_with(options.set) is None:
+            raise Refused(
+                f"{options.set} is there, but is no set of ours: remove it or choose another --out"
             )
-        cpus = ranks.everyones(prepare.cpu_seconds() - cpu)
-
-        def finish() -> prepare.Summary:
-            others = sum(cpus) - cpus[0]
-            facts = _finish(options, source, plan, parts, begun.sign)
-            return _summary(
-                options,
-                facts,
-                converted=left,
-                resumed=count - left,
-                seconds=time.perf_counter() - start,
-                cpu_seconds=others + prepare.cpu_seconds() - cpu,
-            )
-
-        return ranks.first(finish)
-
-
-class _Begun(NamedTuple):
-    """What rank 0 found, and decided for all."""
-
-    told: prepare.Summary | None  # where nothing is left to do
-    folder: Path = Path()  # of the parts
-    part: int = 0  # records a part
-    missing: list[int] = []  # noqa: RUF012 (a tuple's default)
-    sign: Sign | None = None  # of several ranks
-
-
-def _begin(
-    options: BetonOptions,
-    plan: dict[str, Any],
-    count: int,
-    part: int,
-    world: int,
-    held: contextlib.ExitStack,
-) -> _Begun:
-    """Look at what is there; unless that is all, hold the folder of parts until `held` is closed."""
-    folder = options.parts
-    with contextlib.suppress(OSError):
-        options.set.rmdir()  # where it is empty: of a start that was killed at its very end
-    if options.set.exists() and prepare.begun_with(options.set) is None:
-        raise Refused(
-            f"{options.set} is there, but is no set of ours: remove it or choose another --out"
-        )
-    if not options.overwrite:
+        if options.overwrite:
+            return There()
         finished = _finished(options.out, plan)
         if finished is not None:
             _tidy(options, {**plan, "part": part})
-            return _Begun(_summary(options, finished, already=True))
+            return There(finished)
         kept = _kept(options, plan)
-        if kept is not None and options.keep_parts:
-            return _Begun(_summary(options, kept, already=True))
-        if kept is not None:
-            folder, part = options.set, (prepare.begun_with(options.set) or {})["part"]
-    held.enter_context(
-        prepare.parts_folder(options.parts, {**plan, "part": part}, options.overwrite)
-    )
-    parts = prepare.parts_of(folder, count, ".beton", plan, part)
-    missing = [i for i, p in enumerate(parts) if not p.whole()]
-    shared = world > 1 and bool(missing)
-    return _Begun(None, folder, part, missing, Sign.put_up(folder) if shared else None)
+        if kept is not None and not options.keep_parts:
+            return There(None, options.set, (prepare.begun_with(options.set) or {})["part"])
+        return There(kept)
+
+    def publish(self, work: Work) -> dict[str, Any]:
+        publish = _publish_set if self.options.keep_parts else _publish_file
+        return publish(self.options, work)
+
+    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
+        parts = "parts" in facts
+        base = self.options.set / "set" if parts else self.options.out
+        out = self.options.set if parts else self.options.out
+        return {"out": out, "parts": parts, "rejected_at": side(base, "rejects.jsonl")}
 
 
 def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
@@ -351,60 +292,10 @@ def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
             prepare.remove(options.parts)
 
 
-def _finish(
-    options: BetonOptions,
-    source: Source,
-    plan: dict[str, Any],
-    parts: list[prepare.Part],
-    sign: Sign | None,
-) -> dict[str, Any]:
-    """Put the whole parts together, into a file or a set; what its .json says."""
-    if not seen(lambda: all(part.whole() for part in parts)):
-        raise Stopped(
-            f"{parts[0].folder} lacks parts that ranks have made: run the same command again"
-        )
-    if sign is not None:
-        sign.path.unlink(missing_ok=True)
-    found = _gather(parts, source)
-    if not len(found.written):
-        prepare.remove(options.parts)
-        path, reason = found.rejects[0]
-        raise Refused(
-            f"no picture of {len(found.rejects):,} could be used; the first, {shown(path)}: {reason}"
-        )
-    publish = _publish_set if options.keep_parts else _publish_file
-    return publish(options, source, plan, parts, found)
-
-
-class _Found(NamedTuple):
-    """What the parts hold, together."""
-
-    total: prepare.Tally  # statistics alone
-    crcs: UInt32[np.ndarray, " n"]
-    written: Int64[np.ndarray, " n"]  # numbers of records in the source
-    rejects: list[tuple[str, str]]  # path, reason; those of the source first
-
-
-def _gather(parts: list[prepare.Part], source: Source) -> _Found:
-    total, crcs, written, rejects = prepare.Tally(), [], [], list(source.rejected)
-    for tally in (part.tally() for part in parts):
-        total.add(tally)
-        crcs.append(np.array(tally.crcs, np.uint32))
-        written.append(np.array(tally.records, np.int64))
-        rejects += [(source.records[i].path, reason) for i, reason in tally.rejects]
-    return _Found(total, np.concatenate(crcs), np.concatenate(written), rejects)
-
-
-def _publish_file(
-    options: BetonOptions,
-    source: Source,
-    plan: dict[str, Any],
-    parts: list[prepare.Part],
-    found: _Found,
-) -> dict[str, Any]:
+def _publish_file(options: BetonOptions, work: Work) -> dict[str, Any]:
     """Merge the parts and put OUT.beton and all beside it in their places; what its .json says."""
     out, new = options.out, options.parts / prepare.NEW
-    write_atomically(new, lambda file: merge(parts, len(found.written), file))
+    write_atomically(new, lambda file: merge(work.parts, len(work.found.written), file))
     header, head_crc, table_crc = _checked(new)
     body = {
         "head_crc": head_crc,
@@ -412,7 +303,7 @@ def _publish_file(
         "bytes": new.stat().st_size,
         "page": int(header["page"]),
     }
-    facts = _write_beside(new, options, source, plan, found, body)
+    facts = _write_beside(new, work, body)
     # all of it is on the disk: from here on names change, which needs no space
     out.unlink(missing_ok=True)
     for name in BESIDE:
@@ -428,16 +319,10 @@ def _publish_file(
     return facts
 
 
-def _publish_set(
-    options: BetonOptions,
-    source: Source,
-    plan: dict[str, Any],
-    parts: list[prepare.Part],
-    found: _Found,
-) -> dict[str, Any]:
+def _publish_set(options: BetonOptions, work: Work) -> dict[str, Any]:
     """Add to the folder of parts what makes it a set, and give it its name; what its set.json says."""
     listed, page = [], 0
-    for part in parts:
+    for part in work.parts:
         if part.file.exists():
             header, head_crc, table_crc = _checked(part.file)
             listed.append(
@@ -451,7 +336,7 @@ def _publish_set(
             )
             page = max(page, int(header["page"]))
     body = {"parts": listed, "bytes": sum(each["bytes"] for each in listed), "page": page}
-    facts = _write_beside(options.parts / "set", options, source, plan, found, body)
+    facts = _write_beside(options.parts / "set", work, body)
     # what it replaces goes first, as with a file
     options.out.unlink(missing_ok=True)
     for name in BESIDE:
@@ -463,54 +348,14 @@ def _publish_set(
     return facts
 
 
-def _write_beside(
-    base: Path,
-    options: BetonOptions,
-    source: Source,
-    plan: dict[str, Any],
-    found: _Found,
-    body: dict[str, Any],
-) -> dict[str, Any]:
+def _write_beside(base: Path, work: Work, body: dict[str, Any]) -> dict[str, Any]:
     """Write all that lies beside the records, the .json last; what that says. `body`: of the records' file or files."""
-    total, crcs, written, rejects = found
-    labels = np.array([source.records[i].label for i in written], np.int64)
-    keys = path_keys([source.records[i].path for i in written])
-    numbers = written if source.numbers is None else source.numbers[written]
-    counted = np.array_equal(numbers, np.arange(len(numbers)))
-    mean, std = total.mean_and_std()
-    facts = {
-        "format": "beton",
-        "rows": len(written),
-        "classes": list(source.classes),
-        "mean": mean,  # of red, green, blue, in 0..1, over all pixels before encoding
-        "std": std,
-        "fingerprint": order_fingerprint(keys, labels),
-        "numbers": None if counted else numbers.tolist(),  # torchvision's, where they differ
-        **body,
-        "max_height": total.largest[0],
-        "max_width": total.largest[1],
-        "pixels": total.pixels,
-        "rejected": len(rejects),
-        "skipped": source.skipped,
-        "beyond_limit": len(source.records) - len(source.records[: options.limit]),
-        "seen": source.seen,
-        "options": plan,
-        "versions": {
-            "python": platform.python_version(),
-            "fastrot": fastrot.__version__,
-            **{name: version(name) for name in ("numpy", "simplejpeg")},
-        },
-    }
-    paths = (
-        {"path": source.records[i].path, "number": int(number)}
-        for i, number in zip(written, numbers, strict=True)
-    )
-    write_atomically(side(base, "crc.npy"), lambda file: np.save(file, crcs))
+    facts = conversion.facts_of("beton", work, body, BetonForm.packages)
+    keys = conversion.keys_of(work)
+    write_atomically(side(base, "crc.npy"), lambda file: np.save(file, work.found.crcs))
     write_atomically(side(base, "keys.npy"), lambda file: np.save(file, keys))
-    _write_lines(side(base, "paths.jsonl"), paths)
-    if rejects:
-        lines = ({"path": path, "reason": why} for path, why in rejects)
-        _write_lines(side(base, "rejects.jsonl"), lines)
+    conversion.write_paths(side(base, "paths.jsonl"), work)
+    conversion.write_rejects(side(base, "rejects.jsonl"), work)
     replace_bytes(side(base, "json"), sealed(facts))
     return facts
 
@@ -593,31 +438,6 @@ def _crc(file: BinaryIO, start: int, stop: int) -> int:
             raise ValueError("the file ends too early")
         crc = zlib.crc32(block, crc)
     return crc
-
-
-def _summary(options: BetonOptions, facts: dict[str, Any], **how) -> prepare.Summary:
-    parts, rejects = "parts" in facts, []
-    if facts["rejected"]:
-        base = options.set / "set" if parts else options.out
-        with open(side(base, "rejects.jsonl"), "rb") as file:
-            rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
-    return prepare.Summary(
-        out=options.set if parts else options.out,
-        parts=parts,
-        written=facts["rows"],
-        rejects=rejects,
-        skipped=facts["skipped"],
-        beyond_limit=facts["beyond_limit"],
-        seen=facts["seen"],
-        bytes=facts["bytes"],
-        **how,
-    )
-
-
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    write_atomically(
-        path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-    )
 
 
 def _blocks(file: Any, size: int = 2**20) -> Iterator[bytes]:
