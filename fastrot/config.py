@@ -450,9 +450,12 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
 
 
 def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
-    """Knobs that are not free and differ between two plain configs: name -> (before, now)."""
+    """Knobs that are not free and differ between two plain configs: name -> (before, now).
+
+    A knob that `before` does not know yet had its default.
+    """
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(to_plain(from_plain(before))), _flat(now)
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old | new)

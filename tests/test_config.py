@@ -147,6 +147,14 @@ def test_free_knobs_do_not_make_another_run():
     assert found == {"seed": (0, 1), "schedule.kind": ("table", "cosine")}
 
 
+def test_a_knob_that_a_run_did_not_know_yet_had_its_default():
+    before = config.to_plain(Config())
+    del before["order"], before["order_block"]
+    assert not config.differences(before, config.to_plain(Config()))
+    found = config.differences(before, config.to_plain(Config(order="blocks")))
+    assert found == {"order": ("full", "blocks")}
+
+
 PLAIN = {
     "unknown": ({"colour": 1}, "colour"),
     "type": ({"batch": "many"}, "batch"),
