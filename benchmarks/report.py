@@ -53,6 +53,7 @@ SHOWN = {  # columns beside what every row has
     "seconds": "seconds",
     "images_per_core": "images/s and core",
     "read_mb": "MB read",
+    "kb_per_image": "kB read an image",
     "kb_per_request": "kB a request",
     "resident_mb": "most MB of the file in memory",
     "first_batch_s": "first batch, s",
@@ -266,7 +267,9 @@ def _cold(rows: list[dict[str, Any]]):
         spread = [[r["p50"] - r["p20"] for r in each], [r["p80"] - r["p50"] for r in each]]
         names = [row["variant"] for row in each]
         bars = axes.barh(names, [r["p50"] for r in each], xerr=spread, color="#8da0b3", capsize=3)
-        told = [f"{r['label_bits']:.2g} bits, {r['read_mb']:,.0f} MB read" for r in each]
+        told = [
+            f"{r['label_bits']:.2g} bits, {r['kb_per_image']:,.0f} kB read an image" for r in each
+        ]
         axes.bar_label(bars, told, padding=8, fontsize="small")
         axes.set_xlim(0, 1.5 * max(r["p80"] for r in each))
         axes.set_title(mode, loc="left", fontsize="medium")

@@ -6,6 +6,7 @@ than memory. Golden values of all stand in tests/data/test_order.py, so that a c
 torch or numpy keeps its epoch.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -17,6 +18,9 @@ _ORDER = 0x6F72646572  # "order": keeps these draws apart from those of the crop
 _BLOCKS = 0x626C6F636B73  # "blocks"
 _SHIFT, _OF_WHOLE, _OF_SMALL, _INSIDE, _TAIL = range(5)  # what is drawn of an order by blocks
 RAMP = 4  # times the steady pace, at which an epoch's first window is read ahead
+CHUNK = (
+    2**13
+)  # places that are computed at once: 1 us each, where those of a batch of 64 alone take 15
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -104,8 +108,20 @@ class Blocks:
         self._even = self._stripe * window  # places before the tail
         # the high half of a product: owned shares, which differ by a row, look at the same part of the data
         self._shift = int(hash64(*self._key, _SHIFT)[0]) * self.images >> 64
+        # the latest of either are kept: epochs are walked through
+        self._chunk = functools.lru_cache(2)(self._chunk_of)
+        self._starts_in = functools.lru_cache(2)(self._starts_in_window)
 
     def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        rows, chunks = np.empty_like(places), places // CHUNK
+        for number in np.unique(chunks).tolist():
+            here = chunks == number
+            rows[here] = self._chunk(number)[places[here] - number * CHUNK]
+        return rows
+
+    def _chunk_of(self, number: int) -> Int64[np.ndarray, " c"]:
+        """Rows of CHUNK neighbouring places, fewer at the end."""
+        places = np.arange(number * CHUNK, min((number + 1) * CHUNK, self.images), dtype=np.int64)
         at = np.empty_like(places)
         whole, tail = places < self._whole, places >= self._even
         small = ~whole & ~tail
@@ -124,16 +140,17 @@ class Blocks:
         for, but read at RAMP times the pace, beside the rows of each batch. A rank is told the blocks that its own
         places lie in.
         """
-        begun, stop_slot = (self._open_by(place, since) for place in (first, stop))
-        slots = np.arange(begun, stop_slot, dtype=np.int64)
+        begun, end = (self._open_by(place, since) for place in (first, stop))
         own = math.gcd(world, self.window)
-        slots = slots[slots % self.window % own == rank % own]
-        whole = slots < self._windows * self.window
-        runs = [
-            (self._starts(slots[of])[:, None] + np.arange(length)).ravel()
-            for of, length in ((whole, self.block), (~whole, self._small))
-        ]
-        if begun < stop_slot == self._slots:
+        runs = [np.zeros(0, np.int64)]
+        for number in range(begun // self.window, -(-end // self.window)):
+            lanes = np.arange(
+                max(begun - number * self.window, 0), min(end - number * self.window, self.window)
+            )
+            lanes = lanes[lanes % own == rank % own]
+            length = self.block if number < self._windows else self._small
+            runs.append((self._starts_in(number)[lanes, None] + np.arange(length)).ravel())
+        if begun < end == self._slots:
             runs.append(np.arange(self._even, self.images))
         return self._row(np.concatenate(runs))
 
@@ -168,6 +185,10 @@ class Blocks:
         stripe = feistel(slots[~whole] - count, self.window, *self._key, _OF_SMALL)
         at[~whole] = stripe * self._stripe + self._windows * self.block
         return at
+
+    def _starts_in_window(self, number: int) -> Int64[np.ndarray, " w"]:
+        first = number * self.window
+        return self._starts(np.arange(first, first + self.window, dtype=np.int64))
 
     def _row(self, at: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         rows = (at + self._shift) % self.images
