@@ -79,12 +79,15 @@ class Blocks:
     Which rows a place holds depends on seed, epoch, block and window alone, not on the ranks. But where the
     number of ranks divides `window`, the blocks of a window fall to them without rest: rank r's places p % world
     == r are those of the blocks r, r + world, ...: it reads these alone, and reads all of them. So machines that
-    share an epoch fetch each byte once between them, and global batches are still those of one process.
+    share an epoch fetch each byte once between them, and global batches are still those of one process. The price:
+    a rank's own share of a batch is from window / world blocks, fewer classes where the data are sorted by class
+    (batch norm sees it): such data are better written with dataprep's --shuffle.
 
     Layout. The places of the data begin at another one each epoch (`shift`), so that no picture keeps to an edge.
     They are cut into `window` equal stripes, these into blocks; what is left of a stripe is a smaller block, and
     the last window of the epoch is that of the smaller blocks. What divides into no stripe (fewer than `window`
-    pictures) comes last. Data of less than a window are one window of smaller blocks.
+    pictures) comes last. Data of less than a window are one window of smaller blocks, as many as there are pictures
+    at the most.
     """
 
     def __init__(
@@ -97,15 +100,14 @@ class Blocks:
         window: int,
     ):
         self.images = rows if isinstance(rows, int) else len(rows)
-        self.block, self.window = block, window
+        self.block, self.window = block, min(window, self.images)
         self._rows = None if isinstance(rows, int) else rows
         self._key = (_BLOCKS, seed, epoch)
-        self._stripe = self.images // window
-        self._windows, self._small = divmod(
-            self._stripe, block
-        )  # whole ones; rows of a small block
-        self._whole = self._windows * window * block  # places in whole windows
-        self._even = self._stripe * window  # places before the tail
+        self._stripe = self.images // self.window
+        # windows of whole blocks, rows of a smaller one
+        self._windows, self._small = divmod(self._stripe, block)
+        self._whole = self._windows * self.window * block  # places in whole windows
+        self._even = self._stripe * self.window  # places before the tail
         # the high half of a product: owned shares, which differ by a row, look at the same part of the data
         self._shift = int(hash64(*self._key, _SHIFT)[0]) * self.images >> 64
         # the latest of either are kept: epochs are walked through

@@ -142,6 +142,13 @@ def test_blocks_visit_each_row_of_a_subset_once(images, shape):
     assert np.array_equal(drawn, by_blocks(images, *shape)[np.arange(images)] * 3 + 1)
 
 
+def test_a_window_larger_than_the_data_takes_no_more_memory_than_they_do():
+    shuffled = by_blocks(37, 8, 10**15)
+    assert np.array_equal(np.sort(shuffled[np.arange(37)]), np.arange(37))
+    ahead = shuffled.ahead(0, 37, since=0, rank=0, world=1)
+    assert np.array_equal(np.sort(ahead), np.arange(37))
+
+
 def test_places_of_an_order_by_blocks_are_addressable_one_by_one():
     shuffled = by_blocks(1000, 16, 8)
     some = np.array([999, 0, 17, 17, 896, 895, 500])
