@@ -6,7 +6,7 @@ The originals are converted once at short side 256 and quality 90, and their rec
 megabytes: sorted by class, as a folder is, and shuffled. Before each epoch the file's pages are dropped (posix_fadvise),
 which mincore confirms; the epoch runs in a process of its own, whose /proc/self/io tells what the disk was asked for.
 
-`crops`: what a trainer draws. `reading alone`: the same reader, but a checksum of each record in the place of its
+`crops`: what a trainer draws, for 30 s. `reading alone`: the same reader, but a checksum of each record in the place of its
 crops, so that the disk binds and not the decoder. `memory stood in for`: the same, while the file's pages are dropped
 again, oldest first, as soon as more than a third of the file is in memory: a stand-in for a machine with less
 memory, since without it a file that fits is read once, whatever the order. Two epochs, each broken off after 25 s; figures of the second.
@@ -71,7 +71,8 @@ ORDERS = {  # of our reader: blocks, whether the file is the shuffled one
     blocks_name(BLOCKS, True): (BLOCKS, True),
 }
 IN_CROPS = [FULL, blocks_name(BLOCKS)]
-LONGEST = 25.0  # seconds of an epoch with memory stood in for: some read a file many times over
+# seconds of an epoch: memory stood in for has some read a file many times over; decoding binds crops
+LONGEST = {READING: math.inf, LESS: 25.0, CROPS: 30.0}
 IN_LESS = [DATA_ORDER, FULL, UNADVISED, blocks_name(SMALL)]
 
 
@@ -218,7 +219,7 @@ def of_ours(name: str, path: str, workers: int, mode: str, epochs: int) -> list[
     def labels(number: int) -> Iterator[np.ndarray]:
         return (batch.label.numpy() for batch in loader.epoch(number))
 
-    return _epochs(Path(path), maps, labels, epochs, less=mode == LESS)
+    return _epochs(Path(path), maps, labels, epochs, mode)
 
 
 def of_ffcvs(name: str, path: str, workers: int, mode: str, epochs: int) -> list[Epoch]:
@@ -258,7 +259,7 @@ def of_ffcvs(name: str, path: str, workers: int, mode: str, epochs: int) -> list
     def labels(number: int) -> Iterator[np.ndarray]:
         return (label.numpy().reshape(-1) for _, label in loader)
 
-    return _epochs(Path(path), maps, labels, epochs, less=False)
+    return _epochs(Path(path), maps, labels, epochs, mode)
 
 
 def _epochs(
@@ -266,16 +267,14 @@ def _epochs(
     maps: list[mmap.mmap],
     labels: Callable[[int], Iterator[np.ndarray]],
     epochs: int,
-    *,
-    less: bool,
+    mode: str,
 ) -> list[Epoch]:
     pages = Pages(path)
     made_cold(pages, maps)
-    limited = LessMemory(pages, maps, pages.bytes / MB / 3) if less else None
+    limited = LessMemory(pages, maps, pages.bytes / MB / 3) if mode == LESS else None
     if limited is not None:
         limited.start()
-    longest = LONGEST if less else math.inf
-    found = [_epoch(labels(number), pages, longest) for number in range(epochs)]
+    found = [_epoch(labels(number), pages, LONGEST[mode]) for number in range(epochs)]
     most = 0.0 if limited is None else limited.close()
     return [each._replace(most=most) for each in found]
 
@@ -352,7 +351,7 @@ def mixing_rows(batch: int = 256, ranks: int = 8, samples: int = 400) -> Iterato
 
 
 def cold_rows(
-    sorted_file: Path, shuffled: Path, *, workers: int, reps: int
+    sorted_file: Path, shuffled: Path, *, workers: int, reps: int, only: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Each order in turns, `reps` times."""
     tasks = {
@@ -363,7 +362,7 @@ def cold_rows(
     if installed("ffcv"):
         tasks[CROPS] += [(name, of_ffcvs, 1) for name in (QUASI, RANDOM)]
     megabytes = sorted_file.stat().st_size / MB
-    for mode, each in tasks.items():
+    for mode, each in tasks.items() if only is None else [(only, tasks[only])]:
         found: dict[str, list[Epoch]] = {}
         for _, (name, task, epochs) in itertools.product(range(reps), each):
             path = shuffled if ORDERS.get(name, (None, False))[1] else sorted_file
@@ -423,6 +422,7 @@ def main() -> int:
     parser.add_argument("--mb", type=int, default=1000, help="size of the files that are read")
     parser.add_argument("--reps", type=int, default=2, help="turns; 1 with --quick")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
+    parser.add_argument("--only", choices=(READING, LESS, CROPS), help="this alone")
     parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args()
     if not hasattr(os, "posix_fadvise") or not Path("/proc/self/io").exists():
@@ -441,7 +441,9 @@ def main() -> int:
     ]
     out = measure.results("cpu", asked.out) if asked.out or not asked.quick else None
     reps = 1 if asked.quick else asked.reps
-    for each in itertools.chain(mixing_rows(), cold_rows(*files, workers=workers, reps=reps)):
+    mixing = () if asked.only else mixing_rows()
+    cold = cold_rows(*files, workers=workers, reps=reps, only=asked.only)
+    for each in itertools.chain(mixing, cold):
         if out is not None:
             measure.append(out, each)
         more = f", {each['read_mb']:,.0f} MB read" if "read_mb" in each else ""
