@@ -30,6 +30,7 @@ TITLES = {
     "ops": "Ops",
     "train": "A training step",
     "demo": "The demonstration",
+    "cold": "Data that is not in memory: orders of an epoch",
     "chaos": "Killed, and gone on",
 }
 BEGIN, END = (
@@ -50,6 +51,15 @@ SHOWN = {  # columns beside what every row has
     "parent_mb": "parent MB",
     "worker_mb": "a worker MB",
     "seconds": "seconds",
+    "images_per_core": "images/s and core",
+    "read_mb": "MB read",
+    "kb_per_image": "kB read an image",
+    "kb_per_request": "kB a request",
+    "resident_mb": "most MB of the file in memory",
+    "first_batch_s": "first batch, s",
+    "label_bits": "label bits a batch",
+    "most_bits": "most bits",
+    "memory_mb": "memory, MB",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
 VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
@@ -170,6 +180,7 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
         "loaders": (("loaders", _loaders),),
         "cifar": (("curve", _curve),),
         "decoupling": (("curves", _decoupling),),
+        "cold": (("epochs", _cold),),
     }
     made = []
     for name, plot in draws.get(theme, ()):
@@ -244,19 +255,41 @@ def _decoupling(rows: list[dict[str, Any]]):
     return figure
 
 
+def _cold(rows: list[dict[str, Any]]):
+    """Rates of each order in each mode, and how its batches mix the sorted file's classes."""
+    found = [row for row in rows if row["what"] == "cold epoch"]
+    if not found:
+        return None
+    modes = list(dict.fromkeys(row["mode"] for row in found))
+    figure, panels = _panels(len(modes), height=1 + 2.2 * len(modes), shared=False)
+    for axes, mode in zip(panels, modes, strict=True):
+        each = [row for row in found if row["mode"] == mode][::-1]
+        spread = [[r["p50"] - r["p20"] for r in each], [r["p80"] - r["p50"] for r in each]]
+        names = [row["variant"] for row in each]
+        bars = axes.barh(names, [r["p50"] for r in each], xerr=spread, color="#8da0b3", capsize=3)
+        told = [
+            f"{r['label_bits']:.2g} bits, {r['kb_per_image']:,.0f} kB read an image" for r in each
+        ]
+        axes.bar_label(bars, told, padding=8, fontsize="small")
+        axes.set_xlim(0, 1.5 * max(r["p80"] for r in each))
+        axes.set_title(mode, loc="left", fontsize="medium")
+    panels[-1].set_xlabel("images/s; bits: entropy of the labels of a batch")
+    return figure
+
+
 def _axes(height: float):
     figure, (axes,) = _panels(1, height)
     return figure, axes
 
 
-def _panels(count: int, height: float):
-    """So many panels, one above the other, over one x axis."""
+def _panels(count: int, height: float, *, shared: bool = True):
+    """So many panels, one above the other, over one x axis unless not `shared`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(count, 1, sharex=shared, squeeze=False)[:, 0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

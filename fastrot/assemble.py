@@ -230,7 +230,12 @@ def open_loader(
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
     kind = METHODS[type(cfg.method)]
-    return View(crops=kind.crops(cfg.method), rows=rows, owned=kind.owned(cfg.method))
+    return View(
+        crops=kind.crops(cfg.method),
+        rows=rows,
+        owned=kind.owned(cfg.method),
+        blocks=config.blocks(cfg),
+    )
 
 
 def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
