@@ -27,14 +27,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from fastrot import checkpoint, entry
+from fastrot import checkpoint, entry, native
 from fastrot.bank import Bank
+from fastrot.config import RandomResized
 from fastrot.core import Facts
+from fastrot.data import crops
+from fastrot.data.pack import layout
+from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rows import update_rows
@@ -57,6 +62,9 @@ OF_GATHER = 0.8  # of the random-gather bandwidth, on a GPU
 OF_MEMORY = 0.05  # of the plain gather's extra memory
 SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
+LANDSCAPE = (256, 341)  # height and width of a packed picture
+PACKED, FEW_PACKED = 4096, 256  # pictures: 270 MB of tiles, larger than any L2; of a CPU
+UNPACKED = {"cuda": 1e6, "cpu": 5e3}  # images a second at 224: their views; crops by a thread
 CHUNK = 4096  # rows gathered into one reused buffer, which stays in the cache
 MB = 2**20
 
@@ -104,6 +112,66 @@ def bench_turns(device: str, seconds: float, peak: float, shapes: list[tuple], d
                 **rates(moved, spread, copy=peak),
                 images_per_s=images / (spread["p50"] / 1e3),
             )
+
+
+# ---- out of a pack ----
+
+
+def some_pack(pictures: int, device: str) -> PackTensors:
+    """Random tiles, which decode as fast as any: landscapes of a short side of 256."""
+    sizes = np.tile(np.array(LANDSCAPE, np.int32), (pictures, 1))
+    first = torch.from_numpy(layout.firsts(sizes, "ycc")).to(device)
+    tiles = torch.randint(0, 256, (int(first[-1]), 48), dtype=torch.uint8, device=device)
+    return PackTensors(tiles, first, torch.from_numpy(sizes).to(device))
+
+
+def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], dtype: torch.dtype):
+    """Crops on a CPU, one thread; on a GPU also their four views, in one kernel and in two."""
+    gpu = device == "cuda"
+    pack = some_pack(PACKED if gpu else FEW_PACKED, device)
+    sizes = pack.sizes.cpu().numpy()
+    for images, size in shapes:
+        index = np.arange(images) * 31 % len(sizes)
+        box, flip = crops.boxes(
+            RandomResized(size=size), *sizes[index].T, seed=0, epoch=0, index=index
+        )
+        rows = np.concatenate([index[:, None], box, flip[:, None]], axis=1).astype(np.int64)
+        boxes = torch.from_numpy(rows).to(device)
+        ends = -(-(box[:, :2] + box[:, 2:]) // layout.SIDE)
+        read = 48 * int((ends - box[:, :2] // layout.SIDE).prod(axis=1).sum())
+        crop, rest = 3 * images * size**2, (TURNS, MEAN, STD, dtype)
+
+        def unpacked(boxes=boxes, size=size):
+            return unpack_crops(pack, boxes, size)
+
+        runs, moved = {}, {}
+        if gpu:
+            runs["crops"] = unpacked
+            runs["views, one kernel"] = functools.partial(unpack_views, pack, boxes, size, *rest)
+            runs["views, two kernels"] = lambda run=unpacked, rest=rest: turned_views(run(), *rest)
+            views = read + len(TURNS) * dtype.itemsize * crop
+            moved = {"views, one kernel": views, "views, two kernels": views + 2 * crop}
+        else:
+            runs["crops, reference"] = functools.partial(unpack_crops_reference, pack, boxes, size)
+            if native.load() is not None:
+                runs["crops, C++"] = unpacked
+        for form, times in measure.interleaved(runs, device, seconds=seconds).items():
+            spread = measure.spread(times)
+            rate = UNPACKED[device] if form in ("views, one kernel", "crops, C++") else None
+            yield row(
+                "unpack",
+                form,
+                shape={"images": images, "size": size},
+                dtype="uint8" if form.startswith("crops") else _name(dtype),
+                **spread,
+                **rates(moved.get(form, read + crop), spread, copy=peak),
+                images_per_s=images / (spread["p50"] / 1e3),
+                **({} if rate is None or size != 224 else _in_time(1e3 * images / rate)),
+            )
+
+
+def _in_time(milliseconds: float) -> dict[str, Any]:
+    return {"target": milliseconds, "better": "lower"}
 
 
 # ---- NCE: the original's way ----
@@ -556,6 +624,7 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_memory(device, knobs)
     yield bench_saved_bank(device, knobs, 1 if quick else 3)
     yield bench_turns(device, seconds, peak, shapes, torch.bfloat16 if gpu else torch.float32)
+    yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -488,7 +488,6 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
-        *getattr(loader.data, "in_words", list)(),
     ]
     paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_facts["global_batch"]
     if run_facts["global_batch"] != paper:

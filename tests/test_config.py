@@ -163,7 +163,8 @@ def test_knobs_that_change_numbers_make_another_run():
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
     assert loose == {
         *("data", "val", "out", "max_steps", "workers", "log_every", "checkpoint_every"),
-        *("keep_every", "keep_best", "validate_every", "loader", "tensorboard", "on_bad_record"),
+        *("keep_every", "keep_best", "validate_every", "loader", "placement", "tensorboard"),
+        "on_bad_record",
     }
     other = Config(method=config.RotNet(crop=config.RandomResized(flip=False)))
     found = config.differences(config.to_plain(Config()), config.to_plain(other))

@@ -284,17 +284,18 @@ if triton is not None:
         green, blue = red, red
         for i in range(0, n):
             y0, y1, ay, by = _kernel_rows(row * n + i, height, n * size)
+            y0, ay = _kept_inside(y + y0, ay, down)
+            y1, by = _kept_inside(y + y1, by, down)
             for j in range(0, n):
                 x0, x1, ax, bx = _kernel_columns(column * n + j, width, n * size)
-                r, g, b = (
-                    tl.full(red.shape, 2, tl.int32),
-                    tl.full(red.shape, 2, tl.int32),
-                    tl.full(red.shape, 2, tl.int32),
-                )
+                x0, ax = _kept_inside(x + x0, ax, across)
+                x1, bx = _kept_inside(x + x1, bx, across)
+                r = tl.full(red.shape, 2, tl.int32)
+                g, b = r, r
                 for lower in range(0, 2):
                     at, weight = tl.where(lower == 0, y0, y1), tl.where(lower == 0, ay, by)
-                    r0, g0, b0 = _pixel(picture, down, across, y + at, x + x0, PACKED)
-                    r1, g1, b1 = _pixel(picture, down, across, y + at, x + x1, PACKED)
+                    r0, g0, b0 = _pixel(picture, across, at, x0, PACKED)
+                    r1, g1, b1 = _pixel(picture, across, at, x1, PACKED)
                     r += (weight * ((r0 * ax + r1 * bx) >> 4)) >> 16
                     g += (weight * ((g0 * ax + g1 * bx) >> 4)) >> 16
                     b += (weight * ((b0 * ax + b1 * bx) >> 4)) >> 16
@@ -342,42 +343,38 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _mixed(p00, p01, p10, p11, ax, bx, ay, by):
-        above, below = (p00 * ax + p01 * bx) >> 4, (p10 * ax + p11 * bx) >> 4
-        return (((ay * above) >> 16) + ((by * below) >> 16) + 2) >> 2
+    def _kept_inside(at, weight, length):
+        """A tap outside the picture weighs nothing, as if it were 0; it is read at the edge."""
+        inside = (at >= 0) & (at < length)
+        return tl.minimum(tl.maximum(at, 0), length - 1), tl.where(inside, weight, 0)
 
     @triton.jit
     @no_type_check
-    def _pixel(picture, down, across, y, x, PACKED: tl.constexpr):
-        """Red, green and blue at y [R, 1] and x [1, C] of a picture; 0 outside."""
-        inside = ((y >= 0) & (y < down)) & ((x >= 0) & (x < across))
+    def _pixel(picture, across, y, x, PACKED: tl.constexpr):
+        """Red, green and blue at y [R, 1] and x [1, C] of a picture."""
         if PACKED:
             above = (y >> 3) * ((across + 7) >> 3) * 6
             beside = (x >> 3) * 6
-            luma = tl.load(
-                picture + (above + ((y >> 2) & 1) * 2 + (beside + ((x >> 2) & 1))),
-                mask=inside,
-                other=0,
-            )
-            blue = tl.load(picture + (above + 4 + beside), mask=inside, other=0)
-            red = tl.load(picture + (above + 5 + beside), mask=inside, other=0)
+            luma = tl.load(picture + (above + ((y >> 2) & 1) * 2 + (beside + ((x >> 2) & 1))))
+            blue = tl.load(picture + (above + 4 + beside))
+            red = tl.load(picture + (above + 5 + beside))
             which = 16 + ((y >> 1) & 3) * 12 + ((x >> 1) & 3) * 3
             light = _sample(luma, 16 + (y & 3) * 12 + (x & 3) * 3)
             cb, cr = _sample(blue, which) - 128, _sample(red, which) - 128
-            r = _clipped(light + ((91881 * cr + 32768) >> 16), inside)
-            g = _clipped(light + ((-22554 * cb - 46802 * cr + 32768) >> 16), inside)
-            b = _clipped(light + ((116130 * cb + 32768) >> 16), inside)
+            r = _clipped(light + ((91881 * cr + 32768) >> 16))
+            g = _clipped(light + ((-22554 * cb - 46802 * cr + 32768) >> 16))
+            b = _clipped(light + ((116130 * cb + 32768) >> 16))
         else:
             at = picture + (y * across * 3 + x * 3)
-            r = tl.load(at, mask=inside, other=0).to(tl.int32)
-            g = tl.load(at + 1, mask=inside, other=0).to(tl.int32)
-            b = tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+            r = tl.load(at).to(tl.int32)
+            g = tl.load(at + 1).to(tl.int32)
+            b = tl.load(at + 2).to(tl.int32)
         return r, g, b
 
     @triton.jit
     @no_type_check
-    def _clipped(value, inside):
-        return tl.where(inside, tl.minimum(tl.maximum(value, 0), 255), 0)
+    def _clipped(value):
+        return tl.minimum(tl.maximum(value, 0), 255)
 
     @triton.jit
     @no_type_check
@@ -389,9 +386,8 @@ if triton is not None:
         eight = e0 > e1
         weight = (tl.where(eight, 0x65432170, 0x00432150) >> (4 * choice)) & 15
         value = tl.where(eight, 7, 5) * e0 + weight * (e1 - e0)
-        value = (
-            value * tl.where(eight, 9363, 13108)
-        ) >> 16  # over 7 or 5, rounded down: up to 2**11
+        value *= tl.where(eight, 9363, 13108)
+        value >>= 16  # over 7 or 5, rounded down: up to 2**11
         return tl.where(eight | (choice < 6), value, (choice & 1) * 255)
 
 

@@ -14,6 +14,8 @@ WIDE = {  # bytes a thread loads or stores at once
     "nce": dict(load=16),
     "infonce": dict(load=16),
     "update_rows": dict(load=16),
+    "unpack_crops": dict(load=8, store=4),  # a thread's pixels are four, so that decoding fits
+    "unpack_views": dict(load=8, store=8),
 }
 
 
