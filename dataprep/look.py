@@ -2,7 +2,7 @@
 
     --verify    read and decode every record; each bad one is named, and the exit status is 1
 
-Works for image folders and for sets of parts (FILE.beton.set) too.
+Works for image folders, sets of parts (FILE.beton.set) and packs (NAME.pack) too.
 """
 
 import os
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
 
     from fastrot.core import Batch, Data
+    from fastrot.data.pack.read import PackFile
 
 TURNS = ("upright", "90°", "180°", "270°")
 INK, FAINT = "#1f2328", "#7a828c"
@@ -37,7 +38,7 @@ TASK = 64  # pictures a thread verifies at once
 class Look:
     """What is in prepared data or an image folder: facts, checks, and a sheet of crops turned four ways."""
 
-    data: tyro.conf.Positional[Path]  # FILE.beton, FILE.beton.set or an image folder
+    data: tyro.conf.Positional[Path]  # FILE.beton, FILE.beton.set, NAME.pack or an image folder
     out: Path | None = None  # PNG of the crops; default: NAME-look.png beside the data, or here
     size: int = 128  # pixels a side of the crops
     pictures: int = 12  # on the sheet
@@ -62,7 +63,9 @@ def look(options: Look) -> int:
     opened = time.perf_counter() - start
     for name, words in facts(data, options.data, opened):
         print(f"{name:<12}{words}")
-    bad = verify(data) if options.verify else 0
+    bad = 0
+    if options.verify:
+        bad = verify_pack(data.file) if is_pack(data) else verify(data)
     if not bad:
         out = options.out or beside(options.data)
         draw(data, options, out)
@@ -80,6 +83,8 @@ def facts(data: "Data", path: Path, opened: float) -> Iterator[tuple[str, str]]:
     yield "pixels", f"short side {short}, long side {long} (least / median / most)"
     if hasattr(data, "contents"):
         yield from of_file(data, path)
+    if is_pack(data):
+        yield from of_pack(data.file)
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None:
             yield name, " ".join(f"{v:.4f}" for v in values) + "  (red, green, blue; 0 to 1)"
@@ -107,15 +112,36 @@ def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
         yield "beside it", "nothing: no checksums, no class names, no paths"
         yield "checked", "header, rows and table fit together; records only by --verify"
         return
-    chosen = {k: v for k, v in facts["options"].items() if k != "listing" and v is not None}
-    yield "made with", ", ".join(f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
-    yield "by", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    counts = ("seen", "rejected", "skipped")
-    yield "source", ", ".join(f"{facts[k]:,} {k}" for k in counts) + f", {data.rows:,} written"
+    yield from made(facts)
     yield (
         "checked",
         "header, rows and table fit together and have their checksums; so have the path hashes",
     )
+
+
+def is_pack(data: "Data") -> bool:
+    return getattr(data, "format", None) == "pack"
+
+
+def of_pack(file: "PackFile") -> Iterator[tuple[str, str]]:
+    """What meta.json tells."""
+    what = "tiles of 8x8 pixels" if file.encoding == "ycc" else "pixels"
+    size = file.tiles.nbytes / 1e6
+    yield "file", f"{size:,.1f} MB of {file.encoding}: {len(file.tiles):,} {what}"
+    yield from made(file.meta)
+    yield (
+        "checked",
+        "arrays fit together, all but the pictures' by checksum; these only by --verify",
+    )
+
+
+def made(facts: dict) -> Iterator[tuple[str, str]]:
+    """How, by what, and from how much."""
+    chosen = {k: v for k, v in facts["options"].items() if k != "listing" and v is not None}
+    yield "made with", ", ".join(f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
+    yield "by", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    counts = ("seen", "rejected", "skipped")
+    yield "source", ", ".join(f"{facts[k]:,} {k}" for k in counts) + f", {facts['rows']:,} written"
 
 
 def of_labels(data: "Data") -> Iterator[tuple[str, str]]:
@@ -177,6 +203,26 @@ def verify(data) -> int:
     seconds = time.perf_counter() - start
     state = f"{bad:,} DAMAGED" if bad else "all whole"
     print(f"{'verified':<12}{data.rows:,} records read and decoded in {seconds:.1f} s: {state}")
+    return bad
+
+
+def verify_pack(file: "PackFile") -> int:
+    """Compare all checksums; name the damaged stretches and their pictures, and tell how many."""
+    from fastrot.data.pack.layout import BLOCK
+
+    start, bad = time.perf_counter(), 0
+    for block in file.damaged(file.array):
+        bad += 1
+        rows = file.rows_in(block)
+        first, last = (f"row {row:,} ({file.name(row)})" for row in (rows[0], rows[-1]))
+        where = f"bytes {block * BLOCK:,} to {(block + 1) * BLOCK:,} of {file.array}"
+        print(entry.printable(f"{where}: {first} to {last}"), file=sys.stderr)
+    seconds = time.perf_counter() - start
+    state = f"{bad:,} stretch{'es'[: 2 * (bad != 1)]} DAMAGED" if bad else "all whole"
+    size = file.tiles.nbytes / 1e6
+    print(
+        f"{'verified':<12}{file.rows:,} pictures, {size:,.1f} MB read in {seconds:.1f} s: {state}"
+    )
     return bad
 
 

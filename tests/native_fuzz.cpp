@@ -100,6 +100,7 @@ void draw_box(int64_t* row, int64_t number, int64_t height, int64_t width) {
     default:
       row[3] = draw(1, height), row[4] = draw(1, width);
       row[1] = draw(0, height - row[3]), row[2] = draw(0, width - row[4]);
+      if (draw(0, 3) == 0) row[1] = height - row[3], row[2] = width - row[4];  // to the last pixel
   }
 }
 
@@ -117,12 +118,12 @@ int64_t jpegs(void* pool, const std::vector<Picture>& pictures, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     Picture one = pictures[size_t(draw(0, int64_t(pictures.size()) - 1))];
     if (draw(0, 19)) corrupt(one, pictures);
+    raw.push_back(draw(0, 9) == 0);
+    if (raw.back()) one.bytes.resize(size_t(one.height) * one.width * 3);  // as the Python side has seen to
     memory.push_back(std::make_unique<Guarded>(one.bytes));
     records.push_back(memory.back()->at);
     bytes.push_back(int64_t(one.bytes.size()));
     crcs.push_back(crc32_of(records.back(), bytes.back()) + (draw(0, 9) == 0));
-    const bool fits = int64_t(one.height) * one.width * 3 <= bytes.back();  // as the Python side has seen to
-    raw.push_back(fits && draw(0, 9) == 0);
     sizes.push_back(one.height), sizes.push_back(one.width);
     for (int k = 0; k < 2; ++k) draw_box(&boxes[k][size_t(i) * 6], i, one.height, one.width);
   }
@@ -170,7 +171,7 @@ int main(int, char** arguments) {
     void* pool = fastrot_pool(threads);
     fastrot_wide(draw(0, 3) != 0);
     for (int k = 0; k < 8 && done < times; ++k) {
-      const int64_t some = std::min<int64_t>(times - done, 25);
+      const int64_t some = std::min<int64_t>(times - done, 6);
       decoded += jpegs(pool, pictures, some);
       cut += tiles(pool, some, k % 2);
       done += some;

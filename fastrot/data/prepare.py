@@ -41,7 +41,7 @@ import numpy as np
 from fastrot import entry
 from fastrot.config import Refused, Stopped, knob
 from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
-from fastrot.data.sources import Record, Source, open_source, shown
+from fastrot.data.sources import Layout, Record, Source, open_source, shown
 from fastrot.disk import locked, replace_bytes
 
 PART = 10_000  # records a part
@@ -65,8 +65,8 @@ Item = TypeVar("Item")
 class Options:
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
-    source: Literal["imagefolder", "list", "cifar10", "beton"]  # how --root is laid out
-    root: Path  # folder (or list, or prepared file) of the pictures
+    source: Layout  # how --root is laid out
+    root: Path  # folder (or list, archive, prepared file) of the pictures
     out: Path  # the prepared file
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1

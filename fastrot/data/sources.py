@@ -1,7 +1,7 @@
 """Where pictures come from: lists of records (path, label) out of an image folder, a text list, CIFAR-10.
 
-What reads a Source does not care where it came from. Order and labels of an image folder are those of
-torchvision's ImageFolder. Every file is accounted for:
+Archives, shards and parquet files have modules of their own. What reads a Source does not care where it came
+from. Order and labels of an image folder are those of torchvision's ImageFolder. Every file is accounted for:
 
     len(records) + len(rejected) + skipped == seen
 
@@ -15,11 +15,11 @@ import os
 import pickle
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
@@ -58,27 +58,40 @@ class Source:
     numbers: Int64[np.ndarray, " n"] | None = None  # see `image_folder`; None: 0 ... n - 1
     keys: UInt64[np.ndarray, " n"] | None = None  # None: `path_keys` of the records
 
-    def part(self, first: int, stop: int) -> "Source | None":
-        """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
-        return Source(root=self.root, records=self.records[first:stop], classes=(), seen=0)
-
     def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
         """Encoded bytes of record i, or its pixels."""
         path = os.path.join(self.root, self.records[i].path)
         with open(path, "rb", opener=without_waiting) as file:
             return file.read()
 
+    def taken(self, rows: Int64[np.ndarray, " k"]) -> "Source":
+        """The same source with these of its records, in this order."""
+        return replace(self, **self._of_records(rows))
+
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        """What it knows record by record, of these."""
+        return {
+            "records": [self.records[i] for i in rows.tolist()],
+            "numbers": rows if self.numbers is None else self.numbers[rows],
+            "keys": None if self.keys is None else self.keys[rows],
+        }
+
     def shuffled(self, seed: int) -> "Source":
         """The same pictures in a random order, which `seed` and their number alone decide."""
         places = np.arange(len(self.records))
-        order = Shuffled(len(places), seed=seed, epoch=0)[places]
-        numbers = order if self.numbers is None else self.numbers[order]
-        keys = None if self.keys is None else self.keys[order]
-        return replace(self, records=[self.records[i] for i in order], numbers=numbers, keys=keys)
+        return self.taken(Shuffled(len(places), seed=seed, epoch=0)[places])
+
+    def part(self, first: int, stop: int) -> "Source | None":
+        """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
+        part = self.taken(np.arange(first, stop))
+        return replace(part, classes=(), seen=0, skipped=0, rejected=[], numbers=None, keys=None)
+
+
+Layout = Literal["imagefolder", "list", "cifar10", "tar", "zip", "webdataset", "parquet", "beton"]
 
 
 def open_source(
-    kind: Literal["imagefolder", "list", "cifar10", "beton"],
+    kind: Layout,
     root: str | Path,
     *,
     split: str | None = None,
@@ -88,7 +101,7 @@ def open_source(
     """Open a source by the name of its layout: one of the table KINDS."""
     if kind not in KINDS:
         raise Refused(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
-    if not os.path.exists(root):
+    if not os.path.exists(root) and not (KINDS[kind].patterns and "{" in str(root)):
         raise Refused(f"{root} does not exist: give the path of {KINDS[kind].wants}")
     return KINDS[kind].open(Path(root), split=split, label_from=label_from, by_name=by_name)
 
@@ -118,9 +131,66 @@ def image_folder(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
         root = root / split
-    folders, unreadable, entered_twice = _walk(str(root))
+    return not_empty(tree_source(Disk(str(root)), root, label_from, by_name=by_name), root)
+
+
+class Entry(NamedTuple):
+    """What a folder holds under one name."""
+
+    name: str
+    link: bool  # symbolic
+    folder: bool  # or a link to one
+    plain: bool  # a file, and no link
+
+
+@runtime_checkable
+class Tree(Protocol):
+    """Folders and files, on a disk or as an archive would be unpacked. Paths are relative to its root."""
+
+    def place(self, path: str) -> Hashable:
+        """What is the same for two paths of one folder. Raises OSError."""
+        ...
+
+    def entries(self, path: str) -> list[Entry]:
+        """What a folder holds, in the order of names. Raises OSError."""
+        ...
+
+    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+        """What a file is: ("picture" | "skip" | "reject", reason)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A folder as a `Tree`."""
+
+    root: str
+
+    def place(self, path: str) -> Hashable:
+        found = os.stat(os.path.join(self.root, path))
+        return found.st_dev, found.st_ino
+
+    def entries(self, path: str) -> list[Entry]:
+        found = []
+        for entry in sorted(
+            os.scandir(os.path.join(self.root, path)), key=lambda entry: entry.name
+        ):
+            link = entry.is_symlink()  # entry.is_dir() raises at links in a circle
+            folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            found.append(Entry(entry.name, link, folder, entry.is_file(follow_symlinks=False)))
+        return found
+
+    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+        return _look(os.path.join(self.root, path), by_name=by_name, plain=plain)
+
+
+def tree_source(
+    tree: Tree, root: Path, label_from: Literal["folder", "none"], *, by_name: bool = False
+) -> Source:
+    """The pictures of a tree, as `image_folder` says; perhaps none."""
+    folders, unreadable, entered_twice = walk(tree)
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-        verdicts = list(pool.map(lambda folder: folder.look(str(root), by_name), folders))
+        verdicts = list(pool.map(lambda folder: folder.look(tree, by_name), folders))
 
     pictures_in_classes = any(
         kind == "picture"
@@ -130,7 +200,7 @@ def image_folder(
     )
     labelled = label_from == "folder" and pictures_in_classes
     paths = [folder.path for folder in folders] + [path for path, _ in unreadable]
-    tops = sorted({_top(path) for path in paths if path and not _hidden(_top(path))})
+    tops = sorted({_top(path) for path in paths if path and not hidden(_top(path))})
     label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
 
     source = Source(root=root, records=[], classes=tuple(label_of), seen=len(unreadable))
@@ -141,7 +211,7 @@ def image_folder(
         for (name, _), (kind, reason) in zip(folder.files, each, strict=True):
             source.seen += 1
             listed = not stray and name.lower().endswith(TORCHVISION)
-            path = f"{folder.path}/{name}" if folder.path else name
+            path = folder.inside(name)
             if kind == "skip" or stray:
                 source.skipped += 1
             elif kind == "reject":
@@ -153,11 +223,13 @@ def image_folder(
     if entered_twice:  # torchvision lists such pictures again and again
         numbers = [-1] * len(numbers)
     source.numbers = _unless_counted(numbers)
-    return _not_empty(source, root)
+    return source
 
 
 @dataclass(slots=True)
-class _Folder:
+class Folder:
+    """A folder that was walked through."""
+
     path: str  # relative to the root; "" is the root
     files: list[tuple[str, bool]]  # (name, whether it is a plain file) of all that is no folder
     hidden: bool
@@ -166,13 +238,16 @@ class _Folder:
     def top(self) -> str:
         return _top(self.path)
 
-    def look(self, root: str, by_name: bool) -> list[tuple[str, str]]:
+    def inside(self, name: str) -> str:
+        """The path of what it holds under a name."""
+        return f"{self.path}/{name}" if self.path else name
+
+    def look(self, tree: Tree, by_name: bool) -> list[tuple[str, str]]:
         """For each file ("picture" | "skip" | "reject", reason)."""
-        at = os.path.join(root, self.path)
         return [
             ("skip", "")
-            if self.hidden or _hidden(name)
-            else _look(os.path.join(at, name), by_name=by_name, plain=plain)
+            if self.hidden or hidden(name)
+            else tree.look(self.inside(name), by_name=by_name, plain=plain)
             for name, plain in self.files
         ]
 
@@ -182,7 +257,7 @@ def _top(path: str) -> str:
     return path.split("/", 1)[0]
 
 
-def _walk(root: str) -> tuple[list[_Folder], list[tuple[str, str]], bool]:
+def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
     """Folders in torchvision's order; folders that cannot be read; whether one was met a second time.
 
     Links to folders wait until all real folders are entered, hidden folders until all others are: else a
@@ -193,34 +268,32 @@ def _walk(root: str) -> tuple[list[_Folder], list[tuple[str, str]], bool]:
     while linked or concealed:
         within = [(linked or concealed).pop(0)]
         while within:
-            path, hidden = within.pop()
-            at = os.path.join(root, path)
+            path, below_hidden = within.pop()
             try:
-                place = os.stat(at)
-                if (place.st_dev, place.st_ino) in entered:
+                place = tree.place(path)
+                if place in entered:
                     entered_twice = True
                     continue
-                entered.add((place.st_dev, place.st_ino))
-                entries = sorted(os.scandir(at), key=lambda entry: entry.name)
+                entered.add(place)
+                entries = tree.entries(path)
             except OSError as e:
-                if not hidden:
+                if not below_hidden:
                     unreadable.append((path, f"the folder cannot be read ({e.strerror})"))
                 continue
-            files = []
+            folder = Folder(path, [], below_hidden)
             for entry in entries:
-                link = entry.is_symlink()  # entry.is_dir() raises at links in a circle
-                if not (os.path.isdir(entry.path) if link else entry.is_dir()):
-                    files.append((entry.name, entry.is_file(follow_symlinks=False)))
+                if not entry.folder:
+                    folder.files.append((entry.name, entry.plain))
                     continue
-                inside = f"{path}/{entry.name}" if path else entry.name
-                below = hidden or _hidden(entry.name)
-                (concealed if below else linked if link else within).append((inside, below))
-            folders.append(_Folder(path, files, hidden))
+                below = below_hidden or hidden(entry.name)
+                later = concealed if below else linked if entry.link else within
+                later.append((folder.inside(entry.name), below))
+            folders.append(folder)
     folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
     return folders, unreadable, entered_twice
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
 
 
@@ -244,8 +317,16 @@ def _look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
     except OSError as e:
         what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
         return ("reject", f"{what} ({e.strerror})") if named else ("skip", "")
+    return judged(named, head, found.st_size)
+
+
+def judged(named: bool, head: bytes, length: int) -> tuple[str, str]:
+    """What a file of so many bytes is that begins so: ("picture" | "skip" | "reject", reason).
+
+    `named`: its name ends as a picture's.
+    """
     if sniff(head):
-        reason = too_long(found.st_size)
+        reason = too_long(length)
         return ("reject", reason) if reason else ("picture", "")
     if not named or head.startswith(_APPLEDOUBLE):
         return "skip", ""
@@ -308,12 +389,7 @@ def text_list(
     named = [_path_and_label(line) for line in lines if line]
     paths = [path for path, _ in named]
     labels = [label if label_from == "folder" else -1 for _, label in named]
-    highest = max(labels, default=-1)
-    if highest >= MOST_LABELS:
-        raise Refused(
-            f"{root} has the label {highest} ({shown(paths[labels.index(highest)])}): a label is below "
-            f"{MOST_LABELS:,}; --label-from none ignores what stands behind the paths"
-        )
+    classes = numbered(root, labels, lambda i: paths[i])
 
     def look(path: str) -> tuple[str, str]:
         if os.path.isabs(path):
@@ -328,7 +404,7 @@ def text_list(
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
         looked = pool.map(lambda block: [look(path) for path in block], blocks)
         verdicts = list(itertools.chain.from_iterable(looked))
-    source = Source(root=root.parent, records=[], classes=(), seen=len(paths))
+    source = Source(root=root.parent, records=[], classes=classes, seen=len(paths))
     numbers = []
     for number, (path, label, (kind, reason)) in enumerate(
         zip(paths, labels, verdicts, strict=True)
@@ -338,9 +414,19 @@ def text_list(
         else:
             source.records.append(Record(path, label))
             numbers.append(number)
-    source.classes = tuple(map(str, range(highest + 1)))
     source.numbers = _unless_counted(numbers)
-    return _not_empty(source, root)
+    return not_empty(source, root)
+
+
+def numbered(root: Path, labels: list[int], name: Callable[[int], str]) -> tuple[str, ...]:
+    """Class names where there are numbers alone: these. `name(i)`: the picture of label i, for people."""
+    highest = max(labels, default=-1)
+    if highest >= MOST_LABELS:
+        raise Refused(
+            f"{root} has the label {highest} ({shown(name(labels.index(highest)))}): a label is below "
+            f"{MOST_LABELS:,}; --label-from none ignores all labels"
+        )
+    return tuple(map(str, range(highest + 1)))
 
 
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
@@ -417,7 +503,7 @@ def cifar10(
     source.seen = len(source.records)
     if label_from == "none":
         source.classes = ()
-    return _not_empty(source, root)
+    return not_empty(source, root)
 
 
 CIFAR_SPLITS = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -518,6 +604,31 @@ def _beton(root: Path, **how) -> Source:
 class _Kind:
     open: Callable[..., Source]
     wants: str
+    patterns: bool = False  # whether --root may stand for many names
+
+
+def _tar(root: Path, **how) -> Source:
+    from fastrot.data.archives import tar_archives  # it imports this file
+
+    return tar_archives(root, **how)
+
+
+def _zip(root: Path, **how) -> Source:
+    from fastrot.data.archives import zip_archives
+
+    return zip_archives(root, **how)
+
+
+def _webdataset(root: Path, **how) -> Source:
+    from fastrot.data.shards import webdataset
+
+    return webdataset(root, **how)
+
+
+def _parquet(root: Path, **how) -> Source:
+    from fastrot.data.parquet import parquet_files
+
+    return parquet_files(root, **how)
 
 
 KINDS = {
@@ -525,6 +636,12 @@ KINDS = {
     "list": _Kind(text_list, "a text file that names pictures"),
     "cifar10": _Kind(cifar10, "the folder cifar-10-batches-py"),
     "beton": _Kind(_beton, "a .beton file, or the folder of its parts"),
+    "tar": _Kind(_tar, "a tar, or of a folder of tars"),
+    "zip": _Kind(_zip, "a zip, or of a folder of zips"),
+    "webdataset": _Kind(
+        _webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True
+    ),
+    "parquet": _Kind(_parquet, "a folder of parquet files with pictures in them"),
 }
 
 
@@ -534,11 +651,11 @@ def _unless_counted(numbers: list[int]) -> Int64[np.ndarray, " n"] | None:
     return None if (array == np.arange(len(array))).all() else array
 
 
-def _not_empty(source: Source, root: Path) -> Source:
+def not_empty(source: Source, root: Path) -> Source:
     if source.records:
         return source
     if not source.seen:
-        raise Refused(f"{root} is empty: give a folder or a list with pictures in it")
+        raise Refused(f"{root} is empty: give a path with pictures in it")
     first = source.rejected[:1]
     why = "".join(f" ({shown(path) or 'the root'}: {reason})" for path, reason in first)
     raise Refused(

@@ -91,9 +91,7 @@ class Jpeg {
 
   // Decode no more columns than wanted: the first one that is.
   JDIMENSION crop(const Box& box, int64_t width) {
-    int64_t left = std::max<int64_t>(box.x - 2, 0), right = std::min(box.x + box.w + 2, width);
-    right = std::max(right, std::min(left + 8, width));  // a narrower one would be smoothed in another way
-    left = std::min(left, std::max<int64_t>(right - 8, 0));
+    const int64_t left = std::max<int64_t>(box.x - 2, 0), right = std::min(box.x + box.w + 2, width);
     if (left == 0 && right == width) return 0;
     JDIMENSION from = JDIMENSION(left), count = JDIMENSION(right - left);
     jpeg_crop_scanline(&info_, &from, &count);

@@ -32,8 +32,8 @@ CHANGES = {
 
 
 def convert(**how) -> None:
-    options = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=5)
-    write.convert(write.PackOptions(**options | how), part=3)
+    options = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=4)
+    write.convert(write.PackOptions(**options | how), part=2)
 
 
 def child(do) -> int:

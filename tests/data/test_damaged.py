@@ -36,10 +36,13 @@ def both(pictures, tmp_path_factory):
         folders = open_data(pictures), open_data(at / "folder")
     (at / "folder" / folders[0].name(5)).write_bytes(b"no longer a picture")
     (at / "folder" / folders[0].name(20)).unlink()
-    return {"beton": (whole, Beton(damaged)), "folder": folders}
+    in_python = Beton(out), Beton(damaged)
+    for each in in_python:
+        each.native = False
+    return {"beton": (whole, Beton(damaged)), "beton-in-python": in_python, "folder": folders}
 
 
-@pytest.fixture(params=["beton", "folder"])
+@pytest.fixture(params=["beton", "beton-in-python", "folder"])
 def pair(request, both):
     return both[request.param]
 

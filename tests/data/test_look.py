@@ -11,6 +11,7 @@ from plain_beton import write_beton
 from truth import photo
 
 from fastrot.data.beton import write
+from fastrot.data.pack.write import write_pack
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"
 
@@ -151,6 +152,45 @@ def test_a_set_without_one_part_is_refused(look, ours, capsys):
         file.truncate(9000)
     assert look.main([str(ours), "--verify"]) == 2
     assert f"{part} is cut short" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pack(tmp_path) -> Path:
+    photos = [photo(i, 60, 70 + i) for i in range(20)]
+    return write_pack(
+        tmp_path / "a.pack", photos, [i % 3 for i in range(20)], classes=["cat", "dog", "fox"]
+    )
+
+
+def test_a_pack_is_told_and_drawn(look, pack, capsys):
+    assert look.main([str(pack), "--size", "40", "--verify"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "20 pictures",
+        f"of ycc: {sum(8 * -(-(70 + i) // 8) for i in range(20)):,} tiles of 8x8 pixels",
+        "encoding ycc",
+        "20 seen, 0 rejected",
+        "fox",
+        "all whole",
+    ):
+        assert words in said
+    with Image.open(pack.parent / "a.pack-look.png") as sheet:
+        assert min(sheet.size) > 4 * 40
+
+
+def test_damaged_stretches_of_a_pack_are_named(look, pack, capsys):
+    """With the pictures in them: here all of the only one."""
+    data = bytearray((pack / "tiles.npy").read_bytes())
+    data[1000] ^= 1
+    (pack / "tiles.npy").write_bytes(data)
+    assert look.main([str(pack), "--verify"]) == 1
+    said = capsys.readouterr()
+    assert "bytes 0 to 67,108,864 of tiles.npy: row 0 (00000000) to row 19 (00000019)" in said.err
+    assert "1 stretch DAMAGED" in said.out
+    assert look.main([str(pack)]) == 1  # the sheet meets it too
+    (pack / "first.npy").unlink()
+    assert look.main([str(pack)]) == 2
+    assert "first.npy is missing" in capsys.readouterr().err
 
 
 def test_names_of_rows_are_those_of_their_lines(ours):

@@ -14,7 +14,7 @@ from truth import DATA, photo
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord
 from fastrot.data.beton.manifest import sealed
-from fastrot.data.pack import layout, read, write
+from fastrot.data.pack import bc4, layout, read, write
 from fastrot.data.pack.read import PackFile, open_pack
 from fastrot.data.pack.write import write_pack
 from fastrot.data.pictures import decode, shrink
@@ -45,13 +45,13 @@ def test_any_block_decodes_as_texture2ddecoder_decodes_it():
     blocks[:500, 1] = blocks[:500, 0]
     eight = blocks[:, 0] > blocks[:, 1]
     assert 20_000 < eight.sum() < 40_000  # both palettes
-    np.testing.assert_array_equal(layout.samples_of(blocks), referee(blocks))
+    np.testing.assert_array_equal(bc4.decode(blocks), referee(blocks))
 
 
 def test_blocks_of_real_pictures_decode_as_texture2ddecoder_decodes_them():
     for picture in real_pictures(12):
         blocks = layout.encode(picture, "ycc").reshape(-1, 8)
-        np.testing.assert_array_equal(layout.samples_of(blocks), referee(blocks))
+        np.testing.assert_array_equal(bc4.decode(blocks), referee(blocks))
 
 
 def test_real_pictures_keep_their_looks():
@@ -62,6 +62,54 @@ def test_real_pictures_keep_their_looks():
     ]
     squares = sum(np.square(each).sum() for each in apart)
     assert 10 * np.log10(255**2 * sum(p.size for p in pictures) / squares) > 34
+
+
+def blocks_of(plane: np.ndarray) -> np.ndarray:
+    """Its blocks' samples, int [n, 16]."""
+    height, width = plane.shape
+    cut = plane.reshape(height // 4, 4, width // 4, 4).swapaxes(1, 2)
+    return cut.reshape(-1, 16).astype(np.int64)
+
+
+def test_coded_samples_are_near_and_small_ranges_exact():
+    """At the mean, half a step of the block and what rounding takes; eight levels and fewer lose nothing."""
+    draw = np.random.default_rng(4)
+    low, spread = draw.integers(0, 256, (2, 32, 32, 1, 1))
+    plane = (low + draw.integers(0, spread + 1, (32, 32, 4, 4))).clip(0, 255)
+    plane = plane.swapaxes(1, 2).reshape(128, 128).astype(np.uint8)
+    wanted, got = blocks_of(plane), bc4.decode(bc4.encode(plane).reshape(-1, 8)).astype(int)
+    ranges = np.ptp(wanted, axis=1)
+    assert (ranges < 8).sum() > 20
+    np.testing.assert_array_equal(got[ranges < 8], wanted[ranges < 8])
+    apart = np.square(got - wanted).sum(axis=1)
+    assert (apart <= 16 * np.square(ranges / 14 + 1)).all()
+
+
+def test_coding_is_nearly_the_best_there_is():
+    """Against a search over all pairs of end points, and against the extremes as ends."""
+    plane = np.concatenate([p.mean(axis=2)[:64, :64] for p in real_pictures(3)]).astype(np.uint8)
+    wanted = blocks_of(plane)
+    spread = np.argsort(np.ptp(wanted, axis=1))[-200::10]
+    got = bc4.decode(bc4.encode(plane).reshape(-1, 8)).astype(int)
+    ours = np.square(got - wanted).sum(axis=1)[spread]
+    best, extremes = [], []
+    for x in wanted[spread]:
+        e0, e1 = np.mgrid[x.min() : x.max() + 1, x.min() : x.max() + 1].reshape(2, -1)
+        e0, e1 = e0[e0 > e1], e1[e0 > e1]
+        palette = ((7 - np.arange(8)) * e0[:, None] + np.arange(8) * e1[:, None]) // 7
+        errors = np.square(x[None, :, None] - palette[:, None]).min(axis=2).sum(axis=1)
+        best.append(errors.min())
+        extremes.append(errors[(e0 == x.max()) & (e1 == x.min())][0])
+    assert (ours >= best).all()  # else the search is wrong
+    assert (ours <= extremes).all()
+    assert ours.sum() < sum(extremes) - 0.4 * (sum(extremes) - sum(best))
+
+
+def test_coding_is_whole_numbers():
+    """The same bytes on every machine."""
+    draw = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    tiles = layout.encode(draw // np.arange(1, 33, dtype=np.uint8).repeat(3)[:, None], "ycc")
+    assert zlib.crc32(tiles.tobytes()) == 4134156170
 
 
 def test_colours_are_those_of_jpeg():

@@ -17,12 +17,13 @@ numbers: every decoder gives the same bits.
 YCbCr is JPEG's (full-range BT.601), in 16-bit fixed point with libjpeg's constants, both ways.
 """
 
-import functools
 from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
+
+from fastrot.data.pack import bc4
 
 VERSION = 1
 META = "meta.json"
@@ -32,11 +33,6 @@ Encoding: TypeAlias = Literal["ycc", "raw"]
 BODY = {"ycc": "tiles.npy", "raw": "pixels.npy"}  # the array that holds the pictures
 LENGTH = {"ycc": "tiles", "raw": "pixels"}  # how meta.json calls its length
 WIDTH = {"ycc": 48, "raw": 3}  # bytes of a row of it
-
-# the palette of a block whose first end point is the larger, and of all others: (first e0 + second e1) // of
-_EIGHT = np.array([[7, 0, 6, 5, 4, 3, 2, 1], [0, 7, 1, 2, 3, 4, 5, 6]], np.int32)
-_SIX = np.array([[5, 0, 4, 3, 2, 1, 0, 0], [0, 5, 1, 2, 3, 4, 0, 0]], np.int32)
-_ENDS = np.array([0, 0, 0, 0, 0, 0, 0, 255], np.int32)  # which has black and white besides
 
 
 def arrays(encoding: str) -> dict[str, tuple[np.dtype, int | None]]:
@@ -88,10 +84,10 @@ def _tiles(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "t 48"]:
         picture = cv2.copyMakeBorder(picture, 0, below, 0, beside, cv2.BORDER_REPLICATE)
     down, right = picture.shape[0] // SIDE, picture.shape[1] // SIDE
     tiles = np.empty((down, right, WIDTH["ycc"]), np.uint8)
-    luma = _bc4(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
+    luma = bc4.encode(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
     quads = luma.reshape(down, 2, right, 2, 8).swapaxes(1, 2)
     tiles[..., :32].reshape(down, right, 2, 2, 8)[:] = quads
-    chroma = _bc4(_chroma(picture))  # Cb above Cr
+    chroma = bc4.encode(_chroma(picture))  # Cb above Cr
     tiles[..., 32:40], tiles[..., 40:] = chroma[:down], chroma[down:]
     return tiles.reshape(-1, WIDTH["ycc"])
 
@@ -109,44 +105,15 @@ def _chroma(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w2"]:
     return np.minimum(np.concatenate([cb, cr]), 255).astype(np.uint8)
 
 
-def _bc4(plane: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h4 w4 8"]:
-    """The blocks of a plane whose sides are multiples of 4."""
-    import etcpak
-
-    height, width = plane.shape
-    four = cv2.cvtColor(plane, cv2.COLOR_GRAY2BGRA)  # etcpak reads the first of four channels
-    data = etcpak.compress_bc4(four.tobytes(), width, height)
-    return np.frombuffer(data, np.uint8).reshape(height // 4, width // 4, 8)
-
-
 # ---- tiles to pixels ----
 
 
 def pixels_of(tiles: UInt8[np.ndarray, "t 48"]) -> UInt8[np.ndarray, "t 8 8 3"]:
     """The 8x8 pixels of each tile."""
-    samples = samples_of(tiles.reshape(-1, 8)).reshape(-1, 6, 4, 4).astype(np.int32)
+    samples = bc4.decode(tiles.reshape(-1, 8)).reshape(-1, 6, 4, 4).astype(np.int32)
     y = samples[:, :4].reshape(-1, 2, 2, 4, 4).swapaxes(2, 3).reshape(-1, 8, 8)
     cb, cr = (samples[:, i].repeat(2, axis=1).repeat(2, axis=2) - 128 for i in (4, 5))
     red = y + ((91881 * cr + 32768) >> 16)
     green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
     blue = y + ((116130 * cb + 32768) >> 16)
     return np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
-
-
-def samples_of(blocks: UInt8[np.ndarray, "n 8"]) -> UInt8[np.ndarray, "n 16"]:
-    """The 4x4 samples of each BC4 block, row by row: what texture2ddecoder gives, to the bit."""
-    ends = blocks[:, :2]
-    palette = _palettes()[ends[:, 0], ends[:, 1]]
-    bits = np.zeros((len(blocks), 8), np.uint8)
-    bits[:, :6] = blocks[:, 2:]
-    choices = bits.view("<u8") >> np.arange(0, 48, 3, dtype=np.uint64) & np.uint64(7)
-    return np.take_along_axis(palette, choices.astype(np.intp), axis=1)
-
-
-@functools.cache
-def _palettes() -> UInt8[np.ndarray, "256 256 8"]:
-    """By both end points: half a megabyte."""
-    e0, e1 = np.arange(256, dtype=np.int32)[:, None, None], np.arange(256, dtype=np.int32)[:, None]
-    eight = (_EIGHT[0] * e0 + _EIGHT[1] * e1) // 7
-    six = (_SIX[0] * e0 + _SIX[1] * e1) // 5 + _ENDS
-    return np.where(e0 > e1, eight, six).astype(np.uint8)

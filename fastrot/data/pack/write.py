@@ -255,7 +255,6 @@ class PackForm(conversion.Form):
 
     suffix = ".tiles"
     row_bytes = sum(np.dtype(kind).itemsize for kind in ("i8", "i8", "u8"))  # first, label, key
-    packages = ("numpy", "simplejpeg", "etcpak")
     options: PackOptions
 
     @property

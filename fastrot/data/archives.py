@@ -1,0 +1,486 @@
+"""Pictures inside of tars and zips as a Source: nothing is unpacked.
+
+A listing is that of the unpacked tree, of which `Members` is the picture: same records, same order, same
+labels, same keys as `image_folder` gives where an archive was unpacked. A folder of archives is as if each had
+been unpacked into a folder of its own name, without .tar or .zip. As unpacking would have it, the last of
+several members of one name wins, and links are followed; those that lead out of the archives are rejected.
+
+Workers read by themselves: a part of an `Archives` carries the places of its own pictures, and each process
+opens an archive once.
+"""
+
+import dataclasses
+import errno
+import os
+import threading
+import zlib
+from array import array
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from fastrot.config import Refused
+from fastrot.data.members import LONGEST_NAME, Member, tar_members, zip_members
+from fastrot.data.sources import (
+    SUFFIXES,
+    Disk,
+    Entry,
+    Source,
+    hidden,
+    judged,
+    not_empty,
+    shown,
+    sniff,
+    tree_source,
+    walk,
+    without_waiting,
+)
+
+PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
+    [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
+)  # a deflated one has `length` when inflated; crc: -1 where none is known
+_DEFLATED = 2**32  # is added to the crc of a deflated one
+_OPEN = 32  # archives that a thread holds open
+_FOLLOWED = 40  # links on the way to one file, as the kernel has it
+
+
+# ---- reading ----
+
+
+class Archive(NamedTuple):
+    """A file as it was when it was listed."""
+
+    path: str
+    size: int
+    changed: int  # ns
+
+    @classmethod
+    def at(cls, path: Path) -> "Archive":
+        found = os.stat(path)
+        return cls(str(path), found.st_size, found.st_mtime_ns)
+
+
+@dataclass(kw_only=True)
+class Archives(Source):
+    """Pictures inside of archives."""
+
+    files: list[Archive]
+    places: np.ndarray  # PLACE, of each record
+
+    def read(self, i: int) -> bytes:
+        """Encoded bytes of record i. Raises BadPicture where a zip's are damaged."""
+        file, offset, stored, length, crc = self.places[i].tolist()
+        data = _bytes(self.files[file], offset, stored)
+        return data if crc < 0 else _checked(data, length, crc)
+
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        return {**super()._of_records(rows), "places": self.places[rows]}
+
+    def part(self, first: int, stop: int) -> Source | None:
+        part = super().part(first, stop)
+        assert isinstance(part, Archives)
+        part.files, part.places["file"] = used_only(part.files, part.places["file"])
+        return part
+
+
+def used_only(
+    files: list[Archive], of: Int64[np.ndarray, " n"]
+) -> tuple[list[Archive], Int64[np.ndarray, " n"]]:
+    """The files that records are in, and of each record the number of its file among these."""
+    used, of = np.unique(of, return_inverse=True)
+    return [files[i] for i in used.tolist()], of.astype(np.int64)
+
+
+def _checked(data: bytes, length: int, crc: int) -> bytes:
+    from fastrot.data.pictures import BadPicture  # it needs more than a listing does
+
+    if crc >= _DEFLATED:
+        try:
+            data = zlib.decompressobj(-15).decompress(data, length + 1)
+        except zlib.error:
+            raise BadPicture("its bytes in the zip are damaged: they cannot be inflated") from None
+    if len(data) != length or zlib.crc32(data) != crc % _DEFLATED:
+        raise BadPicture("its bytes in the zip are damaged: length or checksum is wrong")
+    return data
+
+
+_held = threading.local()  # archives by path, opened
+
+
+def _bytes(archive: Archive, offset: int, count: int) -> bytes:
+    file = _opened(archive)
+    data = os.pread(file, count, offset)
+    while len(data) < count:  # a single read gives 2 GB at most
+        more = os.pread(file, count - len(data), offset + len(data))
+        if not more:
+            raise changed(archive)
+        data += more
+    return data
+
+
+def _opened(archive: Archive) -> int:
+    held = _held.__dict__.setdefault("files", {})
+    if archive not in held:
+        if len(held) >= _OPEN:
+            os.close(held.pop(next(iter(held))))
+        try:
+            file = without_waiting(archive.path, os.O_RDONLY)
+        except OSError as e:  # else each of its pictures would be rejected by itself
+            raise OSError(errno.EIO, f"{archive.path}: {e.strerror}") from None
+        found = os.fstat(file)
+        if (found.st_size, found.st_mtime_ns) != archive[1:]:
+            os.close(file)
+            raise changed(archive)
+        held[archive] = file
+    return held[archive]
+
+
+def changed(archive: Archive) -> OSError:
+    return OSError(errno.EIO, f"{archive.path} has changed since it was listed")
+
+
+# ---- the tree that unpacking would give ----
+
+
+@dataclass(slots=True)
+class _Inside:
+    """What a folder holds, by name."""
+
+    files: dict[str, int] = field(default_factory=dict)  # number of a place; _SPECIAL
+    links: dict[str, str] = field(default_factory=dict)  # where to
+    folders: set[str] = field(default_factory=set)
+
+    def replace(self, name: str, file: int | None = None, link: str | None = None) -> None:
+        self.files.pop(name, None)
+        self.links.pop(name, None)
+        if file is not None:
+            self.files[name] = file
+        if link is not None:
+            self.links[name] = link
+
+
+_SPECIAL = -1  # a device or pipe
+
+
+class LeadsOut(OSError):
+    """A path that no unpacked archive holds."""
+
+
+class Members:
+    """Members of archives as the `Tree` that unpacking them would give."""
+
+    def __init__(self):
+        self.archives: list[Archive] = []
+        self.rejected: list[
+            tuple[str, str]
+        ] = []  # (path, reason) of what unpacking could not place
+        self._top = ""  # the folder that is the root
+        self._inside = {"": _Inside()}  # by the folder's path, without links in it
+        self._places = array("q")  # PLACE after PLACE
+        self._named: list[tuple[str, str]] = []  # of each place: what it is under a picture's name
+        self._sniffed = bytearray()  # and whether that holds under any name
+
+    def add(self, folder: str, member: Member) -> str | None:
+        """Put a member of the latest archive below a folder; its path, None where that cannot be."""
+        path = _below(folder, member.path)
+        reason = (
+            "its name leads out of the archive" if path is None else self._add(folder, path, member)
+        )
+        if reason is None:
+            return path
+        self.rejected.append((shown(path or member.path), reason))
+        return None
+
+    def _add(self, folder: str, path: str, member: Member) -> str | None:
+        """Put a member at a path; why not, where that cannot be."""
+        if len(path) > LONGEST_NAME:
+            return (
+                f"its name has {len(path):,} characters: no system takes more than {LONGEST_NAME:,}"
+            )
+        if "\0" in path:
+            return "its name has a zero byte"
+        if member.kind == "folder":
+            return None if self._folder(path) else "a file or link has its name"
+        parent, _, name = path.rpartition("/")
+        inside = self._inside.get(parent) or self._folder(parent)
+        if inside is None:
+            return "it is in a file or link"
+        if not name or name in inside.folders:
+            return "a folder has its name"
+        if member.kind == "link":
+            inside.replace(name, link=member.target)
+        elif member.kind == "special":
+            inside.replace(name, file=_SPECIAL)
+        elif member.kind == "file":
+            inside.replace(name, file=self._place(member))
+        else:
+            return self._hard_link(_below(folder, member.target), inside, name)
+        return None
+
+    def _folder(self, path: str) -> _Inside | None:
+        """The folder of a path, made with all above it; None where a file or link is in the way."""
+        missing = []
+        while path not in self._inside:
+            path, _, name = path.rpartition("/")
+            missing.append(name)
+        inside = self._inside[path]
+        for name in reversed(missing):
+            if name in inside.files or name in inside.links:
+                return None
+            inside.folders.add(name)
+            path = _join(path, name)
+            inside = self._inside[path] = _Inside()
+        return inside
+
+    def _place(self, member: Member) -> int:
+        crc = member.crc + _DEFLATED if member.deflated else member.crc
+        self._places.extend(
+            (len(self.archives) - 1, member.offset, member.stored, member.length, crc)
+        )
+        largest = max(member.stored, member.length)
+        if member.fault:
+            self._named.append(("reject", member.fault))
+            self._sniffed.append(False)
+        else:
+            self._named.append(judged(True, member.head, largest))
+            picture = self._named[-1][0] == "picture"
+            self._sniffed.append(picture or sniff(member.head) is not None)
+        return len(self._named) - 1
+
+    def _hard_link(self, target: str | None, inside: _Inside, name: str) -> str | None:
+        parent, _, other = (target or "").rpartition("/")
+        there = self._inside.get(parent, _Inside())
+        if other in there.files:
+            inside.replace(name, file=there.files[other])
+        elif other in there.links:
+            inside.replace(name, link=there.links[other])
+        else:
+            return (
+                f"it is a hard link to {shown(target or 'no file')}, which does not come before it"
+            )
+        return None
+
+    def enter(self, split: str, root: Path) -> None:
+        """Make a folder the root of all paths. Raises Refused where there is none; `root` is for the sentence."""
+        there = ", ".join(sorted(self._inside[""].folders)) or "none"
+        self._top = _below("", split) or ""
+        if not self._is_folder(""):
+            raise Refused(
+                f"--split {split} got no folder of that name in {root}; there are: {there}"
+            )
+        inside = f"{self._top}/"
+        self.rejected = [
+            (path.removeprefix(inside), reason)
+            for path, reason in self.rejected
+            if path.startswith(inside)
+        ]
+
+    def place_of(self, path: str) -> int:
+        """The number of a file's place. Raises OSError."""
+        real = self._real(path)
+        parent, _, name = real.rpartition("/")
+        if name not in self._inside[parent].files:
+            raise _not_there(errno.EISDIR)
+        return self._inside[parent].files[name]
+
+    def places(self, numbers: list[int]) -> np.ndarray:
+        return np.frombuffer(self._places, PLACE)[numbers]
+
+    # as a Tree
+
+    def place(self, path: str) -> Hashable:
+        return self._real(path)
+
+    def entries(self, path: str) -> list[Entry]:
+        inside = self._inside[self._real(path)]
+        found = [Entry(name, False, False, True) for name in inside.files]
+        found += [Entry(name, False, True, False) for name in inside.folders]
+        found += [
+            Entry(name, True, self._is_folder(_join(path, name)), False) for name in inside.links
+        ]
+        return sorted(found)
+
+    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+        named = path.lower().endswith(SUFFIXES)
+        try:
+            number = self.place_of(path)
+        except LeadsOut:
+            return "reject", "it is a link that leads out of the archive"
+        except OSError as e:
+            reason = f"it is a broken link ({e.strerror})"
+            return ("reject", reason) if named else ("skip", "")
+        if number == _SPECIAL:
+            return "skip", ""
+        if named or self._sniffed[number]:
+            return self._named[number]
+        if path.lower().endswith((".tar", ".zip", *_COMPRESSED_TARS)):
+            return "reject", "it is an archive in an archive, which is not entered: unpack that"
+        return "skip", ""
+
+    def _is_folder(self, path: str) -> bool:
+        try:
+            return self._real(path) in self._inside
+        except OSError:
+            return False
+
+    def _real(self, path: str) -> str:
+        """A path below the top without links, from the root of all. Raises OSError."""
+        path = _join(self._top, path)
+        parent, _, name = path.rpartition("/")
+        if path in self._inside or name in self._inside.get(parent, _NOTHING).files:
+            return path
+        done, ahead, followed = "", path.split("/")[::-1], 0
+        while ahead:
+            name = ahead.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                if not done:
+                    raise LeadsOut
+                done = done.rpartition("/")[0]
+                continue
+            inside = self._inside.get(done)
+            if inside is None:
+                raise _not_there(errno.ENOTDIR)
+            if name in inside.links:
+                followed += 1
+                if followed > _FOLLOWED:
+                    raise _not_there(errno.ELOOP)
+                if inside.links[name].startswith("/"):
+                    raise LeadsOut
+                ahead += inside.links[name].split("/")[::-1]
+            elif name in inside.folders or name in inside.files:
+                done = _join(done, name)
+            else:
+                raise _not_there(errno.ENOENT)
+        return done
+
+
+_NOTHING = _Inside()
+
+
+def _not_there(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
+
+
+def _below(folder: str, path: str) -> str | None:
+    """A member's path below a folder, without what unpacking leaves out; None: it leads out of it."""
+    if path[:1] in ("", "/", ".") or "//" in path or "/." in path or path[-1] == "/":
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            return None
+        path = "/".join(parts)
+    return _join(folder, path)
+
+
+# ---- the layouts ----
+
+
+def tar_archives(
+    root: Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Pictures in a tar, or in the tars of a folder; as `image_folder` lists what they unpack to.
+
+    `by_name` changes nothing: first bytes come with the headers.
+    """
+    return _tree_of(root, ".tar", tar_members, split, label_from)
+
+
+def zip_archives(
+    root: Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Pictures in a zip, or in the zips of a folder; as `image_folder` lists what they unpack to.
+
+    `by_name` changes nothing: the first bytes are looked at all the same.
+    """
+    return _tree_of(root, ".zip", zip_members, split, label_from)
+
+
+def _tree_of(
+    root: Path,
+    suffix: str,
+    members: Callable[[Path], Iterator[Member]],
+    split: str | None,
+    label_from: Literal["folder", "none"],
+) -> Source:
+    tree, found = Members(), archives_in(root, suffix)
+    for path, folder in found.archives:
+        if split is None or _meet(folder, split):
+            tree.archives.append(Archive.at(path))
+            for member in members(path):
+                tree.add(folder, member)
+    if split is not None:
+        tree.enter(split, root)
+    others = [path for path in found.others if split is None or path.startswith(f"{split}/")]
+    source = with_places(tree, tree_source(tree, root, label_from))
+    source.rejected += [*found.unreadable, *tree.rejected]
+    source.seen += len(found.unreadable) + len(tree.rejected) + len(others)
+    source.skipped += len(others)
+    return not_empty(source, root)
+
+
+class Found(NamedTuple):
+    """The archives at a path."""
+
+    archives: list[tuple[Path, str]]  # and the folder that each would be unpacked into
+    others: list[str]  # files beside them
+    unreadable: list[tuple[str, str]]  # folders, and why
+
+
+def archives_in(root: Path, suffix: str) -> Found:
+    """A file, whatever its name; or all files of a folder, and of those in it, that are so named."""
+    if root.is_file():
+        return Found([(root, "")], [], [])
+    folders, unreadable, _ = walk(Disk(str(root)))
+    found = Found([], [], unreadable)
+    for folder in folders:
+        for name, _ in folder.files:
+            path, lower = folder.inside(name), name.lower()
+            if folder.hidden or hidden(name) or not os.path.isfile(root / path):
+                found.others.append(path)
+            elif lower.endswith(suffix):
+                found.archives.append((root / path, path[: -len(suffix)]))
+            elif suffix == ".tar" and lower.endswith(_COMPRESSED_TARS):
+                raise Refused(
+                    f"{root / path} is compressed, so that its pictures cannot be reached one by one: "
+                    "decompress it to a .tar first, or move it away"
+                )
+            else:
+                found.others.append(path)
+    if not found.archives:
+        raise Refused(f"{root} holds no file named *{suffix}: look at the path, or at --source")
+    return found
+
+
+_COMPRESSED_TARS = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.lz4", ".tar.lzma", ".tar.z"),
+)
+
+
+def _meet(folder: str, split: str) -> bool:
+    """Whether one of two folders is in the other."""
+    return all(a == b for a, b in zip(folder.split("/"), split.split("/"), strict=False) if a)
+
+
+def with_places(tree: Members, source: Source) -> Archives:
+    """A tree's source that can read its pictures."""
+    known = {each.name: getattr(source, each.name) for each in dataclasses.fields(Source)}
+    numbers = [tree.place_of(record.path) for record in source.records]
+    return Archives(**known, files=tree.archives, places=tree.places(numbers))

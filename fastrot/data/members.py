@@ -1,0 +1,386 @@
+"""What lies where in a tar or a zip: headers are read, the bytes of pictures are not.
+
+A listing is never short without a word. A tar that ends before its two empty blocks was cut, and is refused
+with the place; so is a header whose checksum is wrong, and a zip whose table of contents is damaged. Of a tar
+are read: ustar, GNU's long names and base-256 numbers, pax headers, hard and symbolic links. Tars in a tar are
+entered, as folders of their names without .tar (ImageNet's ILSVRC2012_img_train.tar). Compressed tars are
+refused: a picture in the middle of one cannot be reached.
+"""
+
+import errno
+import os
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+from fastrot.config import Refused
+from fastrot.data.sources import hidden, shown, without_waiting
+from fastrot.disk import named
+
+BLOCK = 512  # bytes; a tar is made of these
+LONGEST_NAME = 4096  # bytes; no system takes a longer path
+MOST_EXTENDED = 2**20  # bytes of an extended header
+_AHEAD = 2 * BLOCK  # bytes read at once: a header, and where the member begins
+
+
+class Member(NamedTuple):
+    """A file, folder or link of an archive."""
+
+    path: str  # as the archive has it; odd bytes as surrogates
+    kind: Literal["file", "folder", "link", "hard link", "special"]
+    offset: int = 0  # of its bytes in the archive
+    stored: int = 0  # bytes there
+    length: int = 0  # bytes of the file
+    head: bytes = b""  # its first bytes
+    target: str = ""  # of a link
+    deflated: bool = False
+    crc: int = -1  # crc32 of the file; -1: unknown
+    fault: str = ""  # why it cannot be read
+
+
+# ---- tars ----
+
+
+def tar_members(path: Path, *, nested: bool = True) -> Iterator[Member]:
+    """Members of a tar in their order; `nested`: tars in it are entered.
+
+    Raises Refused where it is no tar, compressed, cut or damaged.
+    """
+    file = without_waiting(os.fspath(path), os.O_RDONLY)
+    try:
+        with named(path):
+            stop = os.fstat(file).st_size
+            yield from _Tar(file, str(path), 0, stop, "", nested).members()
+    finally:
+        os.close(file)
+
+
+class _Tar:
+    """A tar from byte `start` to `stop` of an open file. `name` stands for it in sentences, `folder` in paths."""
+
+    def __init__(self, file: int, name: str, start: int, stop: int, folder: str, nested: bool):
+        self.file, self.name, self.start, self.stop = file, name, start, stop
+        self.folder, self.nested = folder, nested
+
+    def members(self) -> Iterator[Member]:
+        at, lasting, passing = self.start, {}, {}
+        while True:
+            block = os.pread(self.file, min(_AHEAD, self.stop - at), at)
+            header = block[:BLOCK]
+            if header == _EMPTY:
+                at = self._behind_end(at)
+                if at is None:
+                    return
+                continue
+            if len(header) < BLOCK:
+                self._cut(at)
+            kind, size = self._kind_and_size(header, at)
+            if kind in b"xXgLK":
+                words, at = self._extended(at, size)
+                if kind in b"LK":
+                    passing["path" if kind == b"L" else "linkpath"] = _until_zero(words)
+                else:
+                    (lasting if kind == b"g" else passing).update(self._pax(words, at))
+                continue
+            known = {**lasting, **passing}
+            passing = {}
+            if "size" in known:
+                size = self._pax_size(known["size"], at)
+            if kind in b"123456":
+                size = 0  # what is said of links and folders takes no room
+            first = self._behind_map(header, at) if kind == b"S" else at + BLOCK
+            path = known.get("GNU.sparse.name") or known.get("path") or _name(header)
+            head = block[BLOCK : BLOCK + size] if first == at + BLOCK else b""
+            at = first + -(-size // BLOCK) * BLOCK
+            if at > self.stop:
+                self._cut(first, path)
+            yield from self._member(header, kind, path, known, first, size, head)
+
+    def _member(
+        self,
+        header: bytes,
+        kind: bytes,
+        path: str,
+        known: dict[str, str],
+        first: int,
+        size: int,
+        head: bytes,
+    ) -> Iterator[Member]:
+        """A header's member, or those of the tar that it is."""
+        if kind == b"V":  # the name of the whole
+            return
+        inside = f"{self.folder}/{path}" if self.folder else path
+        if kind in b"5D" or (kind in b"\0" + b"0" and path.endswith("/")):
+            yield Member(inside, "folder")
+        elif kind in b"346":
+            yield Member(inside, "special")
+        elif kind in b"12":
+            target = known.get("linkpath") or _until_zero(header[157:257])
+            if kind == b"1" and self.folder:
+                target = f"{self.folder}/{target}"
+            yield Member(inside, "hard link" if kind == b"1" else "link", target=target)
+        elif kind in b"SM" or any(key.startswith("GNU.sparse") for key in known):
+            fault = "it goes on from another volume" if kind == b"M" else "it is stored sparse"
+            yield Member(inside, "file", first, size, size, fault=fault)
+        elif self.nested and path.lower().endswith(".tar") and not _in_hidden(path):
+            name = f"{shown(path)} in {self.name}"
+            yield from _Tar(self.file, name, first, first + size, inside[:-4], False).members()
+        else:
+            yield Member(inside, "file", first, size, size, head)
+
+    def _kind_and_size(self, header: bytes, at: int) -> tuple[bytes, int]:
+        """What a header announces, and how many bytes follow it, once its checksum is right."""
+        said = _number(header[148:156])
+        total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        size = _number(header[124:136])
+        if said is None or size is None or (said != total and said != _signed(header)):
+            self._damaged(at)
+        return header[156:157], size
+
+    def _extended(self, at: int, size: int) -> tuple[bytes, int]:
+        """The words of an extended header, and where the next header is."""
+        if size > MOST_EXTENDED:
+            self._damaged(at)
+        first = at + BLOCK
+        behind = first + -(-size // BLOCK) * BLOCK
+        if behind > self.stop:
+            self._cut(at)
+        return os.pread(self.file, size, first), behind
+
+    def _pax(self, words: bytes, at: int) -> dict[str, str]:
+        """Lines "LENGTH KEY=VALUE" of a pax header that ends at byte `at`."""
+        found, place = {}, 0
+        while place < len(words) and words[place]:
+            length = _LENGTH.match(words, place)
+            behind = place + int(length[1]) if length else 0
+            if length is None or not length.end() < behind <= len(words):
+                self._damaged(at)
+            key, _, value = words[length.end() : behind - 1].partition(b"=")
+            found[os.fsdecode(key)] = os.fsdecode(value)
+            place = behind
+        return found
+
+    def _pax_size(self, said: str, at: int) -> int:
+        if not (said.isascii() and said.isdecimal() and len(said) < 20):
+            self._damaged(at)
+        return int(said)
+
+    def _behind_map(self, header: bytes, at: int) -> int:
+        """Where the data of GNU's old sparse member begins: behind the blocks of its map."""
+        goes_on = header[482]
+        while goes_on:
+            at += BLOCK
+            block = os.pread(self.file, BLOCK, at)
+            if at + BLOCK > self.stop or len(block) < BLOCK:
+                self._cut(at)
+            goes_on = block[504]
+        return at + BLOCK
+
+    def _behind_end(self, at: int) -> int | None:
+        """Where another tar begins behind this one's empty blocks: tars that were joined are read on, as `tar -i`."""
+        while at < self.stop:
+            zeros = os.pread(self.file, min(2**16, self.stop - at), at)
+            full = len(zeros) - len(zeros.lstrip(b"\0"))
+            at += full
+            if full < len(zeros):
+                at -= (at - self.start) % BLOCK
+                header = os.pread(self.file, min(BLOCK, self.stop - at), at)
+                whole = len(header) == BLOCK and _number(header[148:156]) is not None
+                right = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+                return at if whole and _number(header[148:156]) == right else None
+        return None
+
+    def _damaged(self, at: int) -> NoReturn:
+        if at > self.start:
+            raise Refused(f"{self.name} is damaged at byte {at - self.start:,}: fetch it anew")
+        head = os.pread(self.file, 8, at)
+        for magic, (kind, remedy) in _COMPRESSED.items():
+            if head.startswith(magic):
+                raise Refused(
+                    f"{self.name} is compressed ({kind}), so that its pictures cannot be reached one by "
+                    f"one: {remedy} first"
+                )
+        zipped = (
+            ", but a zip: --source zip reads it" if head.startswith(b"PK") else ": see what it is"
+        )
+        raise Refused(f"{self.name} is no tar{zipped}")
+
+    def _cut(self, at: int, path: str | None = None) -> NoReturn:
+        size = self.stop - self.start
+        if not size:
+            raise Refused(f"{self.name} is an empty file: fetch it anew")
+        if size < BLOCK:
+            self._damaged(self.start)
+        where = "without the two empty blocks that end a tar"
+        if path is not None:
+            where = f"inside of {shown(path)}, which begins at byte {at - self.start:,}"
+        raise Refused(f"{self.name} is cut short: it ends at byte {size:,} {where}; fetch it anew")
+
+
+_EMPTY = bytes(BLOCK)
+_LENGTH = re.compile(rb"(\d{1,9}) ")
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*$")
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip it"),
+    b"BZh": ("bzip2", "bunzip2 it"),
+    b"\xfd7zXZ\0": ("xz", "unxz it"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd it"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4 it"),
+}
+
+
+def _number(field: bytes) -> int | None:
+    """A header's number: octal, or base 256 where the first bit is set. None: it is none."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    octal = _OCTAL.match(field)
+    return None if octal is None else int(octal[1] or b"0", 8)
+
+
+def _signed(header: bytes) -> int:
+    """The checksum as some old systems made it, of signed bytes."""
+    numbers = struct.unpack("148b8x356b", header)
+    return sum(numbers) + 8 * ord(" ")
+
+
+def _in_hidden(path: str) -> bool:
+    return any(hidden(name) for name in path.split("/") if name not in (".", ".."))
+
+
+def _until_zero(field: bytes) -> str:
+    return os.fsdecode(field.split(b"\0", 1)[0])
+
+
+def _name(header: bytes) -> str:
+    name = _until_zero(header[:100])
+    if header[257:263] == b"ustar\0" and header[345]:  # GNU's own headers have other things there
+        return f"{_until_zero(header[345:500])}/{name}"
+    return name
+
+
+# ---- zips ----
+
+
+def zip_members(path: Path) -> Iterator[Member]:
+    """Members of a zip in the order of their places. Raises Refused where its table of contents is damaged."""
+    file = without_waiting(os.fspath(path), os.O_RDONLY)
+    try:
+        with named(path):
+            size = os.fstat(file).st_size
+            for info in _table(path):
+                yield _zip_member(file, size, info)
+    finally:
+        os.close(file)
+
+
+def _table(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    except OSError as e:
+        if e.errno not in (None, errno.EINVAL):
+            raise
+        raise _damaged_zip(path, e) from None
+    except Exception as e:  # a damaged table raises nearly every type there is
+        raise _damaged_zip(path, e) from None
+    announced = _announced(path)
+    if announced not in (len(infos), len(infos) % 2**16):  # before zip64 the count went round
+        raise _damaged_zip(path, f"it names {len(infos):,} members and announces {announced:,}")
+    if infos and infos[0].header_offset:
+        # a zip whose end is lost, with another zip in it, would be taken for that one
+        raise _damaged_zip(path, "its first member is not at its beginning")
+    return infos
+
+
+def _announced(path: Path) -> int:
+    """How many members the end of a zip says that there are: a damaged table swallows some."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2**17))
+        tail = file.read()
+    large, end = tail.rfind(b"PK\6\6"), tail.rfind(b"PK\5\6")  # of zip64, and of all
+    (count,) = struct.unpack_from("<H", tail, end + 10)
+    if count == 2**16 - 1 and 0 <= large <= end - 56:
+        (count,) = struct.unpack_from("<Q", tail, large + 32)
+    return count
+
+
+def _damaged_zip(path: Path, why: object) -> Refused:
+    said = " ".join(str(why).split())[:120] or type(why).__name__
+    return Refused(
+        f"{path} has no table of contents of a zip, or a damaged one ({said}): it was cut short or is no "
+        "zip; fetch it anew"
+    )
+
+
+_LOCAL = struct.Struct(
+    "<4s22xHH"
+)  # of a header before a member: "PK34", lengths of name and extra field
+_UNIX, _UTF8, _ENCRYPTED = 3, 0x800, 0x1 | 0x40 | 0x2000
+_READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def _zip_member(file: int, size: int, info: zipfile.ZipInfo) -> Member:
+    path, mode = _zip_name(info), info.external_attr >> 16
+    if path.endswith("/"):
+        return Member(path, "folder")
+    if info.flag_bits & _ENCRYPTED:
+        return _faulty(path, info, "it is encrypted")
+    if info.compress_type not in _READABLE:
+        return _faulty(path, info, f"it is compressed by method {info.compress_type}, not deflate")
+    block = os.pread(file, _AHEAD, info.header_offset)
+    if len(block) < _LOCAL.size or not block.startswith(b"PK\3\4"):
+        return _faulty(path, info, "something else is in its place in the zip")
+    _, name, extra = _LOCAL.unpack_from(block)
+    first = info.header_offset + _LOCAL.size + name + extra
+    if first + info.compress_size > size:
+        return _faulty(path, info, "it reaches beyond the end of the zip")
+    raw = block[first - info.header_offset :][: info.compress_size]
+    if len(raw) < min(info.compress_size, BLOCK):
+        raw = os.pread(file, min(info.compress_size, BLOCK), first)
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    try:
+        head = _inflated_head(file, raw, first, info.compress_size) if deflated else raw
+    except zlib.error:
+        return _faulty(path, info, "it cannot be inflated")
+    if not deflated and info.compress_size != info.file_size:
+        return _faulty(path, info, "its two lengths differ")
+    if info.create_system == _UNIX and stat.S_ISLNK(mode):
+        if info.file_size > len(head):
+            return _faulty(path, info, "it is a link with a name that no system takes")
+        return Member(path, "link", target=os.fsdecode(head[: info.file_size]))
+    return Member(
+        path,
+        "file",
+        first,
+        info.compress_size,
+        info.file_size,
+        head,
+        deflated=deflated,
+        crc=info.CRC,
+    )
+
+
+def _faulty(path: str, info: zipfile.ZipInfo, fault: str) -> Member:
+    return Member(path, "file", 0, info.compress_size, info.file_size, fault=fault)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A name as unpacking gives it: bytes that Unix wrote without saying how are kept as they are."""
+    if info.flag_bits & _UTF8 or info.create_system != _UNIX:
+        return info.filename
+    return os.fsdecode(info.filename.encode("cp437"))
+
+
+def _inflated_head(file: int, raw: bytes, first: int, stored: int) -> bytes:
+    """The first bytes of a deflated member. Raises zlib.error."""
+    head = zlib.decompressobj(-15).decompress(raw, BLOCK)
+    if (
+        len(head) < BLOCK and len(raw) < stored
+    ):  # behind a large table of codes, or of many empty blocks
+        head = zlib.decompressobj(-15).decompress(os.pread(file, min(stored, 2**16), first), BLOCK)
+    return head

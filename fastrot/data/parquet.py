@@ -1,0 +1,316 @@
+"""Hugging Face parquet folders on disk as a Source: rows with a picture's bytes and a label.
+
+The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first that
+holds bytes: `binary`, or a struct with a field `bytes`. Labels are the column called a ClassLabel there, else a
+column `label` (or `labels`, `fine_label`, `cls`, `class`, `target`) of whole numbers or words; class names are
+ClassLabel's, else the words, else numbers.
+
+Only labels are read when a folder is opened: pictures lie in pages of many, so every row counts as a picture
+until it is read. A picture's path is its file's, without .parquet, and its row in that file.
+
+A worker reads a row group from its beginning on, 16 rows at a time, and goes on from where it was: its memory
+does not grow with the groups, and each group is read about once by each worker.
+"""
+
+import errno
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from fastrot.config import Refused
+from fastrot.data.archives import Archive, archives_in, changed, used_only
+from fastrot.data.shards import of_split
+from fastrot.data.sources import Record, Source, not_empty, numbered, too_long
+
+ROWS_AT_ONCE = 16  # as many as a worker is given
+LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+
+
+# ---- reading ----
+
+
+@dataclass(kw_only=True)
+class Parquet(Source):
+    """Pictures in rows of parquet files."""
+
+    files: list[Archive]
+    column: str  # of the pictures' bytes
+    places: Int64[np.ndarray, "n 3"]  # of each record: file, row group, row in that
+
+    def read(self, i: int) -> bytes:
+        """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
+        from fastrot.data.pictures import BadPicture  # it needs more than a listing does
+
+        file, group, row = self.places[i].tolist()
+        try:
+            data = _reader(self.files[file], group, self.column).at(row)
+        except Exception as e:  # a damaged page raises nearly every type there is
+            vars(_held).clear()
+            if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None):
+                raise
+            said = " ".join(str(e).split())[:120]
+            raise BadPicture(f"its row group in the parquet file is damaged ({said})") from None
+        if data is None:
+            raise BadPicture("its row has no bytes")
+        reason = too_long(len(data))
+        if reason:
+            raise BadPicture(reason)
+        return data
+
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        return {**super()._of_records(rows), "places": self.places[rows]}
+
+    def part(self, first: int, stop: int) -> Source | None:
+        part = super().part(first, stop)
+        assert isinstance(part, Parquet)
+        part.files, part.places[:, 0] = used_only(part.files, part.places[:, 0])
+        return part
+
+
+_held = threading.local()  # the reader that was last used
+
+
+class _Reader:
+    """Rows of a row group, forwards."""
+
+    def __init__(self, archive: Archive, group: int, column: str):
+        if Archive.at(Path(archive.path)) != archive:
+            raise changed(archive)
+        self.of = archive, group, column
+        self._file = _opened(Path(archive.path))
+        self._begin()
+
+    def _begin(self) -> None:
+        _, group, column = self.of
+        self._batches: Iterator[Any] = self._file.iter_batches(
+            ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
+        )
+        self._first, self._rows = 0, []
+
+    def at(self, row: int) -> bytes | None:
+        if row < self._first:
+            self._begin()
+        while row >= self._first + len(self._rows):
+            self._first += len(self._rows)
+            values = next(self._batches).column(0)
+            self._rows = values.field("bytes") if hasattr(values, "field") else values
+        return self._rows[row - self._first].as_py()
+
+
+def _reader(archive: Archive, group: int, column: str) -> _Reader:
+    reader: _Reader | None = vars(_held).get("reader")
+    if reader is None or reader.of != (archive, group, column):
+        try:
+            reader = _held.reader = _Reader(archive, group, column)
+        except FileNotFoundError as e:  # else each of its pictures would be rejected by itself
+            raise OSError(errno.EIO, f"{archive.path}: {e.strerror}") from None
+    return reader
+
+
+def _opened(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`. Raises Refused where it is none, or damaged."""
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as e:
+        if e.name != "pyarrow":
+            raise  # it is installed, but something inside it is broken: show that instead
+        raise Refused(
+            "--source parquet needs the pyarrow package: pip install 'fastrot[parquet]'"
+        ) from None
+    try:
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+    except OSError as e:
+        if e.errno is not None:
+            raise
+        raise _damaged(path, e) from None
+    except (pyarrow.ArrowException, ValueError) as e:
+        raise _damaged(path, e) from None
+
+
+def _damaged(path: Path, why: Exception) -> Refused:
+    with open(path, "rb") as file:
+        pointer = file.read(32).startswith(b"version https://git-lfs")
+    if pointer:
+        return Refused(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
+    said = " ".join(str(why).split())[:120]
+    return Refused(f"{path} is no parquet file, or was cut short ({said}): fetch it anew")
+
+
+# ---- listing ----
+
+
+def parquet_files(
+    root: Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Pictures of a parquet file, or of those in a folder, in the order of names and rows.
+
+    `split` chooses the files that have it in their names or folders (train-00000-of-00294.parquet).
+    `label_from="none"`: all labels are -1. `by_name` changes nothing: no picture's bytes are looked at.
+    """
+    found = archives_in(root, ".parquet")
+    if root.is_file() and split is not None:
+        raise Refused(f"--split {split}: {root} is one file; give the folder of all")
+    names = [folder or root.name.removesuffix(".parquet") for _, folder in found.archives]
+    chosen = set(of_split(names, split, root))
+    paths, names = zip(
+        *((p, n) for (p, _), n in zip(found.archives, names, strict=True) if n in chosen),
+        strict=True,
+    )
+    columns = _columns(paths[0])
+    records, places, said = [], [], []
+    for number, path in enumerate(paths):
+        if number and _columns(path) != columns:
+            raise Refused(
+                f"{path} has other columns or class names than {paths[0]}: give one data set at a time"
+            )
+        file = _opened(path)
+        for group, rows in enumerate(_rows(file, path)):
+            places.append(np.full((rows, 3), (number, group, 0), np.int64))
+            places[-1][:, 2] = np.arange(rows)
+        if columns.label is not None and label_from == "folder":
+            said.append(_labels_said(file, path, columns.label))
+        records += [f"{names[number]}/{row}" for row in range(file.metadata.num_rows)]
+    labels, classes = _labels(said, columns, root, records)
+    source = Parquet(
+        root=root,
+        records=[
+            Record(path, label)
+            for path, label in zip(records, labels or [-1] * len(records), strict=True)
+        ],
+        classes=classes,
+        seen=len(records) + len(found.others) + len(found.unreadable),
+        skipped=len(found.others),
+        rejected=found.unreadable,
+        files=[Archive.at(path) for path in paths],
+        column=columns.picture,
+        places=np.concatenate([np.empty((0, 3), np.int64), *places]),
+    )
+    return not_empty(source, root)
+
+
+def _rows(file: Any, path: Path) -> list[int]:
+    """Rows of each row group."""
+    said = file.metadata
+    rows = [said.row_group(group).num_rows for group in range(said.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != said.num_rows:
+        raise _damaged(path, ValueError("its row groups do not add up"))
+    return rows
+
+
+class _Columns(NamedTuple):
+    """Where in a file is what."""
+
+    picture: str
+    label: str | None
+    names: tuple[str, ...] | None  # of classes
+
+
+def _columns(path: Path) -> _Columns:
+    """The columns to read. Raises Refused where none holds pictures."""
+    schema = _opened(path).schema_arrow
+    from pyarrow import types  # it is there: see above
+
+    features = _features(schema.metadata)
+
+    def holds_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    def of_pictures(field: Any) -> str | None:
+        """The column with the bytes of a field's pictures, as parquet calls it."""
+        if holds_bytes(field.type):
+            return field.name
+        inner = field.type.get_field_index("bytes") if types.is_struct(field.type) else -1
+        found = inner >= 0 and holds_bytes(field.type.field(inner).type)
+        return f"{field.name}.bytes" if found else None
+
+    def called(field: Any, kind: str) -> bool:
+        return features.get(field.name, {}).get("_type") == kind
+
+    pictures = sorted(schema, key=lambda field: not called(field, "Image"))
+    picture = next((name for name in map(of_pictures, pictures) if name), None)
+    if picture is None:
+        raise Refused(
+            f"{path} has no column of pictures: it has {', '.join(schema.names)}; one has to be binary, or a "
+            "struct with a field bytes"
+        )
+    ranked = sorted(
+        (
+            not called(field, "ClassLabel"),
+            LABELS.index(field.name) if field.name in LABELS else 9,
+            at,
+        )
+        for at, field in enumerate(schema)
+        if called(field, "ClassLabel") or field.name in LABELS
+    )
+    if not ranked:
+        return _Columns(picture, None, None)
+    label = schema.names[ranked[0][2]]
+    names = features.get(label, {}).get("names")
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return _Columns(picture, label, tuple(names or ()) if known else None)
+
+
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's datasets wrote of the columns; nothing where it did not."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: each for name, each in features.items() if isinstance(each, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
+    """A column's values: whole numbers, words, None."""
+    try:
+        values = file.read(columns=[column]).column(0).to_pylist()
+    except Exception as e:
+        if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None):
+            raise
+        raise _damaged(path, e) from None
+    if len(values) != file.metadata.num_rows:
+        raise _damaged(path, ValueError(f"its column {column} ends early"))
+    if all(value is None or type(value) in (int, str) for value in values):
+        return values
+    raise Refused(
+        f"{path}: its column {column} holds neither whole numbers nor words; --label-from none ignores it"
+    )
+
+
+def _labels(
+    said: list[list[Any]], columns: _Columns, root: Path, paths: list[str]
+) -> tuple[list[int], tuple[str, ...]]:
+    """Labels and class names; none where no labels were read."""
+    values = [value for each in said for value in each]
+    words = sorted({value for value in values if isinstance(value, str)})
+    if words:
+        place = {word: label for label, word in enumerate(words)}
+        if not all(value is None or value in place for value in values):
+            raise Refused(f"{root}: its column {columns.label} holds numbers here and words there")
+        return [-1 if value is None else place[value] for value in values], tuple(words)
+    labels = [-1 if value is None else value for value in values]
+    lowest = min(labels, default=0)
+    if lowest < -1:
+        raise Refused(
+            f"{root} has the label {lowest} ({paths[labels.index(lowest)]}): a label is -1 or more; "
+            "--label-from none ignores all labels"
+        )
+    numbers = numbered(root, labels, lambda i: paths[i])
+    names = columns.names if labels else None
+    if names is None:
+        return labels, numbers
+    if len(numbers) > len(names):
+        raise Refused(
+            f"{root} has the label {len(numbers) - 1}, but names of {len(names)} classes; --label-from none "
+            "ignores all labels"
+        )
+    return labels, names

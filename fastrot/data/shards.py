@@ -1,0 +1,212 @@
+"""WebDataset shards as a Source: tars in which KEY.jpg lies beside KEY.cls or KEY.json.
+
+A picture's label is the whole number in KEY.cls, or `label` (or `cls`) in KEY.json; -1 where there is neither.
+KEY is a member's name up to the first dot behind its folder, as WebDataset has it. So KEY.jpg is a sample's
+picture, and KEY.mask.png is none: it is skipped. The order is that of the shards and of the members in each;
+a picture's path is its member's, below a folder of the shard's name without .tar.
+"""
+
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastrot.config import Refused
+from fastrot.data.archives import Archive, Archives, Members, archives_in, with_places
+from fastrot.data.members import Member, tar_members
+from fastrot.data.sources import Record, Source, not_empty, numbered, tree_source
+
+SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
+MOST_SHARDS = 2**20  # that a pattern may stand for
+MOST_JSON = 2**22  # bytes of a sample's .json
+
+
+def webdataset(
+    root: Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Pictures of a shard, of the shards in a folder, or of those that a pattern NAME-{000..146}.tar names.
+
+    `split` chooses the shards of a folder that have it in their names. `label_from="none"`: all labels are -1.
+    `by_name` changes nothing: first bytes come with the headers.
+    """
+    tree, labels = Members(), _Labels()
+    shards, others, unreadable = _shards(root, split)
+    for shard, folder in shards:
+        tree.archives.append(Archive.at(shard))
+        for member in tar_members(shard, nested=False):
+            path = tree.add(folder, member)
+            if path is not None and member.kind == "file" and label_from == "folder":
+                labels.note(path, member, shard)
+    source = with_places(tree, tree_source(tree, root, "none"))
+    source.rejected += [*unreadable, *tree.rejected]
+    source.seen += len(unreadable) + len(tree.rejected) + len(others)
+    source.skipped += len(others)
+    return not_empty(_labelled(source, labels), root)
+
+
+# ---- labels ----
+
+
+def _key_and_kind(path: str) -> tuple[str, str]:
+    """What a member's sample is called, and what of the sample it is: ("a/0001", "seg.png")."""
+    folder, slash, name = path.rpartition("/")
+    key, _, kind = name.partition(".")
+    return folder + slash + key, kind.lower()
+
+
+@dataclass
+class _Labels:
+    """What samples are labelled with, by their keys: a number, or why there is none."""
+
+    cls: dict[str, int | str] = field(default_factory=dict)
+    json: dict[str, int | str] = field(default_factory=dict)
+
+    def note(self, path: str, member: Member, shard: Path) -> None:
+        """Keep the label that a member holds, if any."""
+        key, kind = _key_and_kind(path)
+        if kind == "cls":
+            self.cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
+        elif kind == "json":
+            self.json.pop(key, None)
+            said = _said_in_json(member, shard)
+            if said is not None:
+                self.json[key] = said
+
+    def of(self, key: str) -> int | str:
+        return self.cls.get(key, self.json.get(key, -1))
+
+
+def _said_in_json(member: Member, shard: Path) -> int | str | None:
+    """The label in a sample's .json; what is wrong with that; None where it has no label."""
+    if member.length > MOST_JSON:
+        return f"its .json has {member.length:,} bytes"
+    text = member.head
+    if len(text) < member.length:
+        with open(shard, "rb") as file:
+            text = os.pread(file.fileno(), member.length, member.offset)
+    try:
+        words: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return "its .json cannot be read"
+    if not isinstance(words, dict):
+        return None
+    for name in ("label", "cls"):
+        if name in words:
+            return _whole(words[name], "json")
+    return None
+
+
+def _whole(said: Any, where: str) -> int | str:
+    if isinstance(said, str) and re.fullmatch(r"-1|\d{1,9}", said, re.ASCII):
+        return int(said)
+    if isinstance(said, int) and not isinstance(said, bool) and -1 <= said < 10**9:
+        return said
+    return f"its label in the .{where} is no whole number from -1 on"
+
+
+def _labelled(source: Archives, labels: _Labels) -> Archives:
+    """The pictures of samples, with their labels, in the order of the shards."""
+    order = np.lexsort((source.places["offset"], source.places["file"]))
+    kept, records = [], []
+    for i in order.tolist():
+        path = source.records[i].path
+        key, kind = _key_and_kind(path)
+        label = labels.of(key)
+        if "." in kind:
+            source.skipped += 1
+        elif isinstance(label, str):
+            source.rejected.append((path, label))
+        else:
+            kept.append(i)
+            records.append(Record(path, label))
+    source.records, source.places, source.numbers = records, source.places[kept], None
+    source.classes = numbered(
+        source.root, [record.label for record in records], lambda i: records[i].path
+    )
+    return source
+
+
+# ---- which shards ----
+
+
+def _shards(
+    root: Path, split: str | None
+) -> tuple[list[tuple[Path, str]], list[str], list[tuple[str, str]]]:
+    """Shards and the folders that they would be unpacked into; files beside them; folders that cannot be read."""
+    if root.is_dir():
+        found = archives_in(root, ".tar")
+        names = [folder for _, folder in found.archives]
+        chosen = set(of_split(names, split, root))
+        shards = [each for each in found.archives if each[1] in chosen]
+        return shards, found.others, found.unreadable
+    if split is not None:
+        raise Refused(f"--split {split}: {root} names its shards itself; give those of that split")
+    if root.exists():
+        return [(root, root.name.removesuffix(".tar"))], [], []
+    paths = [Path(path) for path in expanded(str(root))]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise Refused(
+            f"{root} names {len(paths):,} shards, of which {len(missing):,} do not exist; the first: {missing[0]}"
+        )
+    names = [path.name.removesuffix(".tar") for path in paths]
+    if len(set(names)) < len(names):  # in several folders
+        names = [str(path).removesuffix(".tar").lstrip("/") for path in paths]
+    return list(zip(paths, names, strict=True)), [], []
+
+
+def of_split(names: list[str], split: str | None, root: Path) -> list[str]:
+    """Names that have the split as a word in them; all where none is asked for and no two are there."""
+    words = [_words(name) for name in names]
+    there = sorted({word for each in words for word in each if word in SPLITS})
+    listed = ", ".join(there) or "none"
+    if split is None:
+        if len(there) > 1:
+            raise Refused(f"{root} holds the splits {listed}: name one with --split")
+        return names
+    chosen = [name for name, each in zip(names, words, strict=True) if split in each]
+    if not chosen:
+        raise Refused(f"--split {split} got no file of that name in {root}; there are: {listed}")
+    return chosen
+
+
+def _words(name: str) -> set[str]:
+    """What a name may call its split: folders, and words between signs or digits."""
+    folders = set(name.split("/")[:-1])
+    return folders | set(re.split(r"[^A-Za-z0-9_]+", name)) | set(re.split(r"[^A-Za-z]+", name))
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names that a pattern with {000..146} or {a,b} in it stands for."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [_choices(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    count = 1
+    for each in choices:
+        count *= len(each)
+        if count > MOST_SHARDS:
+            raise Refused(f"{pattern} stands for more than {MOST_SHARDS:,} shards")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choices(within: str, pattern: str) -> list[str] | range:
+    """What stands between braces, one by one."""
+    ends = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", within, re.ASCII)
+    if ends is None:
+        if "," in within:
+            return within.split(",")
+        raise Refused(f"{pattern}: between braces it wants {{000..146}} or {{a,b}}, not {within}")
+    first, last = int(ends[1]), int(ends[2])
+    if not first <= last < first + MOST_SHARDS:
+        raise Refused(
+            f"{pattern}: {{{within}}} has to count upwards, and to at most {MOST_SHARDS:,} shards"
+        )
+    return [f"{number:0{len(ends[1])}d}" for number in range(first, last + 1)]
