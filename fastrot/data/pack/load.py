@@ -91,7 +91,7 @@ class Pack:
         if any(placed.device == device and placed.covers(rows) for placed in self._placed):
             return
         if not self._placed:
-            pass
+            self.file.check()
         free, total = torch.cuda.mem_get_info(device)
         wanted = self._bytes(rows)
         chosen = choose(self.placement, wanted, free, total, str(self.path))
