@@ -98,7 +98,11 @@ class DamagedRecord(Stopped):
 
 @runtime_checkable
 class Data(Protocol):
-    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes."""
+    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes.
+
+    It may have `place(rows, device)`, which a Loader calls with the rows (None: all) that it will ask for, and
+    `in_words()`, lines for the beginning of a run.
+    """
 
     rows: int
     labels: Int64[np.ndarray, " n"]  # -1 where there is none
