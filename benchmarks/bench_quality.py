@@ -7,7 +7,8 @@ and encoding time. Learning: the same short training on imagenette128 from the o
 seeds; training and held-out pictures are encoded and decoded once, and lie in --work as raw .beton (0.7 GB each).
 
     bc7      BC7's mode 6 alone, 1 byte a pixel
-    ycc      BC4 blocks of Y, Cb, Cr 4:2:0, 0.75 bytes a pixel; chroma doubled by nearest (the pack's rule), or smoothed
+    ycc      BC4 blocks of Y, Cb, Cr 4:2:0, 0.75 bytes a pixel; chroma doubled by nearest (the pack's rule), or smoothed;
+             the blocks are made here, or by etcpak
     jpeg Q   4:2:0, baseline
 
 Both block encodings are decoded by texture2ddecoder. Of the loser no code exists elsewhere.
@@ -40,13 +41,14 @@ from benchmarks import measure
 from fastrot import entry, machine
 from fastrot.config import Refused
 from fastrot.data import pictures
-from fastrot.data.sources import image_folder
+from fastrot.data.sources import Source, image_folder
 
 SHORT_SIDE = 256
 PRESET, BATCH, STEPS, RATE, SCALE, SEEDS = "demo", 32, 1200, 0.05, (0.5, 1.0), 3
 CHANCE = 0.25
 LEAST = 0.55  # of the held-out turns told right, from the originals: below, the comparison is void
-CANDIDATES, SMOOTHED, ORIGINALS = ("bc7", "ycc"), "ycc, chroma smoothed", "originals"
+CANDIDATES, ORIGINALS = ("bc7", "ycc"), "originals"
+SMOOTHED, BY_ETCPAK = "ycc, chroma smoothed", "ycc by etcpak"  # looked at, not learnt from
 QUALITY, TIME, LEARNT = "picture quality", "encoding", "held-out rotation accuracy"
 IMAGENET, ASPECT = 1_281_167, 1.39  # training pictures, and their mean aspect
 QUICK = {"pictures": 8, "train": 640, "val": 160, "steps": 20, "seeds": 2}
@@ -61,7 +63,12 @@ OF_LEARNING = (
     "are shrunk, which hides fine differences; rate, batch, crops and steps were chosen on trials from the originals (LOG.md)"
 )
 
+LOST = (
+    3 / 7
+)  # grey levels that a step between the end points loses on the average, being rounded down
+
 Picture = UInt8[np.ndarray, "h w 3"]
+Plane = UInt8[np.ndarray, "h w"]
 
 
 # ---- the encodings ----
@@ -88,6 +95,7 @@ def codecs() -> dict[str, Codec]:
         "bc7": Codec(encode_bc7, decode_bc7),
         "ycc": Codec(encode_ycc, decode_ycc),
         SMOOTHED: Codec(encode_ycc, partial(decode_ycc, smooth=True)),
+        BY_ETCPAK: Codec(partial(encode_ycc, by=bc4_by_etcpak), decode_ycc),
         **{f"jpeg {q}": Codec(partial(encode_jpeg, quality=q), decode_jpeg) for q in (75, 90, 95)},
     }
 
@@ -106,9 +114,7 @@ def encode_bc7(picture: Picture) -> bytes:
 
     knobs = etcpak.BC7CompressBlockParams()
     knobs.m_mode_mask, knobs.m_max_partitions = 1 << 6, 0
-    knobs.m_perceptual = (
-        False  # etcpak's default weighs luma: 0.7 dB less of RGB, three times as long
-    )
+    knobs.m_perceptual = False  # its default weighs luma, and loses more of RGB (LOG.md)
     knobs.init_linear_weights()
     padded = _padded(picture, 4)
     height, width = padded.shape[:2]
@@ -125,7 +131,7 @@ def decode_bc7(data: bytes, height: int, width: int) -> Picture:
     return np.ascontiguousarray(blue_first.reshape(tall, wide, 4)[:height, :width, 2::-1])
 
 
-def encode_ycc(picture: Picture) -> bytes:
+def encode_ycc(picture: Picture, by: Callable[[Plane], bytes] | None = None) -> bytes:
     """BC4 blocks of the whole Y plane, then those of Cb and of Cr at half the sides (the pack keeps them by 8x8 tiles).
 
     Full-range BT.601 as in JFIF; chroma is the mean of 2x2 pixels, rounded once.
@@ -135,7 +141,8 @@ def encode_ycc(picture: Picture) -> bytes:
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     red, _, blue, mean = (_mean_of_fours(plane) for plane in (red, green, blue, luma))
     planes = (luma, 128 + (blue - mean) / 1.772, 128 + (red - mean) / 1.402)
-    return b"".join(map(_encode_bc4, planes))
+    whole = (np.rint(plane).clip(0, 255).astype(np.uint8) for plane in planes)
+    return b"".join(map(by or encode_bc4, whole))
 
 
 def decode_ycc(data: bytes, height: int, width: int, smooth: bool = False) -> Picture:
@@ -156,16 +163,57 @@ def decode_ycc(data: bytes, height: int, width: int, smooth: bool = False) -> Pi
     return np.stack([red, green, blue], 2)[:height, :width].clip(0, 255).astype(np.uint8)
 
 
-def _encode_bc4(plane: np.ndarray) -> bytes:
+def encode_bc4(plane: Plane) -> bytes:
+    """Blocks of eight even steps from a high end point to a low one: e0, e1, and sixteen places of 3 bits.
+
+    The end points are the extremes of a block, or what least squares make of them where that is nearer.
+    """
+    height, width = plane.shape
+    blocks = plane.reshape(height // 4, 4, width // 4, 4).transpose(1, 3, 0, 2)
+    values = blocks.reshape(16, -1).astype(np.float32)  # [16, blocks]
+    high, low = values.max(0), values.min(0)
+    steps, error = _nearest(values, high, low)
+    other_high, other_low = _least_squares(values, steps)
+    other_steps, other_error = _nearest(values, other_high, other_low)
+    nearer = (other_error < error) & (other_high > other_low)
+    high, low = np.where(nearer, other_high, high), np.where(nearer, other_low, low)
+    steps = np.where(high > low, np.where(nearer, other_steps, steps), 0).astype(np.intp)
+    places = np.array([0, 2, 3, 4, 5, 6, 7, 1], np.uint64)[steps]  # BC4 names the end points first
+    shifts = 16 + 3 * np.arange(16, dtype=np.uint64)[:, None]
+    ends = high.astype(np.uint64) | low.astype(np.uint64) << np.uint64(8)
+    return (ends | (places << shifts).sum(0, dtype=np.uint64)).astype("<u8").tobytes()
+
+
+def _nearest(values: np.ndarray, high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The step, 0 (high) to 7 (low), that is nearest to each value, and each block's squared error."""
+    width = high - low
+    steps = np.rint((high - values - LOST) * (7 / np.maximum(width, 1))).clip(0, 7)
+    return steps, np.square(values - np.floor((7 * high - steps * width) / 7)).sum(0)
+
+
+def _least_squares(values: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The end points that fit best where the steps stay as they are; 0 and 0 where they do not tell."""
+    down = steps / 7
+    up = 1 - down
+    inner = (steps > 0) & (steps < 7)
+    values = values + LOST * inner
+    upper, lower, both = (up * up).sum(0), (down * down).sum(0), (up * down).sum(0)
+    of_high, of_low = (up * values).sum(0), (down * values).sum(0)
+    both_ways = upper * lower - both * both
+    share = 1 / np.where(both_ways > 1e-3, both_ways, np.inf)
+    high, low = (lower * of_high - both * of_low), (upper * of_low - both * of_high)
+    return np.rint(high * share).clip(0, 255), np.rint(low * share).clip(0, 255)
+
+
+def bc4_by_etcpak(plane: Plane) -> bytes:
     import etcpak
 
-    height, width = plane.shape
-    in_red = np.zeros((height, width, 4), np.uint8)
-    in_red[..., 0] = np.rint(plane).clip(0, 255)
-    return etcpak.compress_bc4(in_red.tobytes(), width, height)
+    in_red = np.zeros((*plane.shape, 4), np.uint8)
+    in_red[..., 0] = plane
+    return etcpak.compress_bc4(in_red.tobytes(), plane.shape[1], plane.shape[0])
 
 
-def _decode_bc4(data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w"]:
+def _decode_bc4(data: bytes, height: int, width: int) -> Plane:
     import texture2ddecoder
 
     blue_first = np.frombuffer(texture2ddecoder.decode_bc4(data, width, height), np.uint8)
@@ -218,7 +266,7 @@ def judge(codec: Codec, picture: Picture) -> Kept:
     seconds = time.process_time() - begin
     back = codec.decode(data, *picture.shape[:2])
     squares = float(np.square(back.astype(np.float64) - picture).mean())
-    alike = structural_similarity(picture, back, channel_axis=2, data_range=255)
+    alike: Any = structural_similarity(picture, back, channel_axis=2, data_range=255)
     return Kept(picture[..., 0].size, len(data), seconds, squares, float(alike))
 
 
@@ -228,13 +276,20 @@ def sample(root: Path, limit: int | None) -> Iterator[Picture]:
         raise Refused(f"{root} is no folder: name one of pictures with --sample DIR")
     source = image_folder(root)
     for i in range(len(source.records[:limit])):
-        whole = pictures.decode(source.read(i))
+        whole = _read(source, i)
         yield np.ascontiguousarray(pictures.shrink(whole, SHORT_SIDE))
+
+
+def _read(source: Source, i: int) -> Picture:
+    """A picture of a folder, decoded."""
+    data = source.read(i)
+    assert isinstance(data, bytes)
+    return pictures.decode(data)
 
 
 def picture_rows(codec: str, kept: list[Kept]) -> list[dict[str, Any]]:
     """The figures of one encoding over all pictures: what is kept in how many bytes, and the time it takes."""
-    each = np.array([one.psnr for one in kept])
+    each, alike = (np.array([getattr(one, name) for one in kept]) for name in ("psnr", "ssim"))
     pixels, size = sum(one.pixels for one in kept), sum(one.size for one in kept)
     of = dict(theme="quality", variant=codec, mode="pictures", dtype="uint8", warmup=0)
     of |= {"shape": {"pictures": len(kept), "short side": SHORT_SIDE}, "about": OF_PICTURES}
@@ -246,8 +301,8 @@ def picture_rows(codec: str, kept: list[Kept]) -> list[dict[str, Any]]:
             mean_db=float(each.mean()),
             pooled_db=psnr(sum(one.squares * one.pixels for one in kept) / pixels),
             p5_db=float(np.percentile(each, 5)),
-            ssim=statistics.mean(one.ssim for one in kept),
-            p5_ssim=float(np.percentile([one.ssim for one in kept], 5)),
+            ssim=float(alike.mean()),
+            p5_ssim=float(np.percentile(alike, 5)),
             bytes_a_pixel=size / pixels,
             bytes_a_picture=size / len(kept),
         ),
@@ -303,7 +358,7 @@ def write_through(codec: Codec | None, root: Path, out: Path, limit: int | None)
         (out / name).mkdir(parents=True)  # also one that the limit leaves empty
     count = len(source.records)
     for i in range(0, count, 1 if limit is None else max(1, count // limit)):
-        picture = pictures.decode(source.read(i))
+        picture = _read(source, i)
         if codec is not None:
             picture = codec.decode(codec.encode(picture), *picture.shape[:2])
         path = out / source.records[i].path
@@ -358,7 +413,7 @@ def learn_from_all(
     """The same training from the originals and from each encoding; a row each, as soon as it is there."""
     commit = measure.row("run")["commit"][:12]  # a run of other code is not taken for this one
     each: dict[str, Codec | None] = {ORIGINALS: None, **codecs()}
-    del each[SMOOTHED]
+    del each[SMOOTHED], each[BY_ETCPAK]
     void = False
     for name, codec in each.items():
         train, judge = prepared(root, name, codec, work, quick)
