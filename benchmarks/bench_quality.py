@@ -60,7 +60,7 @@ OF_PICTURES = (
 OF_LEARNING = (
     "all encodings learn from the same pictures, crops and first weights, seed by seed, and held-out pictures go through "
     "the encoding that was learnt from; the originals are JPEGs of quality 78 at 128x128 already, and 64-pixel crops of them "
-    "are shrunk, which hides fine differences; rate, batch, crops and steps were chosen on trials from the originals (LOG.md)"
+    "are shrunk, which hides fine differences; rate, batch, crops and steps were chosen on trials of another seed from the originals (LOG.md)"
 )
 
 LOST = (
@@ -526,7 +526,7 @@ def main(args: list[str] | None = None) -> int:
         steps, seeds = (
             (QUICK["steps"], QUICK["seeds"]) if asked.quick else (asked.steps, asked.seeds)
         )
-        learn_from_all(root, asked.work, steps, range(seeds), asked.quick, tell)
+        learn_from_all(root, asked.work, steps, range(1, seeds + 1), asked.quick, tell)
     if asked.part is None:
         print("\n".join(decision(rows)))
     return 0
