@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import cv2
@@ -58,9 +59,10 @@ OF_PICTURES = (
     "times are of the processor, one picture after the other"
 )
 OF_LEARNING = (
-    "all encodings learn from the same pictures, crops and first weights, seed by seed, and held-out pictures go through "
-    "the encoding that was learnt from; the originals are JPEGs of quality 78 at 128x128 already, and 64-pixel crops of them "
-    "are shrunk, which hides fine differences; rate, batch, crops and steps were chosen on trials of another seed from the originals (LOG.md)"
+    "the median with the lowest and the highest of the seeds; all encodings learn from the same pictures, crops and first "
+    "weights, seed by seed, and held-out pictures go through the encoding that was learnt from; the originals are JPEGs "
+    "of quality 78 at 128x128 already, and 64-pixel crops of them are shrunk, which hides fine differences; rate, batch, "
+    "crops and steps were chosen on trials of another seed from the originals (LOG.md)"
 )
 
 LOST = (
@@ -96,7 +98,7 @@ def codecs() -> dict[str, Codec]:
         "ycc": Codec(encode_ycc, decode_ycc),
         SMOOTHED: Codec(encode_ycc, partial(decode_ycc, smooth=True)),
         BY_ETCPAK: Codec(partial(encode_ycc, by=bc4_by_etcpak), decode_ycc),
-        **{f"jpeg {q}": Codec(partial(encode_jpeg, quality=q), decode_jpeg) for q in (75, 90, 95)},
+        **{f"jpeg {q}": Codec(partial(encode_jpeg, quality=q), decode_jpeg) for q in (75, 95, 90)},
     }
 
 
@@ -235,6 +237,11 @@ def _mean_of_fours(plane: np.ndarray) -> np.ndarray:
     return (plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2]) / 4
 
 
+def versions() -> dict[str, str]:
+    """Of what a row does not name by itself."""
+    return {name: version(name) for name in ("etcpak", "texture2ddecoder", "scikit-image")}
+
+
 # ---- what is kept of pictures ----
 
 
@@ -291,8 +298,9 @@ def picture_rows(codec: str, kept: list[Kept]) -> list[dict[str, Any]]:
     """The figures of one encoding over all pictures: what is kept in how many bytes, and the time it takes."""
     each, alike = (np.array([getattr(one, name) for one in kept]) for name in ("psnr", "ssim"))
     pixels, size = sum(one.pixels for one in kept), sum(one.size for one in kept)
+    shape = {"pictures": len(kept), "short side": SHORT_SIDE}
     of = dict(theme="quality", variant=codec, mode="pictures", dtype="uint8", warmup=0)
-    of |= {"shape": {"pictures": len(kept), "short side": SHORT_SIDE}, "about": OF_PICTURES}
+    of |= {"shape": shape, "about": OF_PICTURES, **versions()}
     return [
         measure.row(
             QUALITY,
@@ -398,6 +406,7 @@ def learning_row(name: str, summaries: list[dict[str, Any]], void: bool) -> dict
         seconds=statistics.mean(each["seconds"] for each in summaries),
         images_per_s=statistics.mean(each["images_per_s"] for each in summaries),
         about=OF_LEARNING,
+        **versions(),
         **aim,
     )
 
