@@ -85,9 +85,10 @@ class Codec:
 
 
 def codecs() -> dict[str, Codec]:
-    """All that are compared, by name. Raises Refused where etcpak or texture2ddecoder is missing."""
+    """All that are compared, by name. Raises Refused where a package is missing that only this benchmark needs."""
     try:
         import etcpak  # noqa: F401
+        import skimage  # noqa: F401
         import texture2ddecoder  # noqa: F401
     except ImportError as e:
         raise Refused(

@@ -1,6 +1,7 @@
 """What the choice of the pack's encoding rests on: exact codecs, a rule that can go either way, pages that say void."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
         bench_quality.prepared(tmp_path / "nowhere", "originals", None, tmp_path, quick=True)
     with pytest.raises(Refused, match="--sample DIR"):
         list(bench_quality.sample(tmp_path / "nowhere", None))
+
+
+def test_a_missing_package_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "texture2ddecoder", None)
+    with pytest.raises(Refused, match=r"needs texture2ddecoder: pip install"):
+        bench_quality.codecs()
 
 
 # ---- the decision ----
