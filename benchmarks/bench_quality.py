@@ -474,11 +474,17 @@ def decision(rows: list[dict[str, Any]]) -> list[str]:
         f"{learnt[each]['highest']:.1%}, {learnt[each]['reps']} seeds)."
         for each in CANDIDATES
     ]
+    apart = [
+        ours - theirs
+        for theirs, ours in zip(*(learnt[e]["values"] for e in CANDIDATES), strict=True)
+    ]
     a_pixel = size[name]["bytes_a_pixel"]
     square, whole = (IMAGENET * SHORT_SIDE**2 * a_pixel * wide / 1e9 for wide in (1, ASPECT))
     return [
         RULE,
         *told,
+        f"Seed by seed, {CANDIDATES[1]} less {CANDIDATES[0]}: "
+        f"{', '.join(f'{each:+.1%}' for each in apart)} of the turns.",
         f"Chosen: {name}.",
         f"In {name} ImageNet's {IMAGENET:,} training pictures take {square:.0f} GB as squares of {SHORT_SIDE}, and "
         f"{whole:.0f} GB at short side {SHORT_SIDE} with their mean aspect of {ASPECT}.",

@@ -227,6 +227,7 @@ def test_the_page_ends_its_figures_with_the_decision(tmp_path):
     # 1,281,167 pictures of 256 x 256 at 0.75 bytes, and 1.39 times as many pixels
     assert "63 GB as squares of 256, and 88 GB at short side 256" in decision
     assert "ycc: 0.750 bytes a pixel, 38.6 dB, 59.0% of held-out turns told right" in decision
+    assert "ycc less bc7: +1.0%, +1.0%, +0.0% of the turns." in decision
     assert "_encodings.png)" in figures
     assert "VOID" not in text
     assert figures.count("| what | variant |") == 3  # a table for each thing measured
