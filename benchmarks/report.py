@@ -19,7 +19,7 @@ import json
 import re
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import bench_quality, measure
 from fastrot import entry
 from fastrot.config import Refused
 
@@ -32,7 +32,9 @@ TITLES = {
     "demo": "The demonstration",
     "cold": "Data that is not in memory: orders of an epoch",
     "chaos": "Killed, and gone on",
+    "quality": "What encodings keep: the choice of the pack's",
 }
+APART = ("quality",)  # themes whose figures stand in a table for each thing that is measured
 BEGIN, END = (
     "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
     "<!-- /measured -->",
@@ -60,9 +62,19 @@ SHOWN = {  # columns beside what every row has
     "label_bits": "label bits a batch",
     "most_bits": "most bits",
     "memory_mb": "memory, MB",
+    "mean_db": "mean, dB",
+    "pooled_db": "pooled, dB",
+    "p5_db": "p5, dB",
+    "ssim": "mean SSIM",
+    "p5_ssim": "p5 SSIM",
+    "bytes_a_pixel": "bytes a pixel",
+    "bytes_a_picture": "bytes a picture",
+    "mean_ms": "mean, ms",
+    "mean": "mean",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
 VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
+VERSIONS += ("etcpak", "texture2ddecoder", "scikit-image")
 STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
 
 
@@ -93,8 +105,9 @@ def page(theme: str, rows: list[dict[str, Any]], name: str, plots: list[Path]) -
             "text",
             f"Medians, with the 20th and 80th percentile of the repetitions. Line: in {name}.",
         ),
-        ("table", figures(rows)),
+        *(("table", figures(some)) for some in tables(theme, rows)),
         *(("text", f"Note: {about}.") for about in _each(rows, "about")),
+        *decided(theme, rows),
         ("heading", "Machine, versions, commands"),
         ("table", machine(rows)),
         ("heading", "The lines"),
@@ -127,17 +140,32 @@ def conclusion(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def tables(theme: str, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each table of a page."""
+    if theme not in APART:
+        return [rows]
+    return [[row for row in rows if row["what"] == what] for what in _each(rows, "what")]
+
+
+def decided(theme: str, rows: list[dict[str, Any]]) -> list[tuple]:
+    """What follows from the figures, where a choice hangs on them."""
+    if theme != "quality":
+        return []
+    return [("heading", "The decision"), ("list", bench_quality.decision(rows))]
+
+
 def figures(rows: list[dict[str, Any]]) -> list[list[str]]:
     more = {k: label for k, label in SHOWN.items() if any(row.get(k) is not None for row in rows)}
     table = [["what", "variant", "median", "p20 to p80", "unit", "n", *more.values(), "of", "line"]]
     for row in rows:
         of = [f"{k} {v}" for k, v in (row.get("shape") or {}).items()]
+        void = "VOID" if row.get("void") else None
         table.append(
             [
                 *(row["what"], row.get("variant") or "", _number(row["p50"])),
                 *(f"{_number(row['p20'])} to {_number(row['p80'])}", row["unit"], str(row["reps"])),
                 *("" if row.get(k) is None else _number(row[k]) for k in more),
-                ", ".join(filter(None, [row.get("mode"), row.get("dtype"), *of])),
+                ", ".join(filter(None, [void, row.get("mode"), row.get("dtype"), *of])),
                 str(row["line"]),
             ]
         )
@@ -181,6 +209,7 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
         "cifar": (("curve", _curve),),
         "decoupling": (("curves", _decoupling),),
         "cold": (("epochs", _cold),),
+        "quality": (("encodings", _quality),),
     }
     made = []
     for name, plot in draws.get(theme, ()):
@@ -274,6 +303,39 @@ def _cold(rows: list[dict[str, Any]]):
         axes.set_xlim(0, 1.5 * max(r["p80"] for r in each))
         axes.set_title(mode, loc="left", fontsize="medium")
     panels[-1].set_xlabel("images/s; bits: entropy of the labels of a batch")
+    return figure
+
+
+def _quality(rows: list[dict[str, Any]]):
+    """What is kept, and what is learnt from it seed by seed, against the bytes."""
+    kept = [row for row in rows if row["what"] == "picture quality"]
+    learnt = {row["variant"]: row for row in rows if row["what"] == "held-out rotation accuracy"}
+    if not kept:
+        return None
+    figure, (db, right) = _panels(2, height=7)
+    for row in kept:
+        name, size = row["variant"], row["bytes_a_pixel"]
+        colour = "#d95f02" if name in bench_quality.CANDIDATES else "#8da0b3"
+        db.plot([size, size], [row["p5_db"], row["mean_db"]], color=colour, lw=1)
+        db.plot(size, row["mean_db"], "o", color=colour)
+        down = -10 if name in bench_quality.CANDIDATES else -2  # another may be just above
+        db.annotate(name, (size, row["mean_db"]), xytext=(7, down), textcoords="offset points")
+        if name in learnt:
+            values = learnt[name]["values"]
+            right.plot([size] * len(values), values, "o", color=colour, alpha=0.6)
+            right.plot(size, learnt[name]["mean"], "_", color=colour, ms=22, mew=2)
+            right.annotate(
+                name, (size, learnt[name]["mean"]), xytext=(14, 3), textcoords="offset points"
+            )
+    if originals := learnt.get(bench_quality.ORIGINALS):
+        right.axhspan(originals["lowest"], originals["highest"], color="#dddddd", label="originals")
+        right.axhline(originals["mean"], color="grey", lw=1)
+        right.legend(loc="best", fontsize="small")
+    db.set_ylabel("PSNR, dB: mean, down to p5")
+    right.set_ylabel("held-out turns told right, by seed")
+    right.set_xlabel("bytes a pixel")
+    right.set_ylim(bottom=min([0.5, *(row["lowest"] for row in learnt.values())]))
+    db.set_xlim(0, 1.2 * max(row["bytes_a_pixel"] for row in kept))
     return figure
 
 
