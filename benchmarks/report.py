@@ -19,7 +19,7 @@ import json
 import re
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import advice, measure
 from fastrot import entry
 from fastrot.config import Refused
 
@@ -39,6 +39,8 @@ BEGIN, END = (
 KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
+    "waited": "share waited",
+    "bytes_per_image": "bytes a picture",
     "gb_per_s": "GB/s",
     "share_of_peak": "share of copy",
     "share_of_gather": "share of random gather",
@@ -52,7 +54,7 @@ SHOWN = {  # columns beside what every row has
     "seconds": "seconds",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
-VERSIONS += ("ffcv", "numba", "webdataset")
+VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
 STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
 
 
@@ -78,6 +80,7 @@ def page(theme: str, rows: list[dict[str, Any]], name: str, plots: list[Path]) -
         ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
         ("list", conclusion(rows)),
         *(("picture", plot) for plot in plots),
+        *(advice.parts(rows) if theme == "loaders" else []),
         ("heading", "Figures"),
         (
             "text",
@@ -181,19 +184,39 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
 
 
 def _loaders(rows: list[dict[str, Any]]):
-    found = [row for row in rows if row["what"] == "loader" and row["mode"] == "crops"]
-    found = sorted((r for r in found if r["variant"] != "synthetic"), key=lambda row: row["p50"])
-    if not found:
+    """Each loader alone, per core, and beside a step."""
+    modes = {"crops": "images/s and core", "crops, beside a stand-in for the step": "images/s"}
+    found = {
+        mode: sorted(
+            (r for r in rows if r["what"] == "loader" and r["mode"] == mode and _is_loader(r)),
+            key=lambda row: row["p50"],
+        )
+        for mode in modes
+    }
+    shown = [mode for mode in modes if found[mode]]
+    if not shown:
         return None
-    figure, axes = _axes(height=1.2 + 0.6 * len(found))
+    figure, panels = _panels(
+        len(shown), height=sum(1.2 + 0.5 * len(found[m]) for m in shown), together=False
+    )
+    for axes, mode in zip(panels, shown, strict=True):
+        _bars(axes, found[mode])
+        axes.set_xlabel(f"{modes[mode]} (224-pixel random-resized {mode})")
+    return figure
+
+
+def _is_loader(row: dict[str, Any]) -> bool:
+    return row["variant"] not in ("synthetic", "none: the step alone")
+
+
+def _bars(axes, found: list[dict[str, Any]]) -> None:
     middle = [row["p50"] for row in found]
     spread = [[r["p50"] - r["p20"] for r in found], [r["p80"] - r["p50"] for r in found]]
-    colours = ["#d95f02" if row["variant"] == "beton" else "#8da0b3" for row in found]
+    others = [row["variant"].startswith(advice.OTHERS) for row in found]
+    colours = ["#8da0b3" if other else "#d95f02" for other in others]
     bars = axes.barh([r["variant"] for r in found], middle, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [_number(value) for value in middle], padding=8)
     axes.set_xlim(0, 1.15 * max(r["p80"] for r in found))
-    axes.set_xlabel("images/s and core (224-pixel random-resized crops)")
-    return figure
 
 
 def _curve(rows: list[dict[str, Any]]):
@@ -249,14 +272,14 @@ def _axes(height: float):
     return figure, axes
 
 
-def _panels(count: int, height: float):
-    """So many panels, one above the other, over one x axis."""
+def _panels(count: int, height: float, *, together: bool = True):
+    """So many panels, one above the other, over one x axis where they belong together."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(count, 1, sharex=together, squeeze=False)[:, 0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import (
+    advice,
     bench_conversion,
     bench_decoupling,
     bench_loaders,
@@ -114,6 +115,32 @@ def test_a_page_holds_each_figure_and_no_other(tmp_path):
     assert "1,776" in page
     assert page.count("data:image/png;base64,") == 1
     assert (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102_loaders.png").exists()
+
+
+def test_advice_is_arithmetic_from_the_rows():
+    def row(variant, form, core, size, line, mode="crops"):
+        each = {"what": "loader", "variant": variant, "format": form, "mode": mode, "line": line}
+        return each | {"p50": core, "bytes_per_image": size}
+
+    rows = [
+        row("beton", "beton", 1500.0, 28_000.0, 1),
+        row("beton, C++ decoder", "beton", 2500.0, 28_000.0, 2),
+        row("FFCV, its own pipeline", "beton", 9999.0, 28_000.0, 3),  # not ours to advise
+        row("beton", "beton", 9999.0, 28_000.0, 4, mode="crops, beside a stand-in for the step"),
+        row("pack", "pack", 5000.0, 100_000.0, 5),
+        {"what": "ratio", "variant": "x", "mode": "crops", "p50": 2.0},
+    ]
+    parts = advice.parts(rows)
+    tables = [what for kind, what in parts if kind == "table"]
+    assert [table[1:] for table in tables][0] == [
+        ["beton", "beton, C++ decoder", "35.9 GB", "", "32 s", "8.5", "598 MB/s", "2"],
+        ["pack", "pack", "128 GB", "2", "16 s", "4.3", "2.14 GB/s", "5"],
+    ]
+    assert tables[2][1][2:5] == ["28 TB", "", "6.94 hours"]
+    said = " ".join(what for kind, lines in parts if kind == "list" for what in lines)
+    assert "ImageNet-1k takes 128 GB and does not fit into 141 GB" in said
+    assert "9,999" not in said
+    assert advice.parts(rows[-1:]) == []
 
 
 @pytest.fixture
