@@ -132,7 +132,7 @@ def test_advice_is_arithmetic_from_the_rows():
     ]
     parts = advice.parts(rows)
     tables = [what for kind, what in parts if kind == "table"]
-    assert [table[1:] for table in tables][0] == [
+    assert tables[0][1:] == [
         ["beton", "beton, C++ decoder", "35.9 GB", "", "32 s", "8.5", "598 MB/s", "2"],
         ["pack", "pack", "128 GB", "2", "16 s", "4.3", "2.14 GB/s", "5"],
     ]
