@@ -19,7 +19,7 @@ import json
 import re
 from typing import Any
 
-from benchmarks import bench_quality, measure
+from benchmarks import advice, bench_quality, measure
 from fastrot import entry
 from fastrot.config import Refused
 
@@ -42,6 +42,8 @@ BEGIN, END = (
 KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
+    "waited": "share waited",
+    "bytes_per_image": "bytes a picture",
     "gb_per_s": "GB/s",
     "share_of_peak": "share of copy",
     "share_of_gather": "share of random gather",
@@ -100,6 +102,7 @@ def page(theme: str, rows: list[dict[str, Any]], name: str, plots: list[Path]) -
         ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
         ("list", conclusion(rows)),
         *(("picture", plot) for plot in plots),
+        *(advice.parts(rows) if theme == "loaders" else []),
         ("heading", "Figures"),
         (
             "text",
@@ -221,19 +224,39 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
 
 
 def _loaders(rows: list[dict[str, Any]]):
-    found = [row for row in rows if row["what"] == "loader" and row["mode"] == "crops"]
-    found = sorted((r for r in found if r["variant"] != "synthetic"), key=lambda row: row["p50"])
-    if not found:
+    """Each loader alone, per core, and beside a step."""
+    modes = {"crops": "images/s and core", "crops, beside a stand-in for the step": "images/s"}
+    found = {
+        mode: sorted(
+            (r for r in rows if r["what"] == "loader" and r["mode"] == mode and _is_loader(r)),
+            key=lambda row: row["p50"],
+        )
+        for mode in modes
+    }
+    shown = [mode for mode in modes if found[mode]]
+    if not shown:
         return None
-    figure, axes = _axes(height=1.2 + 0.6 * len(found))
+    figure, panels = _panels(
+        len(shown), height=sum(1.2 + 0.5 * len(found[m]) for m in shown), shared=False
+    )
+    for axes, mode in zip(panels, shown, strict=True):
+        _bars(axes, found[mode])
+        axes.set_xlabel(f"{modes[mode]} (224-pixel random-resized {mode})")
+    return figure
+
+
+def _is_loader(row: dict[str, Any]) -> bool:
+    return row["variant"] not in ("synthetic", "none: the step alone")
+
+
+def _bars(axes, found: list[dict[str, Any]]) -> None:
     middle = [row["p50"] for row in found]
     spread = [[r["p50"] - r["p20"] for r in found], [r["p80"] - r["p50"] for r in found]]
-    colours = ["#d95f02" if row["variant"] == "beton" else "#8da0b3" for row in found]
+    others = [row["variant"].startswith(advice.OTHERS) for row in found]
+    colours = ["#8da0b3" if other else "#d95f02" for other in others]
     bars = axes.barh([r["variant"] for r in found], middle, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [_number(value) for value in middle], padding=8)
     axes.set_xlim(0, 1.15 * max(r["p80"] for r in found))
-    axes.set_xlabel("images/s and core (224-pixel random-resized crops)")
-    return figure
 
 
 def _curve(rows: list[dict[str, Any]]):
