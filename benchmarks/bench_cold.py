@@ -257,7 +257,12 @@ def of_ffcvs(name: str, path: str, workers: int, mode: str, epochs: int) -> list
         maps = [loader.memory_manager.context.mmap._mmap]
 
     def labels(number: int) -> Iterator[np.ndarray]:
-        return (label.numpy().reshape(-1) for _, label in loader)
+        drawn = iter(loader)
+        try:
+            for _, label in drawn:
+                yield label.numpy().reshape(-1)
+        finally:
+            drawn.close()  # its thread would keep the process of an epoch that is broken off
 
     return _epochs(Path(path), maps, labels, epochs, mode)
 
