@@ -480,9 +480,13 @@ def decision(rows: list[dict[str, Any]]) -> list[str]:
     ]
     a_pixel = size[name]["bytes_a_pixel"]
     square, whole = (IMAGENET * SHORT_SIDE**2 * a_pixel * wide / 1e9 for wide in (1, ASPECT))
+    means, widest = [row["mean"] for row in learnt.values()], max(map(_spread, learnt.values()))
     return [
         RULE,
         *told,
+        f"The means of all {len(means)} that were learnt from lie within {100 * (max(means) - min(means)):.1f} points, "
+        f"and the seeds of one alone within up to {100 * widest:.1f}: smaller differences decide nothing. "
+        "All were trained from raw pixels: images/s tell of the machine's neighbours, not of the encodings.",
         f"Seed by seed, {CANDIDATES[1]} less {CANDIDATES[0]}: "
         f"{', '.join(f'{each:+.1%}' for each in apart)} of the turns.",
         f"Chosen: {name}.",

@@ -228,6 +228,8 @@ def test_the_page_ends_its_figures_with_the_decision(tmp_path):
     assert "63 GB as squares of 256, and 88 GB at short side 256" in decision
     assert "ycc: 0.750 bytes a pixel, 38.6 dB, 59.0% of held-out turns told right" in decision
     assert "ycc less bc7: +1.0%, +1.0%, +0.0% of the turns." in decision
+    assert "The means of all 3 that were learnt from lie within 1.7 points" in decision
+    assert "the seeds of one alone within up to 3.0" in decision
     assert "_encodings.png)" in figures
     assert "VOID" not in text
     assert figures.count("| what | variant |") == 3  # a table for each thing measured
