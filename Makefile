@@ -2,6 +2,7 @@
 # make test    every check and test
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
+# make dali    DALI, for --loader dali: 200 MB, 600 MB installed
 # PYTHON=python3.12 chooses the interpreter of .venv, which all targets share.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DEVICE ?= cuda
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check fuzz ffcv kernels bench report gpu wheels slice clean
+.PHONY: demo test check fuzz ffcv dali kernels bench report gpu wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -53,11 +54,19 @@ fuzz: $(VENV)/installed-dev
 ffcv: $(VENV)/installed
 	@sh .ci/ffcv "$(BIN)/python"
 
+dali: $(VENV)/installed
+	@$(BIN)/python -c 'import nvidia.dali' 2>/dev/null || { echo "installing DALI (over 200 MB)" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dali]' && \
+	  $(BIN)/python -c 'import nvidia.dali'; } || { \
+	  echo "fastrot: DALI cannot be installed here: see the lines above, or do without --loader dali"; exit 1; }
+
 kernels: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m fastrot.ops.compile
 
 bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cold
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_conversion
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_train --preset decoupling-alexnet
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cifar

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
 from fastrot.config import Refused
-from fastrot.core import Picks
+from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures, sources
 from fastrot.disk import write_atomically
 
@@ -82,9 +82,15 @@ class Folder:
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self._sizes[rows]
 
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a file. Raises DamagedRecord."""
+        with _named(row, self._paths[row]):
+            return np.frombuffer(_bytes(self.root, self._paths[row]), np.uint8)
+
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole picture. Raises BadPicture or OSError."""
-        return _read(self.root, self._paths[row], self._sizes[row].tolist())
+        """The whole picture. Raises DamagedRecord."""
+        with _named(row, self._paths[row]):
+            return _read(self.root, self._paths[row], self._sizes[row].tolist())
 
     def pictures(
         self, plan: Iterable[Picks], device: torch.device, workers: int
@@ -137,27 +143,44 @@ class _Worker:
         )
         spoilt = []
         for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
-            what = f"row {picks.rows[0][place, 0]}, {path!r},"
+            row = int(picks.rows[0][place, 0])
             try:
-                picture = _read(self.root, path, size)
-            except (pictures.BadPicture, OSError) as e:
-                why = getattr(e, "strerror", None) or e
-                spoilt.append((place, f"{what} cannot be read: {why}; take it out of the folder"))
+                with _named(row, path):
+                    picture = _read(self.root, path, size)
+            except DamagedRecord as error:
+                spoilt.append((place, str(error)))
                 continue
             try:
                 for box, crop in zip(picks.rows, out, strict=True):
                     crops.resample(picture, box[place], crop[place].numpy())
             except Exception as e:
-                raise RuntimeError(f"{what} cannot be cropped: {e}") from e
+                raise RuntimeError(f"row {row}, {path!r}, cannot be cropped: {e}") from e
         return out, spoilt
+
+
+@contextmanager
+def _named(row: int, path: str) -> Iterator[None]:
+    """A picture that cannot be read in here is a DamagedRecord, in one sentence."""
+    try:
+        yield
+    except (pictures.BadPicture, OSError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise DamagedRecord(
+            f"row {row}, {path!r}, cannot be read: {why}; take it out of the folder"
+        ) from None
+
+
+def _bytes(root: str | Path, path: str) -> bytes:
+    """A file's content. Raises BadPicture or OSError."""
+    with open(os.path.join(root, path), "rb", opener=sources.without_waiting) as file:
+        if reason := sources.too_long(os.fstat(file.fileno()).st_size):
+            raise pictures.BadPicture(reason)
+        return file.read()
 
 
 def _read(root: str | Path, path: str, size: list[int]) -> np.ndarray:
     """A picture's pixels. Raises BadPicture or OSError."""
-    with open(os.path.join(root, path), "rb", opener=sources.without_waiting) as file:
-        if reason := sources.too_long(os.fstat(file.fileno()).st_size):
-            raise pictures.BadPicture(reason)
-        picture = pictures.decode(file.read())
+    picture = pictures.decode(_bytes(root, path))
     if list(picture.shape[:2]) != size:
         was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
         raise pictures.BadPicture(f"it was listed as {was} and is {now}, so it has changed")

@@ -82,6 +82,21 @@ def size_of(picture: bytes | str | os.PathLike | io.BytesIO | io.BufferedReader)
         return (width, height) if _orientation(image) in _LYING else (height, width)
 
 
+def is_upright_jpeg(data: UInt8[np.ndarray, " n"], height: int, width: int) -> bool:
+    """Whether its header says that any decoder of JPEG finds these pixels: colour or grey, of that size, not turned."""
+    try:
+        *size, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if size != [height, width] or colours not in ("YCbCr", "Gray"):
+            return False
+        encoded = data.tobytes()
+        if b"Exif\0\0" not in encoded:
+            return True
+        with _opened(io.BytesIO(encoded)) as image:
+            return _orientation(image) == 1
+    except ValueError:  # BadPicture too
+        return False
+
+
 def shrink(
     picture: UInt8[np.ndarray, "h w 3"], short_side: int | None = None, max_side: int | None = None
 ) -> UInt8[np.ndarray, "h2 w2 3"]:

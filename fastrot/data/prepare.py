@@ -149,6 +149,7 @@ class Recipe:
     max_side: int | None = None
     judged: bool = False  # also measure what the coder loses
     square: bool = False  # keep the centre square, after shrinking
+    original: bool = False  # a file's bytes stay as they are; only pixels are coded
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,7 @@ def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Enc
     height, width = picture.shape[:2]
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")
-    data = recipe.coder.encode(picture)
+    data = read if recipe.original and isinstance(read, bytes) else recipe.coder.encode(picture)
     sums, squares = _channel_sums(picture)
     loss = None
     if recipe.judged:

@@ -1,0 +1,58 @@
+"""Bytes of a tar shard and of its DALI index; what lies beside the shards of a folder.
+
+NAME/00000.tar ...  WebDataset: KEY.jpg (or .png, ...), KEY.cls; KEY is the picture's number in its source
+NAME/00000.idx ...  the same as DALI's wds2idx writes it, v1.2: a line a picture
+NAME/shards.json    what is known of them as a whole, sealed; written last
+NAME/rows.npy       a ROW for each picture: where it lies, its size, its label, its checksum
+NAME/keys.npy       uint64 [rows]: hash of each path
+NAME/paths.jsonl    {"path", "number"} of each row
+NAME/rejects.jsonl  {"path", "reason"} of each picture left out, where there are any
+"""
+
+import tarfile
+
+import numpy as np
+
+BLOCK = 512  # bytes: headers and contents begin at multiples
+RECORD = 20 * BLOCK  # a tar's length is a multiple, as GNU tar and tarfile write it
+MANIFEST, ROWS, KEYS = "shards.json", "rows.npy", "keys.npy"
+PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
+BESIDE = {MANIFEST, ROWS, KEYS, PATHS, REJECTS}
+ROW = np.dtype(
+    [
+        ("first", "<i8"),  # byte of the shard, where the picture begins
+        ("bytes", "<i8"),
+        ("label", "<i8"),  # -1 where there is none
+        ("height", "<i4"),  # after EXIF orientation
+        ("width", "<i4"),
+        ("crc", "<u4"),  # crc32 of the picture's bytes
+        ("shard", "<u4"),
+    ]
+)
+ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `sources.sniff` says; others are their own
+INDEX_VERSION = "v1.2"  # of the .idx files
+VERSION = 1  # of all that lies beside them
+
+
+def header(name: str, size: int) -> bytes:
+    """The header block of a plain file; the same for the same name and size, always."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def padding(size: int, to: int = BLOCK) -> bytes:
+    return bytes(-size % to)
+
+
+def length_in(block: bytes) -> int | None:
+    """The length of the file that a header block names; None: it is no header of a plain file."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return member.size if member.isreg() else None
+
+
+def shard_name(number: int, ending: str = "tar") -> str:
+    return f"{number:05d}.{ending}"

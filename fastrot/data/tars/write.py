@@ -1,0 +1,254 @@
+"""A source's pictures into tar shards, ordinary WebDataset, with indices for DALI and for ourselves; see layout.py.
+
+Without --short-side, --max-side and --quality a picture's bytes stay as they are, EXIF and all; it is decoded all the
+same, so that what cannot be decoded is rejected, and its size and the statistics are those of upright pixels. Pixels
+that come from no file (CIFAR-10) become PNGs. With one of the three every picture becomes a JPEG, as in a `.beton`.
+
+A part is a shard. Whole parts get a second name in a folder inside that of the parts, which takes the name OUT by
+one rename: so the shards are there with all that belongs to them, or not at all. Their bytes depend on neither
+workers nor ranks.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from fastrot.config import Refused
+from fastrot.data import conversion, prepare
+from fastrot.data.beton.manifest import sealed
+from fastrot.data.beton.write import Coder as BetonCoder
+from fastrot.data.conversion import There, Work
+from fastrot.data.ranks import ALONE, Ranks
+from fastrot.data.sources import HEAD, sniff
+from fastrot.data.tars import layout
+from fastrot.data.tars.index import read_index
+from fastrot.disk import replace_bytes, sync_folder, write_atomically
+
+QUALITY = 90  # of the JPEGs where only a size is given
+_WAYS = "add --overwrite or choose another --out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarsOptions(prepare.Options):
+    """Convert pictures into WebDataset tar shards, with an index for DALI; resumable, with checksums beside them."""
+
+    quality: int | None = None  # 1 to 100: make JPEGs; default: the original bytes, or 90 if shrunk
+    shard: int = prepare.PART  # pictures a shard, at most
+
+    def check(self) -> None:
+        super().check()
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise Refused(f"--quality got {self.quality}: it wants 1 to 100")
+        if self.shard < 1:
+            raise Refused(f"--shard got {self.shard}: it wants at least 1")
+        if self.out.suffix == ".tar" or self.out.is_file():
+            raise Refused(f"--out got {self.out}, a file's name: it wants a folder for the shards")
+
+    @property
+    def coder(self) -> "Coder":
+        shrunk = self.short_side is not None or self.max_side is not None
+        return Coder(QUALITY if shrunk and self.quality is None else self.quality)
+
+
+@dataclass(frozen=True, slots=True)
+class Coder:
+    """A picture's bytes in a shard: a JPEG; without a quality, for want of a file's bytes, a PNG."""
+
+    quality: int | None
+
+    def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+        if self.quality is not None:
+            return BetonCoder("jpg", self.quality).encode(picture)
+        return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+
+    def decode(self, data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        from fastrot.data import pictures
+
+        return pictures.decode(data)
+
+
+# ---- a shard ----
+
+
+def write_shard(path: Path, pictures: Iterable[prepare.Encoded]) -> None:
+    """The shard `path`, and beside it its rows (.npy) and DALI's index (.idx)."""
+    rows: list[tuple] = []
+    lines: list[str] = []
+
+    def write(file: BinaryIO) -> None:
+        for picture in pictures:
+            key, kind = f"{picture.record:09d}", sniff(picture.data[:HEAD])
+            ending = layout.ENDINGS.get(str(kind), str(kind))
+            image = _add(file, f"{key}.{ending}", picture.data)
+            label = _add(file, f"{key}.cls", b"%d" % picture.label)
+            lines.append(f"{ending} {image} cls {label}\n")
+            size = (picture.height, picture.width)
+            first = int(image.split()[0])
+            rows.append((first, len(picture.data), picture.label, *size, picture.crc, 0))
+        file.write(bytes(2 * layout.BLOCK))
+        file.write(layout.padding(file.tell(), layout.RECORD))
+
+    write_atomically(path, write)
+    index = f"{layout.INDEX_VERSION} {len(lines)}\n{''.join(lines)}"
+    replace_bytes(path.with_suffix(".idx"), index.encode())
+    each = np.array(rows, layout.ROW)
+    write_atomically(path.with_suffix(".npy"), lambda file: np.save(file, each))
+
+
+def _add(file: BinaryIO, name: str, data: bytes) -> str:
+    """One member of a tar; where it lies, as DALI's index says it."""
+    file.write(layout.header(name, len(data)))
+    at = file.tell()
+    file.write(data)
+    file.write(layout.padding(len(data)))
+    return f"{at} {len(data)} {name}"
+
+
+# ---- the conversion ----
+
+
+def convert(options: TarsOptions, ranks: Ranks = ALONE) -> prepare.Summary | prepare.Estimate:
+    """See `conversion.convert`."""
+    return conversion.convert(TarsForm(options), ranks, part=options.shard)
+
+
+class TarsForm(conversion.Form):
+    """A folder of shards."""
+
+    suffix = ".tar"
+    row_bytes = (
+        7 * layout.BLOCK // 2 + layout.ROW.itemsize + 8
+    )  # two headers, a label, half a block
+    options: TarsOptions
+
+    @property
+    def out(self) -> Path:
+        """Where the shards go: a link stays a link, and what it points to is replaced."""
+        return Path(os.path.realpath(self.options.out))
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.parts")
+
+    @property
+    def recipe(self) -> prepare.Recipe:
+        options, coder = self.options, self.options.coder
+        kept = coder.quality is None
+        return prepare.Recipe(coder, options.short_side, options.max_side, original=kept)
+
+    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+        write_shard(path, pictures)
+
+    def there(self, plan: dict[str, Any], part: int) -> There:
+        out = self.out
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where it is empty
+        if not out.exists():
+            return There()
+        if foreign := sorted(file.name for file in out.iterdir() if not _is_ours(file)):
+            raise Refused(
+                f"{out} is there, and holds {foreign[0]}, which does not belong to shards of ours: remove "
+                "it or choose another --out"
+            )
+        if self.options.overwrite:
+            return There()
+        try:
+            facts = read_index(out).manifest
+        except Refused as error:
+            raise Refused(f"--out is there, but is not whole ({error}): {_WAYS}") from None
+        if differs := prepare.difference(plan, facts["options"]):
+            raise Refused(f"{out} is there, made {differs}: {_WAYS}")
+        for shard in facts["shards"]:
+            file = out / shard["file"]
+            if not file.exists() or file.stat().st_size != shard["bytes"]:
+                raise Refused(f"{file} is missing or cut short: {_WAYS}")
+        if self.folder.exists():  # a start was killed at its very end
+            whole = {**plan, "part": part}
+            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
+                prepare.remove(self.folder)
+        return There(facts)
+
+    def publish(self, work: Work) -> dict[str, Any]:
+        new, old = self.folder / prepare.NEW, self.folder / f"{prepare.NEW}.old"
+        new.mkdir()
+        parts = [part for part in work.parts if part.file.exists()]
+        rows = [_rows_of(part, number) for number, part in enumerate(parts)]
+        shards = []
+        for number, part in enumerate(parts):
+            for ending in ("tar", "idx"):
+                name = layout.shard_name(number, ending)
+                _name_too(part.file.with_suffix(f".{ending}"), new / name)
+            shards.append(
+                {
+                    "file": layout.shard_name(number),
+                    "rows": len(rows[number]),
+                    "bytes": (new / layout.shard_name(number)).stat().st_size,
+                }
+            )
+        facts = _write_index(new, work, np.concatenate(rows), shards)
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(new, self.out)
+        sync_folder(self.out.parent)
+        prepare.remove(self.folder)
+        return facts
+
+    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {"out": self.options.out, "parts": False, "rejected_at": self.out / layout.REJECTS}
+
+
+def _is_ours(file: Path) -> bool:
+    return file.name in layout.BESIDE or (file.stem.isdigit() and file.suffix in (".tar", ".idx"))
+
+
+def _rows_of(part: prepare.Part, shard: int) -> np.ndarray:
+    """The rows of a whole part. Raises Refused where these are not those of its shard, and it counts as not made."""
+    try:
+        rows = np.load(part.file.with_suffix(".npy"), allow_pickle=False)
+        same = rows.dtype == layout.ROW and rows["crc"].tolist() == part.tally().crcs
+    except (OSError, ValueError, EOFError):
+        same, rows = False, np.zeros(0, layout.ROW)
+    if not same or not part.file.with_suffix(".idx").exists():
+        part.facts.unlink()
+        raise Refused(
+            f"what lies beside {part.file} has changed since it was written: run again, and that part is "
+            "made anew"
+        )
+    rows["shard"] = shard
+    return rows
+
+
+def _name_too(file: Path, name: Path) -> None:
+    """A second name for a file; the only one, where the file system knows no second names."""
+    try:
+        os.link(file, name)
+    except OSError:
+        os.rename(file, name)
+
+
+def _write_index(
+    folder: Path, work: Work, rows: np.ndarray, shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """All that lies beside the shards, the manifest last; what that says."""
+    keys = conversion.keys_of(work)
+    write_atomically(folder / layout.ROWS, lambda file: np.save(file, rows))
+    write_atomically(folder / layout.KEYS, lambda file: np.save(file, keys))
+    conversion.write_paths(folder / layout.PATHS, work)
+    conversion.write_rejects(folder / layout.REJECTS, work)
+    body = {
+        "version": layout.VERSION,
+        "shards": shards,
+        "rows_crc": zlib.crc32(rows.tobytes()),
+        "bytes": sum(shard["bytes"] for shard in shards),
+    }
+    facts = conversion.facts_of("tars", work, body, TarsForm.packages)
+    replace_bytes(folder / layout.MANIFEST, sealed(facts))
+    return facts
