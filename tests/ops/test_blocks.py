@@ -275,7 +275,7 @@ def test_kernel_equals_decode_then_crop_on_a_gpu(encoding):
 @pytest.mark.gpu
 @needs_cuda
 def test_every_place_of_a_tap_is_opencvs_on_a_gpu():
-    """A fused multiply-add would move one in some hundred thousand."""
+    """A division by approximation, or halves rounded up, would move some of these."""
     sides = [(i, 1000 - i) for i in range(1, 1000, 3)]
     pack = random_pack("raw", sides)
     boxes = torch.tensor([(i, 0, 0, h, w, 0) for i, (h, w) in enumerate(sides)])
