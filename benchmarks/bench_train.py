@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_loaders, measure
+from benchmarks import contestants, measure
 from fastrot import assemble, entry
 from fastrot.config import AlexNet, Config, Decoupling, Stopped, resolved
 from fastrot.core import DTYPES, Batch, Losses
@@ -273,7 +273,7 @@ def sources(
     data: dict[str, Any] = {"synthetic": assemble.open_data(f"synthetic:{images}")}
     if beton is not None:
         pictures = assemble.open_data(beton)
-        data["beton"] = bench_loaders.Repeated(pictures, -(-images // pictures.rows))
+        data["beton"] = contestants.Repeated(pictures, -(-images // pictures.rows))
 
     def opened(each: Any) -> Callable[[Batch], Iterator[Batch]]:
         loader = assemble.open_loader(each, view, batch=cfg.batch, device=device, enlarge=True)
@@ -403,8 +403,8 @@ def main(args: list[str] | None = None) -> int:
     else:
         beton = None
         if asked.root is not None:
-            root = bench_loaders.originals(asked.root)
-            beton = bench_loaders.prepared(root, asked.work, entry.cores())
+            root = contestants.originals(asked.root)
+            beton = contestants.Formats(root, asked.work, entry.cores()).beton()
         steps, reps = (3, 2) if asked.quick else (60, 4) if asked.device == "cuda" else (5, 3)
         cfg = config_of(asked, device)
         bank = QUICK_BANK if asked.quick else BANK

@@ -19,7 +19,7 @@ import json
 import re
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import advice, bench_quality, measure
 from fastrot import entry
 from fastrot.config import Refused
 
@@ -30,8 +30,11 @@ TITLES = {
     "ops": "Ops",
     "train": "A training step",
     "demo": "The demonstration",
+    "cold": "Data that is not in memory: orders of an epoch",
     "chaos": "Killed, and gone on",
+    "quality": "What encodings keep: the choice of the pack's",
 }
+APART = ("quality",)  # themes whose figures stand in a table for each thing that is measured
 BEGIN, END = (
     "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
     "<!-- /measured -->",
@@ -39,6 +42,8 @@ BEGIN, END = (
 KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
+    "waited": "share waited",
+    "bytes_per_image": "bytes a picture",
     "gb_per_s": "GB/s",
     "share_of_peak": "share of copy",
     "share_of_gather": "share of random gather",
@@ -50,9 +55,28 @@ SHOWN = {  # columns beside what every row has
     "parent_mb": "parent MB",
     "worker_mb": "a worker MB",
     "seconds": "seconds",
+    "images_per_core": "images/s and core",
+    "read_mb": "MB read",
+    "kb_per_image": "kB read an image",
+    "kb_per_request": "kB a request",
+    "resident_mb": "most MB of the file in memory",
+    "first_batch_s": "first batch, s",
+    "label_bits": "label bits a batch",
+    "most_bits": "most bits",
+    "memory_mb": "memory, MB",
+    "mean_db": "mean, dB",
+    "pooled_db": "pooled, dB",
+    "p5_db": "p5, dB",
+    "ssim": "mean SSIM",
+    "p5_ssim": "p5 SSIM",
+    "bytes_a_pixel": "bytes a pixel",
+    "bytes_a_picture": "bytes a picture",
+    "mean_ms": "mean, ms",
+    "mean": "mean",
 }
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
 VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
+VERSIONS += ("etcpak", "texture2ddecoder", "scikit-image")
 STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
 
 
@@ -78,13 +102,15 @@ def page(theme: str, rows: list[dict[str, Any]], name: str, plots: list[Path]) -
         ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
         ("list", conclusion(rows)),
         *(("picture", plot) for plot in plots),
+        *(advice.parts(rows) if theme == "loaders" else []),
         ("heading", "Figures"),
         (
             "text",
             f"Medians, with the 20th and 80th percentile of the repetitions. Line: in {name}.",
         ),
-        ("table", figures(rows)),
+        *(("table", figures(some)) for some in tables(theme, rows)),
         *(("text", f"Note: {about}.") for about in _each(rows, "about")),
+        *decided(theme, rows),
         ("heading", "Machine, versions, commands"),
         ("table", machine(rows)),
         ("heading", "The lines"),
@@ -110,6 +136,13 @@ def conclusion(rows: list[dict[str, Any]]) -> list[str]:
             f"Decoding whole pictures takes {ours['p50'] / whole['p50']:.0%} of the .beton reader's time on the "
             "processor: the decoder binds it."
         )
+    cold = [row for row in rows if row["what"] == "cold epoch"]
+    if cold and cold[0]["shape"]["MB"] < cold[0]["memory_mb"]:
+        said.append(
+            f"The file of {cold[0]['shape']['MB']:,} MB fits into the memory of {_number(cold[0]['memory_mb'])} MB: an "
+            "epoch from the disk is a first one, in which every order reads each byte once. Where memory is stood in "
+            "for, pages were dropped by the benchmark, not by the system, and the column of MB in memory tells how well."
+        )
     met = sum(map(measure.met, judged))
     return [
         f"{met} of {len(judged)} targets met." if judged else "No row here has a target.",
@@ -117,17 +150,32 @@ def conclusion(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def tables(theme: str, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each table of a page."""
+    if theme not in APART:
+        return [rows]
+    return [[row for row in rows if row["what"] == what] for what in _each(rows, "what")]
+
+
+def decided(theme: str, rows: list[dict[str, Any]]) -> list[tuple]:
+    """What follows from the figures, where a choice hangs on them."""
+    if theme != "quality":
+        return []
+    return [("heading", "The decision"), ("list", bench_quality.decision(rows))]
+
+
 def figures(rows: list[dict[str, Any]]) -> list[list[str]]:
     more = {k: label for k, label in SHOWN.items() if any(row.get(k) is not None for row in rows)}
     table = [["what", "variant", "median", "p20 to p80", "unit", "n", *more.values(), "of", "line"]]
     for row in rows:
         of = [f"{k} {v}" for k, v in (row.get("shape") or {}).items()]
+        void = "VOID" if row.get("void") else None
         table.append(
             [
                 *(row["what"], row.get("variant") or "", _number(row["p50"])),
                 *(f"{_number(row['p20'])} to {_number(row['p80'])}", row["unit"], str(row["reps"])),
                 *("" if row.get(k) is None else _number(row[k]) for k in more),
-                ", ".join(filter(None, [row.get("mode"), row.get("dtype"), *of])),
+                ", ".join(filter(None, [void, row.get("mode"), row.get("dtype"), *of])),
                 str(row["line"]),
             ]
         )
@@ -170,6 +218,8 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
         "loaders": (("loaders", _loaders),),
         "cifar": (("curve", _curve),),
         "decoupling": (("curves", _decoupling),),
+        "cold": (("epochs", _cold),),
+        "quality": (("encodings", _quality),),
     }
     made = []
     for name, plot in draws.get(theme, ()):
@@ -181,19 +231,39 @@ def draw(theme: str, rows: list[dict[str, Any]], stem: Path) -> list[Path]:
 
 
 def _loaders(rows: list[dict[str, Any]]):
-    found = [row for row in rows if row["what"] == "loader" and row["mode"] == "crops"]
-    found = sorted((r for r in found if r["variant"] != "synthetic"), key=lambda row: row["p50"])
-    if not found:
+    """Each loader alone, per core, and beside a step."""
+    modes = {"crops": "images/s and core", "crops, beside a stand-in for the step": "images/s"}
+    found = {
+        mode: sorted(
+            (r for r in rows if r["what"] == "loader" and r["mode"] == mode and _is_loader(r)),
+            key=lambda row: row["p50"],
+        )
+        for mode in modes
+    }
+    shown = [mode for mode in modes if found[mode]]
+    if not shown:
         return None
-    figure, axes = _axes(height=1.2 + 0.6 * len(found))
+    figure, panels = _panels(
+        len(shown), height=sum(1.2 + 0.5 * len(found[m]) for m in shown), shared=False
+    )
+    for axes, mode in zip(panels, shown, strict=True):
+        _bars(axes, found[mode])
+        axes.set_xlabel(f"{modes[mode]} (224-pixel random-resized {mode})")
+    return figure
+
+
+def _is_loader(row: dict[str, Any]) -> bool:
+    return row["variant"] not in ("synthetic", "none: the step alone")
+
+
+def _bars(axes, found: list[dict[str, Any]]) -> None:
     middle = [row["p50"] for row in found]
     spread = [[r["p50"] - r["p20"] for r in found], [r["p80"] - r["p50"] for r in found]]
-    colours = ["#d95f02" if row["variant"] == "beton" else "#8da0b3" for row in found]
+    others = [row["variant"].startswith(advice.OTHERS) for row in found]
+    colours = ["#8da0b3" if other else "#d95f02" for other in others]
     bars = axes.barh([r["variant"] for r in found], middle, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [_number(value) for value in middle], padding=8)
     axes.set_xlim(0, 1.15 * max(r["p80"] for r in found))
-    axes.set_xlabel("images/s and core (224-pixel random-resized crops)")
-    return figure
 
 
 def _curve(rows: list[dict[str, Any]]):
@@ -244,19 +314,74 @@ def _decoupling(rows: list[dict[str, Any]]):
     return figure
 
 
+def _cold(rows: list[dict[str, Any]]):
+    """Rates of each order in each mode, and how its batches mix the sorted file's classes."""
+    found = [row for row in rows if row["what"] == "cold epoch"]
+    if not found:
+        return None
+    modes = list(dict.fromkeys(row["mode"] for row in found))
+    figure, panels = _panels(len(modes), height=1 + 2.2 * len(modes), shared=False)
+    for axes, mode in zip(panels, modes, strict=True):
+        each = [row for row in found if row["mode"] == mode][::-1]
+        spread = [[r["p50"] - r["p20"] for r in each], [r["p80"] - r["p50"] for r in each]]
+        names = [row["variant"] for row in each]
+        bars = axes.barh(names, [r["p50"] for r in each], xerr=spread, color="#8da0b3", capsize=3)
+        told = [
+            f"{r['label_bits']:.2g} bits, {r['kb_per_image']:,.0f} kB read an image" for r in each
+        ]
+        axes.bar_label(bars, told, padding=8, fontsize="small")
+        axes.set_xlim(0, 1.8 * max(r["p80"] for r in each))
+        axes.set_title(mode, loc="left", fontsize="medium")
+    panels[-1].set_xlabel("images/s; bits: entropy of the labels of a batch")
+    return figure
+
+
+def _quality(rows: list[dict[str, Any]]):
+    """What is kept, and what is learnt from it seed by seed, against the bytes."""
+    kept = [row for row in rows if row["what"] == "picture quality"]
+    learnt = {row["variant"]: row for row in rows if row["what"] == "held-out rotation accuracy"}
+    if not kept:
+        return None
+    figure, (db, right) = _panels(2, height=7)
+    for row in kept:
+        name, size = row["variant"], row["bytes_a_pixel"]
+        colour = "#d95f02" if name in bench_quality.CANDIDATES else "#8da0b3"
+        db.plot([size, size], [row["p5_db"], row["mean_db"]], color=colour, lw=1)
+        db.plot(size, row["mean_db"], "o", color=colour)
+        down = -10 if name in bench_quality.CANDIDATES else -2  # another may be just above
+        db.annotate(name, (size, row["mean_db"]), xytext=(7, down), textcoords="offset points")
+        if name in learnt:
+            values = learnt[name]["values"]
+            right.plot([size] * len(values), values, "o", color=colour, alpha=0.6)
+            right.plot(size, learnt[name]["mean"], "_", color=colour, ms=22, mew=2)
+            right.annotate(
+                name, (size, learnt[name]["mean"]), xytext=(14, 3), textcoords="offset points"
+            )
+    if originals := learnt.get(bench_quality.ORIGINALS):
+        right.axhspan(originals["lowest"], originals["highest"], color="#dddddd", label="originals")
+        right.axhline(originals["mean"], color="grey", lw=1)
+        right.legend(loc="best", fontsize="small")
+    db.set_ylabel("PSNR, dB: mean, down to p5")
+    right.set_ylabel("held-out turns told right, by seed")
+    right.set_xlabel("bytes a pixel")
+    right.set_ylim(bottom=min([0.5, *(row["lowest"] for row in learnt.values())]))
+    db.set_xlim(0, 1.2 * max(row["bytes_a_pixel"] for row in kept))
+    return figure
+
+
 def _axes(height: float):
     figure, (axes,) = _panels(1, height)
     return figure, axes
 
 
-def _panels(count: int, height: float):
-    """So many panels, one above the other, over one x axis."""
+def _panels(count: int, height: float, *, shared: bool = True):
+    """So many panels, one above the other, over one x axis unless not `shared`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(count, 1, sharex=shared, squeeze=False)[:, 0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -5,6 +5,8 @@ A new method, backbone or data format is a new file, one line in a union of conf
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,76 +56,79 @@ def open_data(
     knob: str = "--data",
     placement: config.Placement = "auto",
 ) -> Data:
-    """Open prepared pictures: FILE.beton or the parts of one, NAME.pack, an image folder, `synthetic[:IMAGES]`.
+    """Open prepared pictures: what one of FORMATS reads, or `synthetic[:IMAGES]`.
 
     The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/load.py. Raises
     Refused, naming `knob`, for what is no known format.
     """
-    name = str(path)
+    name, path = str(path), Path(path)
     if name.split(":")[0] == "synthetic":
-        from fastrot.data.synthetic import IMAGES, Synthetic
-
-        if loader == "dali":
-            raise Refused(_NOT_FOR_DALI.format(f"{knob} {name}"))
-        count = name.partition(":")[2] or str(IMAGES)
-        if not count.isdigit() or int(count) < 1:
-            raise Refused(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
-        return Synthetic(int(count))
-    path = Path(path)
+        return _synthetic(name, loader, knob)
     if not path.exists():
         raise Refused(f"{knob} {path} does not exist: name a .beton file, a folder, or synthetic")
-    kind = loader
-    if loader == "auto":
-        kind = _kind(path)
-    if kind == "pack" and path.is_dir():
-        from fastrot.data.pack.load import Pack
-
-        return Pack(path, placement)
-    if placement != "auto" and knob == "--data":
+    if loader == "dali":
+        return _through_dali(open_data(path, knob=knob), f"{knob} {path}")
+    held = next((kind for kind, each in FORMATS.items() if each.holds(path)), None)
+    kind = held if loader == "auto" else loader
+    if placement != "auto" and knob == "--data" and kind != "pack":
         raise Refused(
             f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
         )
-    if kind == "dali":
-        return _through_dali(open_data(path, _kind(path), knob=knob), f"{knob} {path}")
-    if kind == "tars" and _holds_shards(path):
-        from fastrot.data.tars.load import Tars
-
-        return Tars(path)
-    if kind == "beton" and (path.is_file() or _holds_parts(path)):
-        from fastrot.data.beton.load import Beton
-
-        return Beton(path)
+    if kind in FORMATS and FORMATS[kind].fits(path):
+        return _pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if kind == "ffcv" and path.is_file():
         return _through_ffcv(path)
-    if kind == "folder" and path.is_dir():
-        from fastrot.data.folder import Folder
-
-        return Folder(path)
-    beton = dict.fromkeys(("beton", "ffcv"), "a .beton file")
-    shards = "a folder of tar shards with their index"
-    folders = {"folder": "an image folder", "pack": "a .pack", "tars": shards}
-    wants = {**beton, **folders}.get(loader, "a known format")
+    wanted = "beton" if loader == "ffcv" else loader
+    wants = FORMATS[wanted].wants if wanted in FORMATS else "a known format"
     raise Refused(
-        f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), "
-        "a .pack (dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or "
-        "synthetic"
+        f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), a .pack "
+        "(dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
     )
 
 
-def _kind(path: Path) -> str:
-    """What reads it unless --loader says otherwise."""
-    if _holds_parts(path) or (path.suffix == ".beton" and path.is_file()):
-        return "beton"
-    if _holds_pack(path):
-        return "pack"
-    return "tars" if _holds_shards(path) else "folder" if path.is_dir() else "unknown"
+def _synthetic(name: str, loader: str, knob: str) -> Data:
+    from fastrot.data.synthetic import IMAGES, Synthetic
+
+    if loader == "dali":
+        raise Refused(_NOT_FOR_DALI.format(f"{knob} {name}"))
+    count = name.partition(":")[2] or str(IMAGES)
+    if not count.isdigit() or int(count) < 1:
+        raise Refused(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
+    return Synthetic(int(count))
 
 
-def _holds_shards(folder: Path) -> bool:
-    """Whether dataprep/to_dali.py made this folder."""
-    from fastrot.data.tars.layout import MANIFEST
+def _beton(path: Path) -> Data:
+    from fastrot.data.beton.load import Beton
 
-    return (folder / MANIFEST).exists()
+    return Beton(path)
+
+
+def _tars(path: Path) -> Data:
+    from fastrot.data.tars.load import Tars
+
+    return Tars(path)
+
+
+def _pack(path: Path, placement: config.Placement = "auto") -> Data:
+    from fastrot.data.pack.load import Pack
+
+    return Pack(path, placement)
+
+
+def _folder(path: Path) -> Data:
+    from fastrot.data.folder import Folder
+
+    return Folder(path)
+
+
+def _holds_parts(folder: Path) -> bool:
+    """Whether dataprep/to_ffcv.py --keep-parts made, or is making, this folder."""
+    named = folder.name.endswith((".beton.set", ".beton.parts"))
+    return folder.is_dir() and (named or (folder / "set.json").exists())
+
+
+def _holds_beton(path: Path) -> bool:
+    return _holds_parts(path) or (path.suffix == ".beton" and path.is_file())
 
 
 def _holds_pack(folder: Path) -> bool:
@@ -131,10 +136,29 @@ def _holds_pack(folder: Path) -> bool:
     return folder.is_dir() and (folder.suffix == ".pack" or (folder / "meta.json").exists())
 
 
-def _holds_parts(folder: Path) -> bool:
-    """Whether dataprep/to_ffcv.py --keep-parts made, or is making, this folder."""
-    named = folder.name.endswith((".beton.set", ".beton.parts"))
-    return folder.is_dir() and (named or (folder / "set.json").exists())
+def _holds_shards(folder: Path) -> bool:
+    """Whether dataprep/to_dali.py made this folder."""
+    return (folder / "shards.json").exists()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of prepared pictures, and what reads it."""
+
+    wants: str  # what --data must name
+    holds: Callable[[Path], bool]  # whether a path looks like it, by itself
+    fits: Callable[[Path], bool]  # whether a path can be it, where --loader says so
+    open: Callable[[Path], Data]
+
+
+FORMATS = {  # by the word of --loader, in the order in which a path is tried
+    "beton": Format(
+        "a .beton file", _holds_beton, lambda path: path.is_file() or _holds_parts(path), _beton
+    ),
+    "pack": Format("a .pack", _holds_pack, Path.is_dir, _pack),
+    "tars": Format("a folder of tar shards with their index", _holds_shards, _holds_shards, _tars),
+    "folder": Format("an image folder", Path.is_dir, Path.is_dir, _folder),
+}
 
 
 def _through_ffcv(path: Path) -> Data:
@@ -206,7 +230,12 @@ def open_loader(
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
     kind = METHODS[type(cfg.method)]
-    return View(crops=kind.crops(cfg.method), rows=rows, owned=kind.owned(cfg.method))
+    return View(
+        crops=kind.crops(cfg.method),
+        rows=rows,
+        owned=kind.owned(cfg.method),
+        blocks=config.blocks(cfg),
+    )
 
 
 def evaluation_view(cfg: Config, rows: Path | None = None) -> View:

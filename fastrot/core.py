@@ -27,6 +27,7 @@ class View:
     shuffled: bool = True  # False: data order, with the ragged tail
     rows: Path | None = None  # int64 .npy of rows: a fold, a hold-out; None: all
     owned: bool = False  # rank r permutes the rows i % world == r
+    blocks: tuple[int, int] | None = None  # pictures a block, blocks a window; None: all are mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Picks:
     ]  # index, y, x, height, width, flip; see data/crops.py
     sizes: tuple[int, ...]  # pixels a side of the crops
     spoilt: list[tuple[int, str]] = field(default_factory=list)  # place in the batch, one sentence
+    coming: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,11 @@ class DamagedRecord(Stopped):
 
 @runtime_checkable
 class Data(Protocol):
-    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes."""
+    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes.
+
+    It may have `place(rows, device)`, which a Loader calls with the rows (None: all) that it will ask for, and
+    `in_words()`, lines for the beginning of a run.
+    """
 
     rows: int
     labels: Int64[np.ndarray, " n"]  # -1 where there is none

@@ -4,13 +4,24 @@ import dataclasses
 import importlib.util
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench_decoupling, bench_loaders, bench_ops, bench_train, measure, report
+from benchmarks import (
+    advice,
+    bench_conversion,
+    bench_decoupling,
+    bench_loaders,
+    bench_ops,
+    bench_train,
+    contestants,
+    measure,
+    report,
+)
 from fastrot.assemble import open_data
 from fastrot.config import Refused, Stopped, resolved
 from fastrot.presets import PRESETS
@@ -18,8 +29,7 @@ from fastrot.presets import PRESETS
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
 FIGURE = {"unit", "p20", "p50", "p80", "reps"}
-FFCV, WEBDATASET = (importlib.util.find_spec(name) is not None for name in ("ffcv", "webdataset"))
-DALI = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+FFCV = importlib.util.find_spec("ffcv") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +117,32 @@ def test_a_page_holds_each_figure_and_no_other(tmp_path):
     assert (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102_loaders.png").exists()
 
 
+def test_advice_is_arithmetic_from_the_rows():
+    def row(variant, form, core, size, line, mode="crops"):
+        each = {"what": "loader", "variant": variant, "format": form, "mode": mode, "line": line}
+        return each | {"p50": core, "bytes_per_image": size}
+
+    rows = [
+        row("beton", "beton", 1500.0, 28_000.0, 1),
+        row("beton, C++ decoder", "beton", 2500.0, 28_000.0, 2),
+        row("FFCV, its own pipeline", "beton", 9999.0, 28_000.0, 3),  # not ours to advise
+        row("beton", "beton", 9999.0, 28_000.0, 4, mode="crops, beside a stand-in for the step"),
+        row("pack", "pack", 5000.0, 100_000.0, 5),
+        {"what": "ratio", "variant": "x", "mode": "crops", "p50": 2.0},
+    ]
+    parts = advice.parts(rows)
+    tables = [what for kind, what in parts if kind == "table"]
+    assert tables[0][1:] == [
+        ["beton", "beton, C++ decoder", "35.9 GB", "", "32 s", "8.5", "598 MB/s", "2"],
+        ["pack", "pack", "128 GB", "2", "16 s", "4.3", "2.14 GB/s", "5"],
+    ]
+    assert tables[2][1][2:5] == ["28 TB", "", "6.94 hours"]
+    said = " ".join(what for kind, lines in parts if kind == "list" for what in lines)
+    assert "ImageNet-1k takes 128 GB and does not fit into 141 GB" in said
+    assert "9,999" not in said
+    assert advice.parts(rows[-1:]) == []
+
+
 @pytest.fixture
 def originals(tmp_path):
     """Class folders of twenty pictures, a little larger than the prepared ones."""
@@ -120,8 +156,8 @@ def originals(tmp_path):
 
 
 def test_ffcvs_writer_is_fed_the_pictures_that_ours_makes(tmp_path, originals):
-    fed = bench_loaders.Shrunk(originals)
-    ours = open_data(bench_loaders.prepared(originals, tmp_path, workers=0))
+    fed = bench_conversion.Shrunk(originals)
+    ours = open_data(contestants.Formats(originals, tmp_path, 0).beton())
     sizes = [(picture.height, picture.width) for picture, _ in fed]
     assert sorted(sizes) == sorted(map(tuple, ours.sizes(np.arange(20)).tolist()))
     assert sorted(label for _, label in fed) == sorted(ours.labels)
@@ -131,30 +167,55 @@ def test_ffcvs_writer_is_fed_the_pictures_that_ours_makes(tmp_path, originals):
 @pytest.mark.skipif(not FFCV, reason="FFCV is not installed: make ffcv")
 def test_conversion_is_measured_beside_ffcvs_writer(tmp_path, originals):
     knobs = {"workers": 1, "reps": 1, "over": 1}
-    rows = list(bench_loaders.conversion_ratio_rows(originals, tmp_path, **knobs))
+    rows = list(bench_conversion.conversion_ratio_rows(originals, tmp_path, **knobs))
     assert [row["what"] for row in rows] == ["conversion", "ratio"]
     assert all(set(row) >= FROM | FIGURE for row in rows)
 
 
 @pytest.mark.slow
 def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
-    work = tmp_path / "work"
-    beton = bench_loaders.prepared(originals, work, workers=0)
-    rows = [
-        *bench_loaders.loader_rows(originals, beton, workers=1, seconds=0.01, reps=1, batch=4),
-        *bench_loaders.process_rows(beton, workers=1, reps=1, images=20, epochs=4),
-    ]
-    assert [row["what"] for row in rows] == [
-        *["loader"] * (8 + 2 * FFCV + WEBDATASET + 2 * DALI),
-        *["ratio"] * (2 + 2 * FFCV + DALI),
-        *["first batch"] * (1 + FFCV),
-        *("memory growth", "memory slope"),
-    ]
+    formats, chosen = contestants.Formats(originals, tmp_path / "work", 1), contestants.present()
+    knobs = {"device": "cpu", "seconds": 0.01, "reps": 1, "batch": 4}
+    rows = list(bench_loaders.loader_rows(formats, chosen, **knobs))
+    crops = [name for name, each in chosen.items() if each.mode == "crops"]
+    alone = [r for r in rows if r["what"] == "loader" and not r["mode"].endswith("step")]
+    beside = [r for r in rows if r["what"] == "loader" and r["mode"].endswith("step")]
+    assert [r["variant"] for r in alone] == list(chosen)
+    assert [r["variant"] for r in beside] == ["none: the step alone", *crops]
+    assert {r["variant"] for r in rows if r["what"] == "ratio"} == {
+        f"{one} / {other}" for one, other in bench_loaders.TARGETS if {one, other} <= chosen.keys()
+    }
     for row in rows:
         assert set(row) >= FROM | FIGURE
-        assert row["p20"] <= row["p50"] <= row["p80"]
-        assert row["what"] == "memory slope" or row["p50"] > 0
-    assert all(row["images_per_s"] > 0 for row in rows if row["what"] == "loader")
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+    assert all(row["images_per_s"] > 0 for row in alone)
+    assert all(0 <= row["waited"] <= 1 for row in beside)
+    size = {row["format"]: row["bytes_per_image"] for row in alone}
+    assert size["beton"] * 20 == contestants.bytes_of(formats.beton())
+    assert size["synthetic:1000"] == 0
+
+
+@pytest.mark.slow
+def test_first_batch_and_memory_are_measured_in_fresh_processes(tmp_path, originals):
+    formats = contestants.Formats(originals, tmp_path / "work", 1)
+    chosen = contestants.present([contestants.OURS, contestants.UINT8])
+    rows = list(bench_loaders.process_rows(formats, chosen, reps=1, images=20, epochs=4))
+    assert [(row["what"], row["variant"]) for row in rows] == [
+        *((what, name) for name in chosen for what in ("first batch", "memory")),
+        *(("memory growth", contestants.OURS), ("memory slope", contestants.OURS)),
+    ]
+    assert all(row["p50"] > 0 for row in rows if row["what"] in ("first batch", "memory"))
+
+
+def test_a_loader_that_is_none_is_refused_by_name():
+    with pytest.raises(Refused, match="--only got 'betton': it wants one of beton, "):
+        contestants.present(["beton", "betton"])
+
+
+def test_the_stand_in_keeps_one_core_busy_for_its_time():
+    step, begun = bench_loaders.StandIn("cpu", 64), time.perf_counter()
+    step()
+    assert time.perf_counter() - begun >= bench_loaders.STEP_S
 
 
 # ---- ops ----
@@ -355,7 +416,7 @@ def test_the_decoupling_page_draws_its_curves(tmp_path):
 
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(Refused, match="--root DIR"):
-        bench_loaders.originals(tmp_path / "nowhere")
+        contestants.originals(tmp_path / "nowhere")
     with pytest.raises(Refused, match="--root DIR"):
         bench_decoupling.prepared(tmp_path / "nowhere", tmp_path, quick=True)
 

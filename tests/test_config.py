@@ -66,6 +66,9 @@ BAD = {
     "weight-decay": (["--optim.weight-decay", "nan"], "--optim.weight-decay"),
     "lr-infinite": (["--lr", "inf"], "--lr"),
     "mean": (["--mean", "nan", "0", "0"], "--mean"),
+    "order-window": (["--order", "blocks", "--order-window", "0"], "--order-window got 0"),
+    "order-block": (["--order", "blocks", "--order-block", "-3"], "--order-block got -3"),
+    "block-without-blocks": (["--order-block", "64"], "--order-block got 64.*--order blocks"),
     "seed": (["--seed", "99999999999999999999"], "--seed"),
     "published-epochs": (["--schedule.epochs", "0"], "--schedule.epochs"),
     "config-with-preset": (["--config", "x.yaml"], "--config x.yaml takes the place"),
@@ -103,6 +106,16 @@ def test_what_is_spelt_out_and_what_is_meant_are_the_same_run():
     assert plain == spelt
 
 
+def test_blocks_that_are_spelt_out_are_the_ones_that_are_meant():
+    plain = config.resolved(train.command_line(["rotnet-alexnet", "--order", "blocks"]))
+    size, window = map(str, config.BLOCKS)
+    spelt = ["--order", "blocks", "--order-block", size, "--order-window", window]
+    assert plain == config.resolved(train.command_line(["rotnet-alexnet", *spelt]))
+    assert config.blocks(plain) == config.BLOCKS
+    full = config.resolved(train.command_line(["rotnet-alexnet"]))
+    assert config.blocks(full) is None
+
+
 @pytest.mark.parametrize(
     "args", [["--epochs", "3"], ["--budget", "9min"]], ids=["epochs", "budget"]
 )
@@ -132,6 +145,14 @@ def test_free_knobs_do_not_make_another_run():
     b = Config(data="b", seed=1, schedule=Schedule(kind="cosine"))
     found = config.differences(config.to_plain(a), config.to_plain(b))
     assert found == {"seed": (0, 1), "schedule.kind": ("table", "cosine")}
+
+
+def test_a_knob_that_a_run_did_not_know_yet_had_its_default():
+    before = config.to_plain(Config())
+    del before["order"], before["order_block"]
+    assert not config.differences(before, config.to_plain(Config()))
+    found = config.differences(before, config.to_plain(Config(order="blocks")))
+    assert found == {"order": ("full", "blocks")}
 
 
 PLAIN = {

@@ -135,6 +135,13 @@ def test_another_seed_is_another_run(straight, pictures):
         go(pictures, straight, "--seed", "5")
 
 
+def test_another_order_is_another_run(straight, pictures):
+    with pytest.raises(
+        Refused, match=r"--order was full, now blocks; --order-block was None, now 4"
+    ):
+        go(pictures, straight, "--order", "blocks", "--order-block", "4")
+
+
 def test_other_pictures_are_refused(straight, pictures, tmp_path):
     with pytest.raises(Refused, match="other pictures"):
         go("synthetic:37", straight)
@@ -336,6 +343,13 @@ def test_pictures_are_judged_plain_and_in_order():
     view = assemble.evaluation_view(cfg)
     assert view == View(crops=(crops.plain(cfg.method.crop),), shuffled=False)
     assert not view.crops[0].flip
+
+
+def test_pictures_are_learnt_from_in_the_order_that_is_asked_for():
+    args = ["--order", "blocks", "--order-block", "4"]
+    cfg = config.resolved(train.command_line([*TINY, *args]))
+    assert assemble.training_view(cfg).blocks == (4, config.BLOCKS[1])
+    assert assemble.training_view(config.resolved(train.command_line(TINY))).blocks is None
 
 
 def test_statistics_of_the_data_are_used_and_kept(pictures, tmp_path):

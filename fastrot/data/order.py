@@ -1,9 +1,13 @@
 """Which rows, this epoch, this rank, from where: a pure function of (seed, epoch, rank, start).
 
 Order is ours in every loader. Up to 2**26 rows an epoch is an argsort of a 64-bit hash of (seed, epoch, row);
-above, a four-round Feistel permutation with cycle walking, which needs no memory. Golden values of both stand
-in tests/data/test_order.py, so that a checkpoint resumed under another torch or numpy keeps its epoch.
+above, a four-round Feistel permutation with cycle walking, which needs no memory. `Blocks` is for data larger
+than memory. Golden values of all stand in tests/data/test_order.py, so that a checkpoint resumed under another
+torch or numpy keeps its epoch.
 """
+
+import functools
+import math
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -11,6 +15,12 @@ from jaxtyping import Int64, UInt64
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's step
 SORTED_UP_TO = 2**26  # rows; an argsort of more would cost a gigabyte and half a minute
 _ORDER = 0x6F72646572  # "order": keeps these draws apart from those of the crops
+_BLOCKS = 0x626C6F636B73  # "blocks"
+_SHIFT, _OF_WHOLE, _OF_SMALL, _INSIDE, _TAIL = range(5)  # what is drawn of an order by blocks
+RAMP = 4  # times the steady pace, at which an epoch's first window is read ahead
+CHUNK = (
+    2**13
+)  # places that are computed at once: 1 us each, where those of a batch of 64 alone take 15
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -22,7 +32,13 @@ def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
 
 def hash64(*address: int | np.ndarray) -> UInt64[np.ndarray, "..."]:
     """A hash of an address, part by part: whole numbers and arrays of them, broadcast."""
-    state = np.zeros(1, np.uint64)
+    return _hashed_on(np.zeros(1, np.uint64), *address)
+
+
+def _hashed_on(
+    state: UInt64[np.ndarray, "..."], *address: int | np.ndarray
+) -> UInt64[np.ndarray, "..."]:
+    """The hash of an address that begins with the one hashed to `state`."""
     for part in address:
         if isinstance(part, int):
             part = np.array([part % 2**64], np.uint64)
@@ -49,6 +65,138 @@ class Shuffled:
         return rows if self._rows is None else self._rows[rows]
 
 
+class Blocks:
+    """One epoch's permutation for data larger than memory: blocks of neighbours, dealt out in windows.
+
+    block   pictures in a block, which lie side by side in the data
+    window  blocks that are open at a time
+
+    The blocks are permuted, and each `window` of them are dealt like hands of cards: place p of the epoch is
+    taken from block p % window of its window, inside which the rows are permuted too. So pictures meet those of
+    the other blocks of their window, one or more of each block in any `window` places, and those of their own
+    block; every epoch draws other blocks into a window and another order inside each.
+
+    Which rows a place holds depends on seed, epoch, block and window alone, not on the ranks. But where the
+    number of ranks divides `window`, the blocks of a window fall to them without rest: rank r's places p % world
+    == r are those of the blocks r, r + world, ...: it reads these alone, and reads all of them. So machines that
+    share an epoch fetch each byte once between them, and global batches are still those of one process. The price:
+    a rank's own share of a batch is from window / world blocks, fewer classes where the data are sorted by class
+    (batch norm sees it): such data are better written with dataprep's --shuffle.
+
+    Layout. The places of the data begin at another one each epoch (`shift`), so that no picture keeps to an edge.
+    They are cut into `window` equal stripes, these into blocks; what is left of a stripe is a smaller block, and
+    the last window of the epoch is that of the smaller blocks. What divides into no stripe (fewer than `window`
+    pictures) comes last. Data of less than a window are one window of smaller blocks, as many as there are pictures
+    at the most.
+    """
+
+    def __init__(
+        self,
+        rows: Int64[np.ndarray, " n"] | int,
+        *,
+        seed: int,
+        epoch: int,
+        block: int,
+        window: int,
+    ):
+        self.images = rows if isinstance(rows, int) else len(rows)
+        self.block, self.window = block, min(window, self.images)
+        self._rows = None if isinstance(rows, int) else rows
+        self._key = (_BLOCKS, seed, epoch)
+        self._stripe = self.images // self.window
+        # windows of whole blocks, rows of a smaller one
+        self._windows, self._small = divmod(self._stripe, block)
+        self._whole = self._windows * self.window * block  # places in whole windows
+        self._even = self._stripe * self.window  # places before the tail
+        # the high half of a product: owned shares, which differ by a row, look at the same part of the data
+        self._shift = int(hash64(*self._key, _SHIFT)[0]) * self.images >> 64
+        # the latest of either are kept: epochs are walked through
+        self._chunk = functools.lru_cache(2)(self._chunk_of)
+        self._starts_in = functools.lru_cache(2)(self._starts_in_window)
+
+    def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        rows, chunks = np.empty_like(places), places // CHUNK
+        for number in np.unique(chunks).tolist():
+            here = chunks == number
+            rows[here] = self._chunk(number)[places[here] - number * CHUNK]
+        return rows
+
+    def _chunk_of(self, number: int) -> Int64[np.ndarray, " c"]:
+        """Rows of CHUNK neighbouring places, fewer at the end."""
+        places = np.arange(number * CHUNK, min((number + 1) * CHUNK, self.images), dtype=np.int64)
+        at = np.empty_like(places)
+        whole, tail = places < self._whole, places >= self._even
+        small = ~whole & ~tail
+        at[whole] = self._dealt(places[whole], 0, self.block)
+        at[small] = self._dealt(places[small], self._whole, self._small)
+        left = places[tail] - self._even
+        at[tail] = self._even + feistel(left, self.images - self._even, *self._key, _TAIL)
+        return self._row(at)
+
+    def ahead(
+        self, first: int, stop: int, *, since: int, rank: int, world: int
+    ) -> Int64[np.ndarray, " c"]:
+        """Rows to read ahead when places `first` to `stop` are asked for: whole blocks, a window before their time.
+
+        `since` is the place with which this epoch was begun or gone on. The window from there on is not waited
+        for, but read at RAMP times the pace, beside the rows of each batch. A rank is told the blocks that its own
+        places lie in.
+        """
+        begun, end = (self._open_by(place, since) for place in (first, stop))
+        own = math.gcd(world, self.window)
+        runs = [np.zeros(0, np.int64)]
+        for number in range(begun // self.window, -(-end // self.window)):
+            lanes = np.arange(
+                max(begun - number * self.window, 0), min(end - number * self.window, self.window)
+            )
+            lanes = lanes[lanes % own == rank % own]
+            length = self.block if number < self._windows else self._small
+            runs.append((self._starts_in(number)[lanes, None] + np.arange(length)).ravel())
+        if begun < end == self._slots:
+            runs.append(np.arange(self._even, self.images))
+        return self._row(np.concatenate(runs))
+
+    @property
+    def _slots(self) -> int:
+        """Blocks of an epoch, small ones included, numbered as they are dealt."""
+        return (self._windows + 1) * self.window
+
+    def _open_by(self, place: int, since: int) -> int:
+        """How many blocks are announced before `place` is asked for."""
+        length = self.block if since < self._whole else max(self._small, 1)
+        ramp = min(since // self.block, self._slots) + -(-RAMP * (place - since) // length)
+        return min(place // self.block + self.window, ramp, self._slots)
+
+    def _dealt(
+        self, places: Int64[np.ndarray, " b"], begin: int, length: int
+    ) -> Int64[np.ndarray, " b"]:
+        """Places of windows of blocks of `length` rows, the first of which begins at `begin`."""
+        turn, lane = np.divmod(places - begin, self.window)
+        number, turn = np.divmod(turn, max(length, 1))
+        slots = begin // self.block + number * self.window + lane
+        return self._starts(slots) + feistel(turn, length, *self._key, _INSIDE, slots)
+
+    def _starts(self, slots: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        """Where the blocks begin that are dealt as number `slots`."""
+        count = self._windows * self.window
+        whole, at = slots < count, np.empty_like(slots)
+        stripe, of_stripe = np.divmod(
+            feistel(slots[whole], count, *self._key, _OF_WHOLE), max(self._windows, 1)
+        )
+        at[whole] = stripe * self._stripe + of_stripe * self.block
+        stripe = feistel(slots[~whole] - count, self.window, *self._key, _OF_SMALL)
+        at[~whole] = stripe * self._stripe + self._windows * self.block
+        return at
+
+    def _starts_in_window(self, number: int) -> Int64[np.ndarray, " w"]:
+        first = number * self.window
+        return self._starts(np.arange(first, first + self.window, dtype=np.int64))
+
+    def _row(self, at: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+        rows = (at + self._shift) % self.images
+        return rows if self._rows is None else self._rows[rows]
+
+
 class InOrder:
     """Data order, addressed the same way."""
 
@@ -59,18 +207,24 @@ class InOrder:
         return places if self._rows is None else self._rows[places]
 
 
-def feistel(places: Int64[np.ndarray, " b"], images: int, *key: int) -> Int64[np.ndarray, " b"]:
-    """A permutation of range(images), computed place by place (Luby-Rackoff; cycle walking after Black 2002)."""
+def feistel(
+    places: Int64[np.ndarray, " b"], images: int, *key: int | Int64[np.ndarray, " b"]
+) -> Int64[np.ndarray, " b"]:
+    """A permutation of range(images), computed place by place (Luby-Rackoff; cycle walking after Black 2002).
+
+    Parts of the key may be arrays: then each place is one of its own key's permutation.
+    """
     half = max(1, (int(images - 1).bit_length() + 1) // 2)  # bits: the domain is 4**half >= images
     low = np.uint64(2**half - 1)
     x = places.astype(np.uint64)
+    state = np.broadcast_to(hash64(*key), x.shape)
     outside = np.ones(
         len(x), bool
     )  # at most 3 in 4 places of the domain lie outside: walks are short
     while outside.any():
         left, right = x[outside] >> np.uint64(half), x[outside] & low
         for turn in range(4):
-            left, right = right, left ^ (hash64(*key, turn, right) & low)
+            left, right = right, left ^ (_hashed_on(state[outside], turn, right) & low)
         x[outside] = (left << np.uint64(half)) | right
         outside[outside] = x[outside] >= images
     return x.astype(np.int64)

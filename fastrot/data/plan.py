@@ -4,6 +4,7 @@
 the same batches.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -65,6 +66,12 @@ class Loader:
                 f"--batch {batch} on {world} process(es) wants {batch * world} pictures a step, "
                 f"but there are {self.images}: set --batch {max(1, self.images // world)} or smaller"
             )
+        own = self.images if self._share is None else len(self._share)
+        if view.shuffled and view.blocks is not None and view.blocks[0] > own:
+            raise Refused(
+                f"--order-block {view.blocks[0]} is more than the {own} pictures that are to be mixed: "
+                f"set {own} or fewer, or --order full"
+            )
         for recipe in view.crops:
             crops.check_sizes(recipe, data.sizes(self._all_rows()), enlarge=enlarge)
         if place := getattr(data, "place", None):  # of those that lay pictures out for the device
@@ -99,15 +106,15 @@ class Loader:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
         steps = range(start, len(self))
-        rows = order.InOrder(self._share if self._share is not None else self.data.rows)
-        if self.view.shuffled:
-            of = self._share if self._share is not None else self.data.rows
-            rows = order.Shuffled(of, seed=self.seed, epoch=number)
+        rows = self._order(number)
         ahead: deque[Picks] = deque()  # of the batches that are read ahead, oldest first
 
         def plan() -> Iterator[Picks]:
             for k in steps:
-                ahead.append(self.picks(rows[self._places(k)], number))
+                picks = self.picks(rows[self._places(k)], number)
+                if isinstance(rows, order.Blocks):
+                    picks = dataclasses.replace(picks, coming=self._coming(rows, k, start))
+                ahead.append(picks)
                 yield ahead[-1]
 
         pictures = self.data.pictures(plan(), self.device, self.workers)
@@ -175,6 +182,20 @@ class Loader:
         if not len(sound):
             raise DamagedRecord(f"no picture of a whole batch can be read; the first, {reasons[0]}")
         return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
+
+    def _order(self, epoch: int) -> order.InOrder | order.Shuffled | order.Blocks:
+        of = self._share if self._share is not None else self.data.rows
+        if not self.view.shuffled:
+            return order.InOrder(of)
+        if self.view.blocks is None:
+            return order.Shuffled(of, seed=self.seed, epoch=epoch)
+        block, window = self.view.blocks
+        return order.Blocks(of, seed=self.seed, epoch=epoch, block=block, window=window)
+
+    def _coming(self, rows: order.Blocks, k: int, start: int) -> np.ndarray:
+        rank, world = self._shared_by
+        since, first, stop = (each * self.batch * world for each in (start, k, k + 1))
+        return rows.ahead(first, stop, since=since, rank=rank, world=world)
 
     def _places(self, k: int) -> np.ndarray:
         rank, world = self._shared_by

@@ -25,10 +25,7 @@ prepare.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
 ROOT, HERE, SCENARIO = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 OUT, BEFORE, SAID = HERE / "a.pack", HERE.with_name("before"), HERE.with_name("said")
 OLD = SCENARIO == "over-old"  # a finished pack of other options is there
-CHANGES = {
-    os: ("replace", "rename", "fsync", "unlink", "rmdir"),
-    Path: ("unlink", "rmdir", "mkdir"),
-}
+CHANGES = {os: ("replace", "rename", "unlink", "rmdir"), Path: ("unlink", "rmdir")}
 
 
 def convert(**how) -> None:

@@ -22,9 +22,9 @@ from fastrot.data.pack.layout import Encoding
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 
-PACKS = ("pack", "raw-pack")
-FORMATS = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars")
+FORMATS = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars", "ffcv-beton")
+FORMATS += ("synthetic",)
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
     marks=[
@@ -50,6 +50,7 @@ THROUGH_DALI = [  # by --loader dali
 ]
 TRAINING = View(crops=(RandomResized(size=24),))
 EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)
+BLOCKS = View(crops=TRAINING.crops, blocks=(4, 3))
 BATCH = 5
 
 
@@ -167,7 +168,9 @@ def test_epochs_and_seeds_differ_and_repeat(data):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-@pytest.mark.parametrize("view", [TRAINING, EVALUATION], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "view", [TRAINING, EVALUATION, BLOCKS], ids=["training", "evaluation", "blocks"]
+)
 def test_any_number_of_workers_gives_equal_bytes(data, view):
     alone = epoch(data, view, 1)
     for workers in (1, 2, 3):
@@ -175,15 +178,17 @@ def test_any_number_of_workers_gives_equal_bytes(data, view):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_start_in_the_middle(data, workers):
-    whole = epoch(data, TRAINING, 2)
+@pytest.mark.parametrize("view", [TRAINING, BLOCKS], ids=["full", "blocks"])
+def test_an_epoch_can_start_in_the_middle(data, workers, view):
+    whole = epoch(data, view, 2)
     for start in (1, len(whole) - 1, len(whole)):
-        assert same(whole[start:], epoch(data, TRAINING, 2, start, workers=workers))
+        assert same(whole[start:], epoch(data, view, 2, start, workers=workers))
 
 
-def test_two_ranks_draw_the_global_batches_of_one_process(data):
-    alone = epoch(data, TRAINING, 1, batch=6)
-    ranks = [epoch(data, TRAINING, 1, batch=3, rank=rank, world=2) for rank in (0, 1)]
+@pytest.mark.parametrize("view", [TRAINING, BLOCKS], ids=["full", "blocks"])
+def test_two_ranks_draw_the_global_batches_of_one_process(data, view):
+    alone = epoch(data, view, 1, batch=6)
+    ranks = [epoch(data, view, 1, batch=3, rank=rank, world=2) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == len(alone)
     for one, *shares in zip(alone, *ranks, strict=True):
         wanted, got = by_index([one]), by_index(shares)  # by_index: no row twice
@@ -197,8 +202,9 @@ def test_ranks_share_the_evaluation_without_overlap(data, world):
     assert sorted(by_index(ranks)) == list(range(data.rows))
 
 
-def test_an_owned_view_gives_each_rank_its_own_rows(data):
-    view = View(crops=TRAINING.crops, owned=True)
+@pytest.mark.parametrize("blocks", [None, (4, 3)], ids=["full", "blocks"])
+def test_an_owned_view_gives_each_rank_its_own_rows(data, blocks):
+    view = View(crops=TRAINING.crops, owned=True, blocks=blocks)
     for rank in (0, 1):
         batches = epoch(data, view, rank=rank, world=2)
         assert len(batches) == data.rows // 2 // BATCH
@@ -211,6 +217,26 @@ def test_index_keeps_its_meaning_in_a_subset(data, tmp_path):
     part = by_index(epoch(data, View(crops=TRAINING.crops, rows=rows), 4))
     assert sorted(part) == sorted(np.load(rows).tolist())
     assert all(np.array_equal(part[i], whole[i]) for i in part)
+
+
+def test_an_epoch_by_blocks_visits_neighbours_and_each_picture_as_it_is(data, tmp_path):
+    """Boxes are those of the full order: only the sequence differs."""
+    rows = np.delete(np.arange(data.rows), 7)
+    crops = {"crops": TRAINING.crops, "rows": subset(tmp_path, rows)}
+    batches = epoch(data, View(**crops, blocks=(4, 3)), 4, batch=3)
+    seen = np.concatenate([batch.index.numpy() for batch in batches])
+    places = np.searchsorted(rows, seen)
+    apart = (places[0:12:3] - places[0]) % len(rows)
+    assert set(apart.tolist()) <= {*range(4), *range(len(rows) - 3, len(rows))}
+    whole = by_index(epoch(data, View(crops=TRAINING.crops, shuffled=False), 4))
+    part = by_index(batches)
+    assert len(part) == len(rows) // 3 * 3
+    assert all(np.array_equal(part[i], whole[i]) for i in part)
+
+
+def test_blocks_larger_than_the_view_are_refused(data):
+    with pytest.raises(Refused, match=rf"--order-block 99 .* {data.rows} pictures .*--order full"):
+        epoch(data, View(crops=TRAINING.crops, blocks=(99, 3)))
 
 
 @pytest.mark.parametrize(

@@ -98,17 +98,17 @@ def test_the_random_tiles_hold_every_entry_of_both_palettes():
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_reference_equals_decode_then_crop(encoding):
     draw, pack = np.random.default_rng(1), random_pack(encoding)
-    for size in (1, 2, 5, 9, 16, 24, 31, 57, 100):
-        boxes = random_boxes(draw, pack, 25)
+    for size in (1, 2, 5, 9, 16, 24, 31, 57):
+        boxes = random_boxes(draw, pack, 15)
         found = unpack_crops_reference(pack, boxes, size)
         assert torch.equal(found, decoded_then_cropped(pack, boxes, size)), size
 
 
 def test_resampled_is_opencvs_bilinear_and_the_mean_of_its_taps():
     draw, seen = np.random.default_rng(2), set()
-    for _ in range(150):
-        height, width = (int(side) for side in draw.integers(1, 300, 2))
-        size = int(draw.integers(1, 200) if draw.random() < 0.7 else draw.integers(1, 20))
+    for _ in range(80):
+        height, width = (int(side) for side in draw.integers(1, 150, 2))
+        size = int(draw.integers(1, 100) if draw.random() < 0.6 else draw.integers(1, 10))
         picture = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         want = np.empty((size, size, 3), np.uint8)
         crops.resample(picture, np.array([0, 0, 0, height, width, 0]), want)
@@ -275,7 +275,7 @@ def test_kernel_equals_decode_then_crop_on_a_gpu(encoding):
 @pytest.mark.gpu
 @needs_cuda
 def test_every_place_of_a_tap_is_opencvs_on_a_gpu():
-    """A fused multiply-add would move one in some hundred thousand."""
+    """A division by approximation, or halves rounded up, would move some of these."""
     sides = [(i, 1000 - i) for i in range(1, 1000, 3)]
     pack = random_pack("raw", sides)
     boxes = torch.tensor([(i, 0, 0, h, w, 0) for i, (h, w) in enumerate(sides)])

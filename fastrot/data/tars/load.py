@@ -24,6 +24,7 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
+from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.tars import layout
 from fastrot.data.tars.index import AGAIN, read_index
@@ -125,13 +126,18 @@ class Tars:
 
     def _begun(self, picks: Picks, ring: Ring) -> "_Job":
         """A batch, with memory for its crops; the system hears which bytes will be read."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            for first, size, *_, shard in self._index[picks.rows[0][:, 0]].tolist():
-                page = first // mmap.PAGESIZE * mmap.PAGESIZE
-                with contextlib.suppress(OSError):  # it is only advice
-                    self._shards[shard].map.madvise(mmap.MADV_WILLNEED, page, first + size - page)
+        announce(picks, [shard.map for shard in self._shards], self._places)
         each = zip(picks.rows, picks.sizes, strict=True)
         return _Job(picks, tuple(ring.take(len(rows), size) for rows, size in each))
+
+    def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
+        """Shard, first byte and bytes of pictures."""
+        index = self._index[rows]
+        return (
+            index["shard"].astype(np.int64),
+            index["first"].astype(np.uint64),
+            index["bytes"].astype(np.uint64),
+        )
 
     def _fill(self, job: "_Job", start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""

@@ -1,0 +1,556 @@
+"""What the pack's encodings keep of real pictures: the benchmark by which one of bc7 and ycc is chosen.
+
+    python -m benchmarks.bench_quality [--part pictures|learning] [--work FOLDER] [--out FILE.jsonl or FOLDER]
+
+Pictures: those of imagenet-sample at short side 256, aspect kept, are encoded and decoded; PSNR over RGB, SSIM, bytes
+and encoding time. Learning: the same short training on imagenette128 from the originals and from each encoding, several
+seeds; training and held-out pictures are encoded and decoded once, and lie in --work as raw .beton (0.7 GB each).
+
+    bc7      BC7's mode 6 alone, 1 byte a pixel
+    ycc      BC4 blocks of Y, Cb, Cr 4:2:0, 0.75 bytes a pixel; chroma doubled by nearest (the pack's rule), or smoothed;
+             the blocks are made here, or by etcpak
+    jpeg Q   4:2:0, baseline
+
+Both block encodings are decoded by texture2ddecoder. Of the loser no code exists elsewhere.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import Image
+
+from benchmarks import measure
+from fastrot import entry, machine
+from fastrot.config import Refused
+from fastrot.data import pictures
+from fastrot.data.sources import Source, image_folder
+
+SHORT_SIDE = 256
+PRESET, BATCH, STEPS, RATE, SCALE, SEEDS = "demo", 32, 1200, 0.05, (0.5, 1.0), 3
+CHANCE = 0.25
+LEAST = 0.55  # of the held-out turns told right, from the originals: below, the comparison is void
+CANDIDATES, ORIGINALS = ("bc7", "ycc"), "originals"
+SMOOTHED, BY_ETCPAK = "ycc, chroma smoothed", "ycc by etcpak"  # looked at, not learnt from
+QUALITY, TIME, LEARNT = "picture quality", "encoding", "held-out rotation accuracy"
+IMAGENET, ASPECT = 1_281_167, 1.39  # training pictures, and their mean aspect
+QUICK = {"pictures": 8, "train": 640, "val": 160, "steps": 20, "seeds": 2}
+OF_PICTURES = (
+    f"pictures at short side {SHORT_SIDE}, aspect kept, smaller ones as they are; PSNR over RGB, SSIM with a 7x7 window "
+    "over the three channels; the pooled PSNR is that of all pixels together, one picture in twenty is below p5; "
+    "times are of the processor, one picture after the other"
+)
+OF_LEARNING = (
+    "the median with the lowest and the highest of the seeds; all encodings learn from the same pictures, crops and first "
+    "weights, seed by seed, and held-out pictures go through the encoding that was learnt from; the originals are JPEGs "
+    "of quality 78 at 128x128 already, and 64-pixel crops of them are shrunk, which hides fine differences; rate, batch, "
+    "crops and steps were chosen on trials of another seed from the originals (LOG.md)"
+)
+
+LOST = (
+    3 / 7
+)  # grey levels that a step between the end points loses on the average, being rounded down
+
+Picture = UInt8[np.ndarray, "h w 3"]
+Plane = UInt8[np.ndarray, "h w"]
+
+
+# ---- the encodings ----
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """An encoding: a picture to bytes, and bytes with height and width back to a picture."""
+
+    encode: Callable[[Picture], bytes]
+    decode: Callable[[bytes, int, int], Picture]
+
+
+def codecs() -> dict[str, Codec]:
+    """All that are compared, by name. Raises Refused where a package is missing that only this benchmark needs."""
+    try:
+        import etcpak  # noqa: F401
+        import skimage  # noqa: F401
+        import texture2ddecoder  # noqa: F401
+    except ImportError as e:
+        raise Refused(
+            f"this benchmark needs {e.name}: pip install etcpak texture2ddecoder scikit-image"
+        ) from None
+    return {
+        "bc7": Codec(encode_bc7, decode_bc7),
+        "ycc": Codec(encode_ycc, decode_ycc),
+        SMOOTHED: Codec(encode_ycc, partial(decode_ycc, smooth=True)),
+        BY_ETCPAK: Codec(partial(encode_ycc, by=bc4_by_etcpak), decode_ycc),
+        **{f"jpeg {q}": Codec(partial(encode_jpeg, quality=q), decode_jpeg) for q in (75, 95, 90)},
+    }
+
+
+def encode_jpeg(picture: Picture, quality: int) -> bytes:
+    return simplejpeg.encode_jpeg(picture, quality=quality, colorsubsampling="420")
+
+
+def decode_jpeg(data: bytes, height: int, width: int) -> Picture:
+    return simplejpeg.decode_jpeg(data)
+
+
+def encode_bc7(picture: Picture) -> bytes:
+    """Blocks of mode 6, for the least squared error of RGB."""
+    import etcpak
+
+    knobs = etcpak.BC7CompressBlockParams()
+    knobs.m_mode_mask, knobs.m_max_partitions = 1 << 6, 0
+    knobs.m_perceptual = False  # its default weighs luma, and loses more of RGB (LOG.md)
+    knobs.init_linear_weights()
+    padded = _padded(picture, 4)
+    height, width = padded.shape[:2]
+    opaque = np.full((height, width, 4), 255, np.uint8)
+    opaque[..., :3] = padded
+    return etcpak.compress_bc7(opaque.tobytes(), width, height, knobs)
+
+
+def decode_bc7(data: bytes, height: int, width: int) -> Picture:
+    import texture2ddecoder
+
+    tall, wide = _up(height, 4), _up(width, 4)
+    blue_first = np.frombuffer(texture2ddecoder.decode_bc7(data, wide, tall), np.uint8)
+    return np.ascontiguousarray(blue_first.reshape(tall, wide, 4)[:height, :width, 2::-1])
+
+
+def encode_ycc(picture: Picture, by: Callable[[Plane], bytes] | None = None) -> bytes:
+    """BC4 blocks of the whole Y plane, then those of Cb and of Cr at half the sides (the pack keeps them by 8x8 tiles).
+
+    Full-range BT.601 as in JFIF; chroma is the mean of 2x2 pixels, rounded once.
+    """
+    padded = _padded(picture, 8).astype(np.float32)
+    red, green, blue = np.moveaxis(padded, 2, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    red, _, blue, mean = (_mean_of_fours(plane) for plane in (red, green, blue, luma))
+    planes = (luma, 128 + (blue - mean) / 1.772, 128 + (red - mean) / 1.402)
+    whole = (np.rint(plane).clip(0, 255).astype(np.uint8) for plane in planes)
+    return b"".join(map(by or encode_bc4, whole))
+
+
+def decode_ycc(data: bytes, height: int, width: int, smooth: bool = False) -> Picture:
+    """Whole-number BT.601 with 16 bits, as libjpeg. Chroma doubled by nearest, or where `smooth` by bilinear."""
+    tall, wide = _up(height, 8), _up(width, 8)
+    pixels = tall * wide
+    luma = _decode_bc4(data[: pixels // 2], tall, wide)
+    halves = (data[pixels // 2 : pixels * 5 // 8], data[pixels * 5 // 8 :])
+    way = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
+    cb, cr = (
+        cv2.resize(_decode_bc4(half, tall // 2, wide // 2), (wide, tall), interpolation=way)
+        for half in halves
+    )
+    y, cb, cr = luma.astype(np.int32), cb.astype(np.int32) - 128, cr.astype(np.int32) - 128
+    red = y + ((91881 * cr + 32768) >> 16)
+    green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
+    blue = y + ((116130 * cb + 32768) >> 16)
+    return np.stack([red, green, blue], 2)[:height, :width].clip(0, 255).astype(np.uint8)
+
+
+def encode_bc4(plane: Plane) -> bytes:
+    """Blocks of eight even steps from a high end point to a low one: e0, e1, and sixteen places of 3 bits.
+
+    The end points are the extremes of a block, or what least squares make of them where that is nearer.
+    """
+    height, width = plane.shape
+    blocks = plane.reshape(height // 4, 4, width // 4, 4).transpose(1, 3, 0, 2)
+    values = blocks.reshape(16, -1).astype(np.float32)  # [16, blocks]
+    high, low = values.max(0), values.min(0)
+    steps, error = _nearest(values, high, low)
+    other_high, other_low = _least_squares(values, steps)
+    other_steps, other_error = _nearest(values, other_high, other_low)
+    nearer = (other_error < error) & (other_high > other_low)
+    high, low = np.where(nearer, other_high, high), np.where(nearer, other_low, low)
+    steps = np.where(high > low, np.where(nearer, other_steps, steps), 0).astype(np.intp)
+    places = np.array([0, 2, 3, 4, 5, 6, 7, 1], np.uint64)[steps]  # BC4 names the end points first
+    shifts = 16 + 3 * np.arange(16, dtype=np.uint64)[:, None]
+    ends = high.astype(np.uint64) | low.astype(np.uint64) << np.uint64(8)
+    return (ends | (places << shifts).sum(0, dtype=np.uint64)).astype("<u8").tobytes()
+
+
+def _nearest(values: np.ndarray, high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The step, 0 (high) to 7 (low), that is nearest to each value, and each block's squared error."""
+    width = high - low
+    steps = np.rint((high - values - LOST) * (7 / np.maximum(width, 1))).clip(0, 7)
+    return steps, np.square(values - np.floor((7 * high - steps * width) / 7)).sum(0)
+
+
+def _least_squares(values: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The end points that fit best where the steps stay as they are; 0 and 0 where they do not tell."""
+    down = steps / 7
+    up = 1 - down
+    inner = (steps > 0) & (steps < 7)
+    values = values + LOST * inner
+    upper, lower, both = (up * up).sum(0), (down * down).sum(0), (up * down).sum(0)
+    of_high, of_low = (up * values).sum(0), (down * values).sum(0)
+    both_ways = upper * lower - both * both
+    share = 1 / np.where(both_ways > 1e-3, both_ways, np.inf)
+    high, low = (lower * of_high - both * of_low), (upper * of_low - both * of_high)
+    return np.rint(high * share).clip(0, 255), np.rint(low * share).clip(0, 255)
+
+
+def bc4_by_etcpak(plane: Plane) -> bytes:
+    import etcpak
+
+    in_red = np.zeros((*plane.shape, 4), np.uint8)
+    in_red[..., 0] = plane
+    return etcpak.compress_bc4(in_red.tobytes(), plane.shape[1], plane.shape[0])
+
+
+def _decode_bc4(data: bytes, height: int, width: int) -> Plane:
+    import texture2ddecoder
+
+    blue_first = np.frombuffer(texture2ddecoder.decode_bc4(data, width, height), np.uint8)
+    return blue_first.reshape(height, width, 4)[..., 2]
+
+
+def _padded(picture: Picture, multiple: int) -> Picture:
+    """Sides up to multiples, the edge replicated."""
+    height, width = picture.shape[:2]
+    more = ((0, _up(height, multiple) - height), (0, _up(width, multiple) - width), (0, 0))
+    return np.pad(picture, more, mode="edge")
+
+
+def _up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def _mean_of_fours(plane: np.ndarray) -> np.ndarray:
+    return (plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2]) / 4
+
+
+def versions() -> dict[str, str]:
+    """Of what a row does not name by itself."""
+    return {name: version(name) for name in ("etcpak", "texture2ddecoder", "scikit-image")}
+
+
+# ---- what is kept of pictures ----
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a coded picture keeps of the one that it was made from."""
+
+    pixels: int
+    size: int  # bytes
+    seconds: float  # of the processor, to encode
+    squares: float  # mean squared error over RGB
+    ssim: float
+
+    @property
+    def psnr(self) -> float:
+        return psnr(self.squares)
+
+
+def psnr(squares: float) -> float:
+    """Decibels of a mean squared error; a hundred where nothing is lost."""
+    return float(10 * np.log10(255**2 / max(squares, 255**2 / 1e10)))
+
+
+def judge(codec: Codec, picture: Picture) -> Kept:
+    from skimage.metrics import structural_similarity
+
+    begin = time.process_time()
+    data = codec.encode(picture)
+    seconds = time.process_time() - begin
+    back = codec.decode(data, *picture.shape[:2])
+    squares = float(np.square(back.astype(np.float64) - picture).mean())
+    alike: Any = structural_similarity(picture, back, channel_axis=2, data_range=255)
+    return Kept(picture[..., 0].size, len(data), seconds, squares, float(alike))
+
+
+def sample(root: Path, limit: int | None) -> Iterator[Picture]:
+    """Real pictures of a folder, decoded and shrunk."""
+    if not root.is_dir():
+        raise Refused(f"{root} is no folder: name one of pictures with --sample DIR")
+    source = image_folder(root)
+    for i in range(len(source.records[:limit])):
+        whole = _read(source, i)
+        yield np.ascontiguousarray(pictures.shrink(whole, SHORT_SIDE))
+
+
+def _read(source: Source, i: int) -> Picture:
+    """A picture of a folder, decoded."""
+    data = source.read(i)
+    assert isinstance(data, bytes)
+    return pictures.decode(data)
+
+
+def picture_rows(codec: str, kept: list[Kept]) -> list[dict[str, Any]]:
+    """The figures of one encoding over all pictures: what is kept in how many bytes, and the time it takes."""
+    each, alike = (np.array([getattr(one, name) for one in kept]) for name in ("psnr", "ssim"))
+    pixels, size = sum(one.pixels for one in kept), sum(one.size for one in kept)
+    shape = {"pictures": len(kept), "short side": SHORT_SIDE}
+    of = dict(theme="quality", variant=codec, mode="pictures", dtype="uint8", warmup=0)
+    of |= {"shape": shape, "about": OF_PICTURES, **versions()}
+    return [
+        measure.row(
+            QUALITY,
+            **of,
+            **measure.middle(each.tolist(), "dB"),
+            mean_db=float(each.mean()),
+            pooled_db=psnr(sum(one.squares * one.pixels for one in kept) / pixels),
+            p5_db=float(np.percentile(each, 5)),
+            ssim=float(alike.mean()),
+            p5_ssim=float(np.percentile(alike, 5)),
+            bytes_a_pixel=size / pixels,
+            bytes_a_picture=size / len(kept),
+        ),
+        measure.row(
+            TIME,
+            **of,
+            **measure.middle([1e3 * one.seconds for one in kept], "ms a picture and core"),
+            mean_ms=1e3 * statistics.mean(one.seconds for one in kept),
+        ),
+    ]
+
+
+def judge_pictures(root: Path, limit: int | None, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Every picture through every encoding; the rows."""
+    found: dict[str, list[Kept]] = {name: [] for name in codecs()}
+    for picture in sample(root, limit):
+        for name, codec in codecs().items():
+            found[name].append(judge(codec, picture))
+    for name, kept in found.items():
+        quality, seconds = picture_rows(name, kept)
+        tell(quality)
+        if name != SMOOTHED:  # the bytes are ycc's
+            tell(seconds)
+
+
+# ---- what is learnt from them ----
+
+
+def prepared(root: Path, name: str, codec: Codec | None, work: Path, quick: bool) -> list[Path]:
+    """Training and held-out pictures after the encoding, as raw .beton; `codec` None: as they are."""
+    made = []
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise Refused(f"{root / split} is no folder: name one with train/ and val/, --root DIR")
+        limit = QUICK[split] if quick else None
+        out = work / f"quality-{name.replace(' ', '')}-{split}{limit or ''}.beton"
+        if not out.exists():
+            between = work / f"{out.stem}-pictures"
+            shutil.rmtree(between, ignore_errors=True)
+            write_through(codec, root / split, between, limit)
+            knobs = ["--source", "imagefolder", "--root", between, "--encoding", "raw"]
+            script = measure.ROOT / "dataprep" / "to_ffcv.py"
+            _run(script, *knobs, "--workers", 0, "--out", out)
+            shutil.rmtree(between)
+        made.append(out)
+    return made
+
+
+def write_through(codec: Codec | None, root: Path, out: Path, limit: int | None) -> None:
+    """The pictures of a class folder after the encoding, exact as BMP, in the same order under the same names."""
+    source = image_folder(root)
+    for name in source.classes:
+        (out / name).mkdir(parents=True)  # also one that the limit leaves empty
+    count = len(source.records)
+    for i in range(0, count, 1 if limit is None else max(1, count // limit)):
+        picture = _read(source, i)
+        if codec is not None:
+            picture = codec.decode(codec.encode(picture), *picture.shape[:2])
+        path = out / source.records[i].path
+        Image.fromarray(picture).save(path.with_name(path.name + ".bmp"))
+
+
+def learn(train: Path, judge: Path, run: Path, steps: int, seed: int) -> dict[str, Any]:
+    """One training through the real entry; its summary. A run that is finished is not made again."""
+    knobs = ["--batch", BATCH, "--schedule.steps", steps, "--lr", RATE, "--seed", seed]
+    knobs += ["--method.crop.scale", *SCALE, "--validate-every", 10**6, "--device", "cpu"]
+    knobs += ["--no-tensorboard", "--log-every", 100, "--out", run]
+    if not (run / "summary.json").exists():
+        script = measure.ROOT / "fastrot" / "train.py"
+        _run(script, PRESET, "--data", train, "--val", judge, *knobs)
+    return json.loads((run / "summary.json").read_text())
+
+
+def learning_row(name: str, summaries: list[dict[str, Any]], void: bool) -> dict[str, Any]:
+    """The accuracies of one encoding, a seed each; `void` where the originals' were too low to compare with."""
+    right = [each["val_accuracy"] for each in summaries]
+    aim = {"target": LEAST, "better": "higher"} if name == ORIGINALS else {}
+    return measure.row(
+        LEARNT,
+        theme="quality",
+        variant=name,
+        mode="learning",
+        shape={"batch": BATCH, "steps": summaries[0]["steps"], "crops": 64, "seeds": len(right)},
+        dtype="bf16" if _bf16() else "float32",
+        warmup=0,
+        **measure.middle(right, "share"),
+        mean=statistics.mean(right),
+        lowest=min(right),
+        highest=max(right),
+        values=right,
+        chance=CHANCE,
+        void=void,
+        seconds=statistics.mean(each["seconds"] for each in summaries),
+        images_per_s=statistics.mean(each["images_per_s"] for each in summaries),
+        about=OF_LEARNING,
+        **versions(),
+        **aim,
+    )
+
+
+def learn_from_all(
+    root: Path,
+    work: Path,
+    steps: int,
+    seeds: Iterable[int],
+    quick: bool,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:
+    """The same training from the originals and from each encoding; a row each, as soon as it is there."""
+    commit = measure.row("run")["commit"][:12]  # a run of other code is not taken for this one
+    each: dict[str, Codec | None] = {ORIGINALS: None, **codecs()}
+    del each[SMOOTHED], each[BY_ETCPAK]
+    void = False
+    for name, codec in each.items():
+        train, judge = prepared(root, name, codec, work, quick)
+        runs = (work / f"{train.stem}-{commit}-{steps}-{seed}" for seed in seeds)
+        summaries = [
+            learn(train, judge, run, steps, seed) for run, seed in zip(runs, seeds, strict=True)
+        ]
+        if name == ORIGINALS:
+            void = statistics.mean(one["val_accuracy"] for one in summaries) < LEAST
+        tell(learning_row(name, summaries, void))
+
+
+def _bf16() -> bool:
+    import torch
+
+    return machine.multiplies_bf16(torch.device("cpu"))
+
+
+# ---- the decision ----
+
+RULE = (
+    "Rule: the encoding with fewer bytes wins, unless its mean accuracy is lower than the other's by more than the "
+    "spread of the seeds (highest less lowest, the wider of the two)."
+)
+
+
+def chosen(rows: list[dict[str, Any]]) -> str | None:
+    """The encoding that RULE picks; None where rows are missing, or the comparison is void."""
+    size, learnt = _by_variant(rows, QUALITY), _by_variant(rows, LEARNT)
+    if any(name not in size or name not in learnt for name in CANDIDATES) or _void(learnt):
+        return None
+    small, large = sorted(CANDIDATES, key=lambda name: size[name]["bytes_a_pixel"])
+    lower = learnt[large]["mean"] - learnt[small]["mean"]
+    return large if lower > max(_spread(learnt[name]) for name in CANDIDATES) else small
+
+
+def decision(rows: list[dict[str, Any]]) -> list[str]:
+    """The rule, the figures that it looks at, what it picks, and what that means for ImageNet."""
+    size, learnt = _by_variant(rows, QUALITY), _by_variant(rows, LEARNT)
+    name = chosen(rows)
+    if name is None:
+        least = f"at least {LEAST:.0%} must come from the originals"
+        why = f"void: {least}" if _void(learnt) else "rows of bc7 or ycc are missing"
+        return [RULE, f"Nothing is chosen ({why})."]
+    told = [
+        f"{each}: {size[each]['bytes_a_pixel']:.3f} bytes a pixel, {size[each]['mean_db']:.1f} dB, "
+        f"{learnt[each]['mean']:.1%} of held-out turns told right ({learnt[each]['lowest']:.1%} to "
+        f"{learnt[each]['highest']:.1%}, {learnt[each]['reps']} seeds)."
+        for each in CANDIDATES
+    ]
+    apart = [
+        ours - theirs
+        for theirs, ours in zip(*(learnt[e]["values"] for e in CANDIDATES), strict=True)
+    ]
+    a_pixel = size[name]["bytes_a_pixel"]
+    square, whole = (IMAGENET * SHORT_SIDE**2 * a_pixel * wide / 1e9 for wide in (1, ASPECT))
+    means, widest = [row["mean"] for row in learnt.values()], max(map(_spread, learnt.values()))
+    return [
+        RULE,
+        *told,
+        f"The means of all {len(means)} that were learnt from lie within {100 * (max(means) - min(means)):.1f} points, "
+        f"and the seeds of one alone within up to {100 * widest:.1f}: smaller differences decide nothing. "
+        "All were trained from raw pixels: images/s tell of the machine's neighbours, not of the encodings.",
+        f"Seed by seed, {CANDIDATES[1]} less {CANDIDATES[0]}: "
+        f"{', '.join(f'{each:+.1%}' for each in apart)} of the turns.",
+        f"Chosen: {name}.",
+        f"In {name} ImageNet's {IMAGENET:,} training pictures take {square:.0f} GB as squares of {SHORT_SIDE}, and "
+        f"{whole:.0f} GB at short side {SHORT_SIDE} with their mean aspect of {ASPECT}.",
+    ]
+
+
+def _by_variant(rows: list[dict[str, Any]], what: str) -> dict[str, dict[str, Any]]:
+    return {row["variant"]: row for row in rows if row["what"] == what}
+
+
+def _void(learnt: dict[str, dict[str, Any]]) -> bool:
+    return any(row["void"] for row in learnt.values())
+
+
+def _spread(row: dict[str, Any]) -> float:
+    return row["highest"] - row["lowest"]
+
+
+# ---- the command ----
+
+
+def _run(script: Path, *knobs: Any) -> None:
+    command = [sys.executable, str(script), *map(str, knobs)]
+    if subprocess.run(command).returncode:
+        raise Refused(f"this failed, see above: {' '.join(command)}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Judge pictures, train, print, and append to the machine's file of results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", choices=("pictures", "learning"), help="default: both")
+    parser.add_argument("--sample", type=Path, help="folder of pictures; default: imagenet-sample")
+    parser.add_argument("--root", type=Path, help="holds class folders in train/ and in val/")
+    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for files and runs")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
+    asked = parser.parse_args(args)
+    rows: list[dict[str, Any]] = []
+
+    def tell(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if asked.out or not asked.quick:
+            measure.append(measure.results("cpu", asked.out), row)
+        void = f" VOID: under {LEAST:.0%} from the originals" if row.get("void") else ""
+        measure.say(row, void)
+
+    if asked.part != "learning":
+        root = asked.sample or measure.shared_data() / "imagenet-sample"
+        judge_pictures(root, QUICK["pictures"] if asked.quick else None, tell)
+    if asked.part != "pictures":
+        root = asked.root or measure.shared_data() / "imagenette128"
+        asked.work.mkdir(parents=True, exist_ok=True)
+        steps, seeds = (
+            (QUICK["steps"], QUICK["seeds"]) if asked.quick else (asked.steps, asked.seeds)
+        )
+        learn_from_all(root, asked.work, steps, range(1, seeds + 1), asked.quick, tell)
+    if asked.part is None:
+        print("\n".join(decision(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.status(main))
