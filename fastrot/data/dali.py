@@ -5,17 +5,18 @@ boxes travel with them. DALI's own readers are not used: they shuffle in a buffe
 an epoch of ours.
 
 With one recipe DALI decodes nothing but the box; with several, or where a box reaches over the border, the whole
-picture once. On the CPU that is all it does: `crops.resample` makes the crops, so that they equal those of all our
-readers to the bit, in half the time that DALI's resize would take. On a GPU crops are resized and mirrored by DALI
-and stay there; there each halving of `crops.resample` is one resize by 2, so that they differ by rounding alone.
+picture, once. On a CPU that is all it does: `crops.resample` makes the crops, so that they equal those of all our
+readers to the bit, and in less time, since DALI's resize there takes longer than its decoding. On a GPU crops are
+resized and mirrored by DALI and stay there; each halving of `crops.resample` is a resize by 2 of its own, so that
+they differ by rounding (and by the decoder).
 
 DALI is given upright JPEGs in colour or grey, whose header agrees with what is known of them. Every other picture
 (PNG, CMYK, one that EXIF turns, ...) is decoded by `pictures.decode`, and takes its place in the batch.
 
-    what DALI does                                                        what is done about it
-    one picture that cannot be decoded ends the pipeline                  it is found, one by one, and a new one goes on
-    another thread count, batch or number of recipes is another pipeline  kept, each by its `Graph`, and used again
-    a box outside the picture ends the pipeline                           such a batch is decoded whole, then cropped
+    what DALI does                                                       what is done about it
+    one picture that it cannot decode ends the pipeline                  it is found, one by one; a new one goes on
+    another batch, thread count or number of recipes: another pipeline   each is kept, and used again
+    a box outside the picture ends the pipeline                          that batch is decoded whole, then cropped
 
 Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open_data`, when asked.
 """

@@ -45,6 +45,7 @@ _UPRIGHT = {  # EXIF orientation -> what brings the pixels upright
     8: lambda pixels: np.rot90(pixels),
 }
 _WIDTH, _HEIGHT = 256, 257  # tags of TIFF
+_APP1, _PIXELS = 0xE1, 0xDA  # markers of JPEG
 _LYING = (5, 6, 7, 8)  # orientations that swap height and width
 
 # Pillow warns of damaged EXIF and the like without a file's name; what matters becomes a BadPicture.
@@ -88,13 +89,23 @@ def is_upright_jpeg(data: UInt8[np.ndarray, " n"], height: int, width: int) -> b
         *size, colours, _ = simplejpeg.decode_jpeg_header(data)
         if size != [height, width] or colours not in ("YCbCr", "Gray"):
             return False
-        encoded = data.tobytes()
-        if b"Exif\0\0" not in encoded:
+        if not _has_exif(data.data):
             return True
-        with _opened(io.BytesIO(encoded)) as image:
+        with _opened(io.BytesIO(data.tobytes())) as image:
             return _orientation(image) == 1
     except ValueError:  # BadPicture too
         return False
+
+
+def _has_exif(jpeg: memoryview) -> bool:
+    """Whether an EXIF segment stands before the pixels; so too where the segments cannot be followed."""
+    at = 2
+    while at + 8 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker, length = jpeg[at + 1], jpeg[at + 2] << 8 | jpeg[at + 3]
+        if marker == _PIXELS or (marker == _APP1 and jpeg[at + 4 : at + 8] == b"Exif"):
+            return marker == _APP1
+        at += 2 + length
+    return True
 
 
 def shrink(

@@ -21,6 +21,7 @@ from fastrot.config import RandomResized, Refused, Shifted, Whole
 from fastrot.core import DamagedRecord, Picks, View
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.beton.write import convert as write_beton
+from fastrot.data.pack.write import write_pack
 from fastrot.data.tars.write import TarsOptions, convert
 
 MISSING = not (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
@@ -263,8 +264,9 @@ def test_a_run_through_dali_resumes_to_the_same_bits(written, tmp_path, capsys):
     assert_same_bits(straight, broken)
 
 
-def test_what_holds_no_jpegs_is_refused(written):
-    for data in ("synthetic:20", written["raw"]):
+def test_what_holds_no_jpegs_is_refused(written, tmp_path):
+    pack = write_pack(tmp_path / "a.pack", [photo(1, 20, 30)])
+    for data in ("synthetic:20", written["raw"], pack):
         with pytest.raises(Refused, match=r"--loader dali decodes JPEGs, and --data .* holds none"):
             open_data(data, "dali")
 

@@ -22,9 +22,9 @@ from fastrot.data.pack.layout import Encoding
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 
-FORMATS = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars", "ffcv-beton")
-FORMATS += ("synthetic",)
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars")
+PACKS = ("pack", "raw-pack")
+FORMATS = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
     marks=[

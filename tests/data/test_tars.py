@@ -19,8 +19,8 @@ from truth import photo
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted
 from fastrot.core import DamagedRecord, View
+from fastrot.data import conversion, prepare
 from fastrot.data import pictures as decoding
-from fastrot.data import prepare
 from fastrot.data.tars import layout
 from fastrot.data.tars.load import Tars
 from fastrot.data.tars.write import TarsOptions, convert
@@ -216,24 +216,57 @@ def test_two_ranks_write_the_same_shards(odd, shards, tmp_path):
     assert files(tmp_path / "shared") == files(shards)
 
 
-def test_killed_at_any_rename_it_is_there_or_made_again(odd, shards, tmp_path, monkeypatch):
-    rename, count = os.rename, iter(range(99))
-    for fatal in range(2):
+@pytest.mark.parametrize("fatal", [0, 1], ids=["old-aside", "new-in-place"])
+def test_killed_at_a_rename_it_is_made_again(odd, shards, tmp_path, monkeypatch, fatal):
+    rename, done = os.rename, []
 
-        def dies(old, new, fatal=fatal):
-            if next(count) % 2 == fatal:  # noqa: B023 (counted anew below)
-                raise KeyboardInterrupt
-            rename(old, new)
+    def dies(old, new):
+        if len(done) == fatal:
+            raise KeyboardInterrupt
+        done.append(new)
+        rename(old, new)
 
-        out = tmp_path / f"{fatal}"
-        convert(options(odd, out, shard=7, quality=50))  # what stands there before
-        count = iter(range(99))
-        monkeypatch.setattr(os, "rename", dies)
-        with pytest.raises(KeyboardInterrupt):
-            convert(options(odd, out, shard=7, overwrite=True))
-        monkeypatch.setattr(os, "rename", rename)
-        convert(options(odd, out, shard=7, overwrite=True))
-        assert files(out) == files(shards)
+    out = tmp_path / "out"
+    convert(options(odd, out, shard=7, quality=50))  # what stands there before
+    again = options(odd, out, shard=7, overwrite=True)
+    monkeypatch.setattr(os, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert(again)
+    monkeypatch.setattr(os, "rename", rename)
+    convert(again)
+    assert files(out) == files(shards)
+
+
+def test_a_file_system_without_second_names_will_do(odd, shards, tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    convert(options(odd, tmp_path / "plain", shard=7))
+    assert files(tmp_path / "plain") == files(shards)
+
+
+def test_a_part_whose_rows_have_changed_is_made_anew(odd, shards, tmp_path, monkeypatch):
+    out = tmp_path / "again"
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "keys_of", lambda work: 1 / 0)  # all parts are whole by then
+        with pytest.raises(ZeroDivisionError):
+            convert(options(odd, out, shard=7))
+    rows = np.load(tmp_path / "again.parts" / "0000000007.npy")
+    rows["crc"][2] += 1
+    np.save(tmp_path / "again.parts" / "0000000007.npy", rows)
+    with pytest.raises(Refused, match=r"0000000007\.tar has changed .* made anew"):
+        convert(options(odd, out, shard=7))
+    assert convert(options(odd, out, shard=7)).resumed == 20
+    assert files(out) == files(shards)
+
+
+def test_shards_are_a_source_again(shards, tmp_path):
+    convert(options(shards, tmp_path / "again", source="webdataset", shard=10))
+    data, again = Tars(shards), Tars(tmp_path / "again")
+    assert again.labels.tolist() == data.labels.tolist()
+    for row in range(data.rows):
+        assert again.record(row).tobytes() == data.record(row).tobytes()
 
 
 def test_estimate_writes_nothing(odd, tmp_path, shards):
