@@ -22,9 +22,9 @@ from fastrot.data.pack.layout import Encoding
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 
-FORMATS = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars", "ffcv-beton")
-FORMATS += ("synthetic",)
-OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", "pack", "raw-pack", "tars")
+PACKS = ("pack", "raw-pack")
+FORMATS = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
+OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
     marks=[
@@ -349,12 +349,14 @@ def test_a_folder_of_pngs_and_its_raw_beton_are_equal(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu(data):
+    same_pixels = not hasattr(data, "resizes")  # DALI decodes otherwise there
     for number in range(3):
         there = epoch(data, TRAINING, number, workers=2, device="cuda")
         torch.cuda.synchronize()
         for a, b in zip(epoch(data, TRAINING, number), there, strict=True):
             assert b.images.is_cuda
-            assert torch.equal(a.images, b.images.cpu())
+            apart = (a.images.int() - b.images.cpu().int()).abs().float()
+            assert not apart.any() if same_pixels else apart.mean() < 3
             assert torch.equal(a.index, b.index.cpu())
             assert torch.equal(a.clock, b.clock.cpu())
 
