@@ -42,8 +42,8 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Data, Picks
 from fastrot.data import crops, pictures
+from fastrot.data.ahead import jobs_in_order
 from fastrot.data.ring import Ring
-from fastrot.data.threads import ahead
 
 IN_DALI = 3  # batches that DALI is given at a time
 READ_AHEAD = 2  # batches whose bytes are read before DALI asks for them
@@ -94,11 +94,11 @@ class ThroughDali:
         resizes = self.resizes or device.type == "cuda"
         gpu = _number(device) if device.type == "cuda" else None
         pool = ThreadPoolExecutor(workers, thread_name_prefix="dali")
-        jobs = ahead(map(_Job, plan), self._read, images=len, pool=pool, batches=READ_AHEAD)
+        jobs = jobs_in_order(map(_Job, plan), self._read, images=len, pool=pool, batches=READ_AHEAD)
         decoded = self._decoded(jobs, gpu, workers, resizes)
         crop = self._place_ours if resizes else _resample
         try:
-            for job in ahead(decoded, crop, images=len, pool=pool, batches=1):
+            for job in jobs_in_order(decoded, crop, images=len, pool=pool, batches=1):
                 yield job.out
         finally:
             decoded.close()

@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -16,11 +17,11 @@ PIECE = 2**17
 
 
 def announce(
-    picks: Picks, maps: Sequence[mmap.mmap], place: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    picks: Picks, maps: Sequence[Any], place: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 ) -> None:
     """Tell the system which bytes will be read: a slow disk gets a whole batch to sort, not one a thread.
 
-    `place`: file, first byte and bytes of rows, as `runs` wants them. 13 us a record that is not in memory, 2.7 us
+    `maps`: the files' memory maps; `place`: file, first byte and bytes of rows, as `runs` wants them. 13 us a record that is not in memory, 2.7 us
     one that is; neighbours go together.
     """
     if not hasattr(mmap, "MADV_WILLNEED"):

@@ -13,7 +13,7 @@ from fastrot import native
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted, Whole
 from fastrot.core import DamagedRecord, Picks, View
-from fastrot.data import crops
+from fastrot.data import ahead, crops
 from fastrot.data.pack import load, read, write
 from fastrot.data.pack.load import Pack, choose
 from fastrot.data.plan import Loader
@@ -161,7 +161,7 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
         here = np.isin(picks.rows[0][:, 0], rows)
         picks = Picks(tuple(each[here] for each in picks.rows), picks.sizes)
         want = [each[here] for each in want]
-    with load._threads(workers) as pool:
+    with ahead.threads(workers, "pack") as pool:
         assert equal(placed.begin(picks, pool).done(), want)
 
 
@@ -169,7 +169,7 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
 def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
     picks = all_picks(data)
-    with load._threads(workers) as pool:
+    with ahead.threads(workers, "pack") as pool:
         begun = load._Pinned(data.file, None, CPU).begin(picks, pool)
         assert equal(begun.done(), wanted(data, picks))
 

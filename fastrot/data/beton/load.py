@@ -12,15 +12,14 @@ A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its part
 """
 
 import bisect
+import contextlib
 import functools
 import json
 import mmap
 import resource
 import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,14 +33,13 @@ from fastrot import native
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
+from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
 from fastrot.data.beton.manifest import side, unsealed
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.sources import order_fingerprint
 
-TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
-AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
 LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label
 NUMBERS = (b"index", b"idx", b"id")  # names that say it is none, even where it is the only one
 MOST_CLASSES = 2**20  # an int field that counts further is taken for something else
@@ -129,29 +127,23 @@ class Beton:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
         crew = (_InC if self.native else _InPython)(self, workers)
-        ahead: deque[_Ahead] = deque()
-        tasks = 0
         try:
-            for picks in plan:
-                self._announce(picks)
-                ahead.append(crew.begin(picks, _buffers(ring, picks)))
-                tasks += ahead[-1].tasks
-                while ahead and (not workers or (len(ahead) > AHEAD and tasks > 2 * workers)):
-                    tasks -= ahead[0].tasks
-                    yield ahead.popleft().done()
-            while ahead:
-                yield ahead.popleft().done()
+            yield from in_order((self._begin(crew, picks, ring) for picks in plan), workers)
         finally:
             crew.close()
+
+    def _begin(self, crew: "_InC | _InPython", picks: Picks, ring: Ring) -> Begun:
+        self._announce(picks)
+        return crew.begin(picks, buffers(ring, picks))
+
+    def _announce(self, picks: Picks) -> None:
+        announce(picks, [file.map for file in self._files], self._places)
 
     def in_words(self) -> list[str]:
         """For the beginning of a run: which form of the reader it is."""
         if self.native:
             return [f"crops are decoded by the C++ extension, {native.why()}"]
         return [f"crops are decoded by simplejpeg, without the C++ extension: {native.why()}"]
-
-    def _announce(self, picks: Picks) -> None:
-        announce(picks, [file.map for file in self._files], self._places)
 
     def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
         """File, first byte and bytes of records."""
@@ -210,39 +202,20 @@ class Beton:
         ) from None
 
 
-class _Ahead(NamedTuple):
-    """A batch under way."""
-
-    tasks: int
-    done: Callable[[], tuple[Tensor, ...]]  # waits for it
-
-
 class _InPython:
     """Batches decoded by simplejpeg and resampled by OpenCV, in Python's threads."""
 
     def __init__(self, data: Beton, workers: int):
-        self._data = data
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="beton") if workers else None
+        self._data, self._held = data, contextlib.ExitStack()
+        self._pool = self._held.enter_context(threads(workers, "beton"))
 
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> _Ahead:
-        images, tasks = len(picks.rows[0]), list[Future]()
-        if self._pool is None:
-            self._data.fill(picks, out, 0, images)
-        else:
-            for at in range(0, images, TASK):
-                end = min(at + TASK, images)
-                tasks.append(self._pool.submit(self._data.fill, picks, out, at, end))
-
-        def done() -> tuple[Tensor, ...]:
-            for task in tasks:
-                task.result()
-            return out
-
-        return _Ahead(_tasks(images), done)
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
+        images = len(picks.rows[0])
+        tasks = in_tasks(self._pool, images, functools.partial(self._data.fill, picks, out))
+        return Begun(images, lambda: finished(out, tasks))
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._held.close()
 
 
 class _InC:
@@ -251,7 +224,7 @@ class _InC:
     def __init__(self, data: Beton, workers: int):
         self._data, self._pool = data, native.Pool(workers)
 
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> _Ahead:
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
         records = self._data.records(picks.rows[0][:, 0])
         work = self._pool.jpeg_crops(records, picks.rows, [crop.numpy() for crop in out])
 
@@ -260,20 +233,10 @@ class _InC:
                 self._data.fill(picks, out, place, place + 1)
             return out
 
-        return _Ahead(_tasks(len(picks.rows[0])), done)
+        return Begun(len(picks.rows[0]), done)
 
     def close(self) -> None:
         self._pool.close()
-
-
-def _tasks(images: int) -> int:
-    return -(-images // TASK)
-
-
-def _buffers(ring: Ring, picks: Picks) -> tuple[Tensor, ...]:
-    return tuple(
-        ring.take(len(rows), size) for rows, size in zip(picks.rows, picks.sizes, strict=True)
-    )
 
 
 # ---- the file ----

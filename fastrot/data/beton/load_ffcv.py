@@ -36,8 +36,9 @@ from torch import Tensor
 
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
+from fastrot.data.ahead import AHEAD, buffers
 from fastrot.data.beton.layout import IMAGE
-from fastrot.data.beton.load import AHEAD, Beton, _buffers
+from fastrot.data.beton.load import Beton
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ class FfcvBeton(Beton):
         try:
             for picks in plan:
                 self._announce(picks)
-                epoch.feed.put(_Work(picks, _buffers(ring, picks), epoch.together))
+                epoch.feed.put(_Work(picks, buffers(ring, picks), epoch.together))
                 ahead += 1
                 if ahead > AHEAD:
                     ahead -= 1

@@ -17,7 +17,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from fastrot import native
 from fastrot.config import Placement, Refused
 from fastrot.core import Picks
 from fastrot.data import crops
-from fastrot.data.ahead import TASK, Begun, in_order
+from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, WIDTH
 from fastrot.data.pack.read import PackFile
@@ -123,7 +123,7 @@ class Pack:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         if device.type == "cuda":
-            with _threads(workers) as pool:
+            with threads(workers, "pack") as pool:
                 yield from in_order((self._begin_on(device, p, pool) for p in plan), workers)
             return
         crew = (_InC if self.native else _InPython)(self.file, workers)
@@ -134,8 +134,7 @@ class Pack:
 
     def _begin(self, crew: "_InC | _InPython", picks: Picks, workers: int) -> Begun:
         picks.spoilt.extend(self.file.damage(picks.rows[0][:, 0], max(1, workers)).items())
-        sizes = zip(picks.rows, picks.sizes, strict=True)
-        return crew.begin(picks, tuple(self._ring.take(len(boxes), size) for boxes, size in sizes))
+        return crew.begin(picks, buffers(self._ring, picks))
 
     def _begin_on(
         self, device: torch.device, picks: Picks, pool: ThreadPoolExecutor | None
@@ -181,24 +180,24 @@ class _InPython:
 
     def __init__(self, file: PackFile, workers: int):
         self._pack = _tensors(file)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pack") if workers else None
+        self._held = contextlib.ExitStack()
+        self._pool = self._held.enter_context(threads(workers, "pack"))
 
     def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
         images = len(picks.rows[0])
-        tasks = _in_tasks(self._pool, images, lambda at: self._fill(picks, out, at))
-        return Begun(images, lambda: _finished(tasks, out))
+        tasks = in_tasks(self._pool, images, functools.partial(self._fill, picks, out))
+        return Begun(images, lambda: finished(out, tasks))
 
-    def _fill(self, picks: Picks, out: tuple[Tensor, ...], places: slice) -> None:
+    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         for rows, crop in zip(picks.rows, out, strict=True):
-            for row, pixels in zip(rows[places], crop.numpy()[places], strict=True):
+            for row, pixels in zip(rows[start:stop], crop.numpy()[start:stop], strict=True):
                 index, y, x, height, width, flip = row.tolist()
                 box = decoded_box(self._pack, index, y, x, height, width)
                 whole = np.array([0, 0, 0, height, width, flip])
                 crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, pixels)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._held.close()
 
 
 # ---- on a GPU ----
@@ -296,12 +295,12 @@ class _Pinned:
         )
         into = tiles.numpy()
 
-        def gather(places: slice) -> None:
-            for i in range(images)[places]:
+        def gather(begin: int, stop: int) -> None:
+            for i in range(begin, stop):
                 length = first[i + 1] - first[i]
                 into[first[i] : first[i + 1]] = file.tiles[start[i] : start[i] + length]
 
-        tasks = _in_tasks(pool, images, gather)
+        tasks = in_tasks(pool, images, gather)
         boxes = [
             np.concatenate(
                 [np.arange(images)[:, None], (rows[:, 1] - tops)[:, None], rows[:, 2:]], axis=1
@@ -310,8 +309,7 @@ class _Pinned:
         ]
 
         def done() -> tuple[Tensor, ...]:
-            for task in tasks:
-                task.result()
+            finished(None, tasks)
             with _beside(self.device) as handed_over:
                 arrays = (_sent(each, self.device) for each in (first, sizes))
                 pack = PackTensors(tiles.to(self.device, non_blocking=True), *arrays)
@@ -385,29 +383,3 @@ def _tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
-
-
-@contextlib.contextmanager
-def _threads(workers: int) -> Iterator[ThreadPoolExecutor | None]:
-    if not workers:
-        yield None
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_tasks(pool: ThreadPoolExecutor | None, images: int, work) -> list[Future]:
-    """`work` of slices of a batch, by the pool; None: done here and now."""
-    if pool is None:
-        work(slice(0, images))
-        return []
-    return [pool.submit(work, slice(at, min(at + TASK, images))) for at in range(0, images, TASK)]
-
-
-def _finished(tasks: list[Future], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    for task in tasks:
-        task.result()
-    return out

@@ -10,7 +10,6 @@ import mmap
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +23,11 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
+from fastrot.data.ahead import AHEAD, buffers, jobs_in_order, threads
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.tars import layout
 from fastrot.data.tars.index import AGAIN, read_index
-from fastrot.data.threads import ahead
-
-AHEAD = 3  # batches read ahead
 
 
 class Tars:
@@ -115,20 +112,15 @@ class Tars:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="tars") if workers else None
-        jobs = (self._begun(picks, ring) for picks in plan)
-        try:
-            for job in ahead(jobs, self._fill, images=_Job.images, pool=pool, batches=AHEAD):
-                yield job.out
-        finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        begun = (self._begun(picks, ring) for picks in plan)
+        with threads(workers, "tars") as pool:
+            jobs = jobs_in_order(begun, self._fill, images=_Job.images, pool=pool, batches=AHEAD)
+            yield from (job.out for job in jobs)
 
     def _begun(self, picks: Picks, ring: Ring) -> "_Job":
         """A batch, with memory for its crops; the system hears which bytes will be read."""
         announce(picks, [shard.map for shard in self._shards], self._places)
-        each = zip(picks.rows, picks.sizes, strict=True)
-        return _Job(picks, tuple(ring.take(len(rows), size) for rows, size in each))
+        return _Job(picks, buffers(ring, picks))
 
     def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
         """Shard, first byte and bytes of pictures."""
