@@ -359,6 +359,11 @@ def test_statistics_of_the_data_are_used_and_kept(pictures, tmp_path):
         go(out, tmp_path / "run", "--statistics", "data", "--max-steps", steps)
         saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["config"]
         assert (tuple(saved["mean"]), tuple(saved["std"])) == (Beton(out).mean, Beton(out).std)
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert log.count("crops are decoded by") == int(
+            steps
+        )  # which form of the reader, once a start
+    assert "native" in json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
 def test_another_global_batch_is_another_run(straight, pictures):

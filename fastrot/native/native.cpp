@@ -3,6 +3,8 @@
 // Nothing here checks an address: fastrot/native/__init__.py has compared every record, table and buffer with the
 // memory that it lies in. Boxes are looked at, and what a JPEG says of itself is never trusted.
 
+#include <new>
+
 #include "checksum.hpp"
 #include "jpeg.hpp"
 #include "pool.hpp"

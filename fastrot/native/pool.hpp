@@ -2,16 +2,16 @@
 
 #pragma once
 
+#include <stdint.h>
+
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
-
-#include <stdint.h>
 
 namespace fastrot {
 
@@ -32,8 +32,9 @@ class Pool {
   // As many threads as the system gives, up to `threads`; with none, whoever waits does the work.
   explicit Pool(int threads) {
     try {
+      threads_.reserve(size_t(std::max(threads, 0)));
       for (int i = 0; i < threads; ++i) threads_.emplace_back(&Pool::work, this);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
   }
 
@@ -46,8 +47,6 @@ class Pool {
     more_.notify_all();
     for (std::thread& thread : threads_) thread.join();
   }
-
-  int threads() const { return int(threads_.size()); }
 
   // The pool owns the batch; the pointer is good until `wait` returns.
   Batch<Worker>* submit(std::unique_ptr<Batch<Worker>> batch) {
@@ -62,9 +61,7 @@ class Pool {
 
   void wait(Batch<Worker>* batch) {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (threads_.empty()) {
-      while (Batch<Worker>* next = unfinished()) work_on(next, own_, lock);
-    }
+    while (threads_.empty() && batch->done < batch->pictures) work_on(unfinished(), own_, lock);
     finished_.wait(lock, [&] { return batch->done == batch->pictures; });
     for (auto each = batches_.begin(); each != batches_.end(); ++each)
       if (each->get() == batch) {

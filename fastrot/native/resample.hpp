@@ -34,7 +34,7 @@ constexpr int READ = 16;    // bytes that the wide form reads at a pixel
 // Whether the wide instructions run; tests switch them off.
 inline bool& wide() {
 #if FASTROT_X86
-  static bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi");
+  static bool found = __builtin_cpu_supports("avx2");
 #else
   static bool found = false;
 #endif
@@ -278,42 +278,21 @@ AVX2 inline void halve_avx2(const int16_t* one, const int16_t* two, int64_t coun
 class Resampler {
  public:
   // Write the box of a picture of height x width pixels into out [size, size, 3]. False: memory ran out.
-  bool operator()(Pixels picture, int64_t height, int64_t width, const Box& box, int64_t size, uint8_t* out) {
-    if (!box.inside(height, width)) return bordered(picture, height, width, box, size, out);
-    picture.at += box.y * picture.stride + box.x * picture.step;
-    return inside(picture, box, size, out);
-  }
-
- private:
-  // A copy with zeros around it: what reaches over the border is rare, or small.
-  bool bordered(Pixels picture, int64_t height, int64_t width, const Box& box, int64_t size, uint8_t* out) {
-    const int step = picture.step;
-    uint8_t* copy = border_.of<uint8_t>(size_t(box.h) * box.w * step);
-    if (!copy) return false;
-    memset(copy, 0, size_t(box.h) * box.w * step);
-    const int64_t top = std::max<int64_t>(box.y, 0), bottom = std::min(box.y + box.h, height);
-    const int64_t left = std::max<int64_t>(box.x, 0), right = std::min(box.x + box.w, width);
-    for (int64_t y = top; y < bottom; ++y)
-      memcpy(copy + ((y - box.y) * box.w + left - box.x) * step, picture.at + y * picture.stride + left * step,
-             size_t(right - left) * step);
-    return inside({copy, box.w * step, step, copy + box.h * box.w * step + SPARE}, box, size, out);
-  }
-
-  bool inside(const Pixels& from, const Box& box, int64_t size, uint8_t* out) {
+  bool operator()(const Pixels& picture, int64_t height, int64_t width, const Box& box, int64_t size, uint8_t* out) {
     const int64_t n = taps(box.h, box.w, size), many = n * size;
-    from_ = from, h_ = box.h, w_ = box.w;
-    last_row_ = copied_.of<uint8_t>(size_t(box.w) * from.step);
-    if (!make_columns(columns_, table_, box.w, many, from.step, box.flip)) return false;
+    picture_ = picture, height_ = height, width_ = width, box_ = box, inside_ = box.inside(height, width);
+    copy_ = copied_.of<uint8_t>(size_t(box.w) * picture.step);
+    if (!make_columns(columns_, table_, box.w, many, picture.step, box.flip)) return false;
     length_ = (columns_.count + 4) * 4;  // the wide form reads up to 4 pixels more
     int16_t* rows = rows_.of<int16_t>(size_t(length_) * 5);
-    if (!rows || !last_row_) return false;
+    if (!rows || !copy_) return false;
     for (int k = 0; k < 2; ++k) kept_[k] = rows + k * length_, holds_[k] = -1;
     int16_t *made[2] = {rows + 2 * length_, rows + 3 * length_}, *mean = rows + 4 * length_;
     const double scale = 1.0 / (double(many) / double(box.h));
     if (n == 1) return plain_bilinear(scale, size, out, reinterpret_cast<uint8_t*>(mean));
     if (n == 2) {
       for (int64_t i = 0; i < size; ++i) {
-        for (int k = 0; k < 2; ++k) blended(tap(2 * i + k, scale, h_, false), made[k]);
+        for (int k = 0; k < 2; ++k) blended(tap(2 * i + k, scale, box_.h, false), made[k]);
         halve(made[0], made[1], size, mean);
         store(mean, size, out + i * size * 3, i == size - 1, reinterpret_cast<uint8_t*>(made[0]));
       }
@@ -324,7 +303,7 @@ class Resampler {
     for (int64_t i = 0; i < size; ++i) {
       memset(sums, 0, size_t(length_) * sizeof *sums);
       for (int64_t k = 0; k < n; ++k) {
-        blended(tap(n * i + k, scale, h_, false), made[0]);
+        blended(tap(n * i + k, scale, box_.h, false), made[0]);
         for (int64_t at = 0; at < 4 * many; ++at) sums[at] += uint32_t(made[0][at]);
       }
       mean_of_sums(sums, n, size, mean);
@@ -333,9 +312,10 @@ class Resampler {
     return true;
   }
 
+ private:
   bool plain_bilinear(double scale, int64_t size, uint8_t* out, uint8_t* aside) {
     for (int64_t i = 0; i < size; ++i) {
-      const Tap t = tap(i, scale, h_, false);
+      const Tap t = tap(i, scale, box_.h, false);
       const int16_t *low = passed(t.low), *high = passed(t.high);
       uint8_t* to = out + i * size * 3;
 #if FASTROT_X86
@@ -386,26 +366,36 @@ class Resampler {
     int16_t* out = kept_[y & 1];
     if (holds_[y & 1] == y) return out;
     holds_[y & 1] = y;
-    const uint8_t* row = from_.at + y * from_.stride;
-    if (from_.end - row < (w_ - 1) * from_.step + READ) {
-      memcpy(last_row_, row, size_t(w_) * from_.step);
-      row = last_row_;
-    }
+    const uint8_t* row = source(box_.y + y);
 #if FASTROT_X86
     if (wide()) {
-      columns_avx2(row, columns_, from_.step, out);
+      columns_avx2(row, columns_, picture_.step, out);
       return out;
     }
 #endif
-    columns_plain(row, columns_, from_.step, out);
+    columns_plain(row, columns_, picture_.step, out);
     return out;
   }
 
-  Scratch table_, rows_, sums_, border_, copied_;
+  // The box's part of row y of the picture, with READ bytes that may be read at its last pixel: where it lies, or,
+  // at the end of the memory and for a box that reaches over the border, a copy with zeros outside.
+  const uint8_t* source(int64_t y) {
+    const int step = picture_.step;
+    const int64_t left = std::max<int64_t>(box_.x, 0), right = std::min(box_.x + box_.w, width_);
+    const uint8_t* row = y < 0 || y >= height_ ? nullptr : picture_.at + y * picture_.stride + left * step;
+    if (inside_ && picture_.end - row >= (box_.w - 1) * step + READ) return row;
+    memset(copy_, 0, size_t(box_.w) * step);
+    if (row) memcpy(copy_ + (left - box_.x) * step, row, size_t(right - left) * step);
+    return copy_;
+  }
+
+  Scratch table_, rows_, sums_, copied_;
   Columns columns_{};
-  Pixels from_{};
-  uint8_t* last_row_ = nullptr;  // a copy of the picture's last rows, with bytes to spare behind
-  int64_t h_ = 0, w_ = 0, length_ = 0, holds_[2] = {-1, -1};
+  Pixels picture_{};
+  Box box_{};
+  bool inside_ = false;      // the box, in the picture
+  uint8_t* copy_ = nullptr;  // of one row of the box
+  int64_t height_ = 0, width_ = 0, length_ = 0, holds_[2] = {-1, -1};
   int16_t* kept_[2] = {};
 };
 

@@ -98,7 +98,7 @@ AVX2 inline Wide widened(__m256i samples) {
 
 AVX2 inline __m256i times(__m256i x, int by) { return _mm256_mullo_epi32(x, _mm256_set1_epi32(by)); }
 
-// A row of 4 chroma values of 16 bits, at 64 bits `which` of a register in memory, each twice.
+// A row of 4 chroma values of 16 bits, each twice.
 AVX2 inline __m128i doubled(const int16_t* four) {
   const __m128i row = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(four));
   return _mm_unpacklo_epi16(row, row);
