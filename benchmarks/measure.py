@@ -98,6 +98,13 @@ def verdict(row: Mapping[str, Any]) -> str:
     return f" (target {limit}: {'met' if met(row) else 'MISSED'})"
 
 
+def number(value: float) -> str:
+    """Three digits, or all of a larger one."""
+    if abs(value) < 1e-9:
+        return "0"  # a slope through equal points
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def cpu_seconds() -> float:
     """User and system time of this process and of its children that have ended."""
     each = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

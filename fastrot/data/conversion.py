@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt32
 import fastrot
 from fastrot.config import Refused, Stopped
 from fastrot.data import prepare
-from fastrot.data.beton.manifest import side
+from fastrot.data.manifest import side
 from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
 from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
 from fastrot.disk import write_atomically

@@ -13,7 +13,7 @@ from truth import DATA, photo
 
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord
-from fastrot.data.beton.manifest import sealed
+from fastrot.data.manifest import sealed
 from fastrot.data.pack import bc4, layout, read, write
 from fastrot.data.pack.read import PackFile, open_pack
 from fastrot.data.pack.write import write_pack

@@ -466,7 +466,7 @@ def test_a_small_disk_runs_full(mixed, unbroken, tmp_path):
 
 
 def test_a_changed_byte_of_the_json_is_found(mixed, unbroken):
-    from fastrot.data.beton.manifest import unsealed
+    from fastrot.data.manifest import unsealed
 
     document = unbroken["a.beton.json"]
     facts = unsealed(document)
@@ -484,7 +484,7 @@ def test_a_changed_byte_of_the_json_is_found(mixed, unbroken):
 
 
 def test_a_json_of_before_the_seal_is_read(unbroken):
-    from fastrot.data.beton.manifest import unsealed
+    from fastrot.data.manifest import unsealed
 
     facts = json.loads(unbroken["a.beton.json"])
     facts.pop("crc")

@@ -336,7 +336,7 @@ def flipped(name: str, at: int):
 
 
 def renamed_version(folder: Path) -> None:
-    from fastrot.data.beton.manifest import sealed, unsealed
+    from fastrot.data.manifest import sealed, unsealed
 
     facts = unsealed((folder / layout.MANIFEST).read_bytes())
     (folder / layout.MANIFEST).write_bytes(sealed({**facts, "version": 2}))

@@ -35,7 +35,7 @@ from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
-from fastrot.data.beton.manifest import side, unsealed
+from fastrot.data.manifest import side, unsealed
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.sources import order_fingerprint

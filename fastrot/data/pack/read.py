@@ -19,7 +19,7 @@ from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord
-from fastrot.data.beton.manifest import unsealed
+from fastrot.data.manifest import unsealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
 from fastrot.data.sources import order_fingerprint

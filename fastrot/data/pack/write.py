@@ -22,8 +22,8 @@ from jaxtyping import Int32, Int64, UInt8
 
 from fastrot.config import Refused
 from fastrot.data import conversion, prepare
-from fastrot.data.beton.manifest import sealed
 from fastrot.data.conversion import Found, There, Work
+from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
 from fastrot.data.pack.read import PackFile

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from fastrot.config import Refused
-from fastrot.data.beton.manifest import unsealed
+from fastrot.data.manifest import unsealed
 from fastrot.data.sources import order_fingerprint
 from fastrot.data.tars import layout
 

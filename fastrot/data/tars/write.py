@@ -23,9 +23,9 @@ from jaxtyping import UInt8
 
 from fastrot.config import Refused
 from fastrot.data import conversion, prepare
-from fastrot.data.beton.manifest import sealed
 from fastrot.data.beton.write import Coder as BetonCoder
 from fastrot.data.conversion import There, Work
+from fastrot.data.manifest import sealed
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.data.sources import HEAD, sniff
 from fastrot.data.tars import layout
