@@ -1,5 +1,6 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
 # make test    every check and test
+# make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
 # make dali    DALI, for --loader dali: 200 MB, 600 MB installed
@@ -14,7 +15,7 @@ DEVICE ?= cuda
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check fuzz ffcv dali kernels bench report gpu wheels slice clean
+.PHONY: demo test check native fuzz ffcv dali kernels bench report gpu wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -51,6 +52,12 @@ fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/native_fuzz.py --times 6000
 	@$(BIN)/python tests/native_fuzz.py --times 2000 --sanitizer thread
 
+native: $(VENV)/made
+	@sh .ci/native
+	@$(BIN)/python -c 'from fastrot import native; assert native.load()' 2>/dev/null || rm -f $(VENV)/installed
+	@$(MAKE) --no-print-directory $(VENV)/installed
+	@$(BIN)/python -c 'from fastrot import native; print("the C++ extension:", native.why()); assert native.load()'
+
 ffcv: $(VENV)/installed
 	@sh .ci/ffcv "$(BIN)/python"
 
@@ -66,6 +73,7 @@ kernels: $(VENV)/installed
 bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cold
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_native
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_conversion
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_train --preset decoupling-alexnet

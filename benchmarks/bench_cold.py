@@ -38,7 +38,8 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.bench_loaders import _fresh, installed, originals, prepared
+from benchmarks.bench_loaders import fresh
+from benchmarks.contestants import Formats, installed, originals
 from fastrot import entry
 from fastrot.assemble import open_loader
 from fastrot.config import BLOCKS, RandomResized, Refused
@@ -371,7 +372,7 @@ def cold_rows(
         found: dict[str, list[Epoch]] = {}
         for _, (name, task, epochs) in itertools.product(range(reps), each):
             path = shuffled if ORDERS.get(name, (None, False))[1] else sorted_file
-            cost = _fresh(task, name, str(path), workers, mode, epochs)
+            cost = fresh(task, name, str(path), workers, mode, epochs)
             found.setdefault(name, []).extend(cost[1:] or cost)
         for name, costs in found.items():
             yield _row_of(name, mode, costs, megabytes, workers)
@@ -433,7 +434,7 @@ def main() -> int:
     if not hasattr(os, "posix_fadvise") or not Path("/proc/self/io").exists():
         raise Refused("pages can be dropped and reads be counted on Linux alone: run it there")
     megabytes, workers = 60 if asked.quick else asked.mb, cores()
-    source = Beton(asked.data or prepared(originals(asked.root), asked.work, workers))
+    source = Beton(asked.data or Formats(originals(asked.root), asked.work, workers).beton())
     asked.work.mkdir(parents=True, exist_ok=True)
     files = [
         repeated(

@@ -59,8 +59,6 @@ TARGETS = {  # times, per core
     (OURS, FLOAT): 5.0,
     (OURS, FFCV): 1.1,
     (THROUGH_FFCV, FFCV): 0.95,
-    (NATIVE, FFCV): 1.7,
-    (NATIVE, UINT8): 7.0,
     (THROUGH_DALI, DALI): 1.0,
 }
 STEP_S = 0.02  # what the stand-in for a step takes on a CPU: so much computing a batch of 64
