@@ -383,8 +383,8 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     """Folders of shards and of pictures have no suffix to tell them apart."""
     asked = []
 
-    def opened(path, loader="auto", **_):
-        asked.append(loader)
+    def opened(path, loader="auto", *, placement="auto", **_):
+        asked.append((loader, placement))
         raise Stopped("enough")
 
     for name in ("shards", "pictures", "more"):
@@ -395,7 +395,7 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     monkeypatch.setattr(assemble, "open_data", opened)
     for val in ("pictures", "more"):
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
-        cfg = dataclasses.replace(run.PRESETS["demo"](), **named)
+        cfg = dataclasses.replace(run.PRESETS["demo"](), placement="pinned", **named)
         with pytest.raises(Stopped):
             run._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
-    assert asked == ["auto", "tars"]
+    assert asked == [("auto", "pinned"), ("tars", "pinned")]

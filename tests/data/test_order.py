@@ -231,6 +231,17 @@ def test_blocks_are_announced_once_by_their_rank_and_before_their_time(images, w
     assert late < 16 * 8 / 2  # a part of the first window, which is not waited for
 
 
+@pytest.mark.parametrize("images", [128, 1_003, 2_500])
+def test_an_epoch_to_its_end_announces_every_row(images):
+    """What divides into no stripe comes last, and is read ahead too."""
+    shuffled = by_blocks(images, 16, 8)
+    told = [
+        shuffled.ahead(k, min(k + 12, images), since=0, rank=0, world=1)
+        for k in range(0, images, 12)
+    ]
+    assert sorted(np.concatenate(told).tolist()) == list(range(images))
+
+
 def test_what_is_read_ahead_is_at_most_two_windows():
     shuffled, asked, open_rows = by_blocks(4_000, 16, 8), set(), []
     for first in range(0, 3_900, 64):

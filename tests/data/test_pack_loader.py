@@ -129,6 +129,22 @@ def test_a_damaged_stretch_is_told_by_row_and_can_be_skipped(folder, workers):
             assert torch.equal(crop, want[index])
 
 
+def test_every_picture_with_a_byte_in_a_damaged_stretch_is_told_and_no_other(folder):
+    """The stretches are the file's, its header of 128 bytes among them."""
+    whole = Pack(folder)
+    body = (folder / whole.file.array).read_bytes()
+    header, width = len(body) - whole.file.tiles.nbytes, whole.file.tiles.shape[1]
+    begins, ends = (header + width * each for each in (whole.file.first[:-1], whole.file.first[1:]))
+    blocks = -(-len(body) // 4096)
+    assert ((begins // 4096) != ((begins - header) // 4096)).any()
+    for block in range(blocks):
+        data = Pack(folder)
+        data.file._agrees = lambda name, each, block=block: each != block
+        told = set(data.file.damage(np.arange(ROWS)))
+        inside = (begins < (block + 1) * 4096) & (ends > block * 4096)
+        assert told == set(np.flatnonzero(inside).tolist()), block
+
+
 def test_each_stretch_is_read_once(folder, monkeypatch):
     damage(folder, 1)
     read_, data = [], Pack(folder)

@@ -6,9 +6,9 @@ from PIL import Image
 from truth import photo
 
 from fastrot.assemble import open_loader
-from fastrot.config import RandomResized
+from fastrot.config import RandomResized, Refused
 from fastrot.core import View
-from fastrot.data import prepare, readahead
+from fastrot.data import order, prepare, readahead
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.data.pack.load import Pack
@@ -89,6 +89,29 @@ def test_a_loader_tells_of_each_block_once(start, monkeypatch):
     rows = np.concatenate(told)
     assert len(np.unique(rows)) == len(rows) <= len(drawn) + 8 * 4
     assert np.isin(drawn, rows).mean() > 0.9
+
+
+def test_blocks_larger_than_a_ranks_own_rows_are_refused():
+    """An owned view has a rank mix its own rows alone."""
+    view = View(crops=(RandomResized(size=16),), blocks=(60, 2), owned=True)
+    assert open_loader("synthetic:100", view, batch=5, workers=0)
+    with pytest.raises(Refused, match=r"--order-block 60 is more than the 50 pictures"):
+        open_loader("synthetic:100", view, batch=5, workers=0, world=2)
+
+
+def test_a_loader_tells_of_its_own_ranks_blocks_alone():
+    """So that machines which share an epoch fetch each byte once between them."""
+    view, told = View(crops=(RandomResized(size=16),), blocks=(8, 4)), []
+    for rank in (0, 1):
+        loader = open_loader("synthetic:192", view, batch=4, workers=0, rank=rank, world=2)
+        rows = loader._order(0)
+        assert isinstance(rows, order.Blocks)
+        each = [loader._coming(rows, k, 0) for k in range(len(loader))]
+        drawn = [rows[loader._places(k)] for k in range(len(loader))]
+        assert np.isin(np.concatenate(drawn), np.concatenate(each)).all()
+        told.append(np.concatenate(each))
+    assert not np.intersect1d(*told).size
+    assert len(np.union1d(*told)) == 192
 
 
 @pytest.mark.parametrize("encoding", ["ycc", "raw"])

@@ -315,6 +315,11 @@ def cut(folder: Path) -> None:
         file.truncate(layout.RECORD)
 
 
+def grown(folder: Path) -> None:
+    with open(folder / "00001.tar", "ab") as file:
+        file.write(bytes(layout.RECORD))
+
+
 def another_tar(folder: Path) -> None:
     """As long as the right one, its pictures elsewhere."""
     size = (folder / "00001.tar").stat().st_size
@@ -347,6 +352,7 @@ def renamed_version(folder: Path) -> None:
     ("harm", "words"),
     [
         (cut, r"00001\.tar is cut short: it has 10,240 of"),
+        (grown, r"00001\.tar has grown: it has"),
         (lost("00001.tar"), r"00001\.tar cannot be read"),
         (another_tar, r"00001\.tar is not the tar that rows\.npy was made for"),
         (lost("rows.npy"), r"rows\.npy cannot be read"),
