@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastrot import disk
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted
 from fastrot.core import DamagedRecord, View
-from fastrot.data.beton import load, write
+from fastrot.data.beton import write
 from fastrot.data.beton.load import Beton
 
 PARTS = ("0000000000.beton", "0000000010.beton", "0000000020.beton", "0000000030.beton")
@@ -86,9 +87,9 @@ def test_more_parts_than_a_process_may_open_at_first(made, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-        load._allow_open_files(100)
+        disk.allow_open_files(100)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(612, hard)
-        load._allow_open_files(10)
+        disk.allow_open_files(10)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(612, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
