@@ -20,18 +20,13 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 import fastrot.assemble
-from benchmarks import measure
-
-try:
-    from benchmarks import contestants as loaders
-except ImportError:
-    from benchmarks import bench_loaders as loaders
+from benchmarks import contestants, measure
 from fastrot import entry, native
 from fastrot.config import RandomResized, Refused
 from fastrot.data import crops
@@ -65,15 +60,15 @@ def prepared(root: Path, work: Path, workers: int) -> dict[str, Path]:
 # ---- records ----
 
 
-def reader(path: Path, workers: int, *, quick: bool) -> Callable[[int], Any]:
-    """Our reader in one of its forms; gives how many crops it made."""
+def reader(path: Path, workers: int, *, quick: bool) -> contestants.Run:
+    """Our reader in one of its forms."""
     data: Any = fastrot.assemble.open_data(path)
     data.native = quick
 
-    def run(images: int) -> int:
-        again = loaders.Repeated(data, -(-max(images, BATCH) // data.rows))
-        batches = loaders.open_loader(again, BATCH, workers).epoch(0)
-        return sum(len(drawn.index) for drawn in batches)
+    def run(images: int) -> Iterator[int]:
+        again = contestants.Repeated(data, -(-max(images, BATCH) // data.rows))
+        batches = contestants.open_loader(again, BATCH, workers).epoch(0)
+        yield from (len(drawn.index) for drawn in batches)
 
     return run
 
@@ -84,10 +79,10 @@ def reader_rows(
     """A row for each reader of each file, and for the extension's advantage, from neighbouring turns."""
     for name, path in files.items():
         runs = {quick: reader(path, workers, quick=quick == QUICK) for quick in (QUICK, PLAIN)}
-        if loaders.installed("ffcv"):
-            runs[FFCV] = loaders.ffcv_pipeline(path, BATCH, workers)
+        if contestants.installed("ffcv"):
+            runs[FFCV] = contestants.ffcv_pipeline(path, BATCH, workers)
         if (name, TORCHVISION) in TARGETS:
-            runs[TORCHVISION] = loaders.torchvision(root, BATCH, workers, normalised=False)
+            runs[TORCHVISION] = contestants.torchvision(root, BATCH, workers, normalised=False)
         found = in_turns(runs, seconds=seconds, reps=reps)
         shape = {"size": SIZE, "batch": BATCH, "workers": workers}
         for variant, each in found.items():
@@ -109,7 +104,7 @@ def reader_rows(
 
 
 def in_turns(
-    runs: dict[str, Callable[[int], Any]], *, seconds: float, reps: int
+    runs: dict[str, contestants.Run], *, seconds: float, reps: int
 ) -> dict[str, list[float]]:
     """Crops a second and core of each, `reps` times in turns of about `seconds` of the processor."""
     images = {}
@@ -123,10 +118,9 @@ def in_turns(
     return found
 
 
-def _rate(run: Callable[[int], Any], images: int) -> float:
+def _rate(run: contestants.Run, images: int) -> float:
     used = measure.cpu_seconds()
-    made = run(images)
-    made = made if isinstance(made, int) else sum(made)
+    made = sum(run(images))
     return made / (measure.cpu_seconds() - used)
 
 
@@ -155,19 +149,20 @@ def pack_rows(path: Path, *, seconds: float, reps: int) -> Iterator[dict[str, An
         )
 
 
-def packed(pixels: np.ndarray, first: np.ndarray, sizes: np.ndarray, encoding: Any):
+def packed(
+    pixels: np.ndarray, first: np.ndarray, sizes: np.ndarray, encoding: Any
+) -> contestants.Run:
     """Crops of all pictures of a pack, epoch after epoch, with the boxes of training."""
     rows, numbers = np.arange(len(sizes), dtype=np.int64), itertools.count()
     out = np.empty((len(sizes), SIZE, SIZE, 3), np.uint8)
 
-    def run(images: int) -> int:
-        epochs = -(-images // len(sizes))
-        for _ in range(epochs):
+    def run(images: int) -> Iterator[int]:
+        for _ in range(-(-images // len(sizes))):
             how = {"seed": 0, "epoch": next(numbers), "index": rows}
             box, flip = crops.boxes(RandomResized(size=SIZE), sizes[:, 0], sizes[:, 1], **how)
             order = np.concatenate([rows[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
             native.pack_crops(pixels, first, sizes, encoding, order, SIZE, out)
-        return epochs * len(sizes)
+            yield len(sizes)
 
     return run
 
@@ -213,7 +208,7 @@ def main() -> int:
     asked = parser.parse_args()
     if native.load() is None:
         raise Refused(f"the C++ extension is not there: {native.why()}")
-    root, workers = loaders.originals(asked.root), cores()
+    root, workers = contestants.originals(asked.root), cores()
     files = prepared(root, asked.work, workers)
     out = measure.results("cpu", asked.out) if asked.out or not asked.quick else None
     how: dict[str, Any] = (

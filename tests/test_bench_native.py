@@ -22,7 +22,7 @@ def originals(tmp_path):
 
 
 def test_each_row_has_its_figure(originals, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_native.loaders, "installed", lambda *_: False)
+    monkeypatch.setattr(bench_native.contestants, "installed", lambda *_: False)
     monkeypatch.setattr(bench_native, "BATCH", 4)
     monkeypatch.delitem(bench_native.TARGETS, ("short side 256", bench_native.TORCHVISION))
     files = bench_native.prepared(originals, tmp_path, workers=0)
