@@ -142,6 +142,14 @@ def test_advice_is_arithmetic_from_the_rows():
     said = " ".join(what for kind, lines in parts if kind == "list" for what in lines)
     assert "ImageNet-1k takes 128 GB and does not fit into 141 GB" in said
     assert "9,999" not in said
+    (absent,) = [
+        what
+        for kind, what in parts
+        if kind == "text" and what.startswith("Not measured on this machine")
+    ]
+    assert "pack, resident" in absent
+    assert "torchvision uint8" in absent
+    assert "FFCV, its own pipeline;" not in absent
     assert advice.parts(rows[-1:]) == []
 
 
