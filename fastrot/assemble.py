@@ -67,8 +67,8 @@ def open_data(
     if not path.exists():
         raise Refused(f"{knob} {path} does not exist: name a .beton file, a folder, or synthetic")
     if loader == "dali":
-        return _through_dali(open_data(path, knob=knob), f"{knob} {path}")
-    held = next((kind for kind, each in FORMATS.items() if each.holds(path)), None)
+        return _through_dali(open_data(path, knob=knob, placement=placement), f"{knob} {path}")
+    held = format_of(path)
     kind = held if loader == "auto" else loader
     if placement != "auto" and knob == "--data" and kind != "pack":
         raise Refused(
@@ -133,7 +133,10 @@ def _holds_beton(path: Path) -> bool:
 
 def _holds_pack(folder: Path) -> bool:
     """Whether dataprep/to_pack.py made, or is making, this folder."""
-    return folder.is_dir() and (folder.suffix == ".pack" or (folder / "meta.json").exists())
+    named = folder.suffix == ".pack"  # many a folder of pictures has a meta.json of its own
+    return folder.is_dir() and (
+        named or all((folder / n).exists() for n in ("meta.json", "first.npy"))
+    )
 
 
 def _holds_shards(folder: Path) -> bool:
@@ -159,6 +162,11 @@ FORMATS = {  # by the word of --loader, in the order in which a path is tried
     "tars": Format("a folder of tar shards with their index", _holds_shards, _holds_shards, _tars),
     "folder": Format("an image folder", Path.is_dir, Path.is_dir, _folder),
 }
+
+
+def format_of(path: Path) -> str | None:
+    """Which of FORMATS a path looks like, by itself."""
+    return next((kind for kind, each in FORMATS.items() if each.holds(path)), None)
 
 
 def _through_ffcv(path: Path) -> Data:

@@ -101,7 +101,7 @@ class Data(Protocol):
     """Prepared pictures, opened once per process; knows its format and nothing of order or boxes.
 
     It may have `place(rows, device)`, which a Loader calls with the rows (None: all) that it will ask for, and
-    `in_words()`, lines for the beginning of a run.
+    `in_words()`, lines for the beginning of a run, and `decoder`, who decodes where that is not fastrot itself.
     """
 
     rows: int

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import resource
 import secrets
 import socket
 import time
@@ -106,3 +107,12 @@ def _still_named(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def allow_open_files(files: int) -> None:
+    """A mapped file stays open, and many systems allow a process 1,024 at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + 512
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -290,7 +290,9 @@ def _loaders(
 
     val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
-        alike = Path(cfg.val).suffix == Path(cfg.data or "").suffix
+        val, data_path = Path(cfg.val), Path(cfg.data or "")
+        alike = val.suffix == data_path.suffix
+        alike = alike and assemble.format_of(val) == assemble.format_of(data_path)
         val_data = assemble.open_data(
             cfg.val, cfg.loader if alike else "auto", knob="--val", placement=cfg.placement
         )
@@ -345,6 +347,7 @@ def run_facts_of(
         "threads": torch.get_num_threads(),
         "device": machine.device_name(device),
         "torch": str(torch.__version__),
+        "decoder": getattr(data, "decoder", "fastrot's own"),
         "data": f"{getattr(data, 'format', type(data).__name__)} {cfg.data}",
     }
 
@@ -462,8 +465,8 @@ def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[st
     """One line where something differs that changes bits but not what is computed."""
     if saved is None:
         return []
-    names = ("ranks", "threads", "device", "torch", "data")
-    before = saved["facts"]
+    names = ("ranks", "threads", "device", "torch", "data", "decoder")
+    before = {"decoder": now["decoder"], **saved["facts"]}  # older runs did not tell
     other = [f"{n} were {before[n]}, now {now[n]}" for n in names if before[n] != now[n]]
     return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
 

@@ -10,7 +10,7 @@ import torch
 
 import fastrot
 from benchmarks import chaos
-from fastrot import assemble, checkpoint, config, loop, run, train
+from fastrot import assemble, checkpoint, config, dist, loop, run, train
 from fastrot.config import Refused, Stopped
 from fastrot.core import View
 from fastrot.data import crops
@@ -369,3 +369,33 @@ def test_statistics_of_the_data_are_used_and_kept(pictures, tmp_path):
 def test_another_global_batch_is_another_run(straight, pictures):
     with pytest.raises(Refused, match="batch x processes was 4, now 8"):
         go(pictures, straight, "--batch", "8")
+
+
+def test_another_decoder_is_told_and_an_older_run_is_not_asked():
+    facts = {"ranks": 1, "threads": 1, "device": "cpu", "torch": "2", "data": "beton x"}
+    now = {**facts, "decoder": "fastrot's own"}
+    assert run._other_machine({"facts": facts}, now) == []
+    (told,) = run._other_machine({"facts": {**facts, "decoder": "FFCV 1"}}, now)
+    assert "decoder were FFCV 1, now fastrot's own" in told
+
+
+def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, monkeypatch):
+    """Folders of shards and of pictures have no suffix to tell them apart."""
+    asked = []
+
+    def opened(path, loader="auto", **_):
+        asked.append(loader)
+        raise Stopped("enough")
+
+    for name in ("shards", "pictures", "more"):
+        (tmp_path / name).mkdir()
+    for name in ("shards", "more"):
+        (tmp_path / name / "shards.json").touch()
+    data = assemble.open_data("synthetic:8")
+    monkeypatch.setattr(assemble, "open_data", opened)
+    for val in ("pictures", "more"):
+        named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
+        cfg = dataclasses.replace(run.PRESETS["demo"](), **named)
+        with pytest.raises(Stopped):
+            run._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
+    assert asked == ["auto", "tars"]

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import nvidia.dali
 import simplejpeg
 import torch
 from jaxtyping import Int32, Int64, UInt8
@@ -68,6 +69,8 @@ class ThroughDali:
     resizes  DALI also makes the crops on a CPU, as it does on a GPU
     """
 
+    decoder = f"DALI {nvidia.dali.__version__}"
+
     def __init__(self, data: Encoded, *, resizes: bool = False):
         self.data, self.resizes = data, resizes
         self.rows, self.labels, self.classes = data.rows, data.labels, data.classes
@@ -82,6 +85,10 @@ class ThroughDali:
         if name == "data" or name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.data, name)
+
+    def in_words(self) -> list[str]:
+        """For the beginning of a run: what decodes."""
+        return [f"pictures are decoded by {self.decoder}, in our order"]
 
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self.data.sizes(rows)

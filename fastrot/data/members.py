@@ -24,6 +24,9 @@ from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these
 LONGEST_NAME = 4096  # bytes; no system takes a longer path
+MOST_ZEROS = (
+    2**24
+)  # behind the last member: tar fills up to its blocking factor, 10 kB where nobody chose one
 MOST_EXTENDED = 2**20  # bytes of an extended header
 _AHEAD = 2 * BLOCK  # bytes read at once: a header, and where the member begins
 
@@ -183,6 +186,7 @@ class _Tar:
 
     def _behind_end(self, at: int) -> int | None:
         """Where another tar begins behind this one's empty blocks: tars that were joined are read on, as `tar -i`."""
+        begins = at
         while at < self.stop:
             zeros = os.pread(self.file, min(2**16, self.stop - at), at)
             full = len(zeros) - len(zeros.lstrip(b"\0"))
@@ -192,8 +196,18 @@ class _Tar:
                 header = os.pread(self.file, min(BLOCK, self.stop - at), at)
                 whole = len(header) == BLOCK and _number(header[148:156]) is not None
                 right = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-                return at if whole and _number(header[148:156]) == right else None
+                if whole and _number(header[148:156]) == right and at - begins <= MOST_ZEROS:
+                    return at
+                self._hollow(begins, at)
+        if at - begins > MOST_ZEROS:
+            self._hollow(begins, at)
         return None
+
+    def _hollow(self, begins: int, ends: int) -> NoReturn:
+        raise Refused(
+            f"{self.name} has {ends - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
+            "that is not whole: fetch it anew"
+        )
 
     def _damaged(self, at: int) -> NoReturn:
         if at > self.start:

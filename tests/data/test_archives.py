@@ -21,7 +21,7 @@ from test_write import main
 from truth import DATA, photo
 
 from fastrot.config import Refused, Stopped
-from fastrot.data import archives, prepare, shards, sources
+from fastrot.data import archives, members, prepare, shards, sources
 from fastrot.data.beton import write
 
 ODD = {  # what names and bytes there are
@@ -482,6 +482,23 @@ def test_no_cut_makes_a_listing_short_without_a_word(tmp_path, kind):
         else:
             assert found == complete, cut
     assert refused > 180
+
+
+@pytest.mark.parametrize("where", ["middle", "end"])
+def test_a_hollow_tar_is_no_short_listing(tmp_path, where):
+    """A download that sets its room aside first and is then broken off is zeros where nothing came."""
+    whole = tarred(tmp_path / "x.tar", CLASSES)
+    data = bytearray(whole.read_bytes())
+    with tarfile.open(whole) as tar:
+        second, third = (member.offset for member in tar.getmembers()[1:3])
+    if where == "middle":
+        data[second:third] = bytes(third - second)
+        data[third : third + 512] = b"\1" * 512
+    else:
+        data[second:] = bytes(members.MOST_ZEROS + 512)
+    whole.write_bytes(data)
+    with pytest.raises(Refused, match=rf"x\.tar has .* zero bytes from byte {second:,} on.*fetch"):
+        sources.open_source("tar", whole)
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

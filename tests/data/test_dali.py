@@ -260,8 +260,14 @@ def test_a_run_through_dali_resumes_to_the_same_bits(written, tmp_path, capsys):
     go("broken", "--max-steps", "4")
     capsys.readouterr()
     broken = go("broken", "--workers", "2")
-    assert "resumed at step 4" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "resumed at step 4" in told
+    assert "pictures are decoded by DALI" in told
+    assert "C++ extension" not in told
+    assert "decoder" not in told
     assert_same_bits(straight, broken)
+    go("broken", "--loader", "tars")
+    assert "decoder were DALI" in capsys.readouterr().out
 
 
 def test_what_holds_no_jpegs_is_refused(written, tmp_path):

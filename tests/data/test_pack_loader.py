@@ -4,9 +4,14 @@ damage is told by row, and nobody is left to guess where the pictures are. What 
 test_loaders.py.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from truth import photo
 
 from fastrot import native
@@ -18,6 +23,7 @@ from fastrot.data.pack import load, read, write
 from fastrot.data.pack.load import Pack, choose
 from fastrot.data.plan import Loader
 
+ROOT = Path(__file__).parents[2]
 ROWS = 24
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VIEW = View(crops=(RandomResized(size=24), Shifted(size=20, pad=6)))
@@ -243,6 +249,16 @@ def test_without_a_gpu_a_placement_is_refused(folder, placement):
 def test_other_data_has_no_placement(pictures):
     with pytest.raises(Refused, match=r"--placement pinned is for a \.pack"):
         open_data(pictures, placement="pinned")
+    with pytest.raises(Refused, match=r"--placement pinned is for a \.pack"):
+        open_data(pictures, "dali", placement="pinned")
+
+
+def test_a_folder_of_pictures_with_a_meta_json_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "train" / "cats").mkdir(parents=True)
+    Image.fromarray(photo(1, 20, 30)).save(tmp_path / "train" / "cats" / "a.png")
+    (tmp_path / "train" / "meta.json").write_text("{}")
+    assert open_data(tmp_path / "train").format == "folder"
 
 
 @pytest.mark.gpu
@@ -265,3 +281,22 @@ def test_a_gpu_without_room_refuses_a_resident_pack(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 140 * GB))
     with pytest.raises(Refused, match="more than are free"):
         open_loader(open_data(folder, placement="resident"), VIEW, batch=2, device="cuda")
+
+
+def test_batches_are_waited_for_under_python_o_too(tmp_path):
+    """`python -O` leaves assertions out, and what they would have done."""
+    if native.load() is None:
+        pytest.skip("the C++ extension is not built")
+    folder = write.write_pack(tmp_path / "a.pack", [photo(0, 24, 30)])
+    code = (
+        "import numpy as np, torch\n"
+        "from fastrot import native\n"
+        "from fastrot.core import Picks\n"
+        "from fastrot.data.pack.load import Pack\n"
+        "waited, plain = [], native.Work.wait\n"
+        "native.Work.wait = lambda work: waited.append(1) or plain(work)\n"
+        "picks = Picks((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"
+        f"list(Pack({str(folder)!r}).pictures([picks], torch.device('cpu'), 1))\n"
+        "raise SystemExit(waited != [1])\n"
+    )
+    assert subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT).returncode == 0

@@ -11,6 +11,8 @@ from fastrot.core import View
 from fastrot.data import prepare, readahead
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.pack.load import Pack
+from fastrot.data.pack.write import write_pack
 
 
 def runs(files, ptr, size):
@@ -87,3 +89,20 @@ def test_a_loader_tells_of_each_block_once(start, monkeypatch):
     rows = np.concatenate(told)
     assert len(np.unique(rows)) == len(rows) <= len(drawn) + 8 * 4
     assert np.isin(drawn, rows).mean() > 0.9
+
+
+@pytest.mark.parametrize("encoding", ["ycc", "raw"])
+def test_a_pack_reads_blocks_ahead_in_one_piece(tmp_path, encoding):
+    pictures = [photo(i, 40, 50) for i in range(48)]
+    data = Pack(write_pack(tmp_path / "x.pack", pictures, encoding=encoding))
+    file, data.file.map = data.file, Heard()
+    body = (file.path / file.array).read_bytes()
+    (_,), (first,), (length,) = file.places(np.array([7]))
+    assert body[int(first) :][: int(length)] == file.rows_of(7).tobytes()
+    view = View(crops=(RandomResized(size=16),), blocks=(8, 2))
+    loader = open_loader(data, view, batch=4, workers=0, enlarge=True)
+    drawn = [batch.index.numpy() for batch in loader.epoch(0)]
+    assert len(np.unique(np.concatenate(drawn))) == 48
+    long = [each for _, _, each in file.map.told if each >= 7 * int(length)]
+    assert len(long) >= 4
+    assert {advice for advice, _, _ in file.map.told} == {mmap.MADV_WILLNEED}

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -389,3 +390,36 @@ def test_the_manifest_says_what_all_formats_say(odd, shards):
     assert facts["format"] == "tars"
     assert sum(shard["rows"] for shard in facts["shards"]) == facts["rows"]
     assert facts["rejected"] == facts["skipped"] == 0
+
+
+def test_more_shards_than_open_files_are_allowed(odd, tmp_path):
+    """A mapped file stays open, and many systems allow 1,024 at first."""
+    convert(options(odd, tmp_path / "many", shard=1))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        held = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held + 8, before[1]))
+        assert len(Tars(tmp_path / "many")._shards) > 16
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_opening_many_shards_looks_at_each_row_once(copied, monkeypatch):
+    """A pass over all rows for each shard would take hours where there are thousands of shards."""
+    data, looked = Tars(copied), []
+
+    class Counted(np.ndarray):
+        def __eq__(self, other):
+            looked.append(len(self))
+            return super().__eq__(other)
+
+    data._index = data._index.view(Counted)
+    data._compare()
+    assert sum(looked) <= len(data._index)
+
+
+def test_rows_out_of_the_order_of_shards_are_refused(copied):
+    data = Tars(copied)
+    data._index = data._index[::-1].copy()
+    with pytest.raises(Refused, match="not in the order of the shards"):
+        data._compare()

@@ -15,7 +15,6 @@ import bisect
 import contextlib
 import functools
 import mmap
-import resource
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,6 +37,7 @@ from fastrot.data.manifest import Paths, side, unsealed
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.sources import order_fingerprint
+from fastrot.disk import allow_open_files
 
 LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label
 NUMBERS = (b"index", b"idx", b"id")  # names that say it is none, even where it is the only one
@@ -424,7 +424,7 @@ def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
     found = _read_side(base, damaged)
     files, each, rows = [], [], 0
     listed = found.manifest.get("parts", [])
-    _allow_open_files(len(listed))
+    allow_open_files(len(listed))
     for part in listed:
         path = folder / part["file"]
         if not path.exists():
@@ -444,15 +444,6 @@ def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
     contents = each[0]._replace(**joined, page=max(c.page for c in each), crc_rows=0, crc_table=0)
     _compare(found, contents, damaged)
     return files, contents, found
-
-
-def _allow_open_files(files: int) -> None:
-    """A mapped file stays open, and many systems allow a process 1,024 at first."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = files + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _triple(values: Any) -> tuple[float, ...] | None:

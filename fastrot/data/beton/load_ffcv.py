@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, no_type_check
@@ -71,6 +72,8 @@ ADDRESS, SIZE, HEIGHT, WIDTH, RAW, PIXELS, FAILED = range(7)  # columns of `jobs
 class FfcvBeton(Beton):
     """`core.Data` of a `.beton` file, read by FFCV's Loader. Pixels differ a little from those of `Beton`."""
 
+    decoder = f"FFCV {version('ffcv')}"
+
     def __init__(self, path: str | Path):
         super().__init__(path)
         self._loader = _loader_of(self, self._decode_batch)
@@ -80,6 +83,10 @@ class FfcvBeton(Beton):
             raise Refused(
                 f"FFCV would take other bytes of {path} for its pictures: choose --loader beton"
             )
+
+    def in_words(self) -> list[str]:
+        """For the beginning of a run: what decodes."""
+        return [f"crops are decoded by {self.decoder}, in our order"]
 
     def pictures(
         self, plan: Iterable[Picks], device: torch.device, workers: int

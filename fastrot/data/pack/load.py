@@ -34,6 +34,7 @@ from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, thr
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, WIDTH
 from fastrot.data.pack.read import PackFile
+from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.ops.blocks import PackTensors, decoded_box, unpack_crops
 
@@ -132,7 +133,11 @@ class Pack:
         finally:
             crew.close()
 
+    def _announce(self, picks: Picks) -> None:
+        announce(picks, [self.file.map], self.file.places)
+
     def _begin(self, crew: "_InC | _InPython", picks: Picks, workers: int) -> Begun:
+        self._announce(picks)
         picks.spoilt.extend(self.file.damage(picks.rows[0][:, 0], max(1, workers)).items())
         return crew.begin(picks, buffers(self._ring, picks))
 
@@ -142,9 +147,13 @@ class Pack:
         rows = picks.rows[0][:, 0]
         for placed in self._placed:
             if placed.device == device and placed.covers(rows):
-                return placed.begin(picks, pool)
-        self.place(None, device)
-        return self._placed[-1].begin(picks, pool)
+                break
+        else:
+            self.place(None, device)
+            placed = self._placed[-1]
+        if isinstance(placed, _Pinned):
+            self._announce(picks)
+        return placed.begin(picks, pool)
 
 
 # ---- on a CPU ----
@@ -165,8 +174,9 @@ class _InC:
         ]
 
         def done() -> tuple[Tensor, ...]:
-            for work in works:
-                assert not work.wait().any()
+            states = [work.wait() for work in works]
+            if np.any(states):  # boxes were looked at before: it is memory
+                raise MemoryError("no memory for the tiles of a batch")
             return out
 
         return Begun(len(picks.rows[0]), done)

@@ -30,6 +30,7 @@ class PackFile:
 
     encoding     "ycc" or "raw"
     array        the file that holds the pictures: tiles.npy or pixels.npy
+    map          its memory map, from its first byte on
     tiles        uint8 [tiles, 48] or [pixels, 3]: all pictures, one after the other, mapped into memory
     first        int64 [rows + 1]: where each picture begins in `tiles`; the last is its length
     sizes        int32 [rows, 2]: heights and widths
@@ -73,6 +74,12 @@ class PackFile:
     def rows_of(self, row: int) -> UInt8[np.ndarray, "t c"]:
         """The tiles [t, 48] or pixels [t, 3] of a picture, in the file, not checked."""
         return self.tiles[self.first[row] : self.first[row + 1]]
+
+    def places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
+        """File (0: there is one), first byte and bytes of pictures."""
+        width, first, end = WIDTH[self.encoding], self.first[rows], self.first[rows + 1]
+        start, length = (each.astype(np.uint64) for each in (first, end - first))
+        return np.zeros_like(rows), start * width + self._offset, length * width
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture, from checked bytes. Raises DamagedRecord."""
@@ -168,6 +175,7 @@ class PackFile:
             )
         if name == self.array:
             self._offset = array.offset
+            self.map = array._mmap  # it begins with the file: the header is shorter than a page
         return array.view(np.ndarray)
 
     def _agree(self) -> None:

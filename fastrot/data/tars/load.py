@@ -27,6 +27,7 @@ from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.tars import layout
 from fastrot.data.tars.index import AGAIN, read_index
+from fastrot.disk import allow_open_files
 
 
 class Tars:
@@ -43,6 +44,7 @@ class Tars:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest, self._index, self.keys = read_index(self.path)
+        allow_open_files(len(self.manifest["shards"]))
         self._shards = [_mapped(self.path, shard) for shard in self.manifest["shards"]]
         self.rows, self.labels = len(self._index), self._index["label"].astype(np.int64)
         self._sizes = np.stack([self._index["height"], self._index["width"]], axis=1)
@@ -137,9 +139,12 @@ class Tars:
 
     def _compare(self) -> None:
         """Raises Refused where the index leads outside of a shard, or not to its pictures."""
-        index = self._index
+        index, shards = self._index, self._index["shard"]
+        if (shards[1:] < shards[:-1]).any():  # never so, as it is written
+            raise Refused(f"{self.path / layout.ROWS} is not in the order of the shards: {AGAIN}")
+        begins = np.searchsorted(shards, np.arange(len(self._shards) + 1))
         for number, shard in enumerate(self._shards):
-            mine = index[index["shard"] == number]
+            mine = index[begins[number] : begins[number + 1]]
             ends = mine["first"] + mine["bytes"]
             fits = len(mine) and (mine["first"] >= layout.BLOCK).all() and (mine["bytes"] > 0).all()
             fits = fits and (ends <= len(shard.bytes)).all()
