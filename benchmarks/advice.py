@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+from benchmarks import contestants
+
 COLLECTIONS = {  # pictures
-    "ImageNet-1k": 1_281_167,
+    "ImageNet-1k": contestants.IMAGENET,
     "ImageNet-21k": 14_197_122,  # of the autumn 2011 release
     "a billion pictures": 1_000_000_000,
 }
@@ -38,7 +40,14 @@ def parts(rows: list[dict[str, Any]]) -> list[tuple]:
             f"the disk or the network is what must come in each second to keep up with {_per_s():,.0f} images/s, "
             f"ImageNet-1k in {EPOCH_S} s. What lies in the page cache or in GPU memory is read once.",
         ),
+        *_not_measured(rows),
     ]
+
+
+def _not_measured(rows: list[dict[str, Any]]) -> list[tuple]:
+    seen = {row["variant"] for row in rows if row["what"] == "loader"}
+    absent = [name for name in contestants.CONTESTANTS | contestants.ON_A_GPU if name not in seen]
+    return [("text", f"Not measured on this machine: {'; '.join(absent)}.")] if absent else []
 
 
 OTHERS = ("torchvision", "webdataset", "DataLoader", "FFCV", "DALI, its own")  # variants not ours

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import io
+import itertools
 import math
 import os
 import subprocess
@@ -32,11 +33,16 @@ from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, Refused
 from fastrot.core import Data, Picks, View
+from fastrot.data.crops import boxes
+from fastrot.data.order import Shuffled
+from fastrot.data.pack.read import open_pack
+from fastrot.ops.blocks import PackTensors, unpack_crops
 
 SIZE = 224  # pixels a side of a crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT = 256  # pixels of a prepared picture's short side
 SYNTHETIC = 1000  # pictures
+IMAGENET = 1_281_167  # pictures
 
 Run = Callable[[int], Iterator[int]]
 
@@ -200,6 +206,36 @@ def without_native(path: Path, batch: int, workers: int) -> Run:
     finally:
         os.environ.pop("FASTROT_NATIVE")
         os.environ.update({} if before is None else {"FASTROT_NATIVE": before})
+
+
+def full_pack(
+    path: Path, batch: int, workers: int, *, pictures: int = IMAGENET, device: str = "cuda"
+) -> Run:
+    """A resident pack of ImageNet's size: the pictures of a small one, copied again and again in the device's memory."""
+    file = open_pack(path)
+    copies = math.ceil(pictures / file.rows)
+    few = torch.from_numpy(np.array(file.tiles)).to(device)
+    tiles = few.repeat(copies, 1)
+    total = int(file.first[-1])
+    starts = (file.first[None, :-1] + total * np.arange(copies)[:, None]).ravel()
+    first = torch.from_numpy(np.append(starts, copies * total)).to(device)
+    sizes = np.tile(file.sizes, (copies, 1))
+    pack = PackTensors(tiles, first, torch.from_numpy(sizes).to(device))
+    epochs = itertools.count()
+
+    def run(images: int) -> Iterator[int]:
+        epoch = next(epochs)
+        rows = Shuffled(copies * file.rows, seed=0, epoch=epoch)
+        for start in range(0, images // batch * batch, batch):
+            index = rows[np.arange(start, start + batch) % (copies * file.rows)]
+            sides = sizes[index]
+            how = {"seed": 0, "epoch": epoch, "index": index}
+            box, flip = boxes(RandomResized(size=SIZE), sides[:, 0], sides[:, 1], **how)
+            picks = np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
+            sent = torch.from_numpy(picks).to(device, non_blocking=True)
+            yield len(unpack_crops(pack, sent, SIZE))
+
+    return run
 
 
 # ---- others' ----
@@ -421,6 +457,7 @@ ON_A_GPU: dict[str, Contestant] = {  # besides, where there is one: crops end in
     "tar shards, DALI's decoder on the GPU": Contestant("shards", on_gpu(loader="dali"), DALIS),
     "pack, resident": Contestant("pack", on_gpu(placement="resident")),
     "pack, pinned": Contestant("pack", on_gpu(placement="pinned")),
+    "pack, resident, of ImageNet's size": Contestant("pack", full_pack),
     "folder, copied to the GPU": Contestant("root", on_gpu()),
 }
 if torch.cuda.is_available():

@@ -8,7 +8,7 @@
 # COMMIT and DIRTY tell where the rows come from.
 set -u
 cd "$(dirname "$0")/.."
-python=$1 out=$2 device=$3 quick= pictures= patience=1 failed=0
+python=$1 out=$2 device=$3 quick= some= pictures= patience=1 failed=0
 [ "$device" = cuda ] || patience=4 # two busy cores are slower than what the limits are made for
 if [ -z "${COMMIT:-}" ] && [ ! -e .git ]; then
   echo "fastrot: a row needs its commit, and there is no .git here: say make gpu COMMIT=... DIRTY=0 or 1" >&2
@@ -42,6 +42,7 @@ if [ "$device" = cuda ]; then
   within 170 "$python" -m pytest -q -m gpu tests
 else
   quick=--quick
+  some="--only beton --only pack"
   within 170 "$python" -m pytest -q tests/test_gpu.py # skipped one by one: the door, without a GPU behind it
 fi
 # shellcheck disable=SC2086  # an empty word is no option
@@ -51,7 +52,7 @@ if [ -d slice/imagenet-sample ]; then
   pictures="--root slice/imagenet-sample"
   train=prepared/imagenet-sample-256-q90.beton # as the next two commands make it
   # shellcheck disable=SC2086
-  within 70 "$python" -m benchmarks.bench_loaders $pictures --quick --out "$out"
+  within 70 "$python" -m benchmarks.bench_loaders $pictures --device "$device" --quick $some --out "$out"
 else
   echo "no slice/imagenet-sample: the loaders are not measured, and decoupling learns from noise (make slice)"
 fi

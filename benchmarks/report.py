@@ -130,7 +130,7 @@ def conclusion(rows: list[dict[str, Any]]) -> list[str]:
             f"{met}: {row['what']}, {row['variant']}: {number(row['p50'])} {row['unit']} where {limit} "
             f"was the target ({row['p50'] / row['target']:.0%} of it)."
         )
-    core = {row["variant"]: row for row in rows if row["what"] == "loader"}
+    core = {r["variant"]: r for r in rows if r["what"] == "loader" and r["unit"].endswith("core")}
     whole, ours = core.get("beton, whole pictures decoded"), core.get("beton")
     if whole and ours:
         said.append(

@@ -24,6 +24,8 @@ from benchmarks import (
 )
 from fastrot.assemble import open_data
 from fastrot.config import Refused, Stopped, resolved
+from fastrot.data.pack.write import write_pack
+from fastrot.ops.blocks import unpack_crops
 from fastrot.presets import PRESETS
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
@@ -140,6 +142,14 @@ def test_advice_is_arithmetic_from_the_rows():
     said = " ".join(what for kind, lines in parts if kind == "list" for what in lines)
     assert "ImageNet-1k takes 128 GB and does not fit into 141 GB" in said
     assert "9,999" not in said
+    (absent,) = [
+        what
+        for kind, what in parts
+        if kind == "text" and what.startswith("Not measured on this machine")
+    ]
+    assert "pack, resident" in absent
+    assert "torchvision uint8" in absent
+    assert "FFCV, its own pipeline;" not in absent
     assert advice.parts(rows[-1:]) == []
 
 
@@ -205,6 +215,26 @@ def test_first_batch_and_memory_are_measured_in_fresh_processes(tmp_path, origin
         *(("memory growth", contestants.OURS), ("memory slope", contestants.OURS)),
     ]
     assert all(row["p50"] > 0 for row in rows if row["what"] in ("first batch", "memory"))
+
+
+def test_a_pack_is_repeated_to_any_size(tmp_path):
+    photos = [np.full((16 + i, 24, 3), 40 * i, np.uint8) for i in range(3)]
+    path = write_pack(tmp_path / "few.pack", photos)
+    run = contestants.full_pack(path, 4, 0, pictures=7, device="cpu")
+    assert list(run(13)) == [4, 4, 4]
+    seen = []
+
+    def looked(pack, boxes, size):
+        crops = unpack_crops(pack, boxes, size)
+        seen.extend(zip(boxes[:, 0].tolist(), crops[:, 0, 0, 0].tolist(), strict=True))
+        assert len(pack.sizes) == 9
+        return crops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contestants, "unpack_crops", looked)
+        list(run(8))
+    assert len({row for row, _ in seen}) == 8
+    assert all(abs(red - 40 * (row % 3)) <= 2 for row, red in seen)
 
 
 def test_a_loader_that_is_none_is_refused_by_name():

@@ -63,7 +63,8 @@ def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     (file,) = out.glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     kinds = {row["what"] for row in rows}
-    assert kinds >= {"turned_views", "loader", "ratio", "first batch", "conversion"}
+    assert kinds >= {"turned_views", "unpack", "loader", "first batch", "memory"}
+    assert {"beton", "pack"} <= {row["variant"] for row in rows if row["what"] == "loader"}
     assert kinds >= {"nce_loss", "random gather", "update_rows", "extra memory"}
     assert kinds >= {"matrix product", "bank's share of a step", "step part", "step", "run"}
     parts = {row["variant"].split(": ")[1] for row in rows if row["what"] == "step part"}

@@ -6,6 +6,7 @@ All else is here: what was begun before, the ranks that share the parts, what is
 
 import contextlib
 import json
+import os
 import platform
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from fastrot.data import prepare
 from fastrot.data.manifest import side
 from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
 from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
-from fastrot.disk import write_atomically
+from fastrot.disk import sync_folder, write_atomically
 
 
 class Work(NamedTuple):
@@ -92,6 +93,74 @@ class Form(ABC):
     @abstractmethod
     def told(self, facts: dict[str, Any]) -> dict[str, Any]:
         """`out`, `rejected_at` and `parts` of the Summary of a finished conversion."""
+
+
+class FolderForm(Form):
+    """A format that is a folder: it gets its name by one rename. One that is replaced is moved aside, and removed last."""
+
+    named: str  # what the folder is, in words
+
+    @property
+    def out(self) -> Path:
+        """Where it goes: a link stays a link, and what it points to is replaced."""
+        return Path(os.path.realpath(self.options.out))
+
+    @property
+    def folder(self) -> Path:
+        return side(self.out, "parts")
+
+    @abstractmethod
+    def ours(self, file: Path) -> bool:
+        """Whether a file of the folder belongs to the format."""
+
+    @abstractmethod
+    def opened(self) -> dict[str, Any]:
+        """The facts of what is there. Raises Refused where that is not whole."""
+
+    @abstractmethod
+    def fill(self, new: Path, work: Work) -> dict[str, Any]:
+        """Write all files into a folder; its facts."""
+
+    def there(self, plan: dict[str, Any], part: int) -> There:
+        out, ways = self.out, "add --overwrite or choose another --out"
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where it is empty
+        if not out.exists():
+            return There()
+        if foreign := sorted(file.name for file in out.iterdir() if not self.ours(file)):
+            raise Refused(
+                f"{out} is there, and holds {foreign[0]}, which is no file of {self.named}: remove it or "
+                "choose another --out"
+            )
+        if self.options.overwrite:
+            return There()
+        try:
+            facts = self.opened()
+        except Refused as error:
+            raise Refused(f"--out is there, but is not whole ({error}): {ways}") from None
+        if differs := prepare.difference(plan, facts["options"]):
+            raise Refused(f"{out} is there, made {differs}: {ways}")
+        if self.folder.exists():  # a start was killed at its very end
+            whole = {**plan, "part": part}
+            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
+                prepare.remove(self.folder)
+        return There(facts)
+
+    def publish(self, work: Work) -> dict[str, Any]:
+        new, old = self.folder / prepare.NEW, self.folder / f"{prepare.NEW}.old"
+        new.mkdir()
+        facts = self.fill(new, work)
+        # all of it is on the disk: from here on names change, which needs no space
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(new, self.out)
+        sync_folder(self.out.parent)
+        prepare.remove(self.folder)
+        return facts
+
+    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
+        rejects = self.out / "rejects.jsonl"
+        return {"out": self.options.out, "parts": False, "rejected_at": rejects}
 
 
 def convert(

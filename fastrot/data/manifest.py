@@ -4,10 +4,17 @@
 and is read as it is.
 """
 
+import functools
 import json
+import mmap
 import zlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+
+UNKNOWN = "path unknown"
 
 _SEAL = b',\n "crc": '
 
@@ -35,3 +42,27 @@ def unsealed(document: bytes) -> dict[str, Any]:
 def side(base: Path, name: str) -> Path:
     """The file `name` of the set that lies beside `base`."""
     return base.with_name(f"{base.name}.{name}")
+
+
+class Paths:
+    """paths.jsonl: where each row's picture came from. It is read only to name one."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def of(self, row: int) -> str:
+        """The path of a row; UNKNOWN where the file does not tell."""
+        try:
+            lines, ends = self._lines
+            start = ends[row - 1] + 1 if row else 0
+            return json.loads(lines[start : ends[row]].tobytes())["path"]
+        except (OSError, IndexError, ValueError, KeyError, TypeError):
+            return UNKNOWN
+
+    @functools.cached_property
+    def _lines(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
+        """The file, and where its lines end."""
+        with open(self.file, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        lines = np.frombuffer(mapped, np.uint8)
+        return lines, np.flatnonzero(lines == ord("\n"))

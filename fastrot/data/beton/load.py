@@ -14,7 +14,6 @@ A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its part
 import bisect
 import contextlib
 import functools
-import json
 import mmap
 import threading
 import zlib
@@ -34,7 +33,7 @@ from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
-from fastrot.data.manifest import side, unsealed
+from fastrot.data.manifest import Paths, side, unsealed
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.sources import order_fingerprint
@@ -46,7 +45,6 @@ MOST_CLASSES = 2**20  # an int field that counts further is taken for something 
 
 _BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _OTHERS = {3: _BLOB, 4: np.dtype("<u8"), 5: _BLOB, 6: np.dtype("<u8")}  # bytes, array, json, tensor
-UNKNOWN = "path unknown"
 _AGAIN = "copy or prepare it again"
 _MENDED = "remove {} and run the same dataprep/to_ffcv.py command, which makes it anew"
 
@@ -78,6 +76,9 @@ class Beton:
         self.mean, self.std = (_triple(self.manifest.get(name)) for name in ("mean", "std"))
         numbers = self.manifest.get("numbers")
         self.numbers = None if numbers is None else np.array(numbers, np.int64)
+        self._paths = Paths(
+            side(self.path / "set" if self.path.is_dir() else self.path, "paths.jsonl")
+        )
         self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
         self._scratch = threading.local()
         self._records_in = native.Files([file.bytes for file in self._files])
@@ -92,19 +93,7 @@ class Beton:
 
     def name(self, row: int) -> str:
         """Where the picture came from, if FILE.beton.paths.jsonl tells."""
-        try:
-            lines, ends = self._paths
-            start = ends[row - 1] + 1 if row else 0
-            return json.loads(lines[start : ends[row]].tobytes())["path"]
-        except (Refused, IndexError, ValueError, KeyError, TypeError):
-            return UNKNOWN
-
-    @functools.cached_property
-    def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
-        """FILE.beton.paths.jsonl, and where its lines end."""
-        base = self.path / "set" if self.path.is_dir() else self.path
-        lines = np.frombuffer(_mapped(side(base, "paths.jsonl")), np.uint8)
-        return lines, np.flatnonzero(lines == ord("\n"))
+        return self._paths.of(row)
 
     def record(self, row: int) -> UInt8[np.ndarray, " n"]:
         """The bytes of a record as they lie in the file, checked against their crc32."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import Refused
+from fastrot.data.manifest import UNKNOWN
 from fastrot.data.pictures import BadPicture
 from fastrot.data.sources import Record, Source
 
@@ -80,7 +81,7 @@ class Places(Source):
 
 def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool) -> BetonRows:
     """All rows of a `.beton`, ours or FFCV's own, or of a folder of its parts; in that one's order."""
-    from fastrot.data.beton.load import UNKNOWN, Beton
+    from fastrot.data.beton.load import Beton
 
     if split is not None:
         raise Refused(f"--split {split}: a .beton has no splits; name the file of one")

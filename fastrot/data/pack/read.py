@@ -3,9 +3,6 @@
 The pictures' array is checked by `check`, or 64 MB at a time where something in them is first asked for.
 """
 
-import functools
-import json
-import mmap
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +16,7 @@ from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord
-from fastrot.data.manifest import unsealed
+from fastrot.data.manifest import Paths, unsealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
 from fastrot.data.sources import order_fingerprint
@@ -68,6 +65,7 @@ class PackFile:
         self.fingerprint: str = self.meta["fingerprint"]
         numbers = self.meta["numbers"]
         self.numbers = None if numbers is None else np.array(numbers, np.int64)
+        self._paths = Paths(self.path / "paths.jsonl")
         self._agree()
 
     def __len__(self) -> int:
@@ -120,12 +118,7 @@ class PackFile:
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""
-        try:
-            lines, ends = self._paths
-            start = ends[row - 1] + 1 if row else 0
-            return json.loads(lines[start : ends[row]].tobytes())["path"]
-        except (OSError, IndexError, ValueError, KeyError, TypeError):
-            return "path unknown"
+        return self._paths.of(row)
 
     def check(self, name: str | None = None, threads: int | None = None) -> None:
         """Read a whole array (None: the pictures') and compare its checksums.
@@ -209,13 +202,6 @@ class PackFile:
         """A block in words."""
         last = block + 1 == len(self._checksums[name])
         return f"bytes {block * BLOCK:,} to " + ("the end" if last else f"{(block + 1) * BLOCK:,}")
-
-    @functools.cached_property
-    def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
-        """paths.jsonl, and where its lines end."""
-        with open(self.path / "paths.jsonl", "rb") as file:
-            lines = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        return lines, np.flatnonzero(lines == ord("\n"))
 
 
 def open_pack(path: str | Path) -> PackFile:

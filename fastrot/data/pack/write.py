@@ -8,7 +8,6 @@ belongs to it, or not at all. One that is replaced is moved aside first, and rem
 Its bytes depend on neither workers nor parts.
 """
 
-import contextlib
 import os
 import shutil
 import zlib
@@ -22,19 +21,18 @@ from jaxtyping import Int32, Int64, UInt8
 
 from fastrot.config import Refused
 from fastrot.data import conversion, prepare
-from fastrot.data.conversion import Found, There, Work
+from fastrot.data.conversion import Found, Work
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
 from fastrot.data.pack.read import PackFile
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.data.sources import Record, Source
-from fastrot.disk import replace_bytes, sync_folder, write_atomically
+from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
 PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
 NAMES = {META, *layout.arrays("ycc"), *layout.arrays("raw"), PATHS, REJECTS}  # of a pack's files
-_WAYS = "add --overwrite or choose another --out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,21 +248,13 @@ def convert(
     return conversion.convert(PackForm(options), ranks, part=part)
 
 
-class PackForm(conversion.Form):
+class PackForm(conversion.FolderForm):
     """A folder of arrays."""
 
     suffix = ".tiles"
     row_bytes = sum(np.dtype(kind).itemsize for kind in ("i8", "i8", "u8"))  # first, label, key
+    named = "a pack"
     options: PackOptions
-
-    @property
-    def out(self) -> Path:
-        """Where the pack goes: a link stays a link, and what it points to is replaced."""
-        return Path(os.path.realpath(self.options.out))
-
-    @property
-    def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.parts")
 
     @property
     def recipe(self) -> prepare.Recipe:
@@ -279,45 +269,13 @@ class PackForm(conversion.Form):
     def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
         write_atomically(path, lambda file: file.writelines(p.data for p in pictures))
 
-    def there(self, plan: dict[str, Any], part: int) -> There:
-        out = self.out
-        with contextlib.suppress(OSError):
-            out.rmdir()  # where it is empty
-        if not out.exists():
-            return There()
-        names = {file.name for file in out.iterdir() if not file.name.startswith(".")}
-        if foreign := names - NAMES:
-            raise Refused(
-                f"{out} is there, and holds {min(foreign)}, which is no file of a pack: remove it or "
-                "choose another --out"
-            )
-        if self.options.overwrite:
-            return There()
-        try:
-            facts = PackFile(out).meta
-        except Refused as error:
-            raise Refused(f"--out is there, but is no whole pack ({error}): {_WAYS}") from None
-        if differs := prepare.difference(plan, facts["options"]):
-            raise Refused(f"{out} is there, made {differs}: {_WAYS}")
-        if self.folder.exists():  # a start was killed at its very end
-            whole = {**plan, "part": part}
-            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
-                prepare.remove(self.folder)
-        return There(facts)
+    def ours(self, file: Path) -> bool:
+        return file.name in NAMES or file.name.startswith(".")
 
-    def publish(self, work: Work) -> dict[str, Any]:
+    def opened(self) -> dict[str, Any]:
+        return PackFile(self.out).meta
+
+    def fill(self, new: Path, work: Work) -> dict[str, Any]:
         encoding = self.options.encoding
-        new, old = self.folder / prepare.NEW, self.folder / f"{prepare.NEW}.old"
-        new.mkdir()
         sizes = sizes_in(work.parts, encoding)
-        facts = write_folder(new, encoding, work, sizes, body_of(work.parts, encoding))
-        # all of it is on the disk: from here on names change, which needs no space
-        if self.out.exists():
-            os.rename(self.out, old)
-        os.rename(new, self.out)
-        sync_folder(self.out.parent)
-        prepare.remove(self.folder)
-        return facts
-
-    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
-        return {"out": self.options.out, "parts": False, "rejected_at": self.out / REJECTS}
+        return write_folder(new, encoding, work, sizes, body_of(work.parts, encoding))

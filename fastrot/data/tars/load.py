@@ -5,12 +5,10 @@ last picture are compared with the index; each picture against its crc32 when it
 """
 
 import contextlib
-import json
 import mmap
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
 from fastrot.data.ahead import AHEAD, buffers, jobs_in_order, threads
+from fastrot.data.manifest import Paths
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
 from fastrot.data.tars import layout
@@ -55,6 +54,7 @@ class Tars:
         self.mean, self.std = (tuple(map(float, self.manifest[k])) for k in ("mean", "std"))
         numbers = self.manifest["numbers"]
         self.numbers = None if numbers is None else np.array(numbers, np.int64)
+        self._paths = Paths(self.path / layout.PATHS)
         self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
         self._scratch = threading.local()
 
@@ -67,18 +67,7 @@ class Tars:
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""
-        try:
-            lines, ends = self._paths
-            start = ends[row - 1] + 1 if row else 0
-            return json.loads(lines[start : ends[row]].tobytes())["path"]
-        except (OSError, IndexError, ValueError, KeyError, TypeError):
-            return "path unknown"
-
-    @cached_property
-    def _paths(self) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " rows"]]:
-        """paths.jsonl, and where its lines end."""
-        lines = np.fromfile(self.path / layout.PATHS, np.uint8)
-        return lines, np.flatnonzero(lines == ord("\n"))
+        return self._paths.of(row)
 
     def record(self, row: int) -> UInt8[np.ndarray, " n"]:
         """The bytes of a picture as they lie in the shard, checked against their crc32. Raises DamagedRecord."""

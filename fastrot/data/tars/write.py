@@ -9,7 +9,6 @@ one rename: so the shards are there with all that belongs to them, or not at all
 workers nor ranks.
 """
 
-import contextlib
 import os
 import zlib
 from collections.abc import Iterable
@@ -24,16 +23,15 @@ from jaxtyping import UInt8
 from fastrot.config import Refused
 from fastrot.data import conversion, prepare
 from fastrot.data.beton.write import Coder as BetonCoder
-from fastrot.data.conversion import There, Work
+from fastrot.data.conversion import Work
 from fastrot.data.manifest import sealed
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.data.sources import HEAD, sniff
 from fastrot.data.tars import layout
 from fastrot.data.tars.index import read_index
-from fastrot.disk import replace_bytes, sync_folder, write_atomically
+from fastrot.disk import replace_bytes, write_atomically
 
 QUALITY = 90  # of the JPEGs where only a size is given
-_WAYS = "add --overwrite or choose another --out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,23 +118,15 @@ def convert(options: TarsOptions, ranks: Ranks = ALONE) -> prepare.Summary | pre
     return conversion.convert(TarsForm(options), ranks, part=options.shard)
 
 
-class TarsForm(conversion.Form):
+class TarsForm(conversion.FolderForm):
     """A folder of shards."""
 
     suffix = ".tar"
     row_bytes = (
         7 * layout.BLOCK // 2 + layout.ROW.itemsize + 8
     )  # two headers, a label, half a block
+    named = "shards of ours"
     options: TarsOptions
-
-    @property
-    def out(self) -> Path:
-        """Where the shards go: a link stays a link, and what it points to is replaced."""
-        return Path(os.path.realpath(self.options.out))
-
-    @property
-    def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.parts")
 
     @property
     def recipe(self) -> prepare.Recipe:
@@ -147,38 +137,19 @@ class TarsForm(conversion.Form):
     def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
         write_shard(path, pictures)
 
-    def there(self, plan: dict[str, Any], part: int) -> There:
-        out = self.out
-        with contextlib.suppress(OSError):
-            out.rmdir()  # where it is empty
-        if not out.exists():
-            return There()
-        if foreign := sorted(file.name for file in out.iterdir() if not _is_ours(file)):
-            raise Refused(
-                f"{out} is there, and holds {foreign[0]}, which does not belong to shards of ours: remove "
-                "it or choose another --out"
-            )
-        if self.options.overwrite:
-            return There()
-        try:
-            facts = read_index(out).manifest
-        except Refused as error:
-            raise Refused(f"--out is there, but is not whole ({error}): {_WAYS}") from None
-        if differs := prepare.difference(plan, facts["options"]):
-            raise Refused(f"{out} is there, made {differs}: {_WAYS}")
-        for shard in facts["shards"]:
-            file = out / shard["file"]
-            if not file.exists() or file.stat().st_size != shard["bytes"]:
-                raise Refused(f"{file} is missing or cut short: {_WAYS}")
-        if self.folder.exists():  # a start was killed at its very end
-            whole = {**plan, "part": part}
-            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
-                prepare.remove(self.folder)
-        return There(facts)
+    def ours(self, file: Path) -> bool:
+        shard = file.stem.isdigit() and file.suffix in (".tar", ".idx")
+        return shard or file.name in layout.BESIDE
 
-    def publish(self, work: Work) -> dict[str, Any]:
-        new, old = self.folder / prepare.NEW, self.folder / f"{prepare.NEW}.old"
-        new.mkdir()
+    def opened(self) -> dict[str, Any]:
+        facts = read_index(self.out).manifest
+        for shard in facts["shards"]:
+            file = self.out / shard["file"]
+            if not file.exists() or file.stat().st_size != shard["bytes"]:
+                raise Refused(f"{file} is missing or cut short")
+        return facts
+
+    def fill(self, new: Path, work: Work) -> dict[str, Any]:
         parts = [part for part in work.parts if part.file.exists()]
         rows = [_rows_of(part, number) for number, part in enumerate(parts)]
         shards = []
@@ -193,20 +164,7 @@ class TarsForm(conversion.Form):
                     "bytes": (new / layout.shard_name(number)).stat().st_size,
                 }
             )
-        facts = _write_index(new, work, np.concatenate(rows), shards)
-        if self.out.exists():
-            os.rename(self.out, old)
-        os.rename(new, self.out)
-        sync_folder(self.out.parent)
-        prepare.remove(self.folder)
-        return facts
-
-    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
-        return {"out": self.options.out, "parts": False, "rejected_at": self.out / layout.REJECTS}
-
-
-def _is_ours(file: Path) -> bool:
-    return file.name in layout.BESIDE or (file.stem.isdigit() and file.suffix in (".tar", ".idx"))
+        return _write_index(new, work, np.concatenate(rows), shards)
 
 
 def _rows_of(part: prepare.Part, shard: int) -> np.ndarray:
