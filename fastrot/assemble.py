@@ -65,7 +65,9 @@ def open_data(
     if name.split(":")[0] == "synthetic":
         return _synthetic(name, loader, knob)
     if not path.exists():
-        raise Refused(f"{knob} {path} does not exist: name a .beton file, a folder, or synthetic")
+        raise Refused(
+            f"{knob} {path} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
+        )
     if loader == "dali":
         return _through_dali(open_data(path, knob=knob, placement=placement), f"{knob} {path}")
     held = format_of(path)
@@ -78,6 +80,11 @@ def open_data(
         return _pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if kind == "ffcv" and path.is_file():
         return _through_ffcv(path)
+    if path.suffix in ARCHIVES:
+        raise Refused(
+            f"{knob} {path} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
+            f"with --source {ARCHIVES[path.suffix]} --root {path}"
+        )
     wanted = "beton" if loader == "ffcv" else loader
     wants = FORMATS[wanted].wants if wanted in FORMATS else "a known format"
     raise Refused(
@@ -118,6 +125,11 @@ def _pack(path: Path, placement: config.Placement = "auto") -> Data:
 def _folder(path: Path) -> Data:
     from fastrot.data.folder import Folder
 
+    if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
+        raise Refused(
+            f"{path} holds tars without an index of ours: dataprep/to_dali.py --source webdataset --root {path} "
+            "writes shards that have one"
+        )
     return Folder(path)
 
 
@@ -144,6 +156,9 @@ def _holds_shards(folder: Path) -> bool:
     return (folder / "shards.json").exists()
 
 
+ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
+
+
 @dataclass(frozen=True)
 class Format:
     """A form of prepared pictures, and what reads it."""
@@ -158,7 +173,7 @@ FORMATS = {  # by the word of --loader, in the order in which a path is tried
     "beton": Format(
         "a .beton file", _holds_beton, lambda path: path.is_file() or _holds_parts(path), _beton
     ),
-    "pack": Format("a .pack", _holds_pack, Path.is_dir, _pack),
+    "pack": Format("a .pack", _holds_pack, _holds_pack, _pack),
     "tars": Format("a folder of tar shards with their index", _holds_shards, _holds_shards, _tars),
     "folder": Format("an image folder", Path.is_dir, Path.is_dir, _folder),
 }

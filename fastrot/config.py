@@ -187,7 +187,9 @@ Placement = Literal["auto", "resident", "pinned"]
 class Config:
     """A run: what is trained, on what, for how long."""
 
-    data: str | None = free(None)  # to learn from: FILE.beton or .set, a folder, or synthetic
+    data: str | None = free(
+        None
+    )  # FILE.beton, NAME.pack, a folder of shards or pictures, or synthetic
     val: str | None = free(None)  # pictures to be judged on; without it --hold-out sets some aside
     out: str | None = free(None)  # the run's folder; default runs/PRESET
     epochs: int | None = None  # passes over the data; default: the schedule's

@@ -51,7 +51,7 @@ def status(main: Callable[[], int | None]) -> int:
     except Warned as warned:  # who saved has said so
         code = 128 + warned.signal
     except KeyboardInterrupt:
-        complain("interrupted; the same command goes on where it was")
+        complain("interrupted; the same command goes on from what was saved")
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()

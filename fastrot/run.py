@@ -481,6 +481,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         f"{trained:,} parameters, {cfg.precision} on {run_facts['device']}",
         f"{loader.images:,} pictures of {cfg.data}, judged on "
         + (f"{val_loader.images:,}" if val_loader is not None else "none"),
+        *_judged_by_what_it_learns_from(cfg, loader, val_loader),
         *(
             [f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training"]
             if cfg.folds
@@ -500,6 +501,26 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
     if saved is not None:
         return [*lines, f"resumed at step {state.step}"]
     return [*lines, f"writing to {run}"]
+
+
+def _judged_by_what_it_learns_from(cfg: Config, loader: Loader, val_loader) -> list[str]:
+    """A line where the names of most pictures of --val are names of pictures that are trained on."""
+    if cfg.val is None or val_loader is None:
+        return []
+    each = [
+        side.data.keys if side.rows is None else side.data.keys[side.rows]
+        for side in (loader, val_loader)
+    ]
+    nameless = any(
+        np.array_equal(s.data.keys, np.arange(s.data.rows)) for s in (loader, val_loader)
+    )
+    shared = 0 if nameless else int(np.isin(each[1], each[0]).sum())
+    if shared <= len(each[1]) / 2:
+        return []
+    return [
+        f"{shared:,} of the {len(each[1]):,} pictures of --val are named as pictures that are trained on: "
+        "accuracy on them is none on pictures never seen, unless they are others of the same names"
+    ]
 
 
 def _shown(cfg: Config, run: Path, val_loader: Loader | None, device: torch.device) -> Batch | None:

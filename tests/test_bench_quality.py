@@ -10,6 +10,7 @@ from PIL import Image
 from benchmarks import bench_quality, measure, report
 from fastrot.assemble import open_data
 from fastrot.config import Refused
+from fastrot.data.pack import layout
 from tests.truth import photo
 
 pytest.importorskip("etcpak")
@@ -109,6 +110,15 @@ def test_pictures_come_back_upright_in_their_colours_and_sizes(name):
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 200
     assert np.abs(codec.decode(codec.encode(red), 16, 16).astype(int) - red).max() <= 2
+
+
+def test_the_packs_own_coder_keeps_as_much_as_the_one_that_was_compared():
+    for i in range(4):
+        picture = photo(i, 96, 120)
+        compared = bench_quality.decode_ycc(bench_quality.encode_ycc(picture), 96, 120)
+        packed = layout.decode(layout.encode(picture, "ycc"), 96, 120)
+        lost = [np.square(each.astype(float) - picture).mean() for each in (compared, packed)]
+        assert abs(10 * np.log10(lost[0] / lost[1])) < 0.1
 
 
 def test_bc7_has_no_block_of_another_mode():

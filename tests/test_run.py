@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from truth import photo
 
 import fastrot
 from benchmarks import chaos
@@ -399,3 +401,16 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
         with pytest.raises(Stopped):
             run._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
     assert asked == [("auto", "pinned"), ("tars", "pinned")]
+
+
+@pytest.mark.parametrize("val", ["same", "other"])
+def test_judges_that_are_trained_on_are_told(pictures, tmp_path, capsys, val):
+    judges = pictures
+    if val == "other":
+        judges = tmp_path / "others"
+        for i in range(9):
+            (judges / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photo(i, 40, 48)).save(judges / f"class{i % 3}" / f"other{i}.png")
+    assert go(pictures, tmp_path / "run", "--val", str(judges), "--max-steps", "1") == 0
+    told = "37 of the 37 pictures of --val are named as pictures that are trained on"
+    assert (told in capsys.readouterr().out) == (val == "same")

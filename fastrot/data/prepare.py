@@ -67,7 +67,7 @@ class Options:
 
     source: Layout  # how --root is laid out
     root: Path  # folder (or list, archive, prepared file) of the pictures
-    out: Path  # the prepared file
+    out: Path  # the prepared file, or folder
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer

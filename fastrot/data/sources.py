@@ -126,7 +126,9 @@ def image_folder(
         raise Refused(f"{root} is a file: give a folder of pictures, or its layout")
     if split is not None:
         if not (root / split).is_dir():
-            there = ", ".join(sorted(e.name for e in os.scandir(root) if e.is_dir())) or "none"
+            names = sorted(e.name for e in os.scandir(root) if e.is_dir())
+            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+            there = ", ".join(names[:10]) + more or "none"
             raise Refused(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
@@ -592,6 +594,10 @@ _ADMITTED = {
 
 
 def _beton(root: Path, **how) -> Source:
+    if root.is_dir() and not (root / "set.json").exists():
+        raise Refused(
+            f"{root} is no .beton, nor the parts of one: name what dataprep/to_ffcv.py wrote"
+        )
     from fastrot.data.beton.source import beton_rows  # which needs torch
 
     return beton_rows(root, **how)

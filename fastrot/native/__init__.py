@@ -160,6 +160,10 @@ class Pool:
             self.address = None
             self.under_way.clear()
 
+    def __del__(self) -> None:
+        if getattr(self, "address", None) is not None:
+            self.close()  # threads may still write into the arrays of what is under way
+
     def __enter__(self) -> "Pool":
         return self
 

@@ -380,3 +380,24 @@ def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastrot.data.beton.load_ffcv", None)
     with pytest.raises(Refused, match=r"cannot import FFCV .* make ffcv"):
         open_data(prepared["beton"].path, "ffcv")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("shards/0.tar", "dataprep/to_ffcv.py, with --source tar"),
+        ("x.zip", "with --source zip"),
+        ("shards", "dataprep/to_dali.py --source webdataset"),
+    ],
+)
+def test_an_archive_is_told_what_reads_it(tmp_path, name, way):
+    (tmp_path / "shards").mkdir()
+    for file in ("shards/0.tar", "x.zip"):
+        (tmp_path / file).write_bytes(bytes(1024))
+    with pytest.raises(Refused, match=way):
+        open_data(tmp_path / name)
+
+
+def test_a_loader_for_packs_refuses_what_is_none(pictures):
+    with pytest.raises(Refused, match=r"is not a \.pack: name"):
+        open_data(pictures, "pack")
