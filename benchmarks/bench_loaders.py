@@ -358,6 +358,8 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one"
     )
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument("--reps", type=int, default=5, help="turns of each loader")
     parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args()
     formats = Formats(originals(asked.root), asked.work, cores())
@@ -369,10 +371,10 @@ def main() -> int:
     few = {name: each for name, each in chosen.items() if not asked.quick or name == OURS}
     images = fastrot.assemble.open_data(formats.beton()).rows
     out = measure.results(device, asked.out) if asked.out or not asked.quick else None
-    seconds, reps = (0.5, 2) if asked.quick else (3.0, 7)
+    seconds, reps = (0.5, 2) if asked.quick else (asked.seconds, asked.reps)
     rows = itertools.chain(
         loader_rows(formats, chosen, device=device, seconds=seconds, reps=reps),
-        process_rows(formats, few, reps=2 if asked.quick else 5, images=images),
+        process_rows(formats, few, reps=reps, images=images),
     )
     for each in rows:
         if out is not None:
