@@ -385,7 +385,7 @@ def test_a_flipped_bit_is_named_and_can_be_skipped(copied):
 def test_a_folder_of_foreign_shards_is_no_format(tmp_path):
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         tar.add(__file__, "0.txt")
-    with pytest.raises(Refused, match="no picture"):
+    with pytest.raises(Refused, match="holds tars without an index of ours"):
         open_data(tmp_path)
     with pytest.raises(Refused, match="is not a folder of tar shards with their index"):
         open_data(tmp_path, "tars")
