@@ -19,7 +19,6 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
     sys.path[0] = str(Path(__file__).parents[1])
 
 import argparse
-import functools
 import itertools
 import multiprocessing
 import threading
@@ -321,10 +320,8 @@ def _growth_rows(formats: Formats, batch: int, epochs: int) -> Iterator[dict[str
 
 
 def fresh(task: Callable, *args: Any) -> Any:
-    """The task's result, from a process that has done nothing before, and forks its workers as one that people start."""
-    spawn = multiprocessing.get_context("spawn")
-    begun = functools.partial(multiprocessing.set_start_method, "fork", force=True)
-    with ProcessPoolExecutor(1, spawn, begun) as pool:
+    """The task's result, from a process that has done nothing before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(task, *args).result()
 
 

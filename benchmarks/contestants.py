@@ -253,10 +253,15 @@ def torchvision(root: Path, batch: int, workers: int, *, normalised: bool) -> Ru
 
 def dataloader(pictures: Dataset, batch: int, workers: int) -> Run:
     """The DataLoader of torch over pictures that are drawn with replacement."""
+    how = (
+        {"multiprocessing_context": "fork"} if workers else {}
+    )  # also in a process that was spawned
 
     def run(images: int) -> Iterator[int]:
         again = RandomSampler(pictures, num_samples=max(images, batch))
-        batches = DataLoader(pictures, batch, sampler=again, num_workers=workers, drop_last=True)
+        batches = DataLoader(
+            pictures, batch, sampler=again, num_workers=workers, drop_last=True, **how
+        )
         yield from (len(labels) for _, labels in batches)
 
     return run
