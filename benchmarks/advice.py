@@ -75,7 +75,7 @@ def _sums(best: dict[str, dict[str, Any]], pictures: int) -> list[list[str]]:
     table = [[*head, "from the disk", "line"]]
     for name in filter(best.get, FORMATS):
         row, held = best[name], best[name]["bytes_per_image"] * pictures
-        gpus = math.ceil(held / 1e9 / (GPU_GB - KEPT_GB)) if name in ("pack", "raw") else 0
+        gpus = math.ceil(held / 1e9 / (GPU_GB - KEPT_GB)) if name == "pack" else 0
         table.append(
             [
                 "originals" if name == "root" else name,

@@ -59,6 +59,7 @@ def _bars(axes, found: list[dict[str, Any]]) -> None:
     bars = axes.barh([r["variant"] for r in found], middle, xerr=spread, color=colours, capsize=3)
     axes.bar_label(bars, [number(value) for value in middle], padding=8)
     axes.set_xlim(0, 1.15 * max(r["p80"] for r in found))
+    axes.margins(y=0.01)
 
 
 def _curve(rows: list[dict[str, Any]]):
