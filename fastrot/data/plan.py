@@ -237,18 +237,21 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch copied to the GPU on a side stream while the one before is used.
 
-    Pinned host memory comes from torch's caching allocator, which keeps a block until its copy is done.
+    It is drawn there too: what a `Data` makes on the device itself is made beside the training, and the step that
+    uses a batch waits for that batch alone. Pinned host memory comes from torch's caching allocator, which keeps a
+    block until its copy is done.
     """
     side = _side_stream(device)
     ahead: tuple | None = None  # a batch, and the event of its copy
-    for host in batches:
+    while True:
         with torch.cuda.stream(side):
-            copied = (_to(host, device), side.record_event())
+            host = next(batches, None)
+            copied = None if host is None else (_to(host, device), side.record_event())
         if ahead is not None:
             yield _joined(*ahead)
+        if copied is None:
+            return
         ahead = copied
-    if ahead is not None:
-        yield _joined(*ahead)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -4,10 +4,12 @@ Placement of the pictures for a GPU:
 
     resident  in its memory, those of a view's rows; a batch crosses the bus as boxes, 48 bytes a crop
     pinned    in host memory, which the system keeps the mapped file in; threads gather the tile rows under a
-              batch's boxes into pinned memory, which is copied to the GPU on a side stream and decoded there
+              batch's boxes into pinned memory, which is copied to the GPU and decoded there
     auto      resident where that leaves a third of the GPU's memory to the training, else pinned
 
 Not tried: a kernel that reads the tiles over the bus.
+
+Kernels and copies go to the stream that is current when a batch is drawn: the Loader's side stream.
 
 For a GPU all checksums are compared before the first batch; on a CPU each 64 MB when first asked for.
 """
@@ -254,6 +256,8 @@ class _Resident:
             at += len(piece)
         small = (torch.from_numpy(np.array(each)).to(device) for each in (first, sizes))
         self.pack = PackTensors(tiles, *small)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: another stream will read it
 
     def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
         """Whether all these pictures (None: of the data) are here."""
@@ -261,13 +265,10 @@ class _Resident:
 
     def begin(self, picks: Picks, pool: ThreadPoolExecutor | None) -> Begun:
         def done() -> tuple[Tensor, ...]:
-            with _beside(self.device) as handed_over:
-                return handed_over(
-                    tuple(
-                        unpack_crops(self.pack, _sent(self._boxes(rows), self.device), size)
-                        for rows, size in zip(picks.rows, picks.sizes, strict=True)
-                    )
-                )
+            return tuple(
+                unpack_crops(self.pack, _sent(self._boxes(rows), self.device), size)
+                for rows, size in zip(picks.rows, picks.sizes, strict=True)
+            )
 
         return Begun(len(picks.rows[0]), done)
 
@@ -320,47 +321,18 @@ class _Pinned:
 
         def done() -> tuple[Tensor, ...]:
             finished(None, tasks)
-            with _beside(self.device) as handed_over:
-                arrays = (_sent(each, self.device) for each in (first, sizes))
-                pack = PackTensors(tiles.to(self.device, non_blocking=True), *arrays)
-                return handed_over(
-                    tuple(
-                        unpack_crops(pack, _sent(rows, self.device), size)
-                        for rows, size in zip(boxes, picks.sizes, strict=True)
-                    )
-                )
+            arrays = (_sent(each, self.device) for each in (first, sizes))
+            pack = PackTensors(tiles.to(self.device, non_blocking=True), *arrays)
+            return tuple(
+                unpack_crops(pack, _sent(rows, self.device), size)
+                for rows, size in zip(boxes, picks.sizes, strict=True)
+            )
 
         return Begun(images, done)
 
     @property
     def _pins(self) -> bool:
         return self.device.type == "cuda"
-
-
-@functools.lru_cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device: torch keeps the memory of each stream apart."""
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device):
-    """Work of the device beside that of the training; the given function hands its tensors over to this."""
-    if device.type != "cuda":
-        yield lambda tensors: tensors
-        return
-    main, side = torch.cuda.current_stream(device), _stream(device)
-
-    def handed_over(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        main.wait_event(side.record_event())
-        for tensor in tensors:
-            tensor.record_stream(
-                main
-            )  # its memory is not handed out again before main is done with it
-        return tensors
-
-    with torch.cuda.stream(side):
-        yield handed_over
 
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:
