@@ -72,12 +72,13 @@ def open_data(
         return _through_dali(open_data(path, knob=knob, placement=placement), f"{knob} {path}")
     held = format_of(path)
     kind = held if loader == "auto" else loader
-    if placement != "auto" and knob == "--data" and kind != "pack":
+    placed = kind in FORMATS and FORMATS[kind].placed
+    if placement != "auto" and knob == "--data" and not placed:
         raise Refused(
             f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
         )
     if kind in FORMATS and FORMATS[kind].fits(path):
-        return _pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
+        return FORMATS[kind].open(path, placement)
     if kind == "ffcv" and path.is_file():
         return _through_ffcv(path)
     if path.suffix in ARCHIVES:
@@ -104,25 +105,25 @@ def _synthetic(name: str, loader: str, knob: str) -> Data:
     return Synthetic(int(count))
 
 
-def _beton(path: Path) -> Data:
+def _beton(path: Path, _: config.Placement) -> Data:
     from fastrot.data.beton.load import Beton
 
     return Beton(path)
 
 
-def _tars(path: Path) -> Data:
+def _tars(path: Path, _: config.Placement) -> Data:
     from fastrot.data.tars.load import Tars
 
     return Tars(path)
 
 
-def _pack(path: Path, placement: config.Placement = "auto") -> Data:
+def _pack(path: Path, placement: config.Placement) -> Data:
     from fastrot.data.pack.load import Pack
 
     return Pack(path, placement)
 
 
-def _folder(path: Path) -> Data:
+def _folder(path: Path, _: config.Placement) -> Data:
     from fastrot.data.folder import Folder
 
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
@@ -166,14 +167,15 @@ class Format:
     wants: str  # what --data must name
     holds: Callable[[Path], bool]  # whether a path looks like it, by itself
     fits: Callable[[Path], bool]  # whether a path can be it, where --loader says so
-    open: Callable[[Path], Data]
+    open: Callable[[Path, config.Placement], Data]
+    placed: bool = False  # whether --placement says where it is kept
 
 
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
     "beton": Format(
         "a .beton file", _holds_beton, lambda path: path.is_file() or _holds_parts(path), _beton
     ),
-    "pack": Format("a .pack", _holds_pack, _holds_pack, _pack),
+    "pack": Format("a .pack", _holds_pack, _holds_pack, _pack, placed=True),
     "tars": Format("a folder of tar shards with their index", _holds_shards, _holds_shards, _tars),
     "folder": Format("an image folder", Path.is_dir, Path.is_dir, _folder),
 }

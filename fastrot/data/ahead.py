@@ -4,7 +4,9 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -14,52 +16,45 @@ from fastrot.data.ring import Ring
 TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
 AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
 
-Job = TypeVar("Job")
+T = TypeVar("T")
 
 
-class Begun(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Begun(Generic[T]):
     """A batch under way."""
 
     images: int
-    done: Callable[[], tuple[Tensor, ...]]  # waits for it
+    done: Callable[[], T]  # waits for it
 
 
-def in_order(batches: Iterable[Begun], workers: int) -> Iterator[tuple[Tensor, ...]]:
-    """What they become; drawing the next of `batches` begins it. 0 workers: nothing is begun ahead."""
-    ahead: deque[Begun] = deque()
-    tasks = 0
+def in_order(
+    batches: Iterable[Begun[T]], workers: int, *, exactly: int | None = None
+) -> Iterator[T]:
+    """What they become; drawing the next of `batches` begins it.
+
+    workers  threads that do the work; 0: nothing is begun ahead
+    exactly  so many batches are under way beyond the one that is waited for, small or not
+    """
+    ahead: deque[Begun[T]] = deque()
+    tasks, most, least = 0, AHEAD if exactly is None else exactly, 2 * workers
     for batch in batches:
         ahead.append(batch)
         tasks += -(-batch.images // TASK)
         del batch  # else this frame would keep its buffers from being used again
-        while ahead and (not workers or (len(ahead) > AHEAD and tasks > 2 * workers)):
+        enough = exactly is not None or tasks > least
+        while ahead and (not workers or (len(ahead) > most and enough)):
             tasks -= -(-ahead[0].images // TASK)
             yield ahead.popleft().done()
+            enough = exactly is not None or tasks > least
     while ahead:
         yield ahead.popleft().done()
 
 
-def jobs_in_order(
-    jobs: Iterable[Job],
-    work: Callable[[Job, int, int], None],
-    *,
-    images: Callable[[Job], int],
-    pool: ThreadPoolExecutor | None,
-    batches: int,
-) -> Iterator[Job]:
-    """The jobs, each when `work(job, start, stop)` is done for all its pictures; `batches` more are under way.
-
-    What `work` raises is raised here, at its job.
-    """
-    under_way: deque[tuple[Job, list[Future]]] = deque()
-    for job in jobs:
-        tasks = in_tasks(pool, images(job), lambda start, stop, job=job: work(job, start, stop))
-        under_way.append((job, tasks))
-        del job, tasks  # else this frame would keep a buffer from being used again
-        while under_way and (pool is None or len(under_way) > batches):
-            yield finished(*under_way.popleft())
-    while under_way:
-        yield finished(*under_way.popleft())
+def begun(
+    pool: ThreadPoolExecutor | None, job: T, images: int, work: Callable[[T, int, int], None]
+) -> Begun[T]:
+    """A job whose pictures are shared out: `work(job, start, stop)`. What it raises is raised at its job."""
+    return Begun(images, partial(finished, job, in_tasks(pool, images, partial(work, job))))
 
 
 def in_tasks(
@@ -72,7 +67,7 @@ def in_tasks(
     return [pool.submit(work, at, min(at + TASK, images)) for at in range(0, images, TASK)]
 
 
-def finished(out: Job, tasks: list[Future]) -> Job:
+def finished(out: T, tasks: list[Future]) -> T:
     """`out`, when all tasks are done; what one of them raised is raised here."""
     for task in tasks:
         task.result()
@@ -96,3 +91,21 @@ def buffers(ring: Ring, picks: Picks) -> tuple[Tensor, ...]:
     """Memory for the crops of a batch."""
     each = zip(picks.rows, picks.sizes, strict=True)
     return tuple(ring.take(len(rows), size) for rows, size in each)
+
+
+class Crew:
+    """Python threads that fill the buffers of batches: `fill(picks, out, start, stop)` for some of the pictures."""
+
+    def __init__(
+        self, fill: Callable[[Picks, tuple[Tensor, ...], int, int], None], workers: int, name: str
+    ):
+        self._fill, self._held = fill, contextlib.ExitStack()
+        self._pool = self._held.enter_context(threads(workers, name))
+
+    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun[tuple[Tensor, ...]]:
+        images = len(picks.rows[0])
+        tasks = in_tasks(self._pool, images, partial(self._fill, picks, out))
+        return Begun(images, partial(finished, out, tasks))
+
+    def close(self) -> None:
+        self._held.close()

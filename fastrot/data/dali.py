@@ -43,7 +43,7 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Data, Picks
 from fastrot.data import crops, pictures
-from fastrot.data.ahead import jobs_in_order
+from fastrot.data.ahead import begun, in_order
 from fastrot.data.ring import Ring
 
 IN_DALI = 3  # batches that DALI is given at a time
@@ -101,12 +101,13 @@ class ThroughDali:
         resizes = self.resizes or device.type == "cuda"
         gpu = _number(device) if device.type == "cuda" else None
         pool = ThreadPoolExecutor(workers, thread_name_prefix="dali")
-        jobs = jobs_in_order(map(_Job, plan), self._read, images=len, pool=pool, batches=READ_AHEAD)
+        read = (begun(pool, job, len(job), self._read) for job in map(_Job, plan))
+        jobs = in_order(read, workers, exactly=READ_AHEAD)
         decoded = self._decoded(jobs, gpu, workers, resizes)
         crop = self._place_ours if resizes else _resample
         try:
-            for job in jobs_in_order(decoded, crop, images=len, pool=pool, batches=1):
-                yield job.out
+            cropped = (begun(pool, job, len(job), crop) for job in decoded)
+            yield from (job.out for job in in_order(cropped, workers, exactly=1))
         finally:
             decoded.close()
             pool.shutdown(cancel_futures=True)

@@ -12,8 +12,6 @@ A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its part
 """
 
 import bisect
-import contextlib
-import functools
 import mmap
 import threading
 import zlib
@@ -31,7 +29,7 @@ from fastrot import native
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
-from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
+from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
 from fastrot.data.manifest import Paths, side, unsealed
 from fastrot.data.readahead import announce
@@ -115,13 +113,13 @@ class Beton:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
-        crew = (_InC if self.native else _InPython)(self, workers)
+        crew = _InC(self, workers) if self.native else Crew(self.fill, workers, "beton")
         try:
             yield from in_order((self._begin(crew, picks, ring) for picks in plan), workers)
         finally:
             crew.close()
 
-    def _begin(self, crew: "_InC | _InPython", picks: Picks, ring: Ring) -> Begun:
+    def _begin(self, crew: "_InC | Crew", picks: Picks, ring: Ring) -> Begun:
         self._announce(picks)
         return crew.begin(picks, buffers(ring, picks))
 
@@ -189,22 +187,6 @@ class Beton:
             f"row {row} of {self.path} ({self.name(row)}{part}) is damaged, {why}: {again}; "
             f"dataprep/look.py {self.path} --verify names every damaged row"
         ) from None
-
-
-class _InPython:
-    """Batches decoded by simplejpeg and resampled by OpenCV, in Python's threads."""
-
-    def __init__(self, data: Beton, workers: int):
-        self._data, self._held = data, contextlib.ExitStack()
-        self._pool = self._held.enter_context(threads(workers, "beton"))
-
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
-        images = len(picks.rows[0])
-        tasks = in_tasks(self._pool, images, functools.partial(self._data.fill, picks, out))
-        return Begun(images, lambda: finished(out, tasks))
-
-    def close(self) -> None:
-        self._held.close()
 
 
 class _InC:

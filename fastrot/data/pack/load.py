@@ -14,7 +14,6 @@ Kernels and copies go to the stream that is current when a batch is drawn: the L
 For a GPU all checksums are compared before the first batch; on a CPU each 64 MB when first asked for.
 """
 
-import contextlib
 import functools
 import itertools
 import warnings
@@ -32,7 +31,7 @@ from fastrot import native
 from fastrot.config import Placement, Refused
 from fastrot.core import Picks
 from fastrot.data import crops
-from fastrot.data.ahead import Begun, buffers, finished, in_order, in_tasks, threads
+from fastrot.data.ahead import Begun, Crew, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, WIDTH
 from fastrot.data.pack.read import PackFile
@@ -129,7 +128,8 @@ class Pack:
             with threads(workers, "pack") as pool:
                 yield from in_order((self._begin_on(device, p, pool) for p in plan), workers)
             return
-        crew = (_InC if self.native else _InPython)(self.file, workers)
+        fill = functools.partial(_fill, _tensors(self.file))
+        crew = _InC(self.file, workers) if self.native else Crew(fill, workers, "pack")
         try:
             yield from in_order((self._begin(crew, picks, workers) for picks in plan), workers)
         finally:
@@ -138,7 +138,7 @@ class Pack:
     def _announce(self, picks: Picks) -> None:
         announce(picks, [self.file.map], self.file.places)
 
-    def _begin(self, crew: "_InC | _InPython", picks: Picks, workers: int) -> Begun:
+    def _begin(self, crew: "_InC | Crew", picks: Picks, workers: int) -> Begun:
         self._announce(picks)
         picks.spoilt.extend(self.file.damage(picks.rows[0][:, 0], max(1, workers)).items())
         return crew.begin(picks, buffers(self._ring, picks))
@@ -187,29 +187,14 @@ class _InC:
         self._pool.close()
 
 
-class _InPython:
-    """Batches decoded by PyTorch and resampled by OpenCV, in Python's threads."""
-
-    def __init__(self, file: PackFile, workers: int):
-        self._pack = _tensors(file)
-        self._held = contextlib.ExitStack()
-        self._pool = self._held.enter_context(threads(workers, "pack"))
-
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
-        images = len(picks.rows[0])
-        tasks = in_tasks(self._pool, images, functools.partial(self._fill, picks, out))
-        return Begun(images, lambda: finished(out, tasks))
-
-    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
-        for rows, crop in zip(picks.rows, out, strict=True):
-            for row, pixels in zip(rows[start:stop], crop.numpy()[start:stop], strict=True):
-                index, y, x, height, width, flip = row.tolist()
-                box = decoded_box(self._pack, index, y, x, height, width)
-                whole = np.array([0, 0, 0, height, width, flip])
-                crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, pixels)
-
-    def close(self) -> None:
-        self._held.close()
+def _fill(pack: PackTensors, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+    """Pictures `start` to `stop` of a batch: decoded by PyTorch, resampled by OpenCV."""
+    for rows, crop in zip(picks.rows, out, strict=True):
+        for row, pixels in zip(rows[start:stop], crop.numpy()[start:stop], strict=True):
+            index, y, x, height, width, flip = row.tolist()
+            box = decoded_box(pack, index, y, x, height, width)
+            whole = np.array([0, 0, 0, height, width, flip])
+            crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, pixels)
 
 
 # ---- on a GPU ----

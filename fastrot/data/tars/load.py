@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrot.config import Refused
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
-from fastrot.data.ahead import AHEAD, buffers, jobs_in_order, threads
+from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.manifest import Paths
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
@@ -103,15 +103,15 @@ class Tars:
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
-        begun = (self._begun(picks, ring) for picks in plan)
-        with threads(workers, "tars") as pool:
-            jobs = jobs_in_order(begun, self._fill, images=_Job.images, pool=pool, batches=AHEAD)
-            yield from (job.out for job in jobs)
+        crew = Crew(self._fill, workers, "tars")
+        try:
+            yield from in_order((self._begin(crew, picks, ring) for picks in plan), workers)
+        finally:
+            crew.close()
 
-    def _begun(self, picks: Picks, ring: Ring) -> "_Job":
-        """A batch, with memory for its crops; the system hears which bytes will be read."""
+    def _begin(self, crew: Crew, picks: Picks, ring: Ring) -> Begun:
         announce(picks, [shard.map for shard in self._shards], self._places)
-        return _Job(picks, buffers(ring, picks))
+        return crew.begin(picks, buffers(ring, picks))
 
     def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
         """Shard, first byte and bytes of pictures."""
@@ -122,16 +122,16 @@ class Tars:
             index["bytes"].astype(np.uint64),
         )
 
-    def _fill(self, job: "_Job", start: int, stop: int) -> None:
+    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
         for place in range(start, stop):
             try:
-                picture = self._decoded(int(job.picks.rows[0][place, 0]), self._scratch)
+                picture = self._decoded(int(picks.rows[0][place, 0]), self._scratch)
             except DamagedRecord as error:
-                job.picks.spoilt.append((place, str(error)))
+                picks.spoilt.append((place, str(error)))
                 continue
-            for rows, out in zip(job.picks.rows, job.out, strict=True):
-                crops.resample(picture, rows[place], out[place].numpy())
+            for rows, crop in zip(picks.rows, out, strict=True):
+                crops.resample(picture, rows[place], crop[place].numpy())
 
     def _damaged(self, row: int, why: str) -> DamagedRecord:
         file = self._shards[int(self._index[row]["shard"])].path
@@ -155,16 +155,6 @@ class Tars:
                 raise Refused(
                     f"{shard.path} is not the tar that {layout.ROWS} was made for: {AGAIN}"
                 )
-
-
-class _Job(NamedTuple):
-    """A batch under way."""
-
-    picks: Picks
-    out: tuple[Tensor, ...]
-
-    def images(self) -> int:
-        return len(self.picks.rows[0])
 
 
 class _Shard(NamedTuple):
