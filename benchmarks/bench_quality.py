@@ -42,6 +42,7 @@ from benchmarks import measure
 from fastrot import entry, machine
 from fastrot.config import Refused
 from fastrot.data import pictures
+from fastrot.data.pack import bc4, layout
 from fastrot.data.sources import Source, image_folder
 
 SHORT_SIDE = 256
@@ -64,10 +65,6 @@ OF_LEARNING = (
     "of quality 78 at 128x128 already, and 64-pixel crops of them are shrunk, which hides fine differences; rate, batch, "
     "crops and steps were chosen on trials of another seed from the originals (LOG.md)"
 )
-
-LOST = (
-    3 / 7
-)  # grey levels that a step between the end points loses on the average, being rounded down
 
 Picture = UInt8[np.ndarray, "h w 3"]
 Plane = UInt8[np.ndarray, "h w"]
@@ -98,7 +95,7 @@ def codecs() -> dict[str, Codec]:
         "bc7": Codec(encode_bc7, decode_bc7),
         "ycc": Codec(encode_ycc, decode_ycc),
         SMOOTHED: Codec(encode_ycc, partial(decode_ycc, smooth=True)),
-        BY_ETCPAK: Codec(partial(encode_ycc, by=bc4_by_etcpak), decode_ycc),
+        BY_ETCPAK: Codec(partial(encode_ycc, coder=bc4_by_etcpak), decode_ycc),
         **{f"jpeg {q}": Codec(partial(encode_jpeg, quality=q), decode_jpeg) for q in (75, 95, 90)},
     }
 
@@ -134,93 +131,36 @@ def decode_bc7(data: bytes, height: int, width: int) -> Picture:
     return np.ascontiguousarray(blue_first.reshape(tall, wide, 4)[:height, :width, 2::-1])
 
 
-def encode_ycc(picture: Picture, by: Callable[[Plane], bytes] | None = None) -> bytes:
-    """BC4 blocks of the whole Y plane, then those of Cb and of Cr at half the sides (the pack keeps them by 8x8 tiles).
-
-    Full-range BT.601 as in JFIF; chroma is the mean of 2x2 pixels, rounded once.
-    """
-    padded = _padded(picture, 8).astype(np.float32)
-    red, green, blue = np.moveaxis(padded, 2, 0)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    red, _, blue, mean = (_mean_of_fours(plane) for plane in (red, green, blue, luma))
-    planes = (luma, 128 + (blue - mean) / 1.772, 128 + (red - mean) / 1.402)
-    whole = (np.rint(plane).clip(0, 255).astype(np.uint8) for plane in planes)
-    return b"".join(map(by or encode_bc4, whole))
+def encode_ycc(picture: Picture, coder: Callable[[Plane], np.ndarray] = bc4.encode) -> bytes:
+    """The pack's tiles; `coder` may code their blocks in another way."""
+    return layout.tiles_of(picture, coder).tobytes()
 
 
 def decode_ycc(data: bytes, height: int, width: int, smooth: bool = False) -> Picture:
-    """Whole-number BT.601 with 16 bits, as libjpeg. Chroma doubled by nearest, or where `smooth` by bilinear."""
-    tall, wide = _up(height, 8), _up(width, 8)
-    pixels = tall * wide
-    luma = _decode_bc4(data[: pixels // 2], tall, wide)
-    halves = (data[pixels // 2 : pixels * 5 // 8], data[pixels * 5 // 8 :])
-    way = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
+    """As the pack decodes them; where `smooth`, chroma is not doubled by nearest but by bilinear."""
+    tiles = np.frombuffer(data, np.uint8).reshape(-1, layout.WIDTH["ycc"])
+    if not smooth:
+        return layout.decode(tiles, height, width)
+    down, right = _up(height, 8) // 8, _up(width, 8) // 8
+    blocks = bc4.decode(tiles.reshape(-1, 8)).reshape(down, right, 6, 4, 4)
+    quads = blocks[:, :, :4].reshape(down, right, 2, 2, 4, 4)
+    luma = quads.transpose(0, 2, 4, 1, 3, 5).reshape(8 * down, 8 * right)
     cb, cr = (
-        cv2.resize(_decode_bc4(half, tall // 2, wide // 2), (wide, tall), interpolation=way)
-        for half in halves
+        cv2.resize(plane, (8 * right, 8 * down), interpolation=cv2.INTER_LINEAR)
+        for plane in (blocks[:, :, k].swapaxes(1, 2).reshape(4 * down, 4 * right) for k in (4, 5))
     )
-    y, cb, cr = luma.astype(np.int32), cb.astype(np.int32) - 128, cr.astype(np.int32) - 128
-    red = y + ((91881 * cr + 32768) >> 16)
-    green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
-    blue = y + ((116130 * cb + 32768) >> 16)
-    return np.stack([red, green, blue], 2)[:height, :width].clip(0, 255).astype(np.uint8)
+    whole = layout.rgb_of(*(plane.astype(np.int32) for plane in (luma, cb, cr)))
+    return np.ascontiguousarray(whole[:height, :width])
 
 
-def encode_bc4(plane: Plane) -> bytes:
-    """Blocks of eight even steps from a high end point to a low one: e0, e1, and sixteen places of 3 bits.
-
-    The end points are the extremes of a block, or what least squares make of them where that is nearer.
-    """
-    height, width = plane.shape
-    blocks = plane.reshape(height // 4, 4, width // 4, 4).transpose(1, 3, 0, 2)
-    values = blocks.reshape(16, -1).astype(np.float32)  # [16, blocks]
-    high, low = values.max(0), values.min(0)
-    steps, error = _nearest(values, high, low)
-    other_high, other_low = _least_squares(values, steps)
-    other_steps, other_error = _nearest(values, other_high, other_low)
-    nearer = (other_error < error) & (other_high > other_low)
-    high, low = np.where(nearer, other_high, high), np.where(nearer, other_low, low)
-    steps = np.where(high > low, np.where(nearer, other_steps, steps), 0).astype(np.intp)
-    places = np.array([0, 2, 3, 4, 5, 6, 7, 1], np.uint64)[steps]  # BC4 names the end points first
-    shifts = 16 + 3 * np.arange(16, dtype=np.uint64)[:, None]
-    ends = high.astype(np.uint64) | low.astype(np.uint64) << np.uint64(8)
-    return (ends | (places << shifts).sum(0, dtype=np.uint64)).astype("<u8").tobytes()
-
-
-def _nearest(values: np.ndarray, high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The step, 0 (high) to 7 (low), that is nearest to each value, and each block's squared error."""
-    width = high - low
-    steps = np.rint((high - values - LOST) * (7 / np.maximum(width, 1))).clip(0, 7)
-    return steps, np.square(values - np.floor((7 * high - steps * width) / 7)).sum(0)
-
-
-def _least_squares(values: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The end points that fit best where the steps stay as they are; 0 and 0 where they do not tell."""
-    down = steps / 7
-    up = 1 - down
-    inner = (steps > 0) & (steps < 7)
-    values = values + LOST * inner
-    upper, lower, both = (up * up).sum(0), (down * down).sum(0), (up * down).sum(0)
-    of_high, of_low = (up * values).sum(0), (down * values).sum(0)
-    both_ways = upper * lower - both * both
-    share = 1 / np.where(both_ways > 1e-3, both_ways, np.inf)
-    high, low = (lower * of_high - both * of_low), (upper * of_low - both * of_high)
-    return np.rint(high * share).clip(0, 255), np.rint(low * share).clip(0, 255)
-
-
-def bc4_by_etcpak(plane: Plane) -> bytes:
+def bc4_by_etcpak(plane: Plane) -> np.ndarray:
     import etcpak
 
-    in_red = np.zeros((*plane.shape, 4), np.uint8)
+    height, width = plane.shape
+    in_red = np.zeros((height, width, 4), np.uint8)
     in_red[..., 0] = plane
-    return etcpak.compress_bc4(in_red.tobytes(), plane.shape[1], plane.shape[0])
-
-
-def _decode_bc4(data: bytes, height: int, width: int) -> Plane:
-    import texture2ddecoder
-
-    blue_first = np.frombuffer(texture2ddecoder.decode_bc4(data, width, height), np.uint8)
-    return blue_first.reshape(height, width, 4)[..., 2]
+    data = etcpak.compress_bc4(in_red.tobytes(), width, height)
+    return np.frombuffer(data, np.uint8).reshape(height // 4, width // 4, 8)
 
 
 def _padded(picture: Picture, multiple: int) -> Picture:
@@ -232,10 +172,6 @@ def _padded(picture: Picture, multiple: int) -> Picture:
 
 def _up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
-
-
-def _mean_of_fours(plane: np.ndarray) -> np.ndarray:
-    return (plane[::2, ::2] + plane[1::2, ::2] + plane[::2, 1::2] + plane[1::2, 1::2]) / 4
 
 
 def versions() -> dict[str, str]:

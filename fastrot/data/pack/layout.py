@@ -17,6 +17,7 @@ numbers: every decoder gives the same bits.
 YCbCr is JPEG's (full-range BT.601), in 16-bit fixed point with libjpeg's constants, both ways.
 """
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import cv2
@@ -61,7 +62,7 @@ def firsts(sizes: Int32[np.ndarray, "n 2"], encoding: Encoding) -> Int64[np.ndar
 
 def encode(picture: UInt8[np.ndarray, "h w 3"], encoding: Encoding) -> UInt8[np.ndarray, "t c"]:
     """The picture's tiles [t, 48], or its pixels [t, 3]."""
-    return _tiles(picture) if encoding == "ycc" else picture.reshape(-1, 3)
+    return tiles_of(picture) if encoding == "ycc" else picture.reshape(-1, 3)
 
 
 def decode(rows: UInt8[np.ndarray, "t c"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -77,17 +78,21 @@ def decode(rows: UInt8[np.ndarray, "t c"], height: int, width: int) -> UInt8[np.
 # ---- pixels to tiles ----
 
 
-def _tiles(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "t 48"]:
+def tiles_of(
+    picture: UInt8[np.ndarray, "h w 3"],
+    coder: Callable[[np.ndarray], np.ndarray] = bc4.encode,
+) -> UInt8[np.ndarray, "t 48"]:
+    """The tiles of a picture. `coder`: a plane's blocks, as `bc4.encode` gives them."""
     height, width = picture.shape[:2]
     below, beside = -height % SIDE, -width % SIDE
     if below or beside:
         picture = cv2.copyMakeBorder(picture, 0, below, 0, beside, cv2.BORDER_REPLICATE)
     down, right = picture.shape[0] // SIDE, picture.shape[1] // SIDE
     tiles = np.empty((down, right, WIDTH["ycc"]), np.uint8)
-    luma = bc4.encode(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
+    luma = coder(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
     quads = luma.reshape(down, 2, right, 2, 8).swapaxes(1, 2)
     tiles[..., :32].reshape(down, right, 2, 2, 8)[:] = quads
-    chroma = bc4.encode(_chroma(picture))  # Cb above Cr
+    chroma = coder(_chroma(picture))  # Cb above Cr
     tiles[..., 32:40], tiles[..., 40:] = chroma[:down], chroma[down:]
     return tiles.reshape(-1, WIDTH["ycc"])
 
@@ -112,7 +117,15 @@ def pixels_of(tiles: UInt8[np.ndarray, "t 48"]) -> UInt8[np.ndarray, "t 8 8 3"]:
     """The 8x8 pixels of each tile."""
     samples = bc4.decode(tiles.reshape(-1, 8)).reshape(-1, 6, 4, 4).astype(np.int32)
     y = samples[:, :4].reshape(-1, 2, 2, 4, 4).swapaxes(2, 3).reshape(-1, 8, 8)
-    cb, cr = (samples[:, i].repeat(2, axis=1).repeat(2, axis=2) - 128 for i in (4, 5))
+    cb, cr = (samples[:, i].repeat(2, axis=1).repeat(2, axis=2) for i in (4, 5))
+    return rgb_of(y, cb, cr)
+
+
+def rgb_of(
+    y: Int32[np.ndarray, "*s"], cb: Int32[np.ndarray, "*s"], cr: Int32[np.ndarray, "*s"]
+) -> UInt8[np.ndarray, "*s 3"]:
+    """Full-range BT.601 in whole numbers, as libjpeg has it."""
+    cb, cr = cb - 128, cr - 128
     red = y + ((91881 * cr + 32768) >> 16)
     green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
     blue = y + ((116130 * cb + 32768) >> 16)
