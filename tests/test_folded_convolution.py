@@ -1,8 +1,10 @@
 """The folded first convolution: the plain one's numbers and parameters, in views of both kinds."""
 
 import copy
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from test_backbones import MEAN, STAGES, STD, TOLERANCE, small_alexnet, views, w
 from torch import nn
 from truth import golden
 
-from fastrot import config
+import fastrot
+from fastrot import assemble, checkpoint, config, train
 from fastrot.backbones import alexnet
 from fastrot.backbones.folded import FoldedConv2d, cells_of, folded_weight
+from fastrot.config import Refused
+from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
+from fastrot.evals.rotation import turn_guesses
 from fastrot.ops.turns import Cells, folded, turned_views
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
@@ -176,6 +182,60 @@ def test_it_can_be_copied_and_keeps_its_cells():
     fold = tiny(True)
     assert copy.deepcopy(fold).cells == fold.cells
 
+
+# ---- in a run ----
+
+
+def go(pictures, out, *more: str) -> int:
+    """A run of two steps of 32 pixels, judged on all that is held out."""
+    tiny = ["demo", "--image-size", "32", "--batch", "4", "--backbone.width", "0.1", "--enlarge"]
+    tiny += ["--schedule.steps", "20", "--max-steps", "2", "--log-every", "1", "--workers", "0"]
+    tiny += ["--no-tensorboard", "--device", "cpu", "--precision", "fp32"]
+    return train.main([*tiny, "--data", str(pictures), "--out", str(out), *more])
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "checkpoints" / "last.pt")["net"]
+
+
+def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_path):
+    plain, fold = tmp_path / "plain", tmp_path / "fold"
+    assert go(pictures, plain) == 0
+    assert go(pictures, fold, "--backbone.fold") == 0
+    logs = [json.loads((run / "summary.json").read_text()) for run in (plain, fold)]
+    assert logs[0]["val_loss"] == pytest.approx(logs[1]["val_loss"], rel=1e-3)
+    assert (fold / "plots").is_dir()  # its filters among them
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    for source, other in ((plain, ["--backbone.fold"]), (fold, [])):
+        with pytest.raises(Refused, match=r"--backbone\.fold was .*--start-from"):
+            go(pictures, source, *other)
+        out = tmp_path / f"{source.name}-on"
+        more = ["--start-from", str(source), "--max-steps", "1", "--lr", "1e-9"]
+        assert go(pictures, out, *other, *more) == 0
+        for name, value in saved(source).items():
+            if name.endswith("weight"):
+                torch.testing.assert_close(saved(out)[name], value, atol=1e-6, rtol=0)
+        # both kinds give the same features of the same weights, from pictures of any size
+        mine, theirs = (fastrot.load(run) for run in (source, out))
+        theirs.net.load_state_dict(mine.net.state_dict())
+        for given in (images, images[:, :31, :31]):
+            stage = "conv5" if given is images else "conv1"
+            torch.testing.assert_close(
+                mine.features(given, stage), theirs.features(given, stage), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_its_evaluation_runs(pictures, tmp_path):
+    assert go(pictures, tmp_path / "run", "--backbone.fold") == 0
+    method = assemble.trained_method(tmp_path / "run", torch.device("cpu"))
+    assert method.net.get_submodule("trunk").cells is not None
+    crops = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    guesses = turn_guesses(method, Batch(crops, nothing, nothing, nothing))
+    assert guesses is not None
+
+
+# ---- compiled ----
 
 TRACE = """
 import torch
