@@ -155,15 +155,16 @@ def test_alexnet_takes_turned_views_in_its_cells(size, kernel, stride):
     torch.testing.assert_close(mine, want, **TOLERANCE["f64"])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
-def test_it_trains_as_the_plain_one_within_rounding(precision):
-    nets = [tiny(False).to(memory_format=torch.channels_last)]  # type: ignore[call-overload]
-    nets += [tiny(True).to(memory_format=torch.channels_last)]  # type: ignore[call-overload]
-    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+def test_it_trains_as_the_plain_one_within_rounding(precision, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    nets = [tiny(fold).to(device, memory_format=torch.channels_last) for fold in (False, True)]  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, device=device)
     grads = []
     for net in nets:
         views = turned_views(images, (0, 1, 2, 3), MEAN, STD, precision, net.cells)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
             out = net.outputs(views, ("conv1",))[0]
         out.float().square().mean().backward()
         grads.append(net.conv1.conv.weight.grad)
