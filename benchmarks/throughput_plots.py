@@ -1,0 +1,420 @@
+"""The plots of the page of throughput, a panel or a line for each machine, drawn from its rows.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; what they tell, a hatch, a mark or a name tells too.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import advice, aims
+from benchmarks.figures import PARTS, Machines, Row, of, on_gpu, other_preset, ours, steps
+from benchmarks.measure import number
+from benchmarks.plots import panels_of
+
+BLACK, GREY, BLUE, SKY, GREEN = "#000000", "#999999", "#0072B2", "#56B4E9", "#009E73"
+YELLOW, ORANGE, RED, PURPLE = "#F0E442", "#E69F00", "#D55E00", "#CC79A7"
+OF_PART = dict(
+    zip(PARTS, (BLACK, YELLOW, BLUE, GREEN, PURPLE, SKY, ORANGE, RED, GREY), strict=True)
+)
+DARK = (BLACK, BLUE, RED)  # white letters stand on them
+MARKERS, LINES = "osD^vP*X", (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
+ALONE, BESIDE = "crops", "crops, beside a stand-in for the step"
+
+
+def draw(found: Machines, out: Path) -> dict[str, Path]:
+    """The plots as PNG in the folder `out`, by name; none where there is no row to draw."""
+    draws: dict[str, Callable[[Machines], Any]] = {
+        "loaders": _loaders,
+        "steps": _steps,
+        "floor": _floor,
+        "epochs": _epochs,
+        "scaling": _scaling,
+        "learning": _learning,
+    }
+    made = {}
+    for name, plot in draws.items():
+        file = out / f"throughput_{name}.png"
+        figure = plot(found)
+        if figure is None:
+            file.unlink(missing_ok=True)
+            continue
+        figure.savefig(file, dpi=110)
+        made[name] = file
+    return made
+
+
+def _having(found: Machines, chosen: Callable[[list[Row]], list[Row]]) -> dict[str, list[Row]]:
+    """Machines that have such rows, and those."""
+    return {name: some for name, rows in found.items() if (some := chosen(rows))}
+
+
+def _of(what: str) -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [row for row in rows if row["what"] == what]
+
+
+def _spread(rows: Iterable[Row]) -> list[list[float]]:
+    return [[r["p50"] - r["p20"] for r in rows], [r["p80"] - r["p50"] for r in rows]]
+
+
+def _named(rows: list[Row]) -> list[str]:
+    return [f"{other_preset(row)}{row['form']}, {row['loader']}" for row in rows]
+
+
+# ---- loaders ----
+
+
+def _loaders(found: Machines):
+    """Each loader alone and beside a step: a row of panels for each machine, a dot for each."""
+    some = _having(found, lambda rows: [row for row in rows if _is_loader(row)])
+    if not some:
+        return None
+    heights = [1 + 0.27 * len({row["variant"] for row in rows}) for rows in some.values()]
+    figure, panels = panels_of(
+        len(some), sum(heights) + 0.4, columns=2, shared=False, heights=heights, width=11
+    )
+    for (name, rows), (left, right) in zip(some.items(), panels, strict=True):
+        field = "images_per_s" if on_gpu(rows) else "p50"
+        alone = sorted((r for r in rows if r["mode"] == ALONE), key=lambda r: r[field])
+        beside = [r for r in rows if r["mode"] == BESIDE]
+        order = list(dict.fromkeys(row["variant"] for row in [*alone, *beside]))
+        _dots(left, alone, order, field)
+        _dots(right, beside, order, "p50")
+        right.set_yticklabels([])
+        left.set_title(name, loc="left", fontsize="medium")
+        unit = "images/s of the whole machine" if on_gpu(rows) else "images/s and core"
+        left.set_xlabel(f"{unit}, alone")
+        right.set_xlabel("images/s, beside a stand-in for the step")
+    return figure
+
+
+def _is_loader(row: Row) -> bool:
+    nothing = ("synthetic", "none: the step alone")
+    return row["what"] == "loader" and row["variant"] not in nothing
+
+
+def _dots(axes, rows: list[Row], order: list[str], field: str) -> None:
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.grid(axis="x", color="#dddddd", lw=0.6)
+    axes.set_axisbelow(True)
+    if not rows:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        return
+    low, high = ("images_per_s_p20", "images_per_s_p80") if field != "p50" else ("p20", "p80")
+    for row in rows:
+        other = row["variant"].startswith(advice.OTHERS)
+        colour, mark = (GREY, "s") if other else (RED, "o")
+        at = order.index(row["variant"])
+        axes.plot([row.get(low), row.get(high)], [at, at], color=colour, lw=2, alpha=0.6)
+        axes.plot(row[field], at, mark, color=colour, ms=6)
+        axes.annotate(
+            number(row[field]), (row[field], at), (7, -3), textcoords="offset points", fontsize=8
+        )
+    axes.set_xscale("log")
+    values = [row[field] for row in rows]
+    axes.set_xlim(min(values) / 1.5, max(values) * 2.2)
+    _plain_ticks(axes.xaxis)
+    axes.legend(
+        handles=[_dot("o", RED, "this project's"), _dot("s", GREY, "others'")],
+        loc="lower right",
+        fontsize=8,
+    )
+
+
+def _dot(mark: str, colour: str, label: str, face: str | None = None):
+    from matplotlib.lines import Line2D
+
+    face = colour if face is None else face
+    return Line2D([], [], marker=mark, color=colour, mfc=face, ls="none", label=label)
+
+
+def _plain_ticks(axis) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ---- steps ----
+
+
+def _steps(found: Machines):
+    """The parts of each step on top of each other, beside the whole step without marks."""
+    some = _having(found, lambda rows: [row for row in steps(rows) if row.get("split")])
+    if not some:
+        return None
+    heights = [1 + 0.3 * len(rows) for rows in some.values()]
+    figure, panels = panels_of(len(some), sum(heights) + 1, shared=False, heights=heights, width=11)
+    for (name, rows), (axes,) in zip(some.items(), panels, strict=True):
+        ends = _stacked(axes, _named(rows), [row["split"] for row in rows], OF_PART)
+        axes.plot([row["p50"] for row in rows], range(len(rows)), "D", color="white", mec=BLACK)
+        for at, (row, end) in enumerate(zip(rows, ends, strict=True)):
+            axes.annotate(
+                f"{number(row['p50'])} ms, {number(row['images_per_s'])} images/s",
+                *((max(end, row["p50"]), at), (9, -3)),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set_xlim(0, 1.35 * max([*ends, *(row["p50"] for row in rows)]))
+        axes.set_title(name, loc="left", fontsize="medium")
+        axes.set_xlabel("milliseconds a step")
+    whole = _dot("D", BLACK, "whole step, without marks", face="white")
+    figure.legend(
+        handles=[*_patches(OF_PART), whole], loc="outside upper center", ncols=5, fontsize=9
+    )
+    return figure
+
+
+def _stacked(axes, names: list[str], splits: list[dict[str, Any]], colours: dict[str, str]):
+    """Bars of parts, the first name on top; where each ends."""
+    ends = [0.0] * len(names)
+    widest = max(sum(v or 0 for v in split.values()) for split in splits)
+    for part, colour in colours.items():
+        values = [split.get(part) or 0 for split in splits]
+        axes.barh(range(len(names)), values, left=ends, color=colour, ec="white", lw=0.5)
+        for at, (value, left) in enumerate(zip(values, ends, strict=True)):
+            if value > 0.07 * widest:
+                axes.text(
+                    *(left + value / 2, at, number(value)),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if colour in DARK else "black",
+                )
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    return ends
+
+
+def _patches(colours: dict[str, str]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    return [Patch(color=colour, label=name) for name, colour in colours.items()]
+
+
+# ---- the floor ----
+
+
+def _floor(found: Machines):
+    """What each layer takes at least, by matrix arithmetic and by other kernels' traffic, at the run's own ceilings."""
+    some = _having(found, lambda rows: [r for r in ours(rows, "roofline") if r.get("layers")][-1:])
+    if not some:
+        return None
+    heights = [1.2 + 0.27 * (len(rows[0]["layers"]) + 1) for rows in some.values()]
+    figure, panels = panels_of(
+        len(some), sum(heights) + 0.6, shared=False, heights=heights, width=10
+    )
+    colours = {"matrix products": BLUE, "other kernels' traffic": SKY, "optimiser": ORANGE}
+    for (name, (row,)), (axes,) in zip(some.items(), panels, strict=True):
+        layers = row["layers"]
+        splits = [_terms_of(layer, row) for layer in layers]
+        splits.append({"optimiser": row["optimiser_ms"]})
+        names = [*(layer["name"] for layer in layers), "all parameters"]
+        ends = _stacked(axes, names, splits, colours)
+        more = [
+            max(0.0, ((layer.get("traffic_unfused") or 0) - layer["traffic"]))
+            / (row["gb_per_s"] * 1e6)
+            for layer in layers
+        ]
+        axes.barh(
+            range(len(layers)), more, left=ends[:-1], color="none", ec=GREY, hatch="////", lw=0.8
+        )
+        axes.set_title(
+            f"{name}: floor {number(row['p50'])} ms a step, at {number(row['tflops'])} TFLOP/s "
+            f"and {number(row['gb_per_s'])} GB/s",
+            loc="left",
+            fontsize="medium",
+        )
+        axes.set_xlabel("milliseconds a step, forward and backward")
+    from matplotlib.patches import Patch
+
+    unfused = Patch(fc="none", ec=GREY, hatch="////", label="more, where nothing is fused")
+    figure.legend(
+        handles=[*_patches(colours), unfused], loc="outside upper center", ncols=4, fontsize=9
+    )
+    return figure
+
+
+def _terms_of(layer: dict[str, Any], row: Row) -> dict[str, float]:
+    """Milliseconds of a layer at the ceilings of its row."""
+    return {
+        "matrix products": layer["flop"] / (row["tflops"] * 1e9),
+        "other kernels' traffic": layer["traffic"] / (row["gb_per_s"] * 1e6),
+    }
+
+
+# ---- epochs ----
+
+
+def _epochs(found: Machines):
+    """Seconds of an epoch: the reference, the original's way here, ours, the floor; a logarithmic axis."""
+    bars = {name: _bars_of(rows) for name, rows in found.items()}
+    bars = {name: some for name, some in bars.items() if some}
+    if not bars:
+        return None
+    heights = [1.3 + 0.33 * (len(some) + 1) for some in bars.values()]
+    figure, panels = panels_of(len(bars), sum(heights) + 0.6, heights=heights, width=10)
+    reference = 3600.0 * aims.REFERENCE_HOURS
+    longest = max([reference, *(s for some in bars.values() for _, s, _, _ in some)])
+    for (name, some), (axes,) in zip(bars.items(), panels, strict=True):
+        some = [("the reference, one GPU of 32 GB", reference, GREY, False), *some]
+        for at, (_, seconds, colour, stretched) in enumerate(some):
+            axes.barh(
+                *(at, seconds),
+                color="white" if stretched else colour,
+                ec=colour,
+                hatch="////" if stretched else None,
+            )
+            axes.annotate(
+                f"{number(seconds)} s",
+                *((seconds, at), (5, -3)),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(some)), [label for label, _, _, _ in some])
+        axes.set_ylim(len(some) - 0.4, -0.6)
+        axes.axvline(aims.EPOCH_S, color=BLACK, ls="--", lw=1)
+        axes.set_title(name, loc="left", fontsize="medium")
+        axes.set_xscale("log")
+        axes.set_xlim(10, longest * 3)
+        _plain_ticks(axes.xaxis)
+    panels[-1, 0].set_xlabel("seconds an epoch, logarithmic")
+    figure.legend(handles=_epoch_marks(), loc="outside upper center", ncols=4, fontsize=9)
+    return figure
+
+
+def _epoch_marks() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    target = f"target: {aims.EPOCH_S} s on one H200"
+    return [
+        Patch(fc="white", ec=BLACK, hatch="////", label="extrapolated from fewer steps"),
+        Patch(color=BLUE, label="this project's"),
+        Patch(color=ORANGE, label="the original's way, here"),
+        Line2D([], [], color=BLACK, ls="--", label=target),
+    ]
+
+
+def _bars_of(rows: list[Row]) -> list[tuple[str, float, str, bool]]:
+    """Label, seconds, colour and whether it is extrapolated, of each bar of a machine."""
+    baselines = [row for row in rows if row["what"] == "baseline" and row.get("epoch_s")]
+    bars = [
+        (row["variant"] + _size(row), row["epoch_s"], ORANGE, bool(row.get("extrapolated")))
+        for row in baselines
+    ]
+    bars += [
+        (
+            f"{row.get('form') or ''}, {row['loader']}{_size(row)}".removeprefix(", "),
+            *(row["p50"], BLUE, bool(row.get("extrapolated"))),
+        )
+        for row in ours(rows, "epoch")
+    ]
+    floors = [row for row in ours(rows, "roofline") if row.get("floor_epoch_s")]
+    bars += [("floor" + _size(row), row["floor_epoch_s"], GREEN, False) for row in floors[-1:]]
+    return bars
+
+
+def _size(row: Row) -> str:
+    """Its network's width where that is not the paper's, and its pictures' size."""
+    width, size = of(row, "width"), of(row, "size")
+    said = [f"width {width:g}"] if width not in (None, 1) else []
+    said += [f"{size} px"] if size else []
+    return f" ({', '.join(said)})" if said else ""
+
+
+# ---- scaling ----
+
+
+def _scaling(found: Machines):
+    """Images/s of one GPU as measured and of more as modelled, against as many times one."""
+    some = _having(found, _of("scaling"))
+    if not some:
+        return None
+    figure, panels = panels_of(1, 4.2 + 0.2 * len(some), width=8)
+    axes = panels[0, 0]
+    counts = [1]
+    for (name, rows), colour, mark in zip(some.items(), LINES, MARKERS, strict=False):
+        points = sorted((_count(row), row) for row in rows)
+        counts += [count for count, _ in points]
+        measured = _measured_one(found[name], rows)
+        line = [(count, row["p50"]) for count, row in points]
+        if measured is not None:
+            one = measured["images_per_s"]
+            most = max(counts)
+            axes.plot([1, most], [one, one * most], ":", color=colour, lw=1)
+            axes.plot(1, one, mark, color=colour, ms=8, label=f"{name}: measured")
+            _say(axes, 1, one, f"{number(one)} images/s")
+            line = [(1, one), *line]
+        axes.plot(*zip(*line, strict=True), "--", color=colour, lw=1)
+        xs, ys = zip(*((count, row["p50"]) for count, row in points), strict=True)
+        axes.plot(xs, ys, mark, color=colour, mfc="white", ms=8, label=f"{name}: modelled")
+        for count, row in points:
+            _say(axes, count, row["p50"], f"{number(row['seconds_per_epoch'])} s an epoch")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(set(counts)), [str(count) for count in sorted(set(counts))])
+    axes.set_xlim(0.75, max(counts) * 2.6)
+    axes.margins(y=0.15)
+    axes.set_xlabel("GPUs, or machines; hollow: modelled, not measured; dotted: as many times one")
+    axes.set_ylabel("images/s")
+    _plain_ticks(axes.yaxis)
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def _say(axes, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), (8, -12), textcoords="offset points", fontsize=8)
+
+
+def _count(row: Row) -> int:
+    return int(row["variant"].split()[0])
+
+
+def _measured_one(rows: list[Row], modelled: list[Row]) -> Row | None:
+    """The step that the model stands on; else none."""
+    found = [r for r in ours(rows, "step") if r["p50"] == modelled[0].get("step_ms")]
+    return found[0] if found else None
+
+
+# ---- learning ----
+
+
+def _learning(found: Machines):
+    """Accuracy and loss by step, a line for each seed of each form."""
+    some = _having(found, lambda rows: [r for r in _of("learning")(rows) if r.get("curves")])
+    if not some:
+        return None
+    figure, panels = panels_of(len(some), 3.4 * len(some), columns=2, shared=False, width=11)
+    for (name, rows), pair in zip(some.items(), panels, strict=True):
+        for axes, field in zip(pair, ("accuracy", "loss"), strict=True):
+            for row, colour, mark in zip(rows, LINES, MARKERS, strict=False):
+                for i, points in enumerate(curves_of(row)):
+                    told = [(p["step"], p[field]) for p in points if p.get(field) is not None]
+                    if told:
+                        label = row["variant"] if i == 0 else None
+                        style = {"ms": 4, "lw": 1.3, "alpha": 0.85, "label": label}
+                        axes.plot(*zip(*told, strict=True), f"-{mark}", color=colour, **style)
+            axes.set_xlabel("steps")
+            axes.legend(loc="best", fontsize=8)
+        pair[0].axhline(0.25, color=GREY, ls=":", lw=1)
+        pair[0].set_ylabel("share of held-out turns told right")
+        pair[1].set_ylabel("training loss")
+        pair[0].set_title(f"{name} (dotted: chance)", loc="left", fontsize="medium")
+    return figure
+
+
+def curves_of(row: Row) -> list[list[dict[str, Any]]]:
+    """Points of each seed; a row may hold one list of points, points that name their seed, or a list of lists."""
+    curves = row["curves"]
+    if isinstance(curves, dict):
+        return list(curves.values())
+    if curves and isinstance(curves[0], list):
+        return curves
+    seeds: dict[Any, list[dict[str, Any]]] = {}
+    for point in curves:
+        seeds.setdefault(point.get("seed"), []).append(point)
+    return list(seeds.values())
