@@ -27,7 +27,7 @@ IDLE, MEMORY, MATRIX = (
     "Step: peak memory",
     "Step: share of the matrix ceiling",
 )
-FLOOR, EPOCH, BASELINE = "Floor of a step", "Epoch", "The original's way"
+FLOOR, EPOCH, BASELINE = "Floor of a step", "Epoch", "The original's way, and ours beside it"
 CEILING, BANK = "Ceilings", "The bank's share of a step"
 BYTES, SCALING, LEARNING = "Bytes a step and rank", "Scaling", "Learning: held-out accuracy"
 EXPERIMENTS = "Experiments and runs"
@@ -41,7 +41,8 @@ TERMS = {  # of a step's floor, and the fields that hold them
     "epoch": "floor_epoch_s",
 }
 
-_whole = tuple(f"eager, {loader}" for loader in LOADERS)
+FORMS = ("compiled", "eager + folded", "eager + fused")  # besides eager, on a CPU
+_whole = (*(f"eager, {each}" for each in LOADERS), *(f"{form}, held" for form in FORMS))
 _loaders = ("beton", "beton, C++ decoder", "tar shards", "pack", "pack, C++ decoder", "folder")
 REQUIRED = {  # figures that a CPU has to have, in their order on the page
     ALONE: (*_loaders, contestants.UINT8, contestants.FLOAT, contestants.FFCV, contestants.DALI),
@@ -57,12 +58,12 @@ REQUIRED = {  # figures that a CPU has to have, in their order on the page
     MEMORY: (),
     BANK: (aims.PRESET,),
     EPOCH: ("beton", "shards", "pack"),
-    BASELINE: tuple(
-        f"{way}: {told}"
-        for way in ("num_workers 0", "num_workers 8")
-        for told in ("images/s", "epoch")
+    BASELINE: (
+        *(f"num_workers {n}: {told}" for n in (0, 8) for told in ("images/s", "step", "epoch")),
+        *("step alone: images/s", "step alone: step"),
+        *(f"ours, eager, .beton / num_workers {n}" for n in (0, 8)),
     ),
-    BYTES: ("2 ranks",),
+    BYTES: (f"2 ranks, {aims.PRESET}",),
     SCALING: tuple(f"{gpus} GPUs: {told}" for gpus in (8, 64) for told in ("images/s", "an epoch")),
     LEARNING: ("float32 eager", "bf16 compiled"),
     EXPERIMENTS: (),
@@ -145,9 +146,9 @@ def ours(rows: list[Row], what: str) -> list[Row]:
     return [row for row in found if (row.get("preset") or row["variant"]) == aims.PRESET]
 
 
-def same_size(one: Row, other: Row) -> bool:
+def same_size(one: Row, other: Row, names: tuple[str, ...] = ("size", "width", "batch")) -> bool:
     """Whether two rows are of pictures and networks of one size, as far as they say it."""
-    pairs = ((of(one, name), of(other, name)) for name in ("size", "width", "batch"))
+    pairs = ((of(one, name), of(other, name)) for name in names)
     return all(a == b for a, b in pairs if a is not None and b is not None)
 
 
@@ -186,21 +187,29 @@ def figures_of(row: Row) -> Iterator[tuple[Figure, str, str]]:
             yield Figure(EPOCH, f"{name}: of it, training"), "split.train", "s"
             yield Figure(EPOCH, f"{name}: of it, validation"), "split.validation", "s"
         case "baseline":
-            name = variant.removeprefix("original's way, ")
+            name = _short(variant)
             yield Figure(BASELINE, f"{name}: images/s"), "p50", unit
-            yield Figure(BASELINE, f"{name}: epoch"), "epoch_s", "s"
             yield Figure(BASELINE, f"{name}: step"), "step_ms", "ms"
+            yield Figure(BASELINE, f"{name}: epoch"), "epoch_s", "s"
+        case "baseline ratio":
+            yield Figure(BASELINE, _short(variant)), "p50", unit
         case "communication":
             yield Figure(BYTES, variant), "p50", unit
-            for kind in row["bytes"] if isinstance(row.get("bytes"), dict) else ():
-                yield Figure(BYTES, f"{variant}: of it, {kind}"), f"bytes.{kind}", "bytes"
+            for kind in row.get("counted") or ():
+                yield Figure(BYTES, f"{variant}: of it, {kind}"), f"counted.{kind}", unit
         case "scaling":
             yield Figure(SCALING, f"{variant}: images/s"), "p50", unit
             yield Figure(SCALING, f"{variant}: an epoch"), "seconds_per_epoch", "s"
+            at_most = Figure(SCALING, f"{variant}: images/s, gradients sent beside the step")
+            yield at_most, "full_overlap.images_per_s", "images/s"
         case "learning":
             yield Figure(LEARNING, variant), "p50", unit
         case what if row.get("theme") == "train" and what not in ("step", "step part"):
             yield Figure(EXPERIMENTS, f"{what}: {variant}"), "p50", unit
+
+
+def _short(variant: str) -> str:
+    return variant.replace("original's way, ", "")
 
 
 def other_preset(row: Row) -> str:

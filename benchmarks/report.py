@@ -271,11 +271,12 @@ def main(args: list[str] | None = None) -> int:
     for file in files:
         for made in write(file, asked.out):
             print(made)
-    for made in throughput.write({file: newest(file) for file in files}, asked.out):
+    rows = {file: newest(file) for file in files}
+    for made in throughput.write(rows, asked.out):
         print(made)
     if asked.results == here / "results":
         refresh(measure.ROOT / "README.md", files)
-    absent = figures.missing(row for file in files for row in newest(file))
+    absent = figures.missing(figures.read(rows))
     for figure in absent:
         print(f"not measured on a CPU: {figure.group}: {figure.name}")
     return 1 if absent and asked.strict else 0

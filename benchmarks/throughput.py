@@ -36,6 +36,7 @@ from benchmarks.figures import (
 )
 from benchmarks.measure import met, number
 from benchmarks.pages import cited
+from fastrot import bounds
 
 NOT_MEASURED, OF_A_GPU = "not measured", "of a GPU only"
 
@@ -63,7 +64,7 @@ def table(found: Machines) -> list[list[str]]:
 def _cell(figure: Figure, value: Value | None, column: str) -> str:
     if value is None:
         return OF_A_GPU if column.startswith("CPU") and _needs_a_gpu(figure) else NOT_MEASURED
-    return cited(value.row, plain(value.value, value.unit)) + marks(value.row)
+    return cited(value.row, plain(value.value, value.unit)) + marks(value.row, value.unit)
 
 
 def _needs_a_gpu(figure: Figure) -> bool:
@@ -80,10 +81,11 @@ def plain(value: float, unit: str) -> str:
     return f"{100 * value:.3g}" if unit == "share" else number(value)
 
 
-def marks(row: Row) -> str:
-    """What has to be said beside a figure."""
-    said = [name for name in ("extrapolated", "modelled") if row.get(name)]
-    return "".join([" †"] * bool(row.get("dirty")) + [f", {name}" for name in said])
+def marks(row: Row, unit: str) -> str:
+    """What has to be said beside a figure; what is extrapolated in a row is its seconds."""
+    said = ["extrapolated"] * bool(row.get("extrapolated") and unit == "s")
+    said += ["modelled"] * bool(row.get("modelled"))
+    return " †" * bool(row.get("dirty")) + "".join(f", {each}" for each in said)
 
 
 # ---- what to think of it ----
@@ -114,7 +116,7 @@ def quickest(rows: list[Row]) -> Row | None:
 
 def _told(row: Row, field: str, unit: str) -> str:
     told = f"{plain(of(row, field), unit)} {'%' if unit == 'share' else unit}"
-    return cited(row, told.strip()) + marks(row)
+    return cited(row, told.strip()) + marks(row, unit)
 
 
 def _largest(step: Row) -> str:
@@ -127,49 +129,54 @@ def _largest(step: Row) -> str:
 
 
 def _bound(step: Row, rows: list[Row]) -> Iterator[str]:
-    """The largest of what a step waits for, what its device idles for, and what arithmetic and memory take at least."""
+    """What binds the step, and how much of it is floor."""
     floors = [row for row in ours(rows, "roofline") if same_size(row, step)]
-    shares = {"data": "wait_share", "launches": "idle_share"}
-    ms = {name: (step.get(share) or 0) * step["p50"] for name, share in shares.items()}
-    if floors:
-        floor = floors[-1]
-        ms["arithmetic"] = floor["matrix_ms"]
-        ms["memory"] = floor["traffic_ms"] + floor["optimiser_ms"]
-    if not any(ms.values()):
-        yield "what bounds the step is not told: there is no floor of its size."
+    if not floors:
+        yield "what bounds the step is not told, since no floor of its size is measured."
         return
-    binds = max(ms, key=lambda name: ms[name])
-    if binds in shares:
-        how = "waited for" if binds == "data" else "idle between"
-        yield f"bound by {binds}: {_told(step, shares[binds], 'share')} of the step is {how}."
-    elif floors:
-        yield (
-            f"bound by {binds}: of the floor, matrix products take {_told(floor, 'matrix_ms', 'ms')}, other kernels' traffic "
-            f"{_told(floor, 'traffic_ms', 'ms')}, the optimiser {_told(floor, 'optimiser_ms', 'ms')}; data is waited for "
-            f"{_told(step, 'wait_share', 'share')} of the step."
-        )
-    if floors:
-        share = floor["p50"] / step["p50"]
-        yield (
-            f"the floor's share of the step: {_told(floor, 'p50', 'ms')} / {_told(step, 'p50', 'ms')} = {share:.3g}."
-        )
+    floor, idle = floors[-1], step.get("idle_share")
+    seconds, waited = step["p50"] / 1e3, step.get("wait_share") or 0.0
+    measured = bounds.Measured(
+        step=seconds,
+        wait=waited * seconds,
+        busy=None if idle is None else (1 - idle) * seconds,
+        arithmetic=floor["matrix_ms"] / 1e3,
+        memory=(floor["traffic_ms"] + floor["optimiser_ms"]) / 1e3,
+    )
+    rest = (
+        "" if idle is None else f", the GPU is idle for {_told(step, 'idle_share', 'share')} of it"
+    )
+    yield (
+        f"bound by {bounds.bound(measured)}: data is waited for {_told(step, 'wait_share', 'share')} of the step{rest}; "
+        f"matrix products take at least {_told(floor, 'matrix_ms', 'ms')}, other kernels' traffic "
+        f"{_told(floor, 'traffic_ms', 'ms')}, the optimiser {_told(floor, 'optimiser_ms', 'ms')}."
+    )
+    share = floor["p50"] / step["p50"]
+    yield f"of the step, {_told(floor, 'p50', 'ms')} / {_told(step, 'p50', 'ms')} = {share:.3g} is floor."
 
 
 def _speed_up(step: Row, rows: list[Row]) -> Iterator[str]:
-    """Images/s over the original's way, on the same machine and of the same size."""
-    for row in (row for row in rows if row["what"] == "baseline"):
-        name = row["variant"].removeprefix("original's way, ")
-        if row["unit"] != "images/s" or "alone" in name:
-            continue
-        if not same_size(row, step):
-            yield f"over the original's way, {name}: not told, the sizes differ."
-            continue
-        other = "" if row["commit"] == step["commit"] else " (measured at another commit)"
-        times = step["images_per_s"] / row["p50"]
-        yield (
-            f"over the original's way, {name}: {_told(step, 'images_per_s', 'images/s')} / "
-            f"{_told(row, 'p50', 'images/s')} = {times:.3g} times{other}."
-        )
+    """Times the original's way: side by side as that benchmark has it, and of the quickest step where sizes agree."""
+    for row in rows:
+        name = (row.get("variant") or "").replace("original's way", "the original's way")
+        if row["what"] == "baseline ratio":
+            mine, theirs = name.split(" / ")
+            yield f"{mine} is {_told(row, 'p50', 'times')} as quick as {theirs}, side by side in one run."
+        elif row["what"] == "baseline" and name.startswith("the original's") and row.get("epoch_s"):
+            yield _beside(step, row, name)
+
+
+def _beside(step: Row, row: Row, name: str) -> str:
+    """The quickest step's images/s over those of the original's way."""
+    if not same_size(row, step, ("size", "width")):
+        return f"the quickest step is not compared with {name}, which is of another size."
+    times = step["images_per_s"] / row["p50"]
+    other = "" if same_size(row, step) else ", which has another batch"
+    other += "" if row["commit"] == step["commit"] else ", measured at another commit"
+    return (
+        f"the quickest step over {name}{other}: {_told(step, 'images_per_s', 'images/s')} / "
+        f"{_told(row, 'p50', 'images/s')} = {times:.3g} times."
+    )
 
 
 def _targets(found: Machines) -> Iterator[str]:
@@ -213,7 +220,7 @@ def is_whole(row: Row) -> bool:
 # ---- the page ----
 
 
-def parts(found: Machines, drawn: dict[str, Path], results: Path | None = None) -> list[tuple]:
+def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
     """The page; `drawn`: its plots by name."""
 
     def section(heading: str, plot: str, about: str, *more: tuple) -> list[tuple]:
@@ -228,7 +235,7 @@ def parts(found: Machines, drawn: dict[str, Path], results: Path | None = None) 
         *section(
             "Throughput by loader",
             "loaders",
-            "Dots are medians, lines the 20th to the 80th percentile; both axes are logarithmic.",
+            "Dots are medians, lines reach over the middle three fifths of the repetitions; the axes are logarithmic.",
         ),
         *section(
             "A step's time",
@@ -312,15 +319,18 @@ def _floor_tables(found: Machines) -> Iterator[list[list[str]]]:
 
 def _scaling(found: Machines) -> tuple[Any, ...]:
     """What the modelled figures stand on."""
-    lines = [["machine", "modelled", "from a step of, ms", "at a link of, GB/s", "bytes a step"]]
-    for name, rows in found.items():
-        for row in (row for row in rows if row["what"] == "scaling"):
-            each = (of(row, field) for field in ("step_ms", "link_gb_per_s", "bytes"))
-            cells = (cited(row, number(v)) if isinstance(v, int | float) else "" for v in each)
-            lines.append([name, row["variant"], *cells])
+    lines = [["modelled", "from a step of, ms", "on", "bytes a step and rank", "at GB/s", "link"]]
+    for row in (row for rows in found.values() for row in rows if row["what"] == "scaling"):
+        step, sent, speed = (of(row, name) for name in ("step_ms", "bytes", "link_gb_per_s"))
+        told = (cited(row, number(value)) if value is not None else "" for value in (sent, speed))
+        on, link = row.get("step_on") or "", row.get("link")
+        lines.append(
+            [row["variant"], cited(row, number(step)), on, *told, cited(row, link) if link else ""]
+        )
     about = (
-        "One GPU is measured; more are modelled, not measured: the measured step, and the bytes that ranks were counted to send "
-        "each other over a link whose speed is an assumption."
+        "One GPU, or processor, is measured; more are modelled, not measured: the measured step, and behind it the bytes that "
+        "ranks were counted to send each other, over links whose speed is an assumption. The bars reach to where "
+        "gradients are sent beside the step as far as they fit."
     )
     return about, *_tables(lines)
 
@@ -339,17 +349,21 @@ def _told_missing(rows: list[Row]) -> str:
     return f"Missing on the CPU: {'; '.join(absent)}."
 
 
+def page(files: dict[Path, list[Row]], drawn: dict[str, Path]) -> list[tuple]:
+    """All of it: its parts, and the lines that they lead to."""
+    rows = read(files)
+    made = parts(machines(rows), drawn)
+    cites = pages.citations(made)
+    return [*made, ("lines", [row for row in rows if (row["file"], row["line"]) in cites])]
+
+
 def write(files: dict[Path, list[Row]], out: Path) -> list[Path]:
     """The page of these files of results and their rows, its plots beside it, in the folder `out`."""
-    rows = read(files)
-    found = machines(rows)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = throughput_plots.draw(found, out)
-    page = parts(found, drawn)
-    cites = pages.citations(page)
-    page.append(("lines", [row for row in rows if (row["file"], row["line"]) in cites]))
+    drawn = throughput_plots.draw(machines(read(files)), out)
+    whole = page(files, drawn)
     results = os.path.relpath(next(iter(files)).parent, out).replace(os.sep, "/")
     made = [out / "throughput.md", out / "throughput.html"]
-    made[0].write_text(pages.markdown(page, results))
-    made[1].write_text(pages.as_html(page))
+    made[0].write_text(pages.markdown(whole, results))
+    made[1].write_text(pages.as_html(whole))
     return [*made, *drawn.values()]

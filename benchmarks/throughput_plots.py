@@ -109,11 +109,15 @@ def _dots(axes, rows: list[Row], order: list[str], field: str) -> None:
         axes.plot([row.get(low), row.get(high)], [at, at], color=colour, lw=2, alpha=0.6)
         axes.plot(row[field], at, mark, color=colour, ms=6)
         axes.annotate(
-            number(row[field]), (row[field], at), (7, -3), textcoords="offset points", fontsize=8
+            number(row[field]),
+            (max(row[field], row.get(high) or 0), at),
+            (7, -3),
+            textcoords="offset points",
+            fontsize=8,
         )
     axes.set_xscale("log")
     values = [row[field] for row in rows]
-    axes.set_xlim(min(values) / 1.5, max(values) * 2.2)
+    axes.set_xlim(min(values) / 1.5, max(values) * 3)
     _plain_ticks(axes.xaxis)
     axes.legend(
         handles=[_dot("o", RED, "this project's"), _dot("s", GREY, "others'")],
@@ -130,11 +134,20 @@ def _dot(mark: str, colour: str, label: str, face: str | None = None):
 
 
 def _plain_ticks(axis) -> None:
+    """Ticks of a logarithmic axis that do not run into each other: 500, 20k, 1M."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    for letter, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 # ---- steps ----
@@ -273,10 +286,12 @@ def _epochs(found: Machines):
                 *((seconds, at), (5, -3)),
                 textcoords="offset points",
                 fontsize=8,
+                zorder=4,
+                bbox={"fc": "white", "ec": "none", "pad": 0.6},
             )
         axes.set_yticks(range(len(some)), [label for label, _, _, _ in some])
         axes.set_ylim(len(some) - 0.4, -0.6)
-        axes.axvline(aims.EPOCH_S, color=BLACK, ls="--", lw=1)
+        axes.axvline(aims.EPOCH_S, color=BLACK, ls="--", lw=1.2, zorder=3)
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xscale("log")
         axes.set_xlim(10, longest * 3)
@@ -302,10 +317,11 @@ def _epoch_marks() -> list[Any]:
 def _bars_of(rows: list[Row]) -> list[tuple[str, float, str, bool]]:
     """Label, seconds, colour and whether it is extrapolated, of each bar of a machine."""
     baselines = [row for row in rows if row["what"] == "baseline" and row.get("epoch_s")]
-    bars = [
-        (row["variant"] + _size(row), row["epoch_s"], ORANGE, bool(row.get("extrapolated")))
-        for row in baselines
-    ]
+    bars = []
+    for row in baselines:
+        colour = BLUE if row["variant"].startswith("ours") else ORANGE
+        of_it = row["epoch_s"], colour, bool(row.get("extrapolated"))
+        bars.append((row["variant"] + _size(row), *of_it))
     bars += [
         (
             f"{row.get('form') or ''}, {row['loader']}{_size(row)}".removeprefix(", "),
@@ -330,54 +346,65 @@ def _size(row: Row) -> str:
 
 
 def _scaling(found: Machines):
-    """Images/s of one GPU as measured and of more as modelled, against as many times one."""
-    some = _having(found, _of("scaling"))
-    if not some:
+    """Images/s of one GPU as measured and of more as modelled, against as many times one; a panel for each kind of run."""
+    kinds: dict[str, list[Row]] = {}
+    for name, rows in _having(found, _of("scaling")).items():
+        for row in sorted(rows, key=_count):
+            kinds.setdefault(f"{name}{_kind(row)}", []).append(row)
+    if not kinds:
         return None
-    figure, panels = panels_of(1, 4.2 + 0.2 * len(some), width=8)
-    axes = panels[0, 0]
-    counts = [1]
-    for (name, rows), colour, mark in zip(some.items(), LINES, MARKERS, strict=False):
-        points = sorted((_count(row), row) for row in rows)
-        counts += [count for count, _ in points]
-        measured = _measured_one(found[name], rows)
-        line = [(count, row["p50"]) for count, row in points]
+    figure, panels = panels_of(len(kinds), 3.1 * len(kinds) + 0.4, shared=False, width=8)
+    for (name, rows), (axes,) in zip(kinds.items(), panels, strict=True):
+        counts, rates = [_count(row) for row in rows], [row["p50"] for row in rows]
+        measured = _modelled_from(rows[0], found)
         if measured is not None:
             one = measured["images_per_s"]
-            most = max(counts)
-            axes.plot([1, most], [one, one * most], ":", color=colour, lw=1)
-            axes.plot(1, one, mark, color=colour, ms=8, label=f"{name}: measured")
+            more = [one, one * counts[-1]]
+            axes.plot([1, counts[-1]], more, ":", color=GREY, label="as many times one")
+            axes.plot(1, one, "o", color=RED, ms=8, label="measured")
             _say(axes, 1, one, f"{number(one)} images/s")
-            line = [(1, one), *line]
-        axes.plot(*zip(*line, strict=True), "--", color=colour, lw=1)
-        xs, ys = zip(*((count, row["p50"]) for count, row in points), strict=True)
-        axes.plot(xs, ys, mark, color=colour, mfc="white", ms=8, label=f"{name}: modelled")
-        for count, row in points:
-            _say(axes, count, row["p50"], f"{number(row['seconds_per_epoch'])} s an epoch")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sorted(set(counts)), [str(count) for count in sorted(set(counts))])
-    axes.set_xlim(0.75, max(counts) * 2.6)
-    axes.margins(y=0.15)
-    axes.set_xlabel("GPUs, or machines; hollow: modelled, not measured; dotted: as many times one")
-    axes.set_ylabel("images/s")
-    _plain_ticks(axes.yaxis)
-    axes.legend(loc="upper left", fontsize=8)
+        most = [of(row, "full_overlap.images_per_s") or row["p50"] for row in rows]
+        axes.vlines(counts, rates, most, color=BLUE, lw=3, alpha=0.5)
+        style = {"color": BLUE, "mfc": "white", "ms": 8, "label": "modelled, not measured"}
+        axes.plot(counts, rates, "--o", **style)
+        for count, row in zip(counts, rows, strict=True):
+            epoch = f"{number(row['seconds_per_epoch'])} s an epoch"
+            _say(axes, count, row["p50"], f"{number(row['p50'])} images/s,\n{epoch}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([1, *counts], [str(count) for count in (1, *counts)])
+        axes.set_xlim(0.75, counts[-1] * 3)
+        axes.margins(y=0.2)
+        axes.set_ylabel("images/s")
+        axes.set_title(_modelled_title(name, rows[0]), loc="left", fontsize="medium")
+        _plain_ticks(axes.yaxis)
+        axes.legend(loc="upper left", fontsize=8)
+    panels[-1, 0].set_xlabel("GPUs")
     return figure
 
 
-def _say(axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), (8, -12), textcoords="offset points", fontsize=8)
+def _modelled_title(name: str, row: Row) -> str:
+    return f"{name}: from a step of {number(row['step_ms'])} ms"
+
+
+def _kind(row: Row) -> str:
+    """What its variant says behind the number of GPUs."""
+    _, _, kind = row["variant"].partition(", ")
+    return f", {kind}" if kind else ""
 
 
 def _count(row: Row) -> int:
     return int(row["variant"].split()[0])
 
 
-def _measured_one(rows: list[Row], modelled: list[Row]) -> Row | None:
-    """The step that the model stands on; else none."""
-    found = [r for r in ours(rows, "step") if r["p50"] == modelled[0].get("step_ms")]
-    return found[0] if found else None
+def _modelled_from(row: Row, found: Machines) -> Row | None:
+    """The step that the model stands on; none where it is no longer the newest."""
+    every = (step for rows in found.values() for step in ours(rows, "step"))
+    return next((step for step in every if step["p50"] == row.get("step_ms")), None)
+
+
+def _say(axes, x: float, y: float, text: str) -> None:
+    axes.annotate(text, (x, y), (9, -4), textcoords="offset points", fontsize=8, va="top")
 
 
 # ---- learning ----
