@@ -57,7 +57,7 @@ REQUIRED = {  # figures that a CPU has to have, in their order on the page
     IDLE: (),
     MEMORY: (),
     BANK: (aims.PRESET,),
-    EPOCH: ("beton", "shards", "pack"),
+    EPOCH: ("eager, pack",),
     BASELINE: (
         *(f"num_workers {n}: {told}" for n in (0, 8) for told in ("images/s", "step", "epoch")),
         *("step alone: images/s", "step alone: step"),
@@ -181,8 +181,8 @@ def figures_of(row: Row) -> Iterator[tuple[Figure, str, str]]:
             yield Figure(MEMORY, name), "peak_memory_mb", "MB"
         case "bank's share of a step":
             yield Figure(BANK, aims.PRESET if aims.PRESET in variant else variant), "p50", "share"
-        case "epoch":
-            name = f"{other_preset(row)}{row['loader']}"
+        case "epoch" if row.get("form"):
+            name = f"{other_preset(row)}{row['form']}, {row['loader']}"
             yield Figure(EPOCH, name), "p50", unit
             yield Figure(EPOCH, f"{name}: of it, training"), "split.train", "s"
             yield Figure(EPOCH, f"{name}: of it, validation"), "split.validation", "s"

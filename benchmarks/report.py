@@ -6,7 +6,7 @@ throughput.md and throughput.html are over all machines (see throughput.py); --s
 that a CPU has to have is not measured.
 
 Every figure on a page is a row's; the last column names its line in the file of results. Of rows with the same key
-(what, variant, mode, shape, dtype, machine) the newest counts.
+(what, variant, form, mode, shape, dtype, machine) the newest counts.
 """
 
 import sys
@@ -41,7 +41,7 @@ BEGIN, END = (
     "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
     "<!-- /measured -->",
 )
-KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
+KEY = ("what", "variant", "form", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
     "waited": "share waited",

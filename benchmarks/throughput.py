@@ -187,7 +187,7 @@ def _targets(found: Machines) -> Iterator[str]:
     ]
     for name, row in epochs:
         grade = next((told for limit, told in _grades() if row["p50"] <= limit), "MISSED")
-        yield f"{grade}: an epoch on {name}, {row['loader']}: {_told(row, 'p50', 's')} (target {aims.EPOCH_S} s)."
+        yield f"{grade}: an epoch on {name}, {row['form']}, {row['loader']}: {_told(row, 'p50', 's')} (target {aims.EPOCH_S} s)."
     if not epochs:
         yield f"Not measured: an epoch on a GPU (target {aims.EPOCH_S} s)."
     for name, rows in gpus.items():
@@ -254,8 +254,11 @@ def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
             "Seconds per epoch",
             "epochs",
             f"Held against: {aims.REFERENCE}. Targets: {aims.AIMS}.",
+            *_notes(found, "epoch", "baseline"),
         ),
-        *section("Scaling", "scaling", *_scaling(found)),
+        *section(
+            "Scaling", "scaling", *_scaling(found), *_notes(found, "communication", "scaling")
+        ),
         *section(
             "Learning curves",
             "learning",
@@ -271,6 +274,16 @@ def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
 
 def _tables(*tables: list[list[str]]) -> list[tuple]:
     return [("table", each) for each in tables if len(each) > 1]
+
+
+def _notes(found: Machines, *kinds: str) -> list[tuple]:
+    """What rows of these kinds say about how they were measured, each once for a machine."""
+    said = {}
+    for name, rows in found.items():
+        for row in rows:
+            if row["what"] in kinds and row.get("about"):
+                said[name, row["about"]] = f"{name}: {cited(row, row['about'])}."
+    return [("list", list(said.values()))] if said else []
 
 
 def _sizes(found: Machines) -> str:

@@ -155,13 +155,16 @@ def _short(value: float) -> str:
 
 def _steps(found: Machines):
     """The parts of each step on top of each other, beside the whole step without marks."""
-    some = _having(found, lambda rows: [row for row in steps(rows) if row.get("split")])
+    some = _having(found, steps)
     if not some:
         return None
     heights = [1 + 0.3 * len(rows) for rows in some.values()]
     figure, panels = panels_of(len(some), sum(heights) + 1, shared=False, heights=heights, width=11)
     for (name, rows), (axes,) in zip(some.items(), panels, strict=True):
-        ends = _stacked(axes, _named(rows), [row["split"] for row in rows], OF_PART)
+        splits = [row.get("split") or {} for row in rows]
+        ends = _stacked(axes, _named(rows), splits, OF_PART)
+        captured = [0.0 if split else row["p50"] for row, split in zip(rows, splits, strict=True)]
+        axes.barh(range(len(rows)), captured, color="white", ec=GREY, hatch="....")
         axes.plot([row["p50"] for row in rows], range(len(rows)), "D", color="white", mec=BLACK)
         for at, (row, end) in enumerate(zip(rows, ends, strict=True)):
             axes.annotate(
@@ -174,16 +177,18 @@ def _steps(found: Machines):
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xlabel("milliseconds a step")
     whole = _dot("D", BLACK, "whole step, without marks", face="white")
-    figure.legend(
-        handles=[*_patches(OF_PART), whole], loc="outside upper center", ncols=5, fontsize=9
-    )
+    from matplotlib.patches import Patch
+
+    captured = Patch(fc="white", ec=GREY, hatch="....", label="captured whole: no parts")
+    handles = [*_patches(OF_PART), whole, captured]
+    figure.legend(handles=handles, loc="outside upper center", ncols=6, fontsize=9)
     return figure
 
 
 def _stacked(axes, names: list[str], splits: list[dict[str, Any]], colours: dict[str, str]):
     """Bars of parts, the first name on top; where each ends."""
     ends = [0.0] * len(names)
-    widest = max(sum(v or 0 for v in split.values()) for split in splits)
+    widest = max(sum(value or 0 for value in split.values()) for split in splits)
     for part, colour in colours.items():
         values = [split.get(part) or 0 for split in splits]
         axes.barh(range(len(names)), values, left=ends, color=colour, ec="white", lw=0.5)
@@ -294,7 +299,7 @@ def _epochs(found: Machines):
         axes.axvline(aims.EPOCH_S, color=BLACK, ls="--", lw=1.2, zorder=3)
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xscale("log")
-        axes.set_xlim(10, longest * 3)
+        axes.set_xlim(min([10, *(0.5 * s for _, s, _, _ in some)]), longest * 3)
         _plain_ticks(axes.xaxis)
     panels[-1, 0].set_xlabel("seconds an epoch, logarithmic")
     figure.legend(handles=_epoch_marks(), loc="outside upper center", ncols=4, fontsize=9)

@@ -261,7 +261,7 @@ def test_what_is_not_committed_extrapolated_or_modelled_is_marked(tmp_path, word
     table = cells(written(tmp_path, rows))
     assert table[figures.CEILING, "copy"][1].endswith(") †")
     assert table[figures.CEILING, "matrix product"][1].endswith(")")
-    assert table[figures.EPOCH, "pack"][1].endswith(", extrapolated")
+    assert table[figures.EPOCH, "eager, pack"][1].endswith(", extrapolated")
     assert table[figures.BASELINE, "num_workers 8: epoch"][1].endswith(", extrapolated")
     assert table[figures.BASELINE, "num_workers 8: images/s"][1].endswith(")")
     assert table[figures.SCALING, "64 GPUs: images/s"][1].endswith(", modelled")
@@ -308,7 +308,7 @@ def test_it_says_how_much_quicker_where_sizes_agree():
 )
 def test_it_says_which_target_is_missed(seconds, grade):
     told = said(changed(made.gpu_rows(), "epoch", p50=seconds))
-    assert f"{grade}: an epoch on {CARD}, pack: {seconds:.3g} s (target 60 s)." in told
+    assert f"{grade}: an epoch on {CARD}, eager, pack: {seconds:.3g} s (target 60 s)." in told
     assert "eager with shards" in told
     assert "eager with pack" not in told
 
