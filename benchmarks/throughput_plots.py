@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import advice, aims
-from benchmarks.figures import PARTS, Machines, Row, of, on_gpu, other_preset, ours, steps
+from benchmarks.figures import Machines, Row, of, on_gpu, other_preset, ours, steps
 from benchmarks.measure import number
 from benchmarks.plots import panels_of
 
 BLACK, GREY, BLUE, SKY, GREEN = "#000000", "#999999", "#0072B2", "#56B4E9", "#009E73"
 YELLOW, ORANGE, RED, PURPLE = "#F0E442", "#E69F00", "#D55E00", "#CC79A7"
-OF_PART = dict(
-    zip(PARTS, (BLACK, YELLOW, BLUE, GREEN, PURPLE, SKY, ORANGE, RED, GREY), strict=True)
-)
+OF_PART: dict[str, str] = {
+    "wait": BLACK,
+    "views": YELLOW,
+    "forward": BLUE,
+    "losses": GREEN,
+    "nce": PURPLE,
+    "backward": SKY,
+    "optimiser": ORANGE,
+    "bank": RED,
+    "rest": GREY,
+}
 DARK = (BLACK, BLUE, RED)  # white letters stand on them
 MARKERS, LINES = "osD^vP*X", (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 ALONE, BESIDE = "crops", "crops, beside a stand-in for the step"

@@ -61,7 +61,7 @@ def strangers(text, page):
         if not says(json.loads(rows[file][int(line) - 1]), told)
     ]
     for one, other, quotient in QUOTIENT.findall(text):
-        a, b = (float(FIGURE.search(each)[0].replace(",", "")) for each in (one, other))
+        a, b = (float(FIGURE.findall(each)[0].replace(",", "")) for each in (one, other))
         if float(quotient.rstrip(".")) != pytest.approx(a / b, rel=0.02):
             found.append((one, other, quotient))
     return [*found, *unlinked(text, [json.loads(line) for each in rows.values() for line in each])]
@@ -94,7 +94,9 @@ def leaves(value):
 
 def unlinked(text, rows):
     """Lines with a digit outside links, constants, quotients and names."""
-    names = {row[name] for row in rows for name in ("variant", "gpu", "cpu") if row.get(name)}
+    names = {
+        row[name] for row in rows for name in ("what", "variant", "gpu", "cpu") if row.get(name)
+    }
     names |= {f"{row['cpu']}, {row['cores']} cores" for row in rows} | {"H200"}
     names |= {layer["name"] for row in rows for layer in row.get("layers") or ()}
     names |= {name.split("way, ")[-1] for name in names}
