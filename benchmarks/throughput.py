@@ -262,7 +262,8 @@ def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
         *section(
             "Learning curves",
             "learning",
-            "Held-out turns told right and the training loss, by step; each line a seed.",
+            "Held-out turns told right, and their loss, by step; each line a seed.",
+            *_notes(found, "learning"),
         ),
         ("heading", "Every figure"),
         ("text", _about_table(every)),
@@ -277,12 +278,12 @@ def _tables(*tables: list[list[str]]) -> list[tuple]:
 
 
 def _notes(found: Machines, *kinds: str) -> list[tuple]:
-    """What rows of these kinds say about how they were measured, each once for a machine."""
+    """What rows of these kinds say about how they were measured, and what follows; each once for a machine."""
     said = {}
     for name, rows in found.items():
-        for row in rows:
-            if row["what"] in kinds and row.get("about"):
-                said[name, row["about"]] = f"{name}: {cited(row, row['about'])}."
+        for row in (row for row in rows if row["what"] in kinds):
+            for told in filter(None, (row.get("judgement"), row.get("about"))):
+                said[name, told] = f"{name}: {cited(row, told)}."
     return [("list", list(said.values()))] if said else []
 
 

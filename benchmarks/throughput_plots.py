@@ -27,6 +27,7 @@ OF_PART: dict[str, str] = {
 }
 DARK = (BLACK, BLUE, RED)  # white letters stand on them
 MARKERS, LINES = "osD^vP*X", (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
+CHANCE = 1 / 4  # of four turns
 ALONE, BESIDE = "crops", "crops, beside a stand-in for the step"
 
 
@@ -424,37 +425,31 @@ def _say(axes, x: float, y: float, text: str) -> None:
 
 
 def _learning(found: Machines):
-    """Accuracy and loss by step, a line for each seed of each form."""
-    some = _having(found, lambda rows: [r for r in _of("learning")(rows) if r.get("curves")])
-    if not some:
+    """Held-out accuracy and loss by step, a line for each seed of each form; panels for each machine and preset."""
+    kinds: dict[str, list[Row]] = {}
+    for name, rows in _having(found, _of("learning")).items():
+        for row in rows:
+            kinds.setdefault(f"{name}: {row['preset']}", []).append(row)
+    if not kinds:
         return None
-    figure, panels = panels_of(len(some), 3.4 * len(some), columns=2, shared=False, width=11)
-    for (name, rows), pair in zip(some.items(), panels, strict=True):
-        for axes, field in zip(pair, ("accuracy", "loss"), strict=True):
-            for row, colour, mark in zip(rows, LINES, MARKERS, strict=False):
-                for i, points in enumerate(curves_of(row)):
-                    told = [(p["step"], p[field]) for p in points if p.get(field) is not None]
-                    if told:
-                        label = row["variant"] if i == 0 else None
-                        style = {"ms": 4, "lw": 1.3, "alpha": 0.85, "label": label}
-                        axes.plot(*zip(*told, strict=True), f"-{mark}", color=colour, **style)
+    figure, panels = panels_of(len(kinds), 3.4 * len(kinds), columns=2, shared=False, width=11)
+    for (name, rows), (accuracy, loss) in zip(kinds.items(), panels, strict=True):
+        for row, colour, mark in zip(rows, LINES, MARKERS, strict=False):
+            _seeds(accuracy, row, "accuracy", colour, mark)
+            _seeds(loss, row, "loss", colour, mark)
+        accuracy.axhline(CHANCE, color=GREY, ls=":", lw=1, label="chance")
+        accuracy.set_ylabel("share of held-out turns told right")
+        accuracy.set_title(name, loc="left", fontsize="medium")
+        loss.set_ylabel("held-out loss")
+        for axes in (accuracy, loss):
             axes.set_xlabel("steps")
             axes.legend(loc="best", fontsize=8)
-        pair[0].axhline(0.25, color=GREY, ls=":", lw=1)
-        pair[0].set_ylabel("share of held-out turns told right")
-        pair[1].set_ylabel("training loss")
-        pair[0].set_title(f"{name} (dotted: chance)", loc="left", fontsize="medium")
     return figure
 
 
-def curves_of(row: Row) -> list[list[dict[str, Any]]]:
-    """Points of each seed; a row may hold one list of points, points that name their seed, or a list of lists."""
-    curves = row["curves"]
-    if isinstance(curves, dict):
-        return list(curves.values())
-    if curves and isinstance(curves[0], list):
-        return curves
-    seeds: dict[Any, list[dict[str, Any]]] = {}
-    for point in curves:
-        seeds.setdefault(point.get("seed"), []).append(point)
-    return list(seeds.values())
+def _seeds(axes, row: Row, field: str, colour: str, mark: str) -> None:
+    """A line for each seed of a row, named once."""
+    for i, points in enumerate(row["curves"]):
+        told = [(point["step"], point[field]) for point in points]
+        style = {"ms": 4, "lw": 1.3, "alpha": 0.8, "label": None if i else row["form"]}
+        axes.plot(*zip(*told, strict=True), f"-{mark}", color=colour, **style)
