@@ -174,7 +174,8 @@ def _steps(found: Machines):
         ends = _stacked(axes, _named(rows), splits, OF_PART)
         captured = [0.0 if split else row["p50"] for row, split in zip(rows, splits, strict=True)]
         axes.barh(range(len(rows)), captured, color="white", ec=GREY, hatch="....")
-        axes.plot([row["p50"] for row in rows], range(len(rows)), "D", color="white", mec=BLACK)
+        below = [at + 0.42 for at in range(len(rows))]
+        axes.plot([row["p50"] for row in rows], below, "^", color="white", mec=BLACK, ms=6)
         for at, (row, end) in enumerate(zip(rows, ends, strict=True)):
             axes.annotate(
                 f"{number(row['p50'])} ms, {number(row['images_per_s'])} images/s",
@@ -185,7 +186,7 @@ def _steps(found: Machines):
         axes.set_xlim(0, 1.35 * max([*ends, *(row["p50"] for row in rows)]))
         axes.set_title(name, loc="left", fontsize="medium")
         axes.set_xlabel("milliseconds a step")
-    whole = _dot("D", BLACK, "whole step, without marks", face="white")
+    whole = _dot("^", BLACK, "whole step, without marks", face="white")
     from matplotlib.patches import Patch
 
     captured = Patch(fc="white", ec=GREY, hatch="....", label="captured whole: no parts")
