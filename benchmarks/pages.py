@@ -1,7 +1,7 @@
 """A page as parts, written as Markdown and as one HTML file that opens from disk.
 
 A part is (kind, what): title, heading, text, list (of texts), table (rows of cells, the first its head), picture (a PNG's
-path), code, or lines (rows of results, as they stand in their files). `cited` puts the row that a figure comes from
+path), page (another page's path), code, or lines (rows of results, as they stand in their files). `cited` puts the row that a figure comes from
 into any text or cell: a link to its line in Markdown, to the line at the end of the page in HTML.
 """
 
@@ -41,6 +41,7 @@ def markdown(parts: list[tuple], results: str = "../results") -> str:
         "list": lambda lines: "\n".join(f"- {linked(line)}" for line in lines),
         "table": table,
         "picture": lambda path: f"![{path.stem}]({path.name})",
+        "page": lambda path: f"[{path.stem}]({path.stem}.md)",
         "code": lambda text: f"```json\n{text}\n```",
         "lines": lambda lines: f"Each figure leads to its line in [{results}]({results}).",
     }
@@ -74,6 +75,7 @@ def as_html(parts: list[tuple]) -> str:
         "list": lambda lines: f"<ul>{''.join(f'<li>{linked(line)}</li>' for line in lines)}</ul>",
         "table": table,
         "picture": picture,
+        "page": lambda path: f'<p><a href="{path.stem}.html">{path.stem}</a></p>',
         "code": lambda text: f"<pre>{html.escape(text)}</pre>",
         "lines": lambda rows: "\n".join(map(line, rows)),
     }

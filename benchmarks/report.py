@@ -20,7 +20,7 @@ import json
 import re
 from typing import Any
 
-from benchmarks import advice, bench_quality, figures, measure, pages, plots, throughput
+from benchmarks import advice, bench_quality, billion, figures, measure, pages, plots, throughput
 from benchmarks.measure import number
 from fastrot import entry
 from fastrot.config import Refused
@@ -35,6 +35,7 @@ TITLES = {
     "cold": "Data that is not in memory: orders of an epoch",
     "chaos": "Killed, and gone on",
     "quality": "What encodings keep: the choice of the pack's",
+    "scale": "A billion pictures",
 }
 APART = ("quality",)  # themes whose figures stand in a table for each thing that is measured
 BEGIN, END = (
@@ -97,13 +98,21 @@ def newest(file: Path) -> list[dict[str, Any]]:
 # ---- a page, as parts: headings, paragraphs, tables, pictures, code ----
 
 
-def page(theme: str, rows: list[dict[str, Any]], name: str, drawn: list[Path]) -> list[tuple]:
+def page(
+    theme: str,
+    rows: list[dict[str, Any]],
+    name: str,
+    drawn: list[Path],
+    known: list[dict[str, Any]],
+) -> list[tuple]:
+    """A theme's page from its rows, those of the file `name`; `known`: all rows of that file."""
     lines = [{k: v for k, v in row.items() if k != "line"} for row in rows]
     return [
         ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
         ("list", conclusion(rows)),
         *(("picture", plot) for plot in drawn),
         *(advice.parts(rows) if theme == "loaders" else []),
+        *(billion.parts(known) if theme == "scale" else []),
         ("heading", "Figures"),
         (
             "text",
@@ -209,14 +218,15 @@ def _processor(row: dict[str, Any]) -> str:
 def write(file: Path, out: Path) -> list[Path]:
     """The pages of one file of results."""
     themes: dict[str, list[dict[str, Any]]] = {}
-    for row in newest(file):
+    known = newest(file)
+    for row in known:
         themes.setdefault(row.get("theme", "ops"), []).append(row)
     out.mkdir(parents=True, exist_ok=True)
     made = []
     for theme, rows in themes.items():
         month = re.sub("-", "", max(row["when"] for row in rows)[:7])
         stem = out / f"{theme}_{file.stem}_{month}"
-        parts = page(theme, rows, file.name, plots.draw(theme, rows, stem))
+        parts = page(theme, rows, file.name, plots.draw(theme, rows, stem), known)
         for suffix, text in ((".md", pages.markdown(parts)), (".html", pages.as_html(parts))):
             made.append(stem.with_name(stem.name + suffix))
             made[-1].write_text(text)
@@ -268,12 +278,11 @@ def main(args: list[str] | None = None) -> int:
         raise Refused(
             f"{asked.results} holds no results: run make bench, or name a folder with --results"
         )
-    for file in files:
-        for made in write(file, asked.out):
-            print(made)
+    made = [page for file in files for page in write(file, asked.out)]
     rows = {file: newest(file) for file in files}
-    for made in throughput.write(rows, asked.out):
-        print(made)
+    scale = [page for page in made if page.name.startswith("scale_") and page.suffix == ".md"]
+    for each in [*made, *throughput.write(rows, asked.out, scale)]:
+        print(each)
     if asked.results == here / "results":
         refresh(measure.ROOT / "README.md", files)
     absent = figures.missing(figures.read(rows))

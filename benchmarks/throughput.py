@@ -220,8 +220,8 @@ def is_whole(row: Row) -> bool:
 # ---- the page ----
 
 
-def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
-    """The page; `drawn`: its plots by name."""
+def parts(found: Machines, drawn: dict[str, Path], scale: list[Path]) -> list[tuple]:
+    """The page; `drawn`: its plots by name; `scale`: pages of a billion pictures."""
 
     def section(heading: str, plot: str, about: str, *more: tuple) -> list[tuple]:
         picture = ("picture", drawn[plot]) if plot in drawn else ("text", f"{NOT_MEASURED}.")
@@ -269,6 +269,8 @@ def parts(found: Machines, drawn: dict[str, Path]) -> list[tuple]:
         ("text", _about_table(every)),
         ("table", table(found)),
         ("text", _told_missing(every)),
+        *([("heading", "A billion pictures")] if scale else []),
+        *(("page", each) for each in scale),
         ("heading", "The lines"),
     ]
 
@@ -363,19 +365,22 @@ def _told_missing(rows: list[Row]) -> str:
     return f"Missing on the CPU: {'; '.join(absent)}."
 
 
-def page(files: dict[Path, list[Row]], drawn: dict[str, Path]) -> list[tuple]:
+def page(files: dict[Path, list[Row]], drawn: dict[str, Path], scale: list[Path]) -> list[tuple]:
     """All of it: its parts, and the lines that they lead to."""
     rows = read(files)
-    made = parts(machines(rows), drawn)
+    made = parts(machines(rows), drawn, scale)
     cites = pages.citations(made)
     return [*made, ("lines", [row for row in rows if (row["file"], row["line"]) in cites])]
 
 
-def write(files: dict[Path, list[Row]], out: Path) -> list[Path]:
-    """The page of these files of results and their rows, its plots beside it, in the folder `out`."""
+def write(files: dict[Path, list[Row]], out: Path, scale: list[Path]) -> list[Path]:
+    """The page of these files of results and their rows, its plots beside it, in the folder `out`.
+
+    `scale`: pages of a billion pictures beside it, which it leads to.
+    """
     out.mkdir(parents=True, exist_ok=True)
     drawn = throughput_plots.draw(machines(read(files)), out)
-    whole = page(files, drawn)
+    whole = page(files, drawn, scale)
     results = os.path.relpath(next(iter(files)).parent, out).replace(os.sep, "/")
     made = [out / "throughput.md", out / "throughput.html"]
     made[0].write_text(pages.markdown(whole, results))

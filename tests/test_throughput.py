@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import throughput_rows as made
@@ -29,7 +30,7 @@ def written(tmp_path, rows):
         name = "abacus_3.jsonl" if row["gpu"] else "cpu_quill.jsonl"
         measure.append(tmp_path / "results" / name, row)
     files = sorted((tmp_path / "results").glob("*.jsonl"))
-    throughput.write({file: report.newest(file) for file in files}, tmp_path / "reports")
+    throughput.write({file: report.newest(file) for file in files}, tmp_path / "reports", [])
     return (tmp_path / "reports" / "throughput.md").read_text()
 
 
@@ -105,6 +106,7 @@ def unlinked(text, rows):
     found = []
     for line in text.splitlines():
         rest = re.sub(r"= [\d.e+,-]+", "", LINK.sub("", line))
+        rest = re.sub(r"\[(\w+)\]\(\1\.md\)", "", rest)  # a page
         for known in (*CONSTANTS, *sorted(names, key=len, reverse=True)):
             rest = rest.replace(known, "")
         if re.search(r"\d", rest):
@@ -142,8 +144,9 @@ def test_the_page_of_this_project_holds_its_rows_figures_and_is_of_now():
     drawn = {
         file.stem.removeprefix("throughput_"): file for file in PAGE.parent.glob("throughput_*.png")
     }
+    scale = sorted(PAGE.parent.glob("scale_*.md"))
     text = PAGE.read_text()
-    assert text == report.pages.markdown(throughput.page(files, drawn), "../results")
+    assert text == report.pages.markdown(throughput.page(files, drawn, scale), "../results")
     assert strangers(text, PAGE) == []
 
 
@@ -236,6 +239,13 @@ def test_the_html_holds_its_pictures_and_lines(both):
         )
 
 
+def test_it_leads_to_the_page_of_a_billion_pictures(both):
+    files = {file: report.newest(file) for file in (both / "results").glob("*.jsonl")}
+    page = throughput.page(files, {}, [Path("scale_x.md")])
+    assert "\n\n[scale_x](scale_x.md)\n\n" in report.pages.markdown(page)
+    assert '<a href="scale_x.html">scale_x</a>' in report.pages.as_html(page)
+
+
 def test_pictures_lie_beside_the_markdown(both):
     text = (both / "reports" / "throughput.md").read_text()
     drawn = re.findall(r"!\[\w+\]\((\w+\.png)\)", text)
@@ -323,3 +333,17 @@ def test_only_a_whole_epoch_on_a_gpu_meets_the_target(other):
     assert "Not measured: an epoch on a GPU (target 60 s)." in told
     assert "met:" not in told
     assert "Not measured: an epoch on a GPU" in said(made.cpu_rows())
+
+
+def test_a_billion_pictures_have_a_page_from_all_rows_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        report.billion, "parts", lambda rows: [("text", f"of {len(rows)} rows, {rows[0]['line']}")]
+    )
+    (loader, *_) = made.cpu_rows()
+    scale = made.made("order", "a billion", 3.0, "us a place", gpu=False, theme="scale")
+    for row in (loader, scale):
+        measure.append(tmp_path / "cpu_quill.jsonl", row)
+    monkeypatch.setattr(report.plots, "draw", lambda *of: [])
+    pages = report.write(tmp_path / "cpu_quill.jsonl", tmp_path / "reports")
+    (page,) = (page for page in pages if page.name.startswith("scale_") and page.suffix == ".md")
+    assert "\n\nof 2 rows, 1\n\n" in page.read_text()
