@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parents[1] / "fastrot"
 FLOORS = [
     {"config"},
     {"core", "presets", "disk", "entry", "native"},
-    {"ops", "dist", "machine", "turn_table"},
+    {"ops", "bounds", "dist", "machine", "turn_table"},
     {"journal", "bank", "backbones", "data", "optim"},
     {"methods", "checkpoint"},
     {"loop", "evals"},
