@@ -14,7 +14,7 @@ from fastrot.presets import PRESETS
 HOUSE = Path(__file__).parents[1] / "fastrot"
 FLOORS = [
     {"config"},
-    {"core", "presets", "disk", "entry", "native"},
+    {"core", "presets", "disk", "entry", "native", "cost"},
     {"ops", "bounds", "dist", "machine", "turn_table"},
     {"journal", "bank", "backbones", "data", "optim"},
     {"methods", "checkpoint"},
