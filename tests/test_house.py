@@ -20,7 +20,7 @@ FLOORS = [
     {"methods", "checkpoint"},
     {"loop", "evals"},
     {"assemble", "page"},
-    {"run"},
+    {"run", "checkup"},
     {"train", "evaluate", "draw", "export", "doctor", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
