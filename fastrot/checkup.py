@@ -12,6 +12,7 @@ than a run's, so that some fit in: those of two batches then make a line, second
 """
 
 import contextlib
+import dataclasses
 import mmap
 import tempfile
 import time
@@ -174,6 +175,8 @@ def examine(
     loader = _opened(cfg, data, device, workers, fit)
     lead = 2 if steps.seconds(fit) < seconds / TIMES / 2 else 1
     together = _together(state, loader, lead, watch)
+    if reading.read is None:  # pictures that are made: calls, which are the step's, and no decoding
+        together = dataclasses.replace(together, wait=0.0)
     scale = cfg.batch / len(steps.held.index)
     arithmetic, memory = (scale * floor for floor in _floors(state, steps.held, ceilings))
     floors = (arithmetic, memory + _descent(state, ceilings))
@@ -350,7 +353,7 @@ def _rate(
     batch: int,
     workers: int,
     watch: Watch,
-    most: float = float("inf"),
+    most: int | None = None,
 ) -> float:
     """images/s of the data alone, on the device that the loader is for, rows again and again until the stage ends.
 
@@ -371,7 +374,7 @@ def _rate(
             if done == lead:
                 wait_for(loader.device)
                 begun = time.perf_counter()
-            elif done > lead and (done >= lead + most or not watch.goes_on()):
+            elif done > lead and (done - lead == most or not watch.goes_on()):
                 break
         wait_for(loader.device)
         return batch * (done - lead) / (time.perf_counter() - begun)
@@ -389,9 +392,9 @@ def pack_bytes(data: Any, sizes: Int32[np.ndarray, "n 2"], short: int) -> int:
     """Bytes of the data as a .pack (ycc) of that short side; of a .pack what it has."""
     if data.format == "pack":
         return data.file.tiles.nbytes
-    shrunk = sizes * np.minimum(1, short / sizes.min(axis=1, keepdims=True))
-    lengths = layout.lengths(np.maximum(shrunk, 1).astype(np.int32), "ycc")
-    return int(lengths.sum()) * layout.WIDTH["ycc"]
+    least = sizes.min(axis=1, keepdims=True).astype(np.int64)
+    shrunk = np.where(least > short, short * sizes // least, sizes)  # as pictures.shrink does it
+    return int(layout.lengths(shrunk.astype(np.int32), "ycc").sum()) * layout.WIDTH["ycc"]
 
 
 def _formats(
@@ -401,14 +404,14 @@ def _formats(
     seconds = watch.begin("other formats", SHARES["formats"])
     if data.format in ("synthetic", "pack"):
         return {}
-    kept, begun = [], time.perf_counter()
     from fastrot.data.pictures import BadPicture, shrink
 
-    while len(kept) < min(TRIED, len(rows)) and time.perf_counter() - begun < seconds / 4:
+    kept, begun = [], time.perf_counter()
+    for row in rows[:TRIED].tolist():
+        if time.perf_counter() - begun > seconds / 4:
+            break
         with contextlib.suppress(BadPicture, DamagedRecord):
-            kept.append(shrink(data.picture(int(rows[len(kept)])), short))
-            continue
-        rows = np.delete(rows, len(kept))
+            kept.append(shrink(data.picture(row), short))
     if not kept:
         return {}
     each = (time.perf_counter() - begun) / len(kept)
@@ -533,11 +536,11 @@ def _wrap(state: TrainState, cfg: Config, held: Batch, watch: Watch) -> None:
 
 
 def _timed(
-    state: TrainState, held: Batch, watch: Watch, most: float = float("inf")
+    state: TrainState, held: Batch, watch: Watch, most: int | None = None
 ) -> tuple[float, float]:
     """Seconds of a step (the median), and those in which the host issued it. Until the stage ends, once at least."""
     each, issued = [], []
-    while not each or (len(each) < most and watch.goes_on()):
+    while not each or (len(each) != most and watch.goes_on()):
         begun = time.perf_counter()
         train_step(state, held)
         issued.append(time.perf_counter() - begun)
@@ -629,7 +632,7 @@ def _measured(
         working = steps.seconds(whole) + beyond * whole
         wait = max(wait * whole / batch, load * whole - working)
         step = max(working, load * whole)
-        wait = min(wait, step)
+    wait = min(wait, step, load * whole)  # a batch is waited for no longer than it takes
     return bounds.Measured(
         step=step,
         wait=wait,
@@ -652,12 +655,12 @@ def _epochs(loader: Loader) -> Iterator[Batch]:
 
 @torch.no_grad()
 def _validation(
-    cfg: Config, val: Data, state: TrainState, batch: int, workers: int, watch: Watch
+    cfg: Config, val: Data, state: TrainState, size: int, workers: int, watch: Watch
 ) -> float:
     """Seconds of a validation pass over `val`, from some of its batches."""
     watch.begin("validation", SHARES["val"])
     view = assemble.evaluation_view(cfg)
-    loader = _opened(cfg, val, state.device, workers, batch, view=view)
+    loader = _opened(cfg, val, state.device, workers, size, view=view)
     method = state.method
     method.net.eval()
     done, images, begun = 0, 0, time.perf_counter()

@@ -53,7 +53,7 @@ class Doctor:
     )
     preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
-    seconds: float = 20  # to look for; opening large data and compiling are not counted
+    seconds: float = 20.0  # to look for; opening large data and compiling are not counted
     batch: int | None = None  # pictures per process and step, before turning; default: the preset's
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     workers: int | None = None  # threads or processes that decode; default: one a core
@@ -453,7 +453,7 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: int | float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.3g} {unit}"
