@@ -40,6 +40,7 @@ SHARES = {  # of the seconds; what is left is for all together
     **{"ceilings": 0.02, "step": 0.2, "copy": 0.02, "val": 0.1},
 }
 LEAST = 0.1  # of the seconds, for all together, whatever the stages before took
+LATE = 0.3  # of the seconds: a stage that would take so much more than there is left is not begun
 SAMPLE = 4096  # pictures that are read, at most
 TRIED = 64  # pictures that are written in other formats, at most
 FEW = 2  # pictures of the first step on a CPU: batch norm wants two
@@ -72,9 +73,7 @@ class Findings:
     batch: int  # pictures of a run's step, which the figures of a step are of
     opened: float  # seconds to make a loader of the data, and on a GPU to place it there
     bytes: float | None  # a picture, as the data holds it; None: it is made, not read
-    from_disk: (
-        float | None
-    )  # share of the bytes read that came from a disk; None: the system does not tell
+    from_disk: float | None  # share of the bytes read; None: the system does not tell
     read: float | None  # by all workers, the first time
     reread: float | None  # the same pictures again
     decode_one: float  # crops by one worker, of pictures just read, reading them again included
@@ -86,7 +85,9 @@ class Findings:
     step_batch: int  # pictures of the step that was timed; where these are fewer, a line through two batches
     together: float  # on the data
     together_batch: int  # pictures of the steps that were timed there
-    steps: int  # that were timed there
+    steps: (
+        int  # that were timed there; 0: it would have taken too long, and follows from the others
+    )
     val_seconds: float | None  # of a validation pass
     short: int  # pixels that a converted picture's short side has at most
     median_short: int  # pixels, of the data's pictures
@@ -153,13 +154,7 @@ def examine(
     with watch.stopped():
         loader = _opened(cfg, data, device, workers, cfg.batch)
     opened = time.perf_counter() - begun
-    draw = np.random.default_rng(cfg.seed)
-    rows = draw.choice(data.rows, min(data.rows, SAMPLE), replace=False).astype(np.int64)
-    reading = _read(data, rows, workers, watch)
-    rows = reading.rows
-    one, every = _decoding(loader, rows, workers, watch)
-    short = short_side(loader.view)
-    forms = _formats(data, rows, short, loader.view, watch)
+    looked = _loading(loader, workers, watch)
     watch.begin("building the net")
     state = _state(cfg, loader, device)
     watch.begin("ceilings")
@@ -168,14 +163,16 @@ def examine(
     copy = _copy(steps.held, device, watch)
     fit = len(steps.held.index)
     judged = None if val is None else _validation(cfg, val, state, fit, workers, watch)
-    decoding = decoding_alone(every, reading.reread)
-    load = 1 / decoding + (0 if reading.read is None else 1 / reading.read)
+    load = 1 / looked["loading"]
     seconds = watch.begin("all together")
     fit = min(fit, _in_time(cfg.batch, seconds, load * max(1, workers)))
     loader = _opened(cfg, data, device, workers, fit)
     lead = 2 if steps.seconds(fit) < seconds / TIMES / 2 else 1
-    together = _together(state, loader, lead, watch)
-    if reading.read is None:  # pictures that are made: calls, which are the step's, and no decoding
+    if (lead + 1) * steps.seconds(fit) < seconds + LATE * watch.seconds:
+        together = _together(state, loader, lead, watch)
+    else:
+        together = _foretold(steps.seconds(fit), load * fit)
+    if looked["read"] is None:  # pictures that are made: that is calls, the step's own
         together = dataclasses.replace(together, wait=0.0)
     scale = cfg.batch / len(steps.held.index)
     arithmetic, memory = (scale * floor for floor in _floors(state, steps.held, ceilings))
@@ -183,19 +180,13 @@ def examine(
     whole = (fit, cfg.batch, steps, load, copy, floors, device)
     measured = _measured(together, *whole)
     sizes = data.sizes(np.arange(data.rows))
+    looked["damaged"] = tuple(sorted(looked["damaged"] | loader.skipped))
     return Findings(
         images=data.rows,
         workers=workers,
         batch=cfg.batch,
         opened=opened,
-        bytes=reading.bytes,
-        from_disk=reading.from_disk,
-        read=reading.read,
-        reread=reading.reread,
-        decode_one=one,
-        decode_all=every,
-        decoding=decoding,
-        loading=1 / load,
+        **looked,
         copy=None if copy is None else 1 / copy,
         step=cfg.batch / steps.seconds(cfg.batch),
         step_batch=len(steps.held.index),
@@ -203,14 +194,36 @@ def examine(
         together_batch=fit,
         steps=together.steps,
         val_seconds=judged,
-        short=short,
         median_short=int(np.median(sizes.min(axis=1))),
-        pack_bytes=pack_bytes(data, sizes, short),
-        forms=forms,
-        damaged=tuple(sorted({*reading.damaged, *loader.skipped})),
+        pack_bytes=pack_bytes(data, sizes, looked["short"]),
         ceilings=ceilings,
         measured=measured,
     )
+
+
+def _loading(loader: Loader, workers: int, watch: Watch) -> dict[str, Any]:
+    """What Findings knows of loading, by its names: pictures read, decoded, and tried in other formats."""
+    data, draw = loader.data, np.random.default_rng(loader.seed)
+    rows = draw.choice(data.rows, min(data.rows, SAMPLE), replace=False).astype(np.int64)
+    reading = _read(data, rows, workers, watch)
+    one, every = _decoding(loader, reading.rows, workers, watch)
+    short = short_side(loader.view)
+    forms = _formats(data, reading.rows, short, loader.view, watch)
+    decoding = decoding_alone(every, reading.reread)
+    read = 0 if reading.read is None else 1 / reading.read
+    return {
+        "bytes": reading.bytes,
+        "from_disk": reading.from_disk,
+        "read": reading.read,
+        "reread": reading.reread,
+        "decode_one": one,
+        "decode_all": every,
+        "decoding": decoding,
+        "loading": 1 / (1 / decoding + read),
+        "short": short,
+        "forms": forms,
+        "damaged": reading.damaged,
+    }
 
 
 def _opened(
@@ -519,6 +532,9 @@ def _step(
     batch = min(cfg.batch, max(MORE, int(seconds / TIMES / (SLOWER * least))))
     if batch == len(small.index):
         return _Steps(small, 0.0, first / batch, None)
+    if first > watch.seconds / 2:  # no time for another
+        each = min(first / batch, SLOWER * least)
+        return _Steps(small, first - each * len(small.index), each, None)
     few = first if first > seconds / TIMES else _timed(state, small, watch, most=1)[0]
     held = _held(data, view, batch, device)
     _wrap(state, cfg, held, watch)
@@ -538,14 +554,19 @@ def _wrap(state: TrainState, cfg: Config, held: Batch, watch: Watch) -> None:
 def _timed(
     state: TrainState, held: Batch, watch: Watch, most: int | None = None
 ) -> tuple[float, float]:
-    """Seconds of a step (the median), and those in which the host issued it. Until the stage ends, once at least."""
+    """Seconds of a step (the median), and those in which the host issued it. Until the stage ends, once at least.
+
+    On a GPU some steps are issued at a time, as in a run, which waits for none of them.
+    """
     each, issued = [], []
+    at_once = 4 if state.device.type == "cuda" else 1
     while not each or (len(each) != most and watch.goes_on()):
         begun = time.perf_counter()
-        train_step(state, held)
-        issued.append(time.perf_counter() - begun)
+        for _ in range(at_once):
+            train_step(state, held)
+        issued.append((time.perf_counter() - begun) / at_once)
         wait_for(state.device)
-        each.append(time.perf_counter() - begun)
+        each.append((time.perf_counter() - begun) / at_once)
     return float(np.median(each)), float(np.median(issued))
 
 
@@ -608,6 +629,11 @@ def _together(state: TrainState, loader: Loader, lead: int, watch: Watch) -> _To
         wait_for(state.device)
         seconds = time.perf_counter() - begun
     return _Together(done - lead, seconds / (done - lead), waited / (done - lead))
+
+
+def _foretold(step: float, load: float) -> _Together:
+    """No step taken: loading goes on beside a step, which waits where it takes longer."""
+    return _Together(0, max(step, load), max(0.0, load - step))
 
 
 def _measured(

@@ -352,12 +352,17 @@ def epoch_seconds(found: "Findings") -> float:
 
 def what_an_epoch_costs(found: "Findings", subject: Subject) -> str:
     """Extrapolated from the steps that were taken together."""
-    said = f"{_time(epoch_seconds(found))} for {found.images:,} pictures, extrapolated from {found.steps} steps"
-    if found.together_batch != found.batch:
-        said += f" of {found.together_batch} pictures"
+    said = f"{_time(epoch_seconds(found))} for {found.images:,} pictures, {_taken(found)}"
     if found.val_seconds is None:
         return f"{said}; without a validation pass"
     return f"{said}; {_time(found.val_seconds)} of it are the validation pass"
+
+
+def _taken(found: "Findings") -> str:
+    if not found.steps:
+        return "foretold: there was no time for steps on the data"
+    fewer = f" of {found.together_batch} pictures" if found.together_batch != found.batch else ""
+    return f"extrapolated from {found.steps:,} step{'s'[: found.steps != 1]}{fewer}"
 
 
 # ---- in words ----
@@ -411,10 +416,7 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
         yield "copy to the device", "-", "there is no GPU"
     else:
         yield "copy to the device", _rate(found.copy), ""
-    few = (
-        "" if found.batch == subject.cfg.batch else f", not {subject.cfg.batch}: it would take long"
-    )
-    yield "step on held pictures", _rate(found.step), f"batches of {found.batch}{few}"
+    yield "step on held pictures", _rate(found.step), _of_batch(found, found.step_batch)
     waits = found.measured.wait / found.measured.step
     yield (
         "all together",

@@ -226,6 +226,24 @@ def test_a_long_step_is_told_from_two_short_ones(formats, monkeypatch):
     assert found.batch == 192
 
 
+def test_a_step_that_there_is_no_time_for_is_foretold(monkeypatch):
+    """A first step that takes longer than all seconds: no other, and none on the data."""
+    taken = []
+
+    def step(state, batch):
+        taken.append(len(batch.index))
+        time.sleep(0.3)
+
+    monkeypatch.setattr(checkup, "train_step", step)
+    monkeypatch.setattr(checkup, "_floors", lambda *_: (1e-3, 0.0))
+    found = examined(assemble.open_data("synthetic:500"), cfg=cfg_of(batch=192), seconds=0.2)
+    assert taken == [checkup.FEW]
+    assert found.steps == 0
+    said = doctor.what_an_epoch_costs(found, subject("synthetic"))
+    assert "foretold: there was no time" in said
+    assert 192 / found.step == pytest.approx(0.3 + 190 * checkup.SLOWER * 5e-4, rel=0.2)
+
+
 def test_what_a_short_step_waits_for_a_long_one_waits_too():
     held = checkup._held(
         assemble.open_data("synthetic:9"), assemble.training_view(cfg_of()), 2, CPU
