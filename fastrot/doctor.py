@@ -53,7 +53,7 @@ class Doctor:
     )
     preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
-    seconds: float = 20.0  # to look for; opening large data and compiling are not counted
+    seconds: float = 20.0  # to look for; opening data, building and compiling a net are not counted
     batch: int | None = None  # pictures per process and step, before turning; default: the preset's
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     workers: int | None = None  # threads or processes that decode; default: one a core
@@ -383,6 +383,7 @@ def in_words(found: "Findings", subject: Subject) -> list[str]:
         + (", compiled" if cfg.compile else ""),
         "machine": machine.device_name(here.device),
         "versions": f"{versions}, commit {machine.commit()}",
+        "looked": f"{found.seconds:.0f} s",
     }
     if found.damaged:
         about["damaged"] = f"{len(found.damaged):,} of those looked at; {found.damaged[0]}"
@@ -404,8 +405,8 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
     own = subject.format == "pack" and subject.here.gpu is not None
     by = "by the GPU" if own else "crops of pictures that were just read"
     yield "decode + crop, one worker", _rate(found.decode_one), by
-    count = f"{found.workers} worker{'s'[: found.workers != 1]}"
-    yield f"decode + crop, {count}", _rate(found.decode_all), ""
+    if found.workers > 1:
+        yield f"decode + crop, {found.workers} workers", _rate(found.decode_all), ""
     for name, form in found.forms.items():
         yield (
             f"the same as a .{name}, one worker",
@@ -418,10 +419,11 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
         yield "copy to the device", _rate(found.copy), ""
     yield "step on held pictures", _rate(found.step), _of_batch(found, found.step_batch)
     waits = found.measured.wait / found.measured.step
+    how = _of_batch(found, found.together_batch) if found.steps else "foretold from the lines above"
     yield (
         "all together",
         _rate(found.together),
-        f"{_of_batch(found, found.together_batch)}; {waits:.0%} of the time waiting for data",
+        f"{how}; {waits:.0%} of the time waiting for data",
     )
 
 

@@ -278,6 +278,7 @@ def test_the_watch_shares_the_seconds_out(monkeypatch):
     assert not watch.goes_on()
     with watch.stopped():
         now[0] += 1000
+    assert watch.so_far == pytest.approx(2.1)
     assert watch.begin("rest") == pytest.approx(17.9)
     now[0] += 50
     assert watch.begin("late") == pytest.approx(checkup.LEAST * 20)
@@ -305,6 +306,7 @@ def findings(**changed) -> Findings:
         },
         ceilings=bounds.Ceilings(tflops=1.0, gb_per_s=10.0),
         measured=measured,
+        seconds=20.0,
     )
     return Findings(**(known | changed))  # type: ignore[arg-type]
 
