@@ -12,7 +12,6 @@ than a run's, so that some fit in: those of two batches then make a line, second
 """
 
 import contextlib
-import dataclasses
 import mmap
 import tempfile
 import time
@@ -179,8 +178,8 @@ def examine(
         together = _together(state, loader, lead, watch)
     else:
         together = _foretold(steps.seconds(fit), load * fit)
-    if looked["read"] is None:  # pictures that are made: that is calls, the step's own
-        together = dataclasses.replace(together, wait=0.0)
+    if looked["read"] is None:  # pictures that are made: that is calls, as a step's own
+        load = 0.0
     scale = cfg.batch / len(steps.held.index)
     arithmetic, memory = (scale * floor for floor in _floors(state, steps.held, ceilings))
     floors = (arithmetic, memory + _descent(state, ceilings))

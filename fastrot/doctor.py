@@ -17,7 +17,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -44,13 +44,14 @@ SOURCES = {
 MADE = "these pictures are made, not read: name your own"
 
 
+Named = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Read, decode, copy and step for 20 seconds: what binds a run, which format, how many workers, what an epoch costs."""
 
-    data: tyro.conf.Positional[str | None] = (
-        None  # FILE.beton, NAME.pack, a folder of shards or pictures, or synthetic
-    )
+    data: Named = ""  # FILE.beton, NAME.pack, a folder of shards or of pictures, or synthetic
     preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
     seconds: float = 20.0  # to look for; opening data, building and compiling a net are not counted
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def config_of(wanted: Doctor) -> Config:
     """The run that is asked about. Raises Refused for what no run could use."""
-    if wanted.data is None:
+    if not wanted.data:
         raise Refused(
             "doctor.py wants data: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
