@@ -1,0 +1,94 @@
+"""What a step costs, counted: against the papers' figure, against torch's own counter, against sums by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_train
+from fastrot import cost
+from fastrot.backbones.alexnet import AlexNet
+from fastrot.backbones.nin import Nin
+from fastrot.config import resolved
+from fastrot.presets import PRESETS
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def test_alexnet_takes_the_papers_multiplications():
+    each = cost.layers(AlexNet(224), (4, 3, 224, 224), BF16)
+    assert [*[layer.name for layer in each][:2], each[-1].name] == [
+        "conv1",
+        "conv2",
+        "fc_block.fc2",
+    ]
+    times = [2 if layer.name == "conv1" else 3 for layer in each]  # no gradient of pixels
+    macs = sum(layer.flop / k for layer, k in zip(each, times, strict=True)) / 2 / 4
+    assert macs / 1e6 == pytest.approx(710.1, abs=0.05)
+    assert sum(layer.weights for layer in each) == 4 * sum(
+        p.numel() for p in AlexNet(224).parameters()
+    )
+
+
+@pytest.mark.parametrize("preset", ["rotnet-alexnet", "decoupling-alexnet"])
+def test_torch_counts_the_same_in_a_real_step(preset):
+    small = dataclasses.replace(PRESETS[preset](), **bench_train.QUICK, precision="fp32")
+    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    with FlopCounterMode(display=False) as counted:
+        trained.step(trained.batch)
+    net = trained.state.method.net
+    mine = cost.layers(net, (32, 3, 64, 64), FP32)
+    assert sum(layer.flop for layer in mine) == counted.get_total_flops()
+    assert all(p.device.type == "cpu" for p in net.parameters())
+    assert net.training
+
+
+def test_traffic_is_the_sum_that_the_page_writes_down():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    ).append(nn.Linear(4 * 16, 5))
+    conv, linear = cost.layers(net, (2, 3, 8, 8), BF16)
+    n, m = 2 * 4 * 64, 2 * 4 * 16
+    assert (conv.flop, linear.flop) == (2 * 2 * n * 27, 3 * 2 * 10 * 64)
+    assert conv.traffic == 2 * ((2 * n + m) + (3 * n + 2 * m))
+    bias, norm, relu, pool, flat = 3 * n, 3 * n + 5 * n, 2 * n + 3 * n, 2 * (n + m), 4 * m
+    assert conv.traffic_unfused == 2 * (bias + norm + relu + pool + flat) + 2 * 8 * m
+    assert (linear.traffic, linear.traffic_unfused) == (2 * 10, 2 * 10)  # the gradient of its bias
+    assert conv.weights == 4 * (4 * 27 + 4 + 8)
+    assert cost.layers(net, (2, 3, 8, 8), FP32)[0].traffic == 2 * conv.traffic
+
+
+def test_nins_layers_are_all_seen():
+    each = cost.layers(Nin(), (2, 3, 32, 32), FP32)
+    assert [layer.name for layer in each][:4] == [
+        "conv1.wide",
+        "conv1.point1",
+        "conv1.point2",
+        "conv2.wide",
+    ]
+    assert len(each) == 12
+    assert all(layer.traffic < layer.traffic_unfused for layer in each)
+
+
+def test_a_product_that_is_not_called_is_told():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.unseen = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.seen(x) @ self.unseen.weight
+
+    with pytest.raises(AssertionError, match="unseen"):
+        cost.layers(Silent(), (2, 4), FP32)
+
+
+def test_the_optimiser_reads_three_and_writes_two():
+    net = nn.Sequential(nn.Linear(10, 6, bias=False), nn.BatchNorm1d(6))
+    assert cost.optimiser_bytes(net, FP32) == 20 * (60 + 12)
+    assert cost.optimiser_bytes(net, FP32, momentum=False) == 12 * (60 + 12)
+    assert cost.optimiser_bytes(net, BF16) == 20 * (60 + 12) + 12 * 60
+    net[0].requires_grad_(False)
+    assert cost.optimiser_bytes(net, BF16) == 20 * 12
