@@ -226,6 +226,7 @@ class Config:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of red, green, blue; 0 to 1
     statistics: Literal["preset", "data"] = "preset"  # data: mean and std of the prepared file
     tensorboard: bool = free(True)  # write TensorBoard files
+    profile: bool = free(False)  # trace five steps: RUN/profile/trace.json and table.txt
     preset: str = "rotnet-alexnet"  # names the run's folder; set by the preset
     method: MethodConfig = RotNet()
     backbone: Backbone = AlexNet()
