@@ -7,6 +7,7 @@ one with the labels waits.
 
 import bisect
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Profile:
         kinds = [ProfilerActivity.CPU]
         if self.state.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of itself on stderr
         self._seen = profile(activities=kinds)
         self._seen.start()
         self._held.callback(self._seen.stop)
