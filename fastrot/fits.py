@@ -1,13 +1,12 @@
 """Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
 
-import contextlib
 import gc
 import traceback
 from dataclasses import dataclass
 
 import torch
 
-from fastrot import config, machine
+from fastrot import config, dist, machine
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import View
 from fastrot.data.plan import Loader
@@ -53,6 +52,7 @@ def sentence(cfg: Config, device: torch.device, built: Built) -> Refused | Stopp
             f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
             "memory there, and the same command goes on from the last checkpoint"
         )
+    dist.abandon(device)
     found = largest(state, built.loader.view, cfg.batch)
     if found is None:
         return Refused(f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}")
@@ -113,17 +113,16 @@ def _try(state: TrainState, view: View, images: int) -> None:
     trained = [p for p in net.parameters() if p.requires_grad]
     momentum = [torch.empty_like(p) for p in trained if not state.optimizer.state.get(p)]
     gradients = [torch.empty_like(p) for p in trained]
-    buffers = [(b, b.clone()) for b in net.buffers()]
-    was_training = net.training
+    # the same numbers under other names: DDP listens to the parameters themselves, and would talk to other ranks
+    weights = {n: p.detach().requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
+    buffers, was_training = [(b, b.clone()) for b in net.buffers()], net.training
     net.train()
     try:
         batch = blank(view, images, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), state.autocast():
-            outputs = net(state.method.views(batch))
+            outputs = torch.func.functional_call(net, weights, (state.method.views(batch),))
         gradients.clear()
         pulled(outputs).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     finally:
         net.train(was_training)
         for buffer, before in buffers:
@@ -135,6 +134,4 @@ def _let_go(state: TrainState) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if state.device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # where a GPU reports an earlier failure again
-            torch.cuda.synchronize(state.device)
         torch.cuda.empty_cache()

@@ -65,7 +65,8 @@ def test_a_run_folder_holds_what_it_promises(straight):
     assert (
         summary["val_accuracy_first"] == next(li for li in lines if li["step"] == 0)["val_accuracy"]
     )
-    assert {"val_accuracy", "images", "seconds", "verdict", "chance"} <= set(summary)
+    assert {"val_accuracy", "images", "seconds", "verdict", "bound", "chance"} <= set(summary)
+    assert summary["verdict"].startswith(f"bound by {summary['bound']} at ")
     assert (summary["images"], summary["steps"], summary["chance"]) == (80, 20, 0.25)
 
 
@@ -122,7 +123,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 def test_a_finished_run_prints_its_summary_and_changes_nothing(straight, pictures, capsys):
     before = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
     lines = (straight / "metrics.jsonl").read_text()
+    summary = json.loads((straight / "summary.json").read_text())
     assert go(pictures, straight) == 0
+    again = json.loads((straight / "summary.json").read_text())
+    assert [again[k] for k in ("bound", "verdict")] == [summary[k] for k in ("bound", "verdict")]
     assert "is done after 20 steps" in capsys.readouterr().out
     after = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
     assert before.keys() == after.keys()
