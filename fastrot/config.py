@@ -202,6 +202,9 @@ class Config:
     order_block: int | None = None  # neighbouring pictures that --order blocks reads together; 64
     order_window: int | None = None  # blocks that it mixes with each other, kept in memory; 256
     workers: int | None = free(None)  # threads or processes that decode; default: one a core
+    threads: int | None = free(
+        None
+    )  # of torch on a CPU; default: this process's share of the cores
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures to be judged on, where there is no --val
@@ -241,6 +244,7 @@ def check(cfg: Config) -> None:
         "max_steps": 1,
         "batch": 1,
         "workers": 0,
+        "threads": 1,
         "log_every": 1,
         "checkpoint_every": 1,
         "keep_every": 1,

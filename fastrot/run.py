@@ -43,6 +43,8 @@ def train(cfg: Config) -> int:
     """
     here = dist.place()
     device = choose_device(cfg.device, here)
+    if (threads := choose_threads(cfg.threads, here, device)) is not None:
+        torch.set_num_threads(threads)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
     runs = runs_of(cfg)
     for run, _ in runs:
@@ -251,6 +253,18 @@ def choose_device(wish: str, here: dist.Place) -> torch.device:
         )
     torch.cuda.set_device(here.local)
     return torch.device("cuda", here.local)
+
+
+def choose_threads(wish: int | None, here: dist.Place, device: torch.device) -> int | None:
+    """Torch's threads of this process; None: as many as torch takes itself, OMP_NUM_THREADS or all cores.
+
+    torchrun sets OMP_NUM_THREADS to 1 for several processes where nobody has set it, which suits GPUs. Without one
+    that 1 is taken for torchrun's, and the process has its share of the cores; --threads 1 means 1.
+    """
+    lowered = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if wish is None and device.type == "cpu" and lowered and here.local_world > 1:
+        return share_of_cores(here.local_world)
+    return wish
 
 
 def choose_precision(wish: config.Precision, device: torch.device) -> config.Precision:
@@ -508,6 +522,12 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         ),
         f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        f"{_counted(loader.workers, 'worker')} for pictures"
+        + (
+            f", {_counted(run_facts['threads'], 'thread')} for the network"
+            if state.device.type == "cpu"
+            else ""
+        ),
         *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
@@ -520,6 +540,10 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
     if saved is not None:
         return [*lines, f"resumed at step {state.step}"]
     return [*lines, f"writing to {run}"]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _judged_by_what_it_learns_from(cfg: Config, loader: Loader, val_loader) -> list[str]:

@@ -228,7 +228,7 @@ def test_ceilings_of_a_gpu():
 def test_a_batch_that_does_not_fit_is_told_with_one_that_does(pictures, tmp_path):
     """A share of the memory, so that a real allocation fails; the told batch then runs in it."""
     total = torch.cuda.get_device_properties(CUDA).total_memory
-    room = torch.cuda.memory_allocated(CUDA) + 1.5 * 2**30
+    room = torch.cuda.memory_allocated(CUDA) + 4 * 2**30
     args = ["demo", "--image-size", "224", "--backbone.kernel", "11", "--backbone.stride", "4"]
     args += ["--backbone.width", "1", "--enlarge", "--device", "cuda", "--no-tensorboard"]
     args += ["--data", "synthetic:2000", "--hold-out", "0", "--workers", "1", "--max-steps", "2"]
