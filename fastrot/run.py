@@ -222,7 +222,7 @@ def _train(
         watch = built.watch
         if cfg.profile and dist.rank() == 0 and state.step < end:
             watch.around = Profile(state, run / "profile", end - state.step, journal.say)
-        fused = cfg.compile and device.type == "cuda"
+        fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
         work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
         loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, alarm, watch))
         if dist.rank() == 0:
@@ -640,6 +640,8 @@ def _bound(
         placement=getattr(loader.data, "chosen", None),
         precision=cfg.precision,
         compiled=cfg.compile,
+        graphed=getattr(cfg, "graph", None) if dist.world() == 1 else None,
+        fused=getattr(cfg.backbone, "fuse", None),
     )
     said = bounds.verdict(m, state.device, state.story.images_per_s(), setting)
     return {"bound": bounds.bound(m), "verdict": said}
