@@ -61,8 +61,8 @@ class Setting:
     placement: str | None = None  # of a pack: resident, pinned
     precision: str | None = None  # bf16, fp16, fp32
     compiled: bool | None = None
-    graphed: bool | None = None
-    fused: bool | None = None  # batch norm and ReLU in one kernel
+    graphed: bool | None = None  # None: or cannot be
+    fused: bool | None = None  # batch norm and ReLU in one kernel; None: or cannot be
 
 
 # ---- what binds ----
@@ -178,14 +178,14 @@ def _copy_less(m: Measured, device: torch.device, setting: Setting) -> str:
 
 def _launch_less(m: Measured, device: torch.device, setting: Setting) -> str:
     ways = [] if setting.compiled else ["--compile"]
-    if device.type == "cuda" and not setting.graphed:
+    if device.type == "cuda" and setting.graphed is False:
         ways.append("--graph")
     return f"try {_listed([*ways, 'a larger --batch'])}"
 
 
 def _move_less(m: Measured, device: torch.device, setting: Setting) -> str:
     ways = [] if setting.compiled else ["--compile"]
-    if not setting.fused:
+    if device.type == "cuda" and setting.fused is False:
         ways.append("--backbone.fuse")
     if setting.precision == "fp32" and device.type == "cuda":
         ways.append("--precision bf16")

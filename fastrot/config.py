@@ -203,6 +203,9 @@ class Config:
     order_block: int | None = None  # neighbouring pictures that --order blocks reads together; 64
     order_window: int | None = None  # blocks that it mixes with each other, kept in memory; 256
     workers: int | None = free(None)  # threads or processes that decode; default: one a core
+    threads: int | None = free(
+        None
+    )  # of torch on a CPU; default: this process's share of the cores
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures to be judged on, where there is no --val
@@ -227,6 +230,7 @@ class Config:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # of red, green, blue; 0 to 1
     statistics: Literal["preset", "data"] = "preset"  # data: mean and std of the prepared file
     tensorboard: bool = free(True)  # write TensorBoard files
+    profile: bool = free(False)  # trace five steps: RUN/profile/trace.json and table.txt
     preset: str = "rotnet-alexnet"  # names the run's folder; set by the preset
     method: MethodConfig = RotNet()
     backbone: Backbone = AlexNet()
@@ -241,6 +245,7 @@ def check(cfg: Config) -> None:
         "max_steps": 1,
         "batch": 1,
         "workers": 0,
+        "threads": 1,
         "log_every": 1,
         "checkpoint_every": 1,
         "keep_every": 1,

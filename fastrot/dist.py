@@ -84,6 +84,14 @@ def stop(*, together: bool = False) -> None:
         _patient = None
 
 
+def abandon(device: torch.device) -> None:
+    """Give up what is under way with the others on a GPU: where one of them has failed it would never end, and all
+    that waits for the GPU with it.
+    """
+    if world() > 1 and device.type == "cuda":
+        distributed.distributed_c10d._abort_process_group()
+
+
 def world() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 

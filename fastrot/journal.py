@@ -194,25 +194,6 @@ def _cut_back(path: Path, step: int, judged: int):
     return path.open("a", encoding="utf-8")
 
 
-def verdict(device: torch.device, wait_share: float, images_per_s: float) -> str:
-    """What bound the run, in one sentence, from the share of its steps spent waiting for data."""
-    where = "GPU" if device.type == "cuda" else "CPU"
-    rate = f"{images_per_s:,.0f} images/s"
-    if wait_share >= 0.5:
-        return (
-            f"bound by loading: {wait_share:.0%} of the time went into waiting for data at {rate}; "
-            "give it more --workers, or smaller pictures (dataprep/to_ffcv.py --short-side)"
-        )
-    if wait_share >= 0.05:
-        return (
-            f"bound by the network's step on the {where}, but {wait_share:.0%} of the time went into "
-            f"waiting for data at {rate}: more --workers would help"
-        )
-    return (
-        f"bound by the network's step on the {where}: {wait_share:.1%} waiting for data at {rate}"
-    )
-
-
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Two aligned columns, as lines."""
     rows = list(rows)

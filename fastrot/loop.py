@@ -21,6 +21,7 @@ from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
 from fastrot.journal import Journal, Meter
 from fastrot.optim import Rates
+from fastrot.watch import Watch
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 
@@ -170,6 +171,7 @@ class Run:
     save: Callable[[str, dict[str, Any]], None]  # writes checkpoints/NAME
     at_epoch: Callable[[], None]  # draws the run's page
     alarm: Alarm  # of this process
+    watch: Watch  # times it
 
 
 def fit(state: TrainState, run: Run) -> None:
@@ -199,7 +201,8 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
     with contextlib.closing(timer.waits(run.loader.epoch(number, start))) as drawn:
         for batch in drawn:
             try:
-                losses = train_step(state, batch)
+                with run.watch.step():
+                    losses = train_step(state, batch)
             except NotFinite:  # a CPU sees it at once; a GPU at the next log line
                 _go_on_only_if_finite(False, state, run.journal.run)
                 raise
@@ -213,6 +216,7 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
                 line = {"step": state.step, "epoch": number, **means, **timer.lap()}
                 line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
                 run.journal.write(line)
+                run.watch.line(line["images_per_s"], line["wait_share"])
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
             if state.step == end or state.step % batches == 0:
                 break  # what follows ends the epoch, and saves
@@ -331,11 +335,16 @@ def settle(state: TrainState, batch: Batch) -> None:
     devices = [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices), state.autocast():
         outputs = state.net(state.method.views(batch))
-    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-    torch.stack([t.float().mean() for t in leaves]).sum().backward()
+    pulled(outputs).backward()
     state.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.data.copy_(before)
+
+
+def pulled(outputs: Any) -> Tensor:
+    """A number whose gradient reaches all outputs of a net, whatever its losses are."""
+    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([t.float().mean() for t in leaves]).sum()
 
 
 class _Timer:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import yaml
 
-from fastrot import assemble, checkpoint, config, dist, loop, machine, page
+from fastrot import assemble, bounds, checkpoint, config, dist, fits, loop, machine, page
+from fastrot.bounds import Measured
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Data, View
 from fastrot.data.plan import Loader
@@ -23,10 +24,12 @@ from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
-from fastrot.journal import Journal, table, verdict
+from fastrot.journal import Journal, table
 from fastrot.loop import Run, TrainState
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
+from fastrot.tracing import Profile
+from fastrot.watch import Watch, Work, completed, work_of
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
@@ -40,6 +43,8 @@ def train(cfg: Config) -> int:
     """
     here = dist.place()
     device = choose_device(cfg.device, here)
+    if (threads := choose_threads(cfg.threads, here, device)) is not None:
+        torch.set_num_threads(threads)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
     runs = runs_of(cfg)
     for run, _ in runs:
@@ -124,7 +129,14 @@ def _train_one(
         if saved is not None:
             _compare(saved, cfg, here, run)
         _deterministic(cfg)
-        _train(cfg, run, saved, here, device, begun, alarm)
+        built = fits.Built()
+        try:
+            _train(cfg, run, saved, here, device, begun, alarm, built)
+        except RuntimeError as error:
+            if not fits.is_full(error):
+                raise
+            fits.forget(error)
+            raise fits.sentence(cfg, device, built) from None
 
 
 def _train(
@@ -135,10 +147,12 @@ def _train(
     device: torch.device,
     begun: float,
     alarm: Alarm,
+    built: fits.Built,
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
     cfg = _with_statistics(cfg, data)
     loader, val_loader = _loaders(cfg, data, run, saved, here, device)
+    built.loader = loader
     run_facts = run_facts_of(cfg, data, loader, here, device)
     if saved is not None:
         _same_data(saved["facts"], run_facts, run)
@@ -162,6 +176,7 @@ def _train(
         device=device,
         dtype=DTYPES[cfg.precision],
     )
+    built.state, built.watch = state, Watch(device)
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_facts |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
     run_facts |= {"classes": facts.classes}
@@ -204,9 +219,15 @@ def _train(
                 _draw(run, state, shown)
                 drawn, cost = time.perf_counter(), time.perf_counter() - now
 
-        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, alarm))
+        watch = built.watch
+        if cfg.profile and dist.rank() == 0 and state.step < end:
+            watch.around = Profile(state, run / "profile", end - state.step, journal.say)
+        fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
+        work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
+        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, alarm, watch))
         if dist.rank() == 0:
             summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
+            summary |= _bound(cfg, state, watch, work, loader, _before(run, state.step))
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
             _draw(run, state, shown)
             journal.say(*_in_words(summary, run))
@@ -232,6 +253,18 @@ def choose_device(wish: str, here: dist.Place) -> torch.device:
         )
     torch.cuda.set_device(here.local)
     return torch.device("cuda", here.local)
+
+
+def choose_threads(wish: int | None, here: dist.Place, device: torch.device) -> int | None:
+    """Torch's threads of this process; None: as many as torch takes itself, OMP_NUM_THREADS or all cores.
+
+    torchrun sets OMP_NUM_THREADS to 1 for several processes where nobody has set it, which suits GPUs. Without one
+    that 1 is taken for torchrun's, and the process has its share of the cores; --threads 1 means 1.
+    """
+    lowered = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if wish is None and device.type == "cpu" and lowered and here.local_world > 1:
+        return share_of_cores(here.local_world)
+    return wish
 
 
 def choose_precision(wish: config.Precision, device: torch.device) -> config.Precision:
@@ -489,6 +522,12 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         ),
         f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        f"{_counted(loader.workers, 'worker')} for pictures"
+        + (
+            f", {_counted(run_facts['threads'], 'thread')} for the network"
+            if state.device.type == "cpu"
+            else ""
+        ),
         *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
@@ -501,6 +540,10 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
     if saved is not None:
         return [*lines, f"resumed at step {state.step}"]
     return [*lines, f"writing to {run}"]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _judged_by_what_it_learns_from(cfg: Config, loader: Loader, val_loader) -> list[str]:
@@ -575,10 +618,40 @@ def _summary(
         "chance": 1 / answers,
         "method": state.method.in_words(),
         "skipped_records": story.skipped,
-        "verdict": verdict(device, story.wait_share(), story.images_per_s()),
         "device": machine.device_name(device),
         "versions": machine.versions(),
     }
+
+
+def _bound(
+    cfg: Config, state: TrainState, watch: Watch, work: Work | None, loader: Loader, before: dict
+) -> dict[str, str]:
+    """What bound the run, and the sentence on it. `before`: the summary of a run that had ended already."""
+    m = watch.measured(cfg.batch)
+    if m is None:  # no step was taken
+        if {"bound", "verdict"} <= before.keys():
+            return {name: before[name] for name in ("bound", "verdict")}
+        step = state.story.seconds / max(1, state.step)
+        m = Measured(step=step or 1.0, wait=step * state.story.wait_share())
+    m = completed(m, work, loader.view, cfg.batch, state.device, state.dtype)
+    setting = bounds.Setting(
+        workers=loader.workers,
+        format=getattr(loader.data, "format", None),
+        placement=getattr(loader.data, "chosen", None),
+        precision=cfg.precision,
+        compiled=cfg.compile,
+        graphed=getattr(cfg, "graph", None) if dist.world() == 1 else None,
+        fused=getattr(cfg.backbone, "fuse", None),
+    )
+    said = bounds.verdict(m, state.device, state.story.images_per_s(), setting)
+    return {"bound": bounds.bound(m), "verdict": said}
+
+
+def _before(run: Path, step: int) -> dict[str, Any]:
+    """The summary that the run's folder holds, where it is of this step."""
+    path = run / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get("steps") == step else {}
 
 
 def _in_words(summary: dict[str, Any], run: Path) -> list[str]:

@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import json
+import re
+import typing
 
 import jaxtyping
 import pytest
 import torch
 from test_run import TINY, assert_same_bits
 
-from fastrot import assemble, checkpoint, config, loop, train
+from fastrot import assemble, bounds, checkpoint, config, loop, run, train
 from fastrot.loop import TrainState, train_step, validate
 from fastrot.ops.choice import using
 from fastrot.optim import Rates, sgd
@@ -186,3 +189,58 @@ def test_validation_and_learning_in_half_precision(pictures):
     assert losses[-1] < losses[0]
     assert 0 <= validate(state, loader)["accuracy"] <= 1
     assert loop.checkpoint.all_finite(list(state.method.net.state_dict().values()))
+
+
+def test_a_profile_tells_the_gpus_time_by_parts(pictures, tmp_path):
+    train.main([*ON_GPU, "--data", str(pictures), "--out", str(tmp_path), "--profile"])
+    head, table, _ = (tmp_path / "profile" / "table.txt").read_text().split("\n\n", 2)
+    assert head == "steps 11 to 15 of this start"
+    assert table.splitlines()[0].split() == ["part", "of", "a", "step", "host,", "ms", "GPU,", "ms"]
+    found = {line.split()[0]: float(line.split()[2]) for line in table.splitlines()[1:]}
+    assert min(found[part] for part in ("views", "forward", "backward", "optimiser")) > 0
+    trace = (tmp_path / "profile" / "trace.json").read_text()
+    assert '"cat": "kernel"' in trace
+
+
+def test_a_runs_verdict_knows_the_hosts_and_the_gpus_time(pictures, tmp_path, monkeypatch):
+    found = []
+    measured = run.completed
+
+    def kept(*args):
+        found.append(measured(*args))
+        return found[-1]
+
+    monkeypatch.setattr(run, "completed", kept)
+    train.main([*ON_GPU, "--data", "synthetic:400", "--out", str(tmp_path), "--hold-out", "0"])
+    (m,) = found
+    assert None not in (m.issue, m.busy, m.copy, m.arithmetic, m.memory)
+    assert 0 < m.arithmetic + m.memory < m.busy
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["bound"] in typing.get_args(bounds.Bound)
+
+
+def test_ceilings_of_a_gpu():
+    found = bounds.ceilings(CUDA, torch.bfloat16)
+    assert found.tflops > 10
+    assert found.gb_per_s > 100
+
+
+def test_a_batch_that_does_not_fit_is_told_with_one_that_does(pictures, tmp_path):
+    """A share of the memory, so that a real allocation fails; the told batch then runs in it."""
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    room = torch.cuda.memory_allocated(CUDA) + 4 * 2**30
+    args = ["demo", "--image-size", "224", "--backbone.kernel", "11", "--backbone.stride", "4"]
+    args += ["--backbone.width", "1", "--enlarge", "--device", "cuda", "--no-tensorboard"]
+    args += ["--data", "synthetic:2000", "--hold-out", "0", "--workers", "1", "--max-steps", "2"]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(room / total, CUDA)
+    try:
+        with pytest.raises(config.Refused, match=r"--batch 1024 does not fit .*: --batch \d+ does"):
+            train.main([*args, "--batch", "1024", "--out", str(tmp_path / "a")])
+        with pytest.raises(config.Refused) as told:
+            train.main([*args, "--batch", "1024", "--out", str(tmp_path / "a")])
+        fits = re.findall(r"--batch (\d+) does", str(told.value))[-1]
+        assert train.main([*args, "--batch", fits, "--out", str(tmp_path / "b")]) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+        torch.cuda.empty_cache()

@@ -17,9 +17,9 @@ FLOORS = [
     {"core", "presets", "disk", "entry", "native", "cost"},
     {"ops", "bounds", "dist", "machine", "turn_table"},
     {"journal", "bank", "backbones", "data", "optim"},
-    {"methods", "checkpoint"},
+    {"methods", "checkpoint", "watch"},
     {"loop", "evals"},
-    {"assemble", "page"},
+    {"assemble", "page", "fits", "tracing"},
     {"run", "checkup"},
     {"train", "evaluate", "draw", "export", "doctor", "__main__"},
 ]

@@ -65,7 +65,8 @@ def test_a_run_folder_holds_what_it_promises(straight):
     assert (
         summary["val_accuracy_first"] == next(li for li in lines if li["step"] == 0)["val_accuracy"]
     )
-    assert {"val_accuracy", "images", "seconds", "verdict", "chance"} <= set(summary)
+    assert {"val_accuracy", "images", "seconds", "verdict", "bound", "chance"} <= set(summary)
+    assert summary["verdict"].startswith(f"bound by {summary['bound']} at ")
     assert (summary["images"], summary["steps"], summary["chance"]) == (80, 20, 0.25)
 
 
@@ -122,7 +123,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 def test_a_finished_run_prints_its_summary_and_changes_nothing(straight, pictures, capsys):
     before = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
     lines = (straight / "metrics.jsonl").read_text()
+    summary = json.loads((straight / "summary.json").read_text())
     assert go(pictures, straight) == 0
+    again = json.loads((straight / "summary.json").read_text())
+    assert [again[k] for k in ("bound", "verdict")] == [summary[k] for k in ("bound", "verdict")]
     assert "is done after 20 steps" in capsys.readouterr().out
     after = leaves(checkpoint.load(straight / "checkpoints" / "last.pt"))
     assert before.keys() == after.keys()
@@ -414,3 +418,39 @@ def test_judges_that_are_trained_on_are_told(pictures, tmp_path, capsys, val):
     assert go(pictures, tmp_path / "run", "--val", str(judges), "--max-steps", "1") == 0
     told = "37 of the 37 pictures of --val are named as pictures that are trained on"
     assert (told in capsys.readouterr().out) == (val == "same")
+
+
+ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}  # as torchrun sets them
+THREADS = {  # environment, --threads, processes, device -> threads; None: torch's own
+    "plain": ({}, None, 1, "cpu", None),
+    "plain-with-omp": ({"OMP_NUM_THREADS": "1"}, None, 1, "cpu", None),
+    "asked-for": ({}, 3, 1, "cpu", 3),
+    "torchrun-alone": (ELASTIC, None, 1, "cpu", None),
+    "torchrun": (ELASTIC, None, 2, "cpu", 4),
+    "torchrun-on-gpus": (ELASTIC, None, 2, "cuda", None),
+    "torchrun-asked-for-one": (ELASTIC, 1, 2, "cpu", 1),
+    "torchrun-with-omp": ({**ELASTIC, "OMP_NUM_THREADS": "3"}, None, 2, "cpu", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("env", "wish", "processes", "device", "threads"), THREADS.values(), ids=THREADS
+)
+def test_processes_on_a_cpu_share_its_cores(env, wish, processes, device, threads, monkeypatch):
+    for name in ELASTIC:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run, "share_of_cores", lambda processes: 8 // processes)
+    here = dist.Place(world=processes, local_world=processes)
+    assert run.choose_threads(wish, here, torch.device(device)) == threads
+
+
+def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        go(pictures, tmp_path, "--threads", "2", "--max-steps", "1")
+        assert "1 worker for pictures, 2 threads for the network" in capsys.readouterr().out
+        assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["facts"]["threads"] == 2
+    finally:
+        torch.set_num_threads(before)

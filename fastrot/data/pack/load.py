@@ -49,6 +49,7 @@ class Pack:
     file       what was opened
     numbers    each row's index in torchvision's ImageFolder, where these differ; None: the row itself
     placement  as asked for; `place` chooses
+    chosen     by `place`, the last time; None: there is no GPU
     """
 
     format = "pack"
@@ -57,6 +58,7 @@ class Pack:
         self.file = PackFile(path)
         self.path: Path = self.file.path
         self.placement: Placement = placement
+        self.chosen: Placement | None = None
         self.rows, self.labels, self.keys = self.file.rows, self.file.labels, self.file.keys
         self.classes, self.fingerprint = self.file.classes, self.file.fingerprint
         self.mean: tuple[float, ...] | None = self.file.mean
@@ -96,7 +98,7 @@ class Pack:
             self.file.check()
         free, total = torch.cuda.mem_get_info(device)
         wanted = self._bytes(rows)
-        chosen = choose(self.placement, wanted, free, total, str(self.path))
+        chosen = self.chosen = choose(self.placement, wanted, free, total, str(self.path))
         kind = _Resident if chosen == "resident" else _Pinned
         self._placed.append(kind(self.file, rows, device))
         self._said.append(

@@ -1,0 +1,137 @@
+"""Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
+
+import gc
+import traceback
+from dataclasses import dataclass
+
+import torch
+
+from fastrot import config, dist, machine
+from fastrot.config import Config, Refused, Stopped
+from fastrot.core import View
+from fastrot.data.plan import Loader
+from fastrot.loop import TrainState, pulled
+from fastrot.watch import Watch, blank
+
+GB = 2**30
+
+
+@dataclass
+class Built:
+    """What a run consists of so far; None: not built yet."""
+
+    loader: Loader | None = None  # whose data may lie in the device's memory
+    state: TrainState | None = None
+    watch: Watch | None = None  # knows whether a log line was told
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the error says that a device's memory is full; a CPU's allocator has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't" in str(error)
+
+
+def forget(error: BaseException) -> None:
+    """Let go of all that the frames hold through which an error came: a step's activations."""
+    traceback.clear_frames(error.__traceback__)
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            forget(earlier)
+
+
+def sentence(cfg: Config, device: torch.device, built: Built) -> Refused | Stopped:
+    """What to tell where memory is full. What the failed step held must have been let go: see `forget`.
+
+    A batch that fits is looked for before the first log line; behind it, others have taken the memory.
+    """
+    where, state = memory_of(device), built.state
+    if state is None or built.loader is None:
+        bank = " and its memory bank" if isinstance(cfg.method, config.Decoupling) else ""
+        return Refused(f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}")
+    if built.watch is not None and built.watch.lines:
+        return Stopped(
+            f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
+            "memory there, and the same command goes on from the last checkpoint"
+        )
+    dist.abandon(device)
+    found = largest(state, built.loader.view, cfg.batch)
+    if found is None:
+        return Refused(f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}")
+    return Refused(f"--batch {cfg.batch} does not fit into {where}: --batch {found} does")
+
+
+def memory_of(device: torch.device) -> str:
+    """`the 24 GB of NVIDIA ...`, and what of them others hold."""
+    if device.type != "cuda":
+        return f"the memory of this machine ({machine.device_name(device)})"
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    taken = f" ({others / GB:.0f} of which others hold)" if others > total / 10 else ""
+    return f"the {total / GB:.0f} GB of {torch.cuda.get_device_name(device)}{taken}"
+
+
+def _less(cfg: Config) -> str:
+    ways = "choose smaller crops (--image-size), or a narrower net (--backbone.width)"
+    if isinstance(cfg.method, config.Decoupling) and cfg.method.bank_dtype == "fp32":
+        ways += ", or --method.bank-dtype bf16"
+    if cfg.placement != "pinned" and (cfg.data or "").rstrip("/").endswith(".pack"):
+        ways += ", or --placement pinned"
+    return ways
+
+
+def largest(state: TrainState, view: View, batch: int) -> int | None:
+    """The largest of a batch halved, and halved again, of which a step fits; None: not even one picture does.
+
+    Talks to no other rank, which may be waiting or gone. Nothing stays of it but chosen kernels.
+    """
+    images = batch // 2
+    while images and not _fits(state, view, images):
+        images //= 2
+    return images or None
+
+
+def _fits(state: TrainState, view: View, images: int) -> bool:
+    _let_go(state)
+    try:
+        _try(state, view, images)
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        forget(error)
+        return False
+    finally:
+        _let_go(state)
+    return True
+
+
+def _try(state: TrainState, view: View, images: int) -> None:
+    """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
+
+    The network as it stands, neither compiled nor under DDP, which need less or little more; a trivial gradient,
+    since a loss takes next to nothing beside it.
+    """
+    net, device = state.method.net, state.device
+    trained = [p for p in net.parameters() if p.requires_grad]
+    momentum = [torch.empty_like(p) for p in trained if not state.optimizer.state.get(p)]
+    gradients = [torch.empty_like(p) for p in trained]
+    # the same numbers under other names: DDP listens to the parameters themselves, and would talk to other ranks
+    weights = {n: p.detach().requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
+    buffers, was_training = [(b, b.clone()) for b in net.buffers()], net.training
+    net.train()
+    try:
+        batch = blank(view, images, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), state.autocast():
+            outputs = torch.func.functional_call(net, weights, (state.method.views(batch),))
+        gradients.clear()
+        pulled(outputs).backward()
+    finally:
+        net.train(was_training)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+    del momentum
+
+
+def _let_go(state: TrainState) -> None:
+    state.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,166 @@
+"""--profile: some steps in torch's profiler, as a trace to look at and as a table.
+
+The parts of a step are told by labels put round the functions that it calls, while it is traced and no longer. Kernels
+are counted to the part in which the host launched them: a backward pass launches its own from another thread, while the
+one with the labels waits.
+"""
+
+import bisect
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastrot.bounds import wait_for
+from fastrot.loop import TrainState
+
+WARM, STEPS = 10, 5
+PARTS = ("views", "forward", "losses", "backward", "optimiser", "bank")
+ROWS = 30  # of the table: the costliest operations
+MARK = "fastrot: "  # before a part's name, which might be an operation's
+
+
+class Profile:
+    """Traces steps `first` to `first` + STEPS - 1 of a start, of which `steps` are to come; writes into `folder`.
+
+    first  WARM, or less where there are fewer steps
+    """
+
+    def __init__(self, state: TrainState, folder: Path, steps: int, done: Callable[[str], None]):
+        self.state, self.folder, self.done = state, folder, done
+        self.first = max(0, min(WARM, steps - STEPS))
+        self.last = min(steps, self.first + STEPS) - 1
+        self._held = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self, number: int) -> Iterator[None]:
+        """Around a start's step of this number, from 0."""
+        if number == self.first:
+            self._begin()
+        try:
+            yield
+        except BaseException:
+            self._held.close()
+            raise
+        if number == self.last:
+            self._end()
+
+    def _begin(self) -> None:
+        wait_for(self.state.device)
+        kinds = [ProfilerActivity.CPU]
+        if self.state.device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of itself on stderr
+        self._seen = profile(activities=kinds)
+        self._seen.start()
+        self._held.callback(self._seen.stop)
+        self._held.callback(wait_for, self.state.device)
+        self._held.enter_context(labelled(self.state))
+
+    def _end(self) -> None:
+        self._held.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._seen.export_chrome_trace(str(self.folder / "trace.json"))
+        words = f"steps {self.first + 1} to {self.last + 1} of this start"
+        table = self.folder / "table.txt"
+        table.write_text(f"{words}\n\n{self._table()}", encoding="utf-8")
+        self.done(
+            f"profile of {words}: {table}, and {self.folder / 'trace.json'} for chrome://tracing or ui.perfetto.dev"
+        )
+        del self._seen
+
+    def _table(self) -> str:
+        gpu = self.state.device.type == "cuda"
+        steps = self.last + 1 - self.first
+        lines = [f"{'part of a step':<16}{'host, ms':>12}" + (f"{'GPU, ms':>12}" if gpu else "")]
+        for part, (host, device) in parts(list(self._seen.events() or [])).items():
+            device_ms = f"{device / steps / 1e3:>12.3f}" if gpu else ""
+            lines.append(f"{part:<16}{host / steps / 1e3:>12.3f}{device_ms}")
+        order = "self_device_time_total" if gpu else "self_cpu_time_total"
+        costliest = self._seen.key_averages().table(
+            sort_by=order, row_limit=ROWS, max_name_column_width=60
+        )
+        return "\n".join([*lines, "", costliest])
+
+
+def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
+    """Microseconds of each part in all traced steps: of the host, and of kernels that it launched meanwhile.
+
+    events  torch's FunctionEvents
+    """
+    host = dict.fromkeys(PARTS, 0.0)
+    spans = []  # of the labels, which never overlap
+    for event in events:
+        part = event.name.removeprefix(MARK)
+        if event.name.startswith(MARK) and event.device_type.name == "CPU":
+            span = event.time_range
+            host[part] += span.end - span.start
+            spans.append((span.start, span.end, part))
+    spans.sort()
+    starts, device = [start for start, _, _ in spans], dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        if event.device_type.name != "CPU" or event.name.startswith(MARK):
+            continue
+        at = bisect.bisect_right(starts, event.time_range.start) - 1
+        if at >= 0 and event.time_range.start <= spans[at][1]:
+            device[spans[at][2]] += sum(kernel.duration for kernel in event.kernels)
+    return {part: (host[part], device[part]) for part in PARTS if host[part] or device[part]}
+
+
+@contextlib.contextmanager
+def labelled(state: TrainState) -> Iterator[None]:
+    """The parts of a step with their names, until the end: the functions stay the same."""
+    label = _Label()
+    method, net = state.method, state.net
+    instead = [
+        (method, "views", label.round("views", method.views)),
+        (method, "losses", label.round("losses", method.losses)),
+        (method, "after_step", label.round("bank", method.after_step)),
+        (state, "descend", label.round("backward", state.descend)),
+    ]
+    hooks = [
+        state.optimizer.register_step_pre_hook(lambda *_: label("optimiser")),
+        state.optimizer.register_step_post_hook(lambda *_: label(None)),
+    ]
+    state.net = label.round("forward", net)
+    for owner, name, function in instead:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        label(None)
+        state.net = net
+        for owner, name, _ in instead:
+            delattr(owner, name)  # the class's own again
+        for hook in hooks:
+            hook.remove()
+
+
+class _Label:
+    """The part that is under way: one after another, never one inside another."""
+
+    def __init__(self):
+        self._open: record_function | None = None
+
+    def __call__(self, part: str | None) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+        self._open = None
+        if part is not None:
+            self._open = record_function(MARK + part)
+            self._open.__enter__()
+
+    def round(self, part: str, function: Callable) -> Callable:
+        """The same function, under the name of its part."""
+
+        def named(*args: Any) -> Any:
+            self(part)
+            try:
+                return function(*args)
+            finally:
+                self(None)
+
+        return named

@@ -1,0 +1,72 @@
+"""--profile: a trace, a table, and a run that is the same with it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from test_run import go, leaves
+
+from benchmarks import chaos
+from fastrot import checkpoint, tracing
+from fastrot.tracing import MARK, parts
+
+
+def table(folder) -> dict[str, float]:
+    """Milliseconds of the parts of a step, on the host."""
+    lines = (folder / "profile" / "table.txt").read_text().split("\n\n")[1].splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines[1:]}
+
+
+def test_a_profile_is_written_and_changes_nothing(pictures, tmp_path):
+    length = ["--max-steps", "18", "--log-every", "4"]
+    assert go(pictures, tmp_path / "a", *length, "--profile") == 0
+    assert go(pictures, tmp_path / "b", *length) == 0
+    states = [leaves(checkpoint.load(tmp_path / x / "checkpoints" / "last.pt")) for x in "ab"]
+    unlike = [name for name, value in states[0].items() if not chaos.same(value, states[1][name])]
+    assert unlike == [".config.profile"]
+    assert not (tmp_path / "b" / "profile").exists()
+    trace = json.loads((tmp_path / "a" / "profile" / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    for part in tracing.PARTS:
+        assert names.count(MARK + part) == tracing.STEPS, part
+    assert "aten::convolution_backward" in names
+    found = table(tmp_path / "a")
+    assert list(found) == list(tracing.PARTS)
+    assert found["backward"] > found["views"]
+    words = (tmp_path / "a" / "profile" / "table.txt").read_text()
+    assert words.startswith("steps 11 to 15 of this start")
+    assert "aten::mm" in words
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert f"profile of steps 11 to 15 of this start: {tmp_path / 'a' / 'profile'}" in log
+
+
+@pytest.mark.parametrize(("steps", "told"), [("1", "1 to 1"), ("7", "3 to 7")])
+def test_a_short_run_is_profiled_to_its_end(steps, told, pictures, tmp_path):
+    assert go(pictures, tmp_path, "--max-steps", steps, "--profile") == 0
+    words = (tmp_path / "profile" / "table.txt").read_text()
+    assert words.startswith(f"steps {told} of this start")
+
+
+def event(name, start, end, kernels=(), kind="CPU"):
+    return SimpleNamespace(
+        name=name,
+        time_range=SimpleNamespace(start=start, end=end),
+        device_type=SimpleNamespace(name=kind),
+        kernels=[SimpleNamespace(duration=each) for each in kernels],
+    )
+
+
+def test_kernels_count_to_the_part_in_which_they_are_launched():
+    events = [
+        event(MARK + "forward", 0, 100, kernels=[7777]),  # a label's own is no kernel
+        event(MARK + "forward", 0, 900, kind="CUDA"),  # its shadow on the device
+        event("aten::conv", 10, 50, kernels=[300, 20]),
+        event(MARK + "backward", 110, 200),
+        event("aten::conv_backward", 120, 180, kernels=[500]),  # of another thread
+        event("aten::between", 105, 106, kernels=[9]),
+        event("aten::before", -5, -4, kernels=[9]),
+        event("kernel", 10, 50, kind="CUDA"),
+        event(MARK + "forward", 300, 310),
+        event("aten::conv", 301, 302, kernels=[1]),
+    ]
+    assert parts(events) == {"forward": (110.0, 321.0), "backward": (90.0, 500.0)}

@@ -1,0 +1,153 @@
+"""What a run sees of its own speed, and the verdict that it ends with: slowed on purpose, or large."""
+
+import json
+import time
+
+import pytest
+import torch
+from test_fits import state_of
+from test_run import TINY, go
+
+from fastrot import assemble, config, train, watch
+from fastrot.bounds import Ceilings, Measured, flop_of
+from fastrot.data.synthetic import Synthetic
+from fastrot.loop import train_step
+from fastrot.watch import WARM, Watch, Work, completed, work_of
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_step_is_told_by_the_log_lines_but_for_the_first():
+    seen = Watch(CPU)
+    assert seen.measured(100) is None
+    seen.line(10.0, 0.9)
+    only = seen.measured(100)
+    assert only is not None
+    assert (only.step, only.wait, only.busy) == (10.0, pytest.approx(9.0), pytest.approx(1.0))
+    seen.line(100.0, 0.5)
+    seen.disturbed = True
+    seen.line(1.0, 0.0)  # a profile was made meanwhile
+    seen.line(50.0, 0.0)
+    found = seen.measured(100)
+    assert found is not None
+    assert found.step == pytest.approx(1.5)  # of 1 and 2 seconds
+    assert found.wait == pytest.approx(0.25)
+    assert found.busy == pytest.approx(1.25)
+    assert seen.lines == 4
+
+
+class Event:
+    """As torch.cuda.Event, on the host's clock; a device that takes 50 ms longer than the host."""
+
+    def __init__(self, **_):
+        self.at = 0.0
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at) + 50
+
+
+def test_a_gpus_step_is_timed_where_it_finds_the_device_idle(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: made.append(Event()) or made[-1])
+    seen = Watch(GPU)
+    for _ in range(3):
+        for _ in range(10):
+            with seen.step():
+                time.sleep(0.001)
+        seen.line(100.0, 0.0)
+    assert len(made) == 2  # one step: behind the second line, since the first is in the warm-up
+    assert WARM < 20
+    with seen.step():
+        time.sleep(0.02)
+    found = seen.measured(10)  # not read yet: the device was not waited for
+    assert found is not None
+    assert 0.001 <= found.issue < 0.02
+    seen.line(100.0, 0.0)
+    found = seen.measured(10)
+    assert found is not None
+    assert found.busy == pytest.approx(found.issue + 0.05, rel=0.1)
+    assert (found.step, found.wait) == (pytest.approx(0.1), 0.0)
+
+
+def test_watching_costs_next_to_nothing():
+    seen = Watch(CPU)
+    begun = time.process_time()
+    for _ in range(1000):
+        with seen.step():
+            pass
+    assert time.process_time() - begun < 0.1  # a hundredth of steps of 10 ms; 4 ms on a free core
+
+
+def test_a_steps_operations_are_those_that_torch_counts(pictures):
+    state, cfg, loader = state_of(pictures, momentum=False)
+    before = torch.get_rng_state()
+    work = work_of(state.method, loader.view, cfg.batch, CPU, torch.float32, fused=False)
+    fused = work_of(state.method, loader.view, cfg.batch, CPU, torch.float32, fused=True)
+    assert torch.equal(before, torch.get_rng_state())
+    assert work is not None
+    assert fused is not None
+    batch = next(loader.epoch(0))
+    assert work.flop == pytest.approx(flop_of(lambda: train_step(state, batch)), rel=0.01)
+    assert work.flop == fused.flop
+    assert work.traffic > fused.traffic > 0
+
+
+@pytest.mark.parametrize(
+    "preset", ["rotnet-nin-cifar10", "decoupling-alexnet", "supervised-alexnet"]
+)
+def test_each_preset_can_be_counted(preset):
+    cfg = config.resolved(train.command_line([preset]))
+    view = assemble.training_view(cfg)
+    loader = assemble.open_loader("synthetic:256", view, batch=cfg.batch, enlarge=True)
+    method = assemble.method(cfg, assemble.facts(cfg, loader, None, CPU, torch.bfloat16))
+    work = work_of(method, view, cfg.batch, CPU, torch.bfloat16, fused=True)
+    assert work is not None
+    assert work.flop > 1e9
+    assert work.traffic > 1e7
+
+
+def test_floors_are_counts_over_ceilings(monkeypatch):
+    monkeypatch.setattr(watch, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
+    m = Measured(step=1.0, wait=0.5, busy=0.5)
+    view = assemble.training_view(config.Config())
+    found = completed(m, Work(flop=10**12, traffic=10**9), view, 8, CPU, torch.float32)
+    assert (found.arithmetic, found.memory, found.copy) == (0.5, 0.25, None)
+    assert completed(m, None, view, 8, CPU, torch.float32) == m
+
+
+def verdict_of(folder) -> tuple[str, str]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["bound"], summary["verdict"]
+
+
+def test_a_run_with_a_slow_loader_is_bound_by_decode(tmp_path, monkeypatch, capsys):
+    pictures = Synthetic.pictures
+
+    def throttled(self, *args):
+        for crops in pictures(self, *args):
+            time.sleep(0.4)
+            yield crops
+
+    monkeypatch.setattr(Synthetic, "pictures", throttled)
+    assert go("synthetic:64", tmp_path, "--hold-out", "0", "--max-steps", "6") == 0
+    kind, said = verdict_of(tmp_path)
+    assert kind == "decode"
+    assert "nothing to do but wait for data" in said
+    assert f"verdict                        {said}" in capsys.readouterr().out
+
+
+def test_a_run_with_a_large_step_is_bound_by_its_own_work(tmp_path):
+    large = ["--image-size", "64", "--batch", "16", "--backbone.width", "0.5", "--max-steps", "4"]
+    assert go("synthetic:64", tmp_path, *large, "--log-every", "2", "--hold-out", "0") == 0
+    kind, said = verdict_of(tmp_path)
+    assert kind in ("arithmetic", "memory")
+    assert "at this CPU's measured peak" in said
+
+
+def test_a_run_of_small_steps_is_bound_by_calls(tmp_path):
+    args = [*TINY, "--data", "synthetic:64", "--out", str(tmp_path), "--batch", "1"]
+    assert train.main([*args, "--hold-out", "0", "--max-steps", "9"]) == 0
+    assert verdict_of(tmp_path)[0] == "launch"
