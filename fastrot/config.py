@@ -160,6 +160,7 @@ class Sgd:
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_norms: bool = True  # also decay biases and batch-norm weights, as the original codes do
+    kernel: Literal["torch", "apex"] = "torch"  # whose SGD; apex: NVIDIA's FusedSGD, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
