@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import math
 import signal
 import time
@@ -204,13 +205,39 @@ def fit(state: TrainState, run: Run) -> None:
     state.method.net.train()
     if state.step > state.judged and (state.step == end or state.step % len(run.loader) == 0):
         _end_epoch(state, run, end)  # a warning came in its middle
-    while state.step < end:
-        _train_epoch(state, run, end)
-        _end_epoch(state, run, end)
+    first = state.step + 1
+    with _collector_on_call():
+        while state.step < end:
+            _train_epoch(state, run, end, first)
+            _end_epoch(state, run, end)
+            gc.collect()
 
 
-def _train_epoch(state: TrainState, run: Run, end: int) -> None:
-    """The steps that are left of an epoch, up to `end`."""
+@contextlib.contextmanager
+def _collector_on_call() -> Iterator[None]:
+    """Python's garbage collector looks at what there is a last time, and from here on when it is called.
+
+    By itself it would come in the midst of steps, to look through all of torch's objects again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    _collect_for_good()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def _collect_for_good() -> None:
+    """Collect, and never look at the survivors again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
+    """The steps that are left of an epoch, up to `end`; behind step `first` all is compiled."""
     cfg, batches = run.cfg, len(run.loader)
     number, start = divmod(state.step, batches)
     timer = _Timer(state.story, state.device)
@@ -225,6 +252,8 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
             state.story.images += len(batch.index) * dist.world()
             state.meter.add(losses)
             run.journal.advance(state.step)
+            if state.step == first:
+                _collect_for_good()
             due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
             if due or state.step == end:
                 means = state.meter.read(keep=not due)
@@ -232,6 +261,7 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
                 line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
                 run.journal.write(line)
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
+                gc.collect()
             if state.step == end or state.step % batches == 0:
                 break  # what follows ends the epoch, and saves
             if due or dist.world() == 1 or state.step % AGREE == 0:
