@@ -161,6 +161,7 @@ class Sgd:
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_norms: bool = True  # also decay biases and batch-norm weights, as the original codes do
+    kernel: Literal["torch", "apex"] = "torch"  # whose SGD; apex: NVIDIA's FusedSGD, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,9 @@ class Config:
     validate_every: int = free(1)  # epochs
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool = False  # torch.compile the network
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of --compile
+    graph: bool = False  # the whole step as one CUDA graph: one process on a GPU
+    gradients: Literal["fp32", "bf16"] = "fp32"  # what several processes send each other
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
     placement: Placement = free("auto")  # of a .pack for a GPU: in its memory, or in the host's
@@ -258,6 +262,8 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < least:
             raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
+    if cfg.compile_mode != "default" and not cfg.compile:
+        raise Refused(f"--compile-mode got {cfg.compile_mode}: it wants --compile")
     if cfg.lr is not None and not 0 < cfg.lr < math.inf:
         raise Refused(f"--lr got {cfg.lr}: it wants a number above 0")
     if cfg.seed >= 2**63:

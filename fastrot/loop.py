@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import gc
 import math
 import signal
 import time
@@ -19,8 +21,9 @@ from fastrot.config import Config, NotFinite, Stopped
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
+from fastrot.graph import WARM_UP, Graphed
 from fastrot.journal import Journal, Meter
-from fastrot.optim import Rates
+from fastrot.optim import Rates, load_state, set_rate, state_of
 from fastrot.watch import Watch
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
@@ -62,6 +65,7 @@ class TrainState:
     fresh: bool = True  # no step taken yet in this run
     meter: Meter = field(default_factory=Meter)
     story: Story = field(default_factory=Story)
+    graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
 
     def __post_init__(self):
         # float16 gradients underflow; bfloat16 and float32 need no scaling
@@ -73,10 +77,8 @@ class TrainState:
         )
 
     def descend(self, loss: Tensor) -> None:
-        """Gradient and optimiser's step at this step's rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        """Gradient and optimiser's step, at the rate that was set."""
+        self.optimizer.zero_grad()  # to None: a captured graph's gradients lie in its own memory
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -87,7 +89,7 @@ class TrainState:
             "step": self.step,
             "judged": self.judged,
             "net": self.method.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state_of(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "method": self.method.state_dict(),
             "meter": self.meter.state_dict(),
@@ -98,16 +100,33 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.judged, self.fresh = state["step"], state["judged"], False
         self.method.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         self.meter.load_state_dict(state["meter"], self.device)
         self.story = Story(**state["story"])
         checkpoint.set_random_state(state["rng"], self.device)
+        self._put_elsewhere()
+
+    def _put_elsewhere(self) -> None:
+        """What a step reads lies in other memory now: a recorded one would go on with the old."""
+        if self.graphed is not None:
+            self.graphed.forget()
 
 
 def train_step(state: TrainState, batch: Batch) -> Losses:
-    """One step: views, network, losses, descent, the method's own writes. Waits for nothing."""
+    """One step at this step's rate, recorded where there is a graph. Waits for nothing.
+
+    Its numbers hold until the next step.
+    """
+    set_rate(state.optimizer, state.rates(state.step))
+    if state.graphed is None:
+        return _step(state, batch)
+    return state.graphed(functools.partial(_step, state), batch)
+
+
+def _step(state: TrainState, batch: Batch) -> Losses:
+    """Views, network, losses, descent, the method's own writes: all that a graph records."""
     views = state.method.views(batch)
     with state.autocast():
         outputs = state.net(views)
@@ -188,13 +207,39 @@ def fit(state: TrainState, run: Run) -> None:
     state.method.net.train()
     if state.step > state.judged and (state.step == end or state.step % len(run.loader) == 0):
         _end_epoch(state, run, end)  # a warning came in its middle
-    while state.step < end:
-        _train_epoch(state, run, end)
-        _end_epoch(state, run, end)
+    first = state.step + 1
+    with _collector_on_call():
+        while state.step < end:
+            _train_epoch(state, run, end, first)
+            _end_epoch(state, run, end)
+            gc.collect()
 
 
-def _train_epoch(state: TrainState, run: Run, end: int) -> None:
-    """The steps that are left of an epoch, up to `end`."""
+@contextlib.contextmanager
+def _collector_on_call() -> Iterator[None]:
+    """Python's garbage collector looks at what there is a last time, and from here on when it is called.
+
+    By itself it would come in the midst of steps, to look through all of torch's objects again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    _collect_for_good()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def _collect_for_good() -> None:
+    """Collect, and never look at the survivors again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
+    """The steps that are left of an epoch, up to `end`; behind step `first` all is compiled."""
     cfg, batches = run.cfg, len(run.loader)
     number, start = divmod(state.step, batches)
     timer = _Timer(state.story, state.device)
@@ -208,8 +253,10 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
                 raise
             state.step += 1
             state.story.images += len(batch.index) * dist.world()
-            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+            state.meter.add(losses)
             run.journal.advance(state.step)
+            if state.step == first:
+                _collect_for_good()
             due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
             if due or state.step == end:
                 means = state.meter.read(keep=not due)
@@ -218,6 +265,7 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
                 run.journal.write(line)
                 run.watch.line(line["images_per_s"], line["wait_share"])
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
+                gc.collect()
             if state.step == end or state.step % batches == 0:
                 break  # what follows ends the epoch, and saves
             if due or dist.world() == 1 or state.step % AGREE == 0:
@@ -292,8 +340,9 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
     """
     _count_skipped(state.story, run)
     parts = state.state_dict()
-    loss = state.meter.sums.get("loss")  # of all steps since the last log line
-    kept = [*parts["net"].values(), *parts["method"].values(), *([] if loss is None else [loss])]
+    since = state.meter.sums  # over all steps since the last log line; the loss is their first
+    kept = [*parts["net"].values(), *parts["method"].values()]
+    kept += [] if since is None else [since[:1]]
     finite = not dist.highest(int(not checkpoint.all_finite(kept)))
     _go_on_only_if_finite(finite, state, run.journal.run)
     if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:
@@ -387,23 +436,25 @@ def epochs_within(
 ) -> tuple[int, float]:
     """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
 
-    Measures 20 training steps and up to 5 validation batches after 3 to warm up; undoes what they did.
+    Measures 20 training steps and up to 5 validation batches after some to warm up; undoes what they did.
     """
     weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
     rest = {k: copy.deepcopy(v) for k, v in vars(state.method).items() if k != "net"}
     random = checkpoint.random_state(state.device)
     state.method.net.train()
-    step = _seconds_each(loader, 20, state.device, lambda batch: train_step(state, batch))
+    warm = 3 if state.graphed is None else WARM_UP + 2
+    step = _seconds_each(loader, 20, warm, state.device, lambda batch: train_step(state, batch))
     epoch = step * len(loader)
     state.method.net.load_state_dict(weights)
     vars(state.method).update(rest)
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
+    state._put_elsewhere()
     if val_loader is not None:
         state.method.net.eval()
         epoch += len(val_loader) * _seconds_each(
-            val_loader, 5, state.device, lambda b: _look(state, b)
+            val_loader, 5, 3, state.device, lambda b: _look(state, b)
         )
     checkpoint.set_random_state(random, state.device)
     return dist.agree((max(1, int(seconds // epoch)), epoch))
@@ -416,10 +467,10 @@ def _look(state: TrainState, batch: Batch) -> None:
 
 
 def _seconds_each(
-    loader: Loader, steps: int, device: torch.device, work: Callable[[Batch], Any]
+    loader: Loader, steps: int, warm: int, device: torch.device, work: Callable[[Batch], Any]
 ) -> float:
-    """Seconds a batch, loading included, after 3 batches to warm up; short epochs are begun again."""
-    done, begun, warm = 0, time.perf_counter(), 3
+    """Seconds a batch, loading included, after some batches to warm up; short epochs are begun again."""
+    done, begun = 0, time.perf_counter()
     while done < warm + steps:
         batches, before = loader.epoch(0), done
         for batch in batches:

@@ -1,8 +1,11 @@
 """Whole runs in this process: what the folder holds, resuming to the bit, wrong use."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -342,6 +345,31 @@ def test_each_step_runs_at_its_own_rate_and_logs_it(pictures, tmp_path, monkeypa
     go(pictures, tmp_path, *more)
     assert used == pytest.approx([0.02 * (1 - k / 20) for k in range(5)])
     assert [line["lr"] for line in told(tmp_path) if "lr" in line] == used
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_python_collects_garbage_when_it_is_called(pictures, tmp_path, monkeypatch, broken):
+    """Not in the midst of steps; behind the run, however it ends, all is as it was."""
+    step, seen, lost = loop.train_step, [], []
+
+    class Cycle:
+        def __init__(self):
+            self.own = self
+
+    def spied(state, batch):
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 1000, [r() is None for r in lost]))
+        lost.append(weakref.ref(Cycle()))
+        if broken and state.step == 4:
+            raise Killed
+        return step(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", spied)
+    with pytest.raises(Killed) if broken else contextlib.nullcontext():
+        go(pictures, tmp_path, "--max-steps", "5")
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+    assert {each[:2] for each in seen} == {(False, True)}
+    # a line is written behind step 3: what steps have lost is gone then, and only then
+    assert [each[2] for each in seen[2:4]] == [[True, False], [True] * 3]
 
 
 def test_pictures_are_judged_plain_and_in_order():

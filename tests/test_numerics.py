@@ -1,0 +1,106 @@
+"""Fast forms of a step against float32, launched one by one: how far 50 steps lead apart. On a GPU with a graph too."""
+
+import dataclasses
+
+import jaxtyping
+import pytest
+import torch
+
+from fastrot import assemble, config
+from fastrot.core import Facts
+from fastrot.data.synthetic import Synthetic
+from fastrot.graph import Cuda, Graphed
+from fastrot.loop import TrainState, train_step
+from fastrot.optim import Rates, sgd
+
+STEPS = 50
+CROP = config.RandomResized(size=32)
+METHODS = {
+    "rotnet": config.RotNet(crop=CROP),
+    "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema"),
+}
+# Shares: of the mean loss, the root mean square of the losses' differences; of the way that the weights went, the
+# distance between their ends. Measured on a CPU: (bfloat16, eager or compiled) MEASURED.
+# The bounds are three times the largest of these; no GPU has been measured yet.
+LOSSES, WEIGHTS = 0.5, 0.5
+
+
+@pytest.fixture
+def shapes_unchecked():
+    """As users run it: torch.compile cannot look into the shape checks that only tests switch on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def run(
+    method: str, device: torch.device, dtype: torch.dtype, *, compiled=False, graphed=False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses [STEPS], the weights at the end and at the beginning, on the CPU."""
+    cfg = config.Config(
+        method=METHODS[method],
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
+        compile=compiled,
+    )
+    loader = assemble.open_loader(
+        Synthetic(400),
+        assemble.training_view(cfg),
+        batch=16,
+        device=device,
+        workers=1,
+        enlarge=True,
+    )
+    facts: Facts = assemble.facts(cfg, loader, None, device, dtype)
+    torch.manual_seed(0)
+    task = assemble.method(dataclasses.replace(cfg), facts)
+    task.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState(
+        method=task,
+        net=assemble.wrapped(task.net, cfg, device),
+        optimizer=sgd(task.net, cfg.optim, 0.0),
+        rates=Rates(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=0.01),
+        device=device,
+        dtype=dtype,
+        graphed=Graphed(Cuda(device)) if graphed else None,
+    )
+
+    def weights() -> torch.Tensor:
+        return torch.cat([p.detach().float().flatten() for p in task.net.parameters()]).cpu()
+
+    begun, losses = weights(), []
+    while state.step < STEPS:
+        for batch in loader.epoch(state.step // len(loader)):
+            losses.append(train_step(state, batch).total.clone())
+            state.step += 1
+    return torch.stack(losses).cpu(), weights(), begun
+
+
+def apart(fast: tuple, exact: tuple) -> tuple[float, float]:
+    """Of losses and of weights, as shares."""
+    assert torch.equal(fast[2], exact[2])
+    losses = (fast[0] - exact[0]).square().mean().sqrt() / exact[0].mean()
+    weights = (fast[1] - exact[1]).norm() / (exact[1] - exact[2]).norm()
+    return losses.item(), weights.item()
+
+
+@pytest.mark.slow
+def test_a_compiled_half_precision_run_stays_near_float32(shapes_unchecked):
+    cpu = torch.device("cpu")
+    exact = run("decoupling", cpu, torch.float32)
+    fast = run("decoupling", cpu, torch.bfloat16, compiled=True)
+    losses, weights = apart(fast, exact)
+    assert losses < LOSSES
+    assert weights < WEIGHTS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphed", [False, True], ids=["launched", "played"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fast_run_on_a_gpu_stays_near_float32(method, compiled, graphed, shapes_unchecked):
+    device = torch.device("cuda", 0)
+    exact = run(method, device, torch.float32)
+    fast = run(method, device, torch.bfloat16, compiled=compiled, graphed=graphed)
+    losses, weights = apart(fast, exact)
+    assert losses < LOSSES
+    assert weights < WEIGHTS
