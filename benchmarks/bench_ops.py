@@ -39,6 +39,7 @@ from fastrot.config import RandomResized
 from fastrot.core import Facts
 from fastrot.data import crops
 from fastrot.data.pack import layout
+from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
@@ -62,6 +63,10 @@ OF_GATHER = 0.8  # of the random-gather bandwidth, on a GPU
 OF_MEMORY = 0.05  # of the plain gather's extra memory
 SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
+NORMED = [  # AlexNet's layers: channels, pixels a side where conv1 has 55, whether a pool follows
+    ("conv1", 64, 55, True), ("conv2", 192, 27, True), ("conv3", 384, 13, False),
+    ("conv4", 256, 13, False), ("conv5", 256, 13, True),
+]  # fmt: skip
 LANDSCAPE = (256, 341)  # height and width of a packed picture
 PACKED, FEW_PACKED = 4096, 256  # pictures: 270 MB of tiles, larger than any L2; of a CPU
 UNPACKED = {"cuda": 1e6, "cpu": 5e3}  # images a second at 224: their views; crops by a thread
@@ -112,6 +117,61 @@ def bench_turns(device: str, seconds: float, peak: float, shapes: list[tuple], d
                 **rates(moved, spread, copy=peak),
                 images_per_s=images / (spread["p50"] / 1e3),
             )
+
+
+# ---- batch norm, ReLU and pool ----
+
+
+def bench_norm(
+    device: str, seconds: float, peak: float, images: int, side: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Each of AlexNet's layers behind its convolution, forward alone and with its backward, for so many views.
+
+    plain: what torch has, the convolution's bias included; both move what `norm.traffic` counts for fused, so
+    that their GB/s compare.
+    """
+    for name, channels, times, pool in NORMED:
+        size = max(3, side * times // 55)
+        y = torch.randn(images, channels, size, size, device=device, dtype=dtype)
+        y = y.contiguous(memory_format=torch.channels_last).requires_grad_()
+        learnt = [torch.ones(channels, device=device, requires_grad=True) for _ in range(3)]
+        running = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        runs, moved = {}, {}
+        for variant, of in (("fused", fused_norm), ("plain", plain_norm)):
+            out = functools.partial(of, y, *learnt, *running, pool)
+            runs["forward", variant] = out
+            runs["forward and backward", variant] = functools.partial(
+                pulled, out, out().detach(), (y, *learnt)
+            )
+        places = out().numel() if pool else None
+        whole = norm.traffic(y.numel(), places, dtype.itemsize, "fused")
+        moved["forward and backward"] = whole
+        moved["forward"] = norm.forward_traffic(y.numel(), places, dtype.itemsize)
+        for (mode, variant), took in measure.interleaved(runs, device, seconds=seconds).items():
+            spread = measure.spread(took)
+            yield row(
+                "norm_relu_pool",
+                variant,
+                mode=mode + by(device),
+                shape={"layer": name, "images": images, "channels": channels, "size": size},
+                dtype=_name(dtype),
+                **spread,
+                **rates(moved[mode], spread, copy=peak),
+            )
+
+
+def fused_norm(y, weight, bias, shift, mean, var, pool: bool) -> Tensor:
+    return norm.norm_relu(y, weight, bias, mean, var, shift=shift, pool=pool)
+
+
+def plain_norm(y, weight, bias, shift, mean, var, pool: bool) -> Tensor:
+    whole = y + shift.to(y.dtype)[:, None, None]
+    out = F.batch_norm(whole, mean, var, weight, bias, training=True).relu_()
+    return F.max_pool2d(out, 3, 2) if pool else out
+
+
+def pulled(call: Callable[[], Tensor], pull: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    torch.autograd.grad(call(), leaves, pull)
 
 
 # ---- out of a pack ----
@@ -625,6 +685,8 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_saved_bank(device, knobs, 1 if quick else 3)
     yield bench_turns(device, seconds, peak, shapes, torch.bfloat16 if gpu else torch.float32)
     yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
+    views, dtype = (BATCH * len(TURNS), torch.bfloat16) if gpu else (16, torch.float32)
+    yield bench_norm(device, seconds, peak, 4 if quick else views, 15 if quick else 55, dtype)
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrot import config
+from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.staged import Staged, fitted, scaled
 from fastrot.config import Refused
 
@@ -20,6 +21,7 @@ class AlexNet(Staged):
 
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
     half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
+    With `fuse`, in training, what stands between two convolutions is one op (convolved.py).
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class AlexNet(Staged):
         hidden: int = HIDDEN,
         kernel: int = 11,
         stride: int = 4,
+        fuse: bool = False,
     ):
         padding = min(2, kernel // 2)
         c1, c2, c3, c4, c5 = channels
@@ -51,6 +54,9 @@ class AlexNet(Staged):
                 **{"conv3": c3, "conv4": c4, "conv5": c5, "pool5": c5, "fc_block": hidden},
             },
         )
+        for stage in self.children():
+            if isinstance(stage, Convolved):
+                stage.fuse = fuse
 
 
 def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
@@ -62,6 +68,7 @@ def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
         hidden=scaled(HIDDEN, cfg.width),
         kernel=cfg.kernel,
         stride=cfg.stride,
+        fuse=cfg.fuse,
     )
 
 
@@ -107,15 +114,8 @@ def _our_name(key: str) -> str | None:
     return f"head.{leaf}" if block == "9" and layer == "0" else None  # RotNet's classifier
 
 
-def _convolution(before: int, after: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            # the bias does nothing in front of batch norm, but the originals' weights have it
-            conv=nn.Conv2d(before, after, kernel, stride, padding),
-            bn=nn.BatchNorm2d(after),
-            relu=nn.ReLU(inplace=True),
-        )
-    )
+def _convolution(before: int, after: int, kernel: int, stride: int, padding: int) -> Convolved:
+    return Convolved(nn.Conv2d(before, after, kernel, stride, padding))
 
 
 def _linears(before: int, hidden: int) -> nn.Sequential:
