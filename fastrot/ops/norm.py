@@ -131,6 +131,7 @@ TILE = 8192  # bytes of y that a program of statistics or sums reads at a time: 
 WINDOWS = 1024  # elements of out that a program of the forward makes
 BLOCKS = 1024  # times 2 x 2 elements of dy that a program of the backward makes
 PER_PROCESSOR = 8  # programs of statistics or sums
+REGISTERS = dict(maxnreg=128)  # of the pooled backward: left alone, ptxas takes 96 and spills
 FINISH, SHARES = 8, 128  # channels of a program that merges, and shares that it reads at a time
 
 if triton is not None:
@@ -225,17 +226,27 @@ if triton is not None:
             line = near // across  # of all images' lines of windows
             image, i, j = line // down, line % down, near % across
             corner = (image.to(tl.int64) * height + 2 * i) * width + 2 * j
-            first = tl.load(_at(y, corner, column, C), mask=known[None, :], other=0).to(tl.float32)
             sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-            best = first * sign  # the largest out is the largest of these
-            chosen = tl.zeros((ROWS, BLOCK_C), tl.int32)
-            for step in tl.static_range(1, 9):
-                row = corner + step // 3 * width + step % 3
-                value = tl.load(_at(y, row, column, C), mask=known[None, :], other=0)
-                value = value.to(tl.float32) * sign
-                better = value > best
-                best = tl.where(better, value, best)
-                chosen = tl.where(better, step, chosen)
+            # sign * y is largest where out is; line by line, since ptxas keeps a chain of nine in predicates
+            for step in tl.static_range(3):
+                row = corner + step * width
+                left = tl.load(_at(y, row, column, C), mask=known[None, :], other=0)
+                middle = tl.load(_at(y, row + 1, column, C), mask=known[None, :], other=0)
+                right = tl.load(_at(y, row + 2, column, C), mask=known[None, :], other=0)
+                most = left.to(tl.float32) * sign
+                if step == 0:
+                    first = left.to(tl.float32)
+                value = middle.to(tl.float32) * sign
+                which = tl.where(value > most, 3 * step + 1, 3 * step)
+                most = tl.maximum(value, most)
+                value = right.to(tl.float32) * sign
+                which = tl.where(value > most, 3 * step + 2, which)
+                most = tl.maximum(value, most)
+                if step == 0:
+                    best, chosen = most, which
+                else:
+                    chosen = tl.where(most > best, which, chosen)
+                    best = tl.maximum(most, best)
             value = tl.where(sign == 0, first, best * sign)
             normal = (value - centre) * scale + offset
             chosen = tl.where(normal <= 0, CUT, chosen)
@@ -470,7 +481,7 @@ def _launch_back(
             _pooled_back_kernel[(triton.cdiv(blocks, BLOCKS // block), triton.cdiv(c, block))](
                 grad, y, winner, weight, mean, var, dweight, dbias, dy,
                 blocks, h, w, *grad.shape[2:], 1 / rows, eps,
-                C=c, BLOCK_C=block, ROWS=BLOCKS // block, num_warps=WARPS,
+                C=c, BLOCK_C=block, ROWS=BLOCKS // block, num_warps=WARPS, **REGISTERS,
             )  # fmt: skip
         else:
             _back_kernel[(triton.cdiv(rows, WINDOWS // block), triton.cdiv(c, block))](
@@ -700,12 +711,16 @@ def _check_kernel(y: Tensor) -> None:
 
 
 def variants() -> list[dict]:
-    """The kernels as AlexNet's layers use them: pooled at 64, 192 and 256 channels, not pooled at 384 and 256."""
-    found = []
-    for y in ("bf16", "fp32"):
-        for c, pool in ((64, True), (192, True), (256, True), (384, False), (256, False)):
-            found += _variants(y, c, pool)
-    return found
+    """The kernels as AlexNet's layers use them: pooled behind conv1 and conv2, not pooled behind conv3."""
+    layers = [
+        each
+        for y in ("bf16", "fp32")
+        for c, pool in ((64, True), (192, True), (384, False))
+        for each in _variants(y, c, pool)
+    ]
+    return [each for each in layers if "finish" not in each["name"]] + [
+        each for each in layers if "finish" in each["name"] and each["name"].endswith("384 bf16")
+    ]
 
 
 def _variants(y: str, c: int, pool: bool) -> list[dict]:
@@ -745,6 +760,7 @@ def _variants(y: str, c: int, pool: bool) -> list[dict]:
             constants=of | constants,
             aligned=tuple(each for each in kernel.arg_names if types.get(each, "").startswith("*")),
             warps=WARPS,
+            options=REGISTERS if kernel is _pooled_back_kernel else {},
         )
         for name, (kernel, constants) in forms.items()
     ]
