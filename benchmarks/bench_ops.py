@@ -686,7 +686,8 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_turns(device, seconds, peak, shapes, torch.bfloat16 if gpu else torch.float32)
     yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
     views, dtype = (BATCH * len(TURNS), torch.bfloat16) if gpu else (16, torch.float32)
-    yield bench_norm(device, seconds, peak, 4 if quick else views, 15 if quick else 55, dtype)
+    few = (4, 15) if quick else (views, 55)
+    yield bench_norm(device, seconds / 4, peak, *few, dtype)
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -165,18 +165,46 @@ def test_a_convolution_with_a_forward_of_its_own_is_asked_without_its_bias():
     assert torch.equal(convolved.without_bias(conv, views), want)
 
 
-def test_bfloat16_on_a_cpu_is_as_near_to_float32_as_the_plain_nets():
+def off_float32(device: str) -> dict[str, float]:
+    """How far the head's gradient in bfloat16 is from float32's, of the plain net and the fused one."""
     plain, fused, images = pair()
-    truth = copy.deepcopy(plain)
+    for net in (plain, fused):
+        net.to(device, memory_format=torch.channels_last)
+    truth, images, off = copy.deepcopy(plain), images.to(device), {}
     truth(images).square().sum().backward()
-    off = {}
     for name, net in (("plain", plain), ("fused", fused)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out = net(images)
         out.float().square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-        off[name] = (net.head.weight.grad - truth.head.weight.grad).norm()
+        off[name] = (net.head.weight.grad - truth.head.weight.grad).norm().item()
+    return off
+
+
+def test_bfloat16_on_a_cpu_is_as_near_to_float32_as_the_plain_nets():
+    off = off_float32("cpu")
     assert 0 < off["fused"] < 1.5 * off["plain"]
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_is_as_near_to_float32_as_the_plain_nets():
+    off = off_float32("cuda")
+    assert 0 < off["fused"] < 1.5 * off["plain"]
+
+
+@pytest.mark.gpu
+def test_a_fused_step_waits_for_nothing():
+    _, fused, images = pair()
+    fused, images = fused.cuda(), images.cuda()
+    for turn in range(4):
+        if turn == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                fused(images).square().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert fused.head.weight.grad.isfinite().all()
 
 
 # ---- runs ----
