@@ -141,7 +141,8 @@ def test_a_mean_far_off_costs_no_digits(form):
         mean, var = op._batch_statistics(y, torch.zeros(16), torch.ones(16), None, 0.1)
     wide = torch.var_mean(y.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(var.double(), wide[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean.double(), wide[1], rtol=2e-7, atol=0)
+    near = 2e-6 if form == "reference" else 2e-7  # torch's own mean is no nearer
+    torch.testing.assert_close(mean.double(), wide[1], rtol=near, atol=0)
 
 
 @pytest.mark.parametrize("form", BOTH)
