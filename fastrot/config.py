@@ -92,9 +92,7 @@ class AlexNet:
     width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
-    fuse: bool = (
-        False  # batch norm, ReLU and pool as one op in training, for GPUs; not yet timed on one
-    )
+    fuse: bool = False  # batch norm, ReLU and pool as one op in training; untimed on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
