@@ -42,6 +42,7 @@ from fastrot.config import AlexNet, RandomResized
 from fastrot.core import Facts
 from fastrot.data import crops
 from fastrot.data.pack import layout
+from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
@@ -67,6 +68,10 @@ SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
 FIRST = (11, 4, 2)  # kernel, stride and padding of AlexNet's first convolution
 IN_CELLS = "in cells"
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
+NORMED = [  # AlexNet's layers: channels, pixels a side where conv1 has 55, whether a pool follows
+    ("conv1", 64, 55, True), ("conv2", 192, 27, True), ("conv3", 384, 13, False),
+    ("conv4", 256, 13, False), ("conv5", 256, 13, True),
+]  # fmt: skip
 LANDSCAPE = (256, 341)  # height and width of a packed picture
 PACKED, FEW_PACKED = 4096, 256  # pictures: 270 MB of tiles, larger than any L2; of a CPU
 UNPACKED = {"cuda": 1e6, "cpu": 5e3}  # images a second at 224: their views; crops by a thread
@@ -181,6 +186,61 @@ def there_and_back(layer: torch.nn.Module, views: Tensor) -> tuple[Tensor, Tenso
     """The layer's output, and its weight's gradient for an output's gradient of the output itself."""
     out = layer(views)
     return out.detach(), torch.autograd.grad(out, layer.weight, out.detach())[0]
+
+
+# ---- batch norm, ReLU and pool ----
+
+
+def bench_norm(
+    device: str, seconds: float, peak: float, images: int, side: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """Each of AlexNet's layers behind its convolution, forward alone and with its backward, for so many views.
+
+    plain: what torch has, the convolution's bias included; both move what `norm.traffic` counts for fused, so
+    that their GB/s compare.
+    """
+    for name, channels, times, pool in NORMED:
+        size = max(3, side * times // 55)
+        y = torch.randn(images, channels, size, size, device=device, dtype=dtype)
+        y = y.contiguous(memory_format=torch.channels_last).requires_grad_()
+        learnt = [torch.ones(channels, device=device, requires_grad=True) for _ in range(3)]
+        running = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        runs, moved = {}, {}
+        for variant, of in (("fused", fused_norm), ("plain", plain_norm)):
+            out = functools.partial(of, y, *learnt, *running, pool)
+            runs["forward", variant] = out
+            runs["forward and backward", variant] = functools.partial(
+                pulled, out, out().detach(), (y, *learnt)
+            )
+        places = out().numel() if pool else None
+        whole = norm.traffic(y.numel(), places, dtype.itemsize, "fused")
+        moved["forward and backward"] = whole
+        moved["forward"] = norm.forward_traffic(y.numel(), places, dtype.itemsize)
+        for (mode, variant), took in measure.interleaved(runs, device, seconds=seconds).items():
+            spread = measure.spread(took)
+            yield row(
+                "norm_relu_pool",
+                variant,
+                mode=mode + by(device),
+                shape={"layer": name, "images": images, "channels": channels, "size": size},
+                dtype=_name(dtype),
+                **spread,
+                **rates(moved[mode], spread, copy=peak),
+            )
+
+
+def fused_norm(y, weight, bias, shift, mean, var, pool: bool) -> Tensor:
+    return norm.norm_relu(y, weight, bias, mean, var, shift=shift, pool=pool)
+
+
+def plain_norm(y, weight, bias, shift, mean, var, pool: bool) -> Tensor:
+    whole = y + shift.to(y.dtype)[:, None, None]
+    out = F.batch_norm(whole, mean, var, weight, bias, training=True).relu_()
+    return F.max_pool2d(out, 3, 2) if pool else out
+
+
+def pulled(call: Callable[[], Tensor], pull: Tensor, leaves: tuple[Tensor, ...]) -> None:
+    torch.autograd.grad(call(), leaves, pull)
 
 
 # ---- out of a pack ----
@@ -697,6 +757,9 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     firsts = [shapes[0] if gpu else (4, shapes[0][1])] if quick else [(BATCH if gpu else 4, 224)]
     yield bench_first_convolution(device, seconds, firsts, of_views)
     yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
+    views, dtype = (BATCH * len(TURNS), torch.bfloat16) if gpu else (16, torch.float32)
+    few = (4, 15) if quick else (views, 55)
+    yield bench_norm(device, seconds / 4, peak, *few, dtype)
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -93,6 +93,7 @@ class AlexNet:
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
     fold: bool = False  # compute it in cells of stride x stride pixels; the same weights
+    fuse: bool = False  # batch norm, ReLU and pool as one op in training; untimed on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -337,6 +337,32 @@ def test_what_a_gpu_is_asked_for_once_runs_to_its_last_row(monkeypatch):
     assert all(set(row) >= FROM | FIGURE for row in rows)
 
 
+@pytest.mark.parametrize("pool", [True, False])
+def test_the_plain_norm_is_the_fused_one(pool):
+    y = torch.randn(2, 16, 7, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
+    learnt = [torch.rand(16) + 0.5 for _ in range(3)]
+    found = []
+    for of in (bench_ops.plain_norm, bench_ops.fused_norm):
+        running = torch.zeros(16), torch.ones(16)
+        out = of(y, *learnt, *running, pool)
+        found.append((out, *running, *torch.autograd.grad(out, y, torch.ones_like(out))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_each_layers_norm_is_timed_with_and_without_its_backward():
+    rows = list(bench_ops.bench_norm("cpu", 0.0, 1e9, 2, 15, torch.float32))
+    assert len(rows) == 4 * len(bench_ops.NORMED) == 20
+    assert all(set(row) >= FROM | FIGURE for row in rows)
+    assert {row["variant"] for row in rows} == {"fused", "plain"}
+    conv1 = [row for row in rows if row["shape"]["layer"] == "conv1"]
+    elements, places = 2 * 64 * 15 * 15, 2 * 64 * 7 * 7
+    assert {row["bytes"] for row in conv1} == {
+        8 * elements + 9 * places,
+        16 * elements + 23 * places,
+    }
+
+
 def test_shares_are_of_the_rates_beside_them():
     found = bench_ops.rates(2_000_000, {"p50": 1.0}, copy=4e9, gather=2.5e9)  # 2 GB/s
     assert found["gb_per_s"] == pytest.approx(2)

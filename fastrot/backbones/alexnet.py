@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrot import config
+from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.folded import FoldedConv2d, cells_of
 from fastrot.backbones.staged import Staged, fitted, scaled
 from fastrot.config import Refused
@@ -22,6 +23,7 @@ class AlexNet(Staged):
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
     half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
     With `fold` the first convolution is computed in cells of pixels (folded.py), by the same weights.
+    With `fuse`, in training, what stands between two convolutions is one op (convolved.py).
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class AlexNet(Staged):
         kernel: int = 11,
         stride: int = 4,
         fold: bool = False,
+        fuse: bool = False,
     ):
         padding = min(2, kernel // 2)
         c1, c2, c3, c4, c5 = channels
@@ -57,6 +60,9 @@ class AlexNet(Staged):
             },
             cells=cells_of(size, kernel, stride, padding) if fold else None,
         )
+        for stage in self.children():
+            if isinstance(stage, Convolved):
+                stage.fuse = fuse
 
 
 def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
@@ -69,6 +75,7 @@ def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
         kernel=cfg.kernel,
         stride=cfg.stride,
         fold=cfg.fold,
+        fuse=cfg.fuse,
     )
 
 
@@ -121,15 +128,8 @@ def _convolution(
     stride: int,
     padding: int,
     kind: type[nn.Conv2d] = nn.Conv2d,
-) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            # the bias does nothing in front of batch norm, but the originals' weights have it
-            conv=kind(before, after, kernel, stride, padding),
-            bn=nn.BatchNorm2d(after),
-            relu=nn.ReLU(inplace=True),
-        )
-    )
+) -> Convolved:
+    return Convolved(kind(before, after, kernel, stride, padding))
 
 
 def _linears(before: int, hidden: int) -> nn.Sequential:

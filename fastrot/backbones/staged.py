@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastrot.backbones.convolved import Convolved
 from fastrot.config import Refused
 from fastrot.ops.turns import Cells
 
@@ -37,9 +38,21 @@ class Staged(nn.Module):
             if name not in self.stages:
                 raise Refused(f"no stage is called {name!r}: choose from {', '.join(self.stages)}")
         seen = {}
-        for name in self.stages[: max(map(self.stages.index, names), default=-1) + 1]:
-            x = seen[name] = self.get_submodule(name)(x)
+        coming = list(self.stages[: max(map(self.stages.index, names), default=-1) + 1])
+        while coming:
+            name = coming.pop(0)
+            stage = self.get_submodule(name)
+            if name not in names and coming and joined(stage, self.get_submodule(coming[0])):
+                name, x = coming.pop(0), stage(x, pool=True)
+            else:
+                x = stage(x)
+            seen[name] = x
         return [seen[name] for name in names]
+
+
+def joined(stage: nn.Module, after: nn.Module) -> bool:
+    """Whether the first stage can do the second's work with its own."""
+    return isinstance(stage, Convolved) and stage.joins(after)
 
 
 def scaled(channels: int, width: float) -> int:

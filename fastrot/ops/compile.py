@@ -18,6 +18,7 @@ OPS = (
     "fastrot.ops.nce",
     "fastrot.ops.rows",
     "fastrot.ops.blocks",
+    "fastrot.ops.norm",
 )  # each with variants(): what to compile
 TARGETS = (80, 90)  # A100; H100 and H200
 

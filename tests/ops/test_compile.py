@@ -17,6 +17,12 @@ WIDE = {  # bytes a thread loads or stores at once
     "update_rows": dict(load=16),
     "unpack_crops": dict(load=8, store=4),  # a thread's pixels are four, so that decoding fits
     "unpack_views": dict(load=8, store=8),
+    "norm_statistics": dict(load=16),
+    "norm_relu": dict(load=16, store=16),
+    "norm_sums": dict(load=16),
+    "norm_back": dict(load=16, store=16),
+    "norm_finish_statistics": dict(load=16),
+    "norm_finish_sums": dict(load=16),
 }
 
 
