@@ -13,7 +13,8 @@ original's, in float64.
 Measured in turns with ours (decoupling-alexnet from a .beton, our Loader and loop.train_step, not compiled) on the same
 pictures, with the same batch, size, width, bank and negatives. Steps with loading run for some seconds, after as many
 batches as workers have read ahead. An epoch is 1,281,167 pictures at the measured rate and 50,000 of a validation pass,
-never run whole: its rows say `extrapolated`. On a CPU the net has a quarter of the width and the batch is 16; then the list
+never run whole: its rows say `extrapolated`. Both have torch's own settings on a GPU: convolutions of float32 in TF32, matrix
+products not. On a CPU the net has a quarter of the width and the batch is 16; then the list
 of PU weights is as much shorter as the batch, so that a picture costs what it costs in a batch of 192.
 """
 
