@@ -56,7 +56,7 @@ def made_rows() -> list[dict]:
         rows.append({"what": "prepared file", "variant": name, **sizes})
         rows.append({"what": "conversion", "variant": f"to a {name}", "p50": 250.0})
     for name in ("made", "saved", "loaded"):
-        of = {"p50": 1e6, "gb_per_s": 0.5, "bytes_a_row": 512.0, "place_bytes": 8.0}
+        of = {"p50": 1e6, "gb_per_s": 0.5, "bytes_a_row": 512.0, "place_bytes": 30.0}
         rows.append({"what": "bank", "variant": f"float32 rows {name}", **of})
     rows.append({"what": "loader opened", "variant": "over a .beton", "p50": 40.0, "held": 0.5})
     return [{"theme": "scale", "line": at, **row} for at, row in enumerate(rows, 1)]
@@ -71,8 +71,8 @@ def test_parts_are_arithmetic_on_the_lines():
     [_, _, big], [_, wide, lean], [_, beton, pack], [_, made, _] = tables
     assert big[3] == "0.096 ms"  # 192 places of 0.5 us
     assert big[-1] == "3, 4"
-    assert wide[1:5] == ["512 GB", "72 GB", "16 GB", "9 GB"]
-    assert (wide[5], lean[5]) == ("5", "3")  # of 121 GB less 8 of places
+    assert wide[1:5] == ["512 GB", "94 GB", "38 GB", "31 GB"]
+    assert (wide[5], lean[5]) == ("6", "3")  # of 121 GB less 30 of places
     assert beton[1] == "30 TB"
     assert beton[5:8] == ["600 MB/s", "6 GB/s", "5"]
     assert pack[4] == "500"  # 60.5 TB by 121 GB
