@@ -60,6 +60,18 @@ def test_traffic_is_the_sum_that_the_page_writes_down():
     assert cost.layers(net, (2, 3, 8, 8), FP32)[0].traffic == 2 * conv.traffic
 
 
+def test_a_look_is_forward_alone():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+    )
+    (look,) = cost.layers(net, (2, 3, 8, 8), BF16, training=False)
+    (step,) = cost.layers(net, (2, 3, 8, 8), BF16)
+    n, m = 2 * 4 * 64, 2 * 4 * 16
+    assert 2 * look.flop == step.flop
+    assert look.traffic == 2 * (n + m)
+    assert look.traffic_unfused == 2 * (2 * n + 2 * n + 2 * n + n + m) + 8 * m
+
+
 def test_nins_layers_are_all_seen():
     each = cost.layers(Nin(), (2, 3, 32, 32), FP32)
     assert [layer.name for layer in each][:4] == [
