@@ -40,9 +40,16 @@ FORMS = {
     ),
     "cpu": ("eager", "compiled", "eager + folded", "eager + fused"),
 }
-SMALL = {"batch": 64, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
-QUICK = {**SMALL, "batch": 8}
-QUARTER = {"backbone": AlexNet(width=0.25)}  # of the width, at the preset's own size and batch
+SMALL = {"batch": 32, "backbone": AlexNet(width=0.25)}  # for a CPU
+QUICK = {"batch": 8, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+
+
+def sized(preset: str, device: torch.device, *, quick: bool = False, **knobs: Any) -> Config:
+    """The preset as a benchmark runs it: whole on a GPU, of a quarter of the width on a CPU, small where quick."""
+    made = PRESETS[preset]()
+    if isinstance(made.backbone, AlexNet):
+        knobs = (QUICK if quick else SMALL if device.type == "cpu" else {}) | knobs
+    return plain(preset, device, **knobs)
 
 
 def plain(preset: str, device: torch.device, **knobs: Any) -> Config:
