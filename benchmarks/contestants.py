@@ -33,7 +33,7 @@ from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, Refused
 from fastrot.core import Data, Picks, View
-from fastrot.data.pack.layout import firsts
+from fastrot.data.pack.layout import WIDTH, firsts
 from fastrot.data.pack.read import open_pack
 from fastrot.ops.blocks import PackTensors, unpack_crops
 
@@ -222,9 +222,11 @@ class FullPack:
         self.labels, self.keys = (
             np.resize(each, pictures) for each in (self.few.labels, self.few.keys)
         )
-        self.mean, self.std = self.few.mean, self.few.std
+        self.mean: tuple[float, ...] | None = self.few.mean
+        self.std: tuple[float, ...] | None = self.few.std
         self.fingerprint = f"{self.few.fingerprint} to {pictures}"
         self._sizes = np.resize(self.few.sizes, (pictures, 2))
+        self._first = firsts(self._sizes, self.few.encoding)
         self.pack: PackTensors | None = None
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
@@ -236,20 +238,22 @@ class FullPack:
             return
         self.few.check()
         few = torch.from_numpy(np.array(self.few.tiles)).to(device)
-        first = firsts(self._sizes, self.few.encoding)
-        tiles = torch.empty(int(first[-1]), few.shape[1], dtype=torch.uint8, device=device)
+        tiles = torch.empty(int(self._first[-1]), few.shape[1], dtype=torch.uint8, device=device)
         for piece in tiles.split(len(few)):
             piece.copy_(few[: len(piece)])
-        small = (torch.from_numpy(each).to(device) for each in (first, self._sizes))
+        small = (torch.from_numpy(each).to(device) for each in (self._first, self._sizes))
         self.pack = PackTensors(tiles, *small)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # once: another stream will read it
 
+    @property
+    def nbytes(self) -> int:
+        return int(self._first[-1]) * WIDTH[self.few.encoding]
+
     def in_words(self) -> list[str]:
-        assert self.pack is not None
         return [
             f"{self.rows:,} pictures, {self.few.rows:,} different ones, each a copy of its own: "
-            f"{self.pack.tiles.nbytes / 1e9:.1f} GB in the device's memory"
+            f"{self.nbytes / 1e9:.1f} GB in the device's memory"
         ]
 
     def pictures(

@@ -4,16 +4,17 @@ A name is words joined by " + ", each of which sets knobs of the config: "compil
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from fastrot import assemble
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
-from fastrot.core import DTYPES
+from fastrot.core import DTYPES, Batch, Losses
 from fastrot.data.plan import Loader
-from fastrot.loop import TrainState
+from fastrot.loop import TrainState, train_step
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
 from fastrot.run import choose_precision
@@ -108,6 +109,21 @@ def state_of(
         device=device,
         dtype=dtype,
     )
+
+
+def captured(cfg: Config) -> bool:
+    """Whether a step is one CUDA graph, which nobody can look into."""
+    return getattr(cfg, "graph", False)
+
+
+def stepper(state: TrainState, cfg: Config) -> Callable[[Batch], Losses]:
+    """What takes a step of this form, as the loop would."""
+    return functools.partial(train_step, state)
+
+
+def warm_steps(cfg: Config) -> int:
+    """Steps until nothing is compiled or captured any more."""
+    return 15 if captured(cfg) else 3
 
 
 def _known(part: Any, names: list[str]) -> bool:

@@ -1,6 +1,5 @@
 """Rows say where they come from; a page holds each row's figure and no other; no test times anything."""
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -19,14 +18,14 @@ from benchmarks import (
     bench_ops,
     bench_train,
     contestants,
+    forms,
     measure,
     report,
 )
 from fastrot.assemble import open_data
-from fastrot.config import Refused, Stopped, resolved
+from fastrot.config import Refused, Stopped
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
-from fastrot.presets import PRESETS
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
@@ -376,9 +375,9 @@ def test_the_time_of_a_part_in_two_pieces_is_their_sum():
 
 
 def test_steps_without_the_bank_leave_it_alone_and_train_the_head():
-    preset = PRESETS["decoupling-alexnet"]()
-    small = dataclasses.replace(preset, **bench_train.QUICK, precision="fp32")
-    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    cpu = torch.device("cpu")
+    small = forms.sized("decoupling-alexnet", cpu, quick=True, precision="fp32")
+    trained = bench_train.Trained(small, 16, cpu, bank=500)
     method = trained.state.method
     assert method.bank.rows.shape == (500, 128)
     before, head = method.bank.rows.clone(), method.net.embed.weight.detach().clone()

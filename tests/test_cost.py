@@ -1,18 +1,14 @@
 """What a step costs, counted: against the papers' figure, against torch's own counter, against sums by hand."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_train
+from benchmarks import bench_train, forms
 from fastrot import cost
 from fastrot.backbones.alexnet import AlexNet
 from fastrot.backbones.nin import Nin
-from fastrot.config import resolved
-from fastrot.presets import PRESETS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -34,12 +30,12 @@ def test_alexnet_takes_the_papers_multiplications():
 
 @pytest.mark.parametrize("preset", ["rotnet-alexnet", "decoupling-alexnet"])
 def test_torch_counts_the_same_in_a_real_step(preset):
-    small = dataclasses.replace(PRESETS[preset](), **bench_train.QUICK, precision="fp32")
-    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    cfg = forms.sized(preset, torch.device("cpu"), quick=True, precision="fp32", batch=4)
+    trained = bench_train.Trained(cfg, 8, torch.device("cpu"), bank=500)
     with FlopCounterMode(display=False) as counted:
         trained.step(trained.batch)
     net = trained.state.method.net
-    mine = cost.layers(net, (32, 3, 64, 64), FP32)
+    mine = cost.layers(net, (16, 3, 64, 64), FP32)
     assert sum(layer.flop for layer in mine) == counted.get_total_flops()
     assert all(p.device.type == "cpu" for p in net.parameters())
     assert net.training
