@@ -18,7 +18,9 @@ Traffic.     Bytes that other kernels move in the device's memory, each value on
                       bias: reads n
     fused, forward    one kernel reads n for the statistics, one reads n and writes m; there is no bias
            backward   one reads n and m for the two sums, one reads both again and writes n; which values were cut off
-                      by the ReLU, and which the pool chose, is seen in n again
+                      by the ReLU is seen in n again
+                      behind a max pool: with each value that it gives, forward also writes what it was made of and,
+                      in a byte, where it stood; the sums read these two and the gradient, the last one place and gradient
                       without BatchNorm: reads n, writes m; reads n and m, writes n
     judged            forward alone, BatchNorm by its running statistics: eager as above but for these, fused one kernel
                       that reads n and writes m
@@ -139,22 +141,26 @@ def _layer(group: list[tuple[str, nn.Module, int, int]], itemsize: int, passes: 
     return Layer(
         name=name.removeprefix("trunk.").removesuffix(".conv"),
         flop=passes * 2 * n * terms,
-        traffic=_fused(group, passes > 1) * itemsize,
+        traffic=_fused(group, itemsize, passes > 1),
         traffic_unfused=_eager(group, itemsize, passes > 1),
         weights=weights * MASTER,
     )
 
 
-def _fused(group: list[tuple[str, nn.Module, int, int]], training: bool) -> int:
-    """Values that the kernels behind a product move, where these are fused."""
+def _fused(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:
+    """Bytes that the kernels behind a product move, where these are fused."""
     (_, product, _, n), m = group[0], group[-1][3]
     of = [module for _, module, _, _ in group[1:]]
     if not any(isinstance(module, (*NORMS, *POOLS, nn.ReLU)) for module in of):
-        return n if training and getattr(product, "bias", None) is not None else 0
+        return n * itemsize if training and getattr(product, "bias", None) is not None else 0
     if not training:
-        return n + m
-    sums = any(isinstance(module, NORMS) for module in of)
-    return sums * (n + n + m) + (n + m) + (n + m + n)
+        return (n + m) * itemsize
+    if not any(isinstance(module, NORMS) for module in of):
+        return ((n + m) + (n + m + n)) * itemsize
+    if any(isinstance(module, nn.MaxPool2d) for module in of):
+        sums = (2 * itemsize + 1) * m
+        return n * itemsize + (n * itemsize + sums) + sums + (2 * n * itemsize + (itemsize + 1) * m)
+    return (n + (n + m) + (n + m) + (n + m + n)) * itemsize
 
 
 def _eager(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:

@@ -48,12 +48,18 @@ def test_traffic_is_the_sum_that_the_page_writes_down():
     conv, linear = cost.layers(net, (2, 3, 8, 8), BF16)
     n, m = 2 * 4 * 64, 2 * 4 * 16
     assert (conv.flop, linear.flop) == (2 * 2 * n * 27, 3 * 2 * 10 * 64)
-    assert conv.traffic == 2 * ((2 * n + m) + (3 * n + 2 * m))
+    statistics, forward = 2 * n, 2 * n + 5 * m  # a value, what it was made of, its place
+    sums, back = 5 * m, 2 * n + 3 * m + 2 * n
+    assert conv.traffic == statistics + forward + sums + back
     bias, norm, relu, pool, flat = 3 * n, 3 * n + 5 * n, 2 * n + 3 * n, 2 * (n + m), 4 * m
     assert conv.traffic_unfused == 2 * (bias + norm + relu + pool + flat) + 2 * 8 * m
     assert (linear.traffic, linear.traffic_unfused) == (2 * 10, 2 * 10)  # the gradient of its bias
     assert conv.weights == 4 * (4 * 27 + 4 + 8)
-    assert cost.layers(net, (2, 3, 8, 8), FP32)[0].traffic == 2 * conv.traffic
+    (whole,) = cost.layers(net[:3], (2, 3, 8, 8), BF16)
+    assert whole.traffic == 2 * (n + 2 * n + 2 * n + 3 * n)
+    assert cost.layers(net[:3], (2, 3, 8, 8), FP32)[0].traffic == 2 * whole.traffic
+    (plain,) = cost.layers(nn.Sequential(net[0], net[2], net[3]), (2, 3, 8, 8), BF16)
+    assert plain.traffic == 2 * ((n + m) + (2 * n + m))
 
 
 def test_a_look_is_forward_alone():
