@@ -127,7 +127,7 @@ class Trained:
         """What the loop does with a batch, but for its log lines."""
         losses = self.take(batch)
         self.state.step += 1
-        self.state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+        self.state.meter.add(losses)
 
     def run(self, batches: Iterator[Batch]) -> tuple[float, float]:
         """Seconds a step over these batches, and the share of them that the host waited for data.

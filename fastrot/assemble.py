@@ -385,7 +385,8 @@ def facts(
 def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
     """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
     if cfg.compile:
-        net = torch.compile(net, fullgraph=True)  # type: ignore[assignment]
+        mode = None if cfg.compile_mode == "default" else cfg.compile_mode
+        net = torch.compile(net, fullgraph=True, mode=mode)  # type: ignore[assignment]
     if dist.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
@@ -394,5 +395,10 @@ def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
         names = inspect.signature(ddp.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {name: False}
-        net = ddp(net, device_ids=ids, **options)
+        # gradients lie where they are summed, so that none is copied there and back
+        net = ddp(net, device_ids=ids, gradient_as_bucket_view=True, **options)
+        if cfg.gradients == "bf16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            net.register_comm_hook(None, bf16_compress_hook)
     return net

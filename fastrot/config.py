@@ -160,6 +160,7 @@ class Sgd:
     nesterov: bool = True
     weight_decay: float = 5e-4
     decay_norms: bool = True  # also decay biases and batch-norm weights, as the original codes do
+    kernel: Literal["torch", "apex"] = "torch"  # whose SGD; apex: NVIDIA's FusedSGD, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +215,9 @@ class Config:
     validate_every: int = free(1)  # epochs
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool = False  # torch.compile the network
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of --compile
+    graph: bool = False  # the whole step as one CUDA graph: one process on a GPU
+    gradients: Literal["fp32", "bf16"] = "fp32"  # what several processes send each other
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
     placement: Placement = free("auto")  # of a .pack for a GPU: in its memory, or in the host's

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor, nn
 
 from fastrot.config import Crop, Stopped
@@ -80,16 +80,27 @@ class Losses:
 
     terms: dict[str, Tensor]  # weighted; their sum is descended
     metrics: dict[str, Tensor]  # shares from 0 to 1, unweighted values
+    vector: Float[Tensor, " n"] | None = None  # of a step that is over: total, terms, metrics
 
     @property
     def total(self) -> Tensor:
+        if self.vector is not None:
+            return self.vector[0]
         return torch.stack(list(self.terms.values())).sum()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the vector's numbers."""
+        return ("loss", *self.terms, *self.metrics)
+
     def detached(self) -> "Losses":
-        return Losses(
-            {k: v.detach() for k, v in self.terms.items()},
-            {k: v.detach() for k, v in self.metrics.items()},
-        )
+        """The same numbers without gradient, as views of one vector."""
+        each = (self.total, *self.terms.values(), *self.metrics.values())
+        vector = torch.stack([value.detach() for value in each])
+        _, *parts = vector.unbind()
+        terms = dict(zip(self.terms, parts, strict=False))
+        metrics = dict(zip(self.metrics, parts[len(terms) :], strict=True))
+        return Losses(terms, metrics, vector)
 
 
 class DamagedRecord(Stopped):

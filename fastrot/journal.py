@@ -13,21 +13,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastrot import dist
+from fastrot.core import Losses
 from fastrot.disk import named, replace_bytes
 
 
 class Meter:
-    """Running means of named 0-d tensors, float32 on the device, between log lines."""
+    """Running means of a step's numbers, float32 on the device, between log lines.
+
+    names   of the numbers, the same in each step
+    sums    [n], over `count` steps; None: none yet
+    """
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
+        self.sums: Tensor | None = None
         self.count = 0
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Waits for nothing."""
-        for name, value in values.items():
-            value = value.float()
-            self.sums[name] = value.clone() if name not in self.sums else self.sums[name] + value
+    def add(self, losses: Losses) -> None:
+        """The numbers of a step that is over, at once. Waits for nothing, and keeps none of its memory."""
+        assert losses.vector is not None, "a step hands over losses.detached()"
+        if self.sums is None:
+            self.names, self.sums = losses.names, losses.vector.float().clone()
+        else:
+            assert losses.names == self.names, "a step's numbers keep their names"
+            self.sums += losses.vector.float()
         self.count += 1
 
     def read(self, *, keep: bool = False) -> dict[str, float]:
@@ -35,27 +44,27 @@ class Meter:
 
         Waits for the device: once per log line, never once per step.
         """
-        if not self.count:
+        if self.sums is None:
             return {}
-        sums = dist.sum_over_ranks(torch.stack(list(self.sums.values())))
+        sums = dist.sum_over_ranks(self.sums)
         means = (sums / (self.count * dist.world())).tolist()
-        named = dict(zip(self.sums, means, strict=True))
         if not keep:
-            self.sums, self.count = {}, 0
-        return named
+            self.sums, self.count = None, 0
+        return dict(zip(self.names, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of all ranks, a row each. Called on all of them."""
-        mine = torch.stack(list(self.sums.values())).cpu() if self.sums else torch.zeros(0)
+        names = [] if self.sums is None else list(self.names)
+        mine = torch.zeros(0) if self.sums is None else self.sums.cpu()
         rows = dist.gather_rows(mine[None]).clone()
-        return {"names": list(self.sums), "sums": rows, "count": self.count}
+        return {"names": names, "sums": rows, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """This rank's own sums; with another number of ranks their mean, which gives the same means."""
         rows = state["sums"]
         mine = rows[dist.rank()] if len(rows) == dist.world() else rows.mean(dim=0)
-        self.sums = dict(zip(state["names"], mine.to(device), strict=True))
-        self.count = state["count"]
+        self.names, self.count = tuple(state["names"]), state["count"]
+        self.sums = mine.to(device, copy=True) if self.count else None
 
 
 class Journal:

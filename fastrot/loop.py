@@ -20,7 +20,7 @@ from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
 from fastrot.journal import Journal, Meter
-from fastrot.optim import Rates
+from fastrot.optim import Rates, load_state, set_rate, state_of
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 
@@ -72,10 +72,8 @@ class TrainState:
         )
 
     def descend(self, loss: Tensor) -> None:
-        """Gradient and optimiser's step at this step's rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        """Gradient and optimiser's step, at the rate that was set."""
+        self.optimizer.zero_grad()  # to None: a captured graph's gradients lie in its own memory
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -86,7 +84,7 @@ class TrainState:
             "step": self.step,
             "judged": self.judged,
             "net": self.method.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state_of(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "method": self.method.state_dict(),
             "meter": self.meter.state_dict(),
@@ -97,7 +95,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.judged, self.fresh = state["step"], state["judged"], False
         self.method.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         self.meter.load_state_dict(state["meter"], self.device)
@@ -107,6 +105,7 @@ class TrainState:
 
 def train_step(state: TrainState, batch: Batch) -> Losses:
     """One step: views, network, losses, descent, the method's own writes. Waits for nothing."""
+    set_rate(state.optimizer, state.rates(state.step))
     views = state.method.views(batch)
     with state.autocast():
         outputs = state.net(views)
@@ -205,7 +204,7 @@ def _train_epoch(state: TrainState, run: Run, end: int) -> None:
                 raise
             state.step += 1
             state.story.images += len(batch.index) * dist.world()
-            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+            state.meter.add(losses)
             run.journal.advance(state.step)
             due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
             if due or state.step == end:
@@ -288,8 +287,9 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
     """
     _count_skipped(state.story, run)
     parts = state.state_dict()
-    loss = state.meter.sums.get("loss")  # of all steps since the last log line
-    kept = [*parts["net"].values(), *parts["method"].values(), *([] if loss is None else [loss])]
+    since = state.meter.sums  # over all steps since the last log line; the loss is their first
+    kept = [*parts["net"].values(), *parts["method"].values()]
+    kept += [] if since is None else [since[:1]]
     finite = not dist.highest(int(not checkpoint.all_finite(kept)))
     _go_on_only_if_finite(finite, state, run.journal.run)
     if run.cfg.keep_every and state.step % run.cfg.keep_every == 0:

@@ -1,13 +1,17 @@
 """Parameter groups, SGD and learning-rate schedules (the papers' tables, in whole epochs)."""
 
+import importlib
+import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from fastrot.config import Schedule, Sgd
+from fastrot.config import Refused, Schedule, Sgd
 
 
 def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
@@ -24,17 +28,77 @@ def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
     ]
 
 
-def sgd(net: nn.Module, cfg: Sgd, rate: float) -> torch.optim.SGD:
-    """Torch's SGD; one fused kernel over all tensors on a GPU (its bits differ from the plain one's)."""
+def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> Optimizer:
+    """SGD by torch or by NVIDIA apex, as the config says.
+
+    fused  one kernel over all tensors, whose bits differ from the plain form's; None: on a GPU. Its rate is a
+           0-d float32 tensor on the parameters' device, so that a captured graph reads today's.
+    """
     groups = parameter_groups(net, cfg)
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.SGD(
-        groups,
-        lr=rate,
-        momentum=cfg.momentum,
-        nesterov=cfg.nesterov and cfg.momentum > 0,
-        fused=fused,
-    )
+    rule: dict[str, Any] = {"momentum": cfg.momentum, "nesterov": cfg.nesterov and cfg.momentum > 0}
+    if cfg.kernel == "apex":
+        return _of_apex(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
+    learning = [p for group in groups for p in group["params"]]
+    if fused is None:
+        fused = all(p.is_cuda for p in learning)
+    lr = torch.full((), rate, device=learning[0].device) if fused else rate
+    return torch.optim.SGD(groups, lr=lr, fused=fused, **rule)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """The learning rate of the steps to come. Waits for nothing; not to be recorded in a graph."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def state_of(optimizer: Optimizer) -> dict[str, Any]:
+    """Its state, with plain numbers beside the momenta: any device and any kernel can go on from it.
+
+    Waits for the device where the rate is a tensor.
+    """
+    state = optimizer.state_dict()
+    groups = [
+        {name: v.item() if isinstance(v, Tensor) else v for name, v in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """What `state_of` gave, on whatever device: momenta and rate; how a step is computed stays this run's."""
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group.update(mine)
+    set_rate(optimizer, float(state["param_groups"][0]["lr"]))
+
+
+def check_apex() -> Callable[..., Optimizer]:
+    """NVIDIA apex's FusedSGD. Raises Refused where there is none; the package index has another apex."""
+    way = "build NVIDIA's from its sources, or use --optim.kernel torch"
+    if importlib.util.find_spec("apex") is None:
+        raise Refused(f"--optim.kernel apex, but no package apex is installed: {way}")
+    try:
+        return importlib.import_module("apex.optimizers").FusedSGD
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise Refused(
+            "--optim.kernel apex, but the package apex that is installed is another one, without "
+            f"apex.optimizers.FusedSGD ({error}): {way}"
+        ) from None
+
+
+def _of_apex(groups: list[dict], **settings: Any) -> Optimizer:
+    kind = check_apex()
+    try:
+        return kind(groups, **settings)
+    except RuntimeError as error:  # as it says where its extensions were not built
+        raise Refused(
+            f"--optim.kernel apex, but it cannot be used here ({error}): build it with its CUDA extensions, "
+            "or use --optim.kernel torch"
+        ) from error
 
 
 @dataclass(frozen=True)

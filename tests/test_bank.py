@@ -133,9 +133,9 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
     def steps(method: Decoupling, rank: int, first=None):
         batch, outputs = a_batch(index[rank], step=6), method.net.heads(seen[rank])
         method.first(outputs, batch)
-        of_first = method.mean_exp
+        of_first = method.mean_exp.clone()
         if first is not None:
-            method.mean_exp = first
+            method.mean_exp = first.clone()
         losses = method.losses(outputs, batch)
         method.after_step(outputs, batch, losses)
         return of_first, losses.terms["loss_nce"], losses.metrics["z"], method

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastrot import dist, entry
+from fastrot.core import Losses
 from fastrot.dist import Place
 from fastrot.journal import Meter
 
@@ -56,8 +57,8 @@ def test_a_logged_mean_is_over_all_ranks(monkeypatch):
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "sum_over_ranks", lambda mine: mine + torch.tensor([8.0]))
     meter = Meter()
-    meter.add({"loss": torch.tensor(1.0)})
-    meter.add({"loss": torch.tensor(3.0)})
+    for value in (1.0, 3.0):
+        meter.add(Losses({}, {}, torch.tensor([value])))
     assert meter.read() == {"loss": 3.0}
 
 

@@ -50,11 +50,32 @@ def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path, method):
 
 
 @pytest.mark.ddp
-def test_three_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_sent_in_bf16_are_the_mean_to_its_rounding(tmp_path, world):
+    """Each rank's own is rounded once, and each sum once more: to 8 bits, so by 1 part in 256 at most."""
+    script, out = ROOT / "tests" / "rank_gradients.py", tmp_path / "gradients.pt"
+    several = [*TORCHRUN, "--standalone", "--nproc-per-node", str(world)]
+    done = run(*several, script, out)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(out, weights_only=True)
+    mean, size = found["own"].mean(dim=0), found["own"].abs().mean(dim=0)
+    assert torch.equal(found["other_fp32"], found["fp32"])  # both ranks have the same
+    assert torch.equal(found["other_bf16"], found["bf16"])
+    torch.testing.assert_close(found["fp32"], mean, rtol=1e-6, atol=1e-9)
+    assert torch.equal(found["bf16"].bfloat16().float(), found["bf16"])
+    assert (mean.bfloat16().float() != mean).any()  # or it would show nothing
+    off = (found["bf16"] - mean).abs()
+    assert (off <= size * (1 + world) / 256 + 1e-30).all()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_three_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path, gradients):
     """Broken off between log lines. With three ranks the order of a sum shows in its last bits."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     three = [*TORCHRUN, "--standalone", "--nproc-per-node", "3"]
     command = [*three, "fastrot/train.py", *TINY, "--batch", "2", "--data", pictures]
+    command += ["--gradients", gradients]
     done = run(*command, "--out", straight, "--max-steps", "12")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is done after 12 steps") == 1  # rank 0 speaks for all

@@ -59,7 +59,7 @@ def test_nothing_in_a_step_waits_for_the_gpu(dtype, method, pictures):
         for _ in range(5):
             losses = train_step(state, next(batches))
             state.step += 1
-            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+            state.meter.add(losses)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(losses.total)

@@ -1,12 +1,16 @@
+import copy
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from truth import golden
 
-from fastrot import presets
-from fastrot.config import Schedule, Sgd
-from fastrot.optim import Rates, parameter_groups, sgd
+from fastrot import optim, presets
+from fastrot.config import Refused, Schedule, Sgd
+from fastrot.optim import Rates, load_state, parameter_groups, set_rate, sgd, state_of
 
 ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",
@@ -94,3 +98,132 @@ def test_sgd_is_the_papers():
         velocity = gradient if velocity is None else 0.9 * velocity + gradient
         mine = mine - 0.1 * (gradient + 0.9 * velocity)
     torch.testing.assert_close(w.detach(), mine, rtol=1e-12, atol=0)
+
+
+def a_net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def descend(net: nn.Module, optimizer, rate: float, seed: int) -> None:
+    set_rate(optimizer, rate)
+    optimizer.zero_grad()
+    draw = torch.Generator().manual_seed(seed)
+    net(torch.randn(8, 3, generator=draw)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_a_fused_step_reads_its_rate_from_a_tensor(decay_norms):
+    """One that is written in place: a captured graph reads it anew; to rounding the plain steps."""
+    cfg = Sgd(decay_norms=decay_norms)
+    plain, fused = a_net(), a_net()
+    slow, fast = sgd(plain, cfg, 0.0), sgd(fused, cfg, 0.0, fused=True)
+    rates = [group["lr"] for group in fast.param_groups]
+    for step, rate in enumerate([0.1, 0.1, 0.05, 0.02]):
+        descend(plain, slow, rate, step)
+        descend(fused, fast, rate, step)
+        assert all(r.dtype == torch.float32 and r.item() == np.float32(rate) for r in rates)
+    assert all(group["lr"] is r for group, r in zip(fast.param_groups, rates, strict=True))
+    for mine, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("wrote", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("reads", [False, True], ids=["plain", "fused"])
+def test_a_state_goes_from_each_kernel_to_each(wrote, reads, tmp_path):
+    """It is of plain numbers and loads without unpickling; how a step is computed stays the reader's."""
+    first, second = a_net(), a_net()
+    writer, reader = sgd(first, Sgd(), 0.0, fused=wrote), sgd(second, Sgd(), 0.0, fused=reads)
+    descend(first, writer, 0.1, 0)
+    assert all(type(g["lr"]) is float for g in state_of(writer)["param_groups"])
+    torch.save(state_of(writer), tmp_path / "state.pt")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    load_state(reader, torch.load(tmp_path / "state.pt", weights_only=True))
+    (group,) = reader.param_groups
+    assert (group["fused"], isinstance(group["lr"], torch.Tensor)) == (reads, reads)
+    assert float(group["lr"]) == pytest.approx(0.1)
+    for step in (1, 2):
+        descend(first, writer, 0.05, step)
+        descend(second, reader, 0.05, step)
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+
+
+def test_states_of_older_versions_load():
+    """A GPU run's, as it was saved when rates were plain numbers and the writer's kernel came along."""
+    net = a_net()
+    old = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9, nesterov=True, fused=True)
+    net(torch.ones(2, 3)).sum().backward()
+    old.step()
+    mine = sgd(net, Sgd(), 0.0)
+    load_state(mine, old.state_dict())
+    assert not mine.param_groups[0]["fused"]
+    assert mine.param_groups[0]["lr"] == 0.3
+    assert torch.equal(
+        mine.state[net[0].weight]["momentum_buffer"], old.state[net[0].weight]["momentum_buffer"]
+    )
+
+
+# ---- apex ----
+
+
+def installed(monkeypatch, **of_optimizers) -> None:
+    """A package called apex with these names in apex.optimizers."""
+    for name in ("apex", "apex.optimizers"):
+        module = types.ModuleType(name)
+        module.__spec__ = types.SimpleNamespace(name=name)
+        monkeypatch.setitem(sys.modules, name, module)
+    vars(sys.modules["apex.optimizers"]).update(of_optimizers)
+
+
+class Told(torch.optim.SGD):
+    """NVIDIA's name and arguments, torch's arithmetic."""
+
+    def __init__(
+        self, params, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False
+    ):  # and none of torch's own: foreach, fused
+        self.told = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov)
+
+
+def test_apex_is_used_where_it_is(monkeypatch):
+    """The switch and its arguments; that NVIDIA's kernel computes the same was not measured."""
+    installed(monkeypatch, FusedSGD=Told)
+    mine, others = a_net(), a_net()
+    cfg = Sgd(kernel="apex", momentum=0.8, weight_decay=0.01, decay_norms=False)
+    apex, plain = sgd(mine, cfg, 0.1), sgd(others, Sgd(momentum=0.8, weight_decay=0.01, decay_norms=False), 0.1)  # fmt: skip
+    assert isinstance(apex, Told)
+    assert apex.told == {"lr": 0.1, "momentum": 0.8, "nesterov": True}
+    assert [g["weight_decay"] for g in apex.param_groups] == [0.01, 0.0]
+    for step in range(3):
+        descend(mine, apex, 0.1, step)
+        descend(others, plain, 0.1, step)
+    load_state(apex, state_of(plain))
+    for one, two in zip(mine.parameters(), others.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_without_apex_the_way_out_is_said(monkeypatch):
+    monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"^--optim.kernel apex, but no package apex .*--optim.kernel torch$"):  # fmt: skip
+        sgd(a_net(), Sgd(kernel="apex"), 0.1)
+
+
+def test_another_package_called_apex_is_told_from_nvidias(monkeypatch):
+    installed(monkeypatch)
+    with pytest.raises(Refused, match=r"is another one, without apex.optimizers.FusedSGD"):
+        sgd(a_net(), Sgd(kernel="apex"), 0.1)
+    monkeypatch.delitem(sys.modules, "apex.optimizers")
+    with pytest.raises(Refused, match=r"is another one, without apex.optimizers.FusedSGD") as told:
+        sgd(a_net(), Sgd(kernel="apex"), 0.1)
+    assert "\n" not in str(told.value)
+
+
+def test_an_apex_without_its_kernels_is_refused(monkeypatch):
+    def unbuilt(*_, **__):
+        raise RuntimeError("apex.optimizers.FusedSGD requires cuda extensions")
+
+    installed(monkeypatch, FusedSGD=unbuilt)
+    with pytest.raises(Refused, match=r"requires cuda extensions.*--optim.kernel torch"):
+        sgd(a_net(), Sgd(kernel="apex"), 0.1)

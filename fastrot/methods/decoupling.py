@@ -184,7 +184,8 @@ class Decoupling(Method):
             now = losses.metrics["z"].detach() / self.bank.population
             if not self.bank.sharded:
                 now = dist.sum_over_ranks(now) / dist.world()
-            self.mean_exp = EMA * self.mean_exp + (1 - EMA) * now
+            # in place: a captured graph goes on reading this tensor
+            self.mean_exp.copy_(EMA * self.mean_exp + (1 - EMA) * now)
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.bank is None:
