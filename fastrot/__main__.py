@@ -9,6 +9,7 @@ from fastrot.config import Refused
 COMMANDS = {
     "train": "train a network: fastrot train PRESET --data PATH",
     "evaluate": "ask a trained one: fastrot evaluate RUN rotation",
+    "doctor": "tell what a run would wait for: fastrot doctor DATA",
 }
 
 

@@ -15,12 +15,12 @@ HOUSE = Path(__file__).parents[1] / "fastrot"
 FLOORS = [
     {"config"},
     {"core", "presets", "disk", "entry", "native", "cost"},
-    {"ops", "dist", "machine", "turn_table"},
+    {"ops", "bounds", "dist", "machine", "turn_table"},
     {"journal", "bank", "backbones", "data", "optim"},
     {"methods", "checkpoint"},
     {"loop", "evals"},
     {"assemble", "page"},
-    {"run"},
+    {"run", "checkup"},
     {"train", "evaluate", "draw", "export", "doctor", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,286 @@
+"""What bounds a step: decode, copy, launch, memory or arithmetic; by how much, and what to change.
+
+A step is a pipeline: pictures are decoded and copied beside the step before, the host issues work, the device does
+it. The slowest stage binds, and the others wait for it:
+
+    the device idles, and the host waits for data    decode or copy, whichever takes longer for a batch
+    the device idles, or ends as soon as work comes  launch: Python and calls cannot issue work any faster
+    neither                                          memory or arithmetic, whichever has the higher floor
+
+Floors are counts over ceilings: a step's FLOP over those of a large matrix product, its bytes over those of a copy.
+On a CPU there is nothing to launch, but a step whose floors explain next to nothing of it is bound by calls as well.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastrot import native
+from fastrot.entry import cores
+
+Bound = Literal["decode", "copy", "launch", "memory", "arithmetic"]
+IDLE = 0.1  # share of a step: a device that idles for less is busy
+FULL = 0.9  # share of the device's time: a host that issues for longer than this binds
+CALLS = 0.1  # share of a CPU's step: floors that explain less than this leave it to calls
+GOOD = 0.6  # share of a ceiling that large matrix products reach among other kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """Of this device, measured now."""
+
+    tflops: float  # of a large matrix product in the run's precision
+    gb_per_s: float  # of a copy in the device's memory, bytes read plus bytes written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds a batch; None: not measured, or there is none."""
+
+    step: float  # wall time of a whole step, end to end
+    wait: float  # of it, the host waited for data
+    decode: float | None = None  # what the loader takes for a batch, alone
+    copy: float | None = None  # of a batch to the device
+    issue: float | None = None  # host time to launch a step's work (GPU)
+    busy: float | None = None  # device time of a step (GPU), or the step itself on a CPU
+    arithmetic: float | None = None  # floor by matrix arithmetic: flop / ceiling
+    memory: float | None = None  # floor by other kernels' and the optimiser's traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run has already, so that it is not told to do that; None: not known."""
+
+    workers: int | None = None  # threads or processes that decode
+    format: str | None = None  # beton, pack, tars, folder, synthetic
+    placement: str | None = None  # of a pack: resident, pinned
+    precision: str | None = None  # bf16, fp16, fp32
+    compiled: bool | None = None
+    graphed: bool | None = None
+    fused: bool | None = None  # batch norm and ReLU in one kernel
+
+
+# ---- what binds ----
+
+
+def bound(m: Measured) -> Bound:
+    """The stage that all others wait for."""
+    if _idle(m) >= IDLE:
+        if m.wait >= (m.step - (m.busy or 0.0)) / 2 or m.busy is None:
+            return "copy" if (m.copy or 0.0) > _decode(m) else "decode"
+        return "launch"
+    floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
+    busy = m.step if m.busy is None else m.busy
+    if m.issue is not None and m.issue >= FULL * busy and floors < FULL * busy:
+        return "launch"
+    if m.issue is None and None not in (m.arithmetic, m.memory) and floors < CALLS * busy:
+        return "launch"
+    return "memory" if (m.memory or 0.0) > (m.arithmetic or 0.0) else "arithmetic"
+
+
+def _idle(m: Measured) -> float:
+    """The share of a step in which the device has nothing to do."""
+    return (m.wait if m.busy is None else m.step - m.busy) / m.step
+
+
+def _decode(m: Measured) -> float:
+    """Seconds a batch: where it was not timed alone, what the copy leaves of a step that waits for data."""
+    return m.step - (m.copy or 0.0) if m.decode is None else m.decode
+
+
+def verdict(
+    m: Measured,
+    device: torch.device,
+    images_per_s: float,
+    setting: Setting = Setting(),
+) -> str:
+    """One sentence: bound by what, by how much, what to change."""
+    kind = bound(m)
+    how_much = {"decode": _by_data, "copy": _by_data, "launch": _by_launch}.get(kind, _by_device)
+    way = {
+        "decode": _decode_faster,
+        "copy": _copy_less,
+        "launch": _launch_less,
+        "memory": _move_less,
+        "arithmetic": _multiply_faster,
+    }[kind]
+    return (
+        f"bound by {kind} at {images_per_s:,.0f} images/s: {how_much(m, kind, device)}; "
+        f"{way(m, device, setting)}"
+    )
+
+
+# ---- by how much ----
+
+
+def _by_data(m: Measured, kind: Bound, device: torch.device) -> str:
+    found = f"{_idle(m):.0%} of the time the {_name(device)} has nothing to do but wait for data"
+    alone = m.copy if kind == "copy" else m.decode
+    if alone is None:
+        return found
+    doing = "copied" if kind == "copy" else "decoded"
+    return f"{found}, since a batch is {doing} in {_ms(alone)}"
+
+
+def _by_launch(m: Measured, kind: Bound, device: torch.device) -> str:
+    if m.issue is None:
+        floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
+        return (
+            f"arithmetic and memory explain {_ms(floors)} of a step's {_ms(m.busy or m.step)}, the rest "
+            "are calls of small operations"
+        )
+    if m.busy is not None and m.issue < m.busy:
+        return f"the host issues work for {_ms(m.issue)} of the {_ms(m.busy)} that a step takes the {_name(device)}"
+    kept = "" if m.busy is None else f", and it keeps the {_name(device)} busy for {_ms(m.busy)}"
+    return f"the host needs {_ms(m.issue)} to issue a step's work{kept}"
+
+
+def _by_device(m: Measured, kind: Bound, device: torch.device) -> str:
+    floor = m.memory if kind == "memory" else m.arithmetic
+    whole = m.step if m.busy is None else m.busy
+    if floor is None:
+        return f"{_ms(whole)} of a step's {_ms(m.step)} are the {_name(device)}'s own work"
+    share = f"{floor / whole:.0%} of a step's {_ms(whole)} at this {_name(device)}'s measured peak"
+    doing = "moving numbers" if kind == "memory" else "multiplying"
+    return f"{doing} takes {share}"
+
+
+# ---- what to change ----
+
+
+def _decode_faster(m: Measured, device: torch.device, setting: Setting) -> str:
+    ways = []
+    if setting.workers is not None and setting.workers < cores():
+        ways.append(f"--workers {cores()} instead of {setting.workers}")
+    if setting.format in (None, "beton", "pack") and native.load() is None:
+        ways.append(f"the C++ extension ({native.why()})")
+    if setting.format == "folder":
+        ways.append("a .beton of the same pictures (dataprep/to_ffcv.py)")
+    if setting.format != "pack":
+        ways.append("a .pack, which hardly needs decoding (dataprep/to_pack.py)")
+    elif device.type == "cuda" and setting.placement == "pinned":
+        ways.append("--placement resident, where the GPU's memory holds it")
+    ways.append("smaller pictures (--short-side of dataprep)")
+    return f"try {_listed(ways[:3])}"
+
+
+def _copy_less(m: Measured, device: torch.device, setting: Setting) -> str:
+    resident = (
+        "--placement resident" if setting.format == "pack" else "a .pack (dataprep/to_pack.py)"
+    )
+    return f"try {resident}, which copies no pictures once it lies in the GPU's memory"
+
+
+def _launch_less(m: Measured, device: torch.device, setting: Setting) -> str:
+    ways = [] if setting.compiled else ["--compile"]
+    if device.type == "cuda" and not setting.graphed:
+        ways.append("--graph")
+    return f"try {_listed([*ways, 'a larger --batch'])}"
+
+
+def _move_less(m: Measured, device: torch.device, setting: Setting) -> str:
+    ways = [] if setting.compiled else ["--compile"]
+    if not setting.fused:
+        ways.append("--backbone.fuse")
+    if setting.precision == "fp32" and device.type == "cuda":
+        ways.append("--precision bf16")
+    if ways:
+        return f"try {_listed(ways)}"
+    return "smaller crops (--image-size) would move less"
+
+
+def _multiply_faster(m: Measured, device: torch.device, setting: Setting) -> str:
+    if m.arithmetic is not None and m.arithmetic >= GOOD * (m.busy or m.step):
+        return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
+    if device.type != "cuda":
+        return "a GPU, smaller crops (--image-size) or a narrower net (--backbone.width) are faster"
+    ways = ["--precision bf16"] if setting.precision == "fp32" else []
+    ways += [] if setting.compiled else ["--compile"]
+    return f"try {_listed([*ways, 'a larger --batch'])}"
+
+
+def _listed(ways: list[str]) -> str:
+    return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"
+
+
+def _name(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "CPU"
+
+
+def _ms(seconds: float) -> str:
+    """Three digits, in milliseconds; whole ones from 100 on."""
+    ms = 1e3 * seconds
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+# ---- ceilings and counts ----
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
+    """Measure this device, for about so many seconds; disturbs no random numbers.
+
+    Best of many repetitions, since others may be at work on the machine; of random numbers, since zeros take less
+    current and flatter. On a GPU whose memory is nearly full, of smaller matrices.
+    """
+    large = device.type == "cuda"
+    return Ceilings(
+        tflops=_halved(_tflops, 8192 if large else 1024, device, dtype, seconds / 2),
+        gb_per_s=_halved(_gb_per_s, 2**28 if large else 2**26, device, dtype, seconds / 2),
+    )
+
+
+def _halved(measure: Callable[..., float], size: int, *rest: Any) -> float:
+    """`measure` of the largest size that fits, from `size` down."""
+    try:
+        return measure(size, *rest)
+    except torch.OutOfMemoryError:
+        if size < 512:
+            raise
+    return _halved(measure, size // 2, *rest)
+
+
+def _tflops(side: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    own = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=own).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
+
+
+def _gb_per_s(size: int, device: torch.device, _: torch.dtype, seconds: float) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)  # bytes
+    target = torch.empty_like(source)
+    return 2 * size / _best(lambda: target.copy_(source), device, seconds) / 1e9
+
+
+def _best(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest of some repetitions, at least three, the first not counted."""
+    work()
+    wait_for(device)
+    best, times, until = math.inf, 0, time.perf_counter() + seconds
+    while times < 3 or time.perf_counter() < until:
+        begun = time.perf_counter()
+        work()
+        wait_for(device)
+        best, times = min(best, time.perf_counter() - begun), times + 1
+    return best
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was issued is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flop_of(run: Callable[[], Any]) -> int:
+    """Multiplications and additions of the matrix products and convolutions that `run()` calls, backward included.
+
+    Of eager code: what torch.compile made is not seen.
+    """
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return counted.get_total_flops()

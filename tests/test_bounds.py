@@ -1,0 +1,135 @@
+"""Verdicts on made-up numbers, and ceilings and counts of this machine."""
+
+import time
+
+import pytest
+import torch
+
+from fastrot import bounds, native
+from fastrot.bounds import Measured, Setting, bound, ceilings, flop_of, verdict
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# seconds; a GPU's step whose work takes 50 of 52 ms, issued in 10
+BUSY = dict(step=0.052, wait=0.001, copy=0.002, issue=0.010, busy=0.050)
+CASES = {
+    # GPU
+    "decode": ("decode", dict(step=0.1, wait=0.06, copy=0.002, issue=0.01, busy=0.03)),
+    "decode-timed-alone": ("decode", dict(step=0.1, wait=0.06, decode=0.09, copy=0.05, busy=0.03)),
+    "copy": ("copy", dict(step=0.1, wait=0.06, copy=0.09, issue=0.01, busy=0.03)),
+    "copy-timed-alone": ("copy", dict(step=0.1, wait=0.06, decode=0.03, copy=0.09, busy=0.03)),
+    "host-waits-but-the-device-is-busy": ("arithmetic", {**BUSY, "wait": 0.04}),
+    "idle-and-no-wait": ("launch", dict(step=0.1, wait=0.001, issue=0.09, busy=0.03)),
+    "ends-as-work-comes": ("launch", {**BUSY, "issue": 0.049, "arithmetic": 0.01, "memory": 0.01}),
+    "ends-as-work-comes-at-the-floor": (
+        "arithmetic",
+        {**BUSY, "issue": 0.049, "arithmetic": 0.03, "memory": 0.018},
+    ),
+    "memory": ("memory", {**BUSY, "arithmetic": 0.015, "memory": 0.03}),
+    "arithmetic": ("arithmetic", {**BUSY, "arithmetic": 0.03, "memory": 0.015}),
+    "small-floors-on-a-gpu": ("memory", {**BUSY, "arithmetic": 0.001, "memory": 0.002}),
+    # CPU
+    "cpu-decode": ("decode", dict(step=0.1, wait=0.06, busy=0.04, arithmetic=0.03, memory=0.01)),
+    "cpu-calls": ("launch", dict(step=0.1, wait=0.001, busy=0.099, arithmetic=0.003, memory=0.002)),
+    "cpu-arithmetic": (
+        "arithmetic",
+        dict(step=0.1, wait=0.001, busy=0.099, arithmetic=0.05, memory=0.02),
+    ),
+    "cpu-memory": ("memory", dict(step=0.1, wait=0.001, busy=0.099, arithmetic=0.02, memory=0.05)),
+    "nothing-but-waiting-known": ("decode", dict(step=0.1, wait=0.03)),
+    "nothing-known": ("arithmetic", dict(step=0.1, wait=0.001)),
+}
+
+
+@pytest.mark.parametrize(("kind", "numbers"), CASES.values(), ids=CASES)
+def test_the_slowest_stage_binds(kind, numbers):
+    m = Measured(**numbers)
+    assert bound(m) == kind
+    for device in (CPU, GPU):
+        said = verdict(m, device, 1234.0)
+        assert said.startswith(f"bound by {kind} at 1,234 images/s: ")
+        assert "\n" not in said
+        assert "None" not in said
+
+
+def test_by_how_much():
+    said = {name: verdict(Measured(**numbers), GPU, 9.0) for name, (_, numbers) in CASES.items()}
+    assert "70% of the time the GPU has nothing to do but wait for data" in said["decode"]
+    assert "decoded in 90 ms" in said["decode-timed-alone"]
+    assert "copied in 90 ms" in said["copy"]
+    assert "the host needs 90 ms to issue" in said["idle-and-no-wait"]
+    assert "keeps the GPU busy for 30 ms" in said["idle-and-no-wait"]
+    assert "49 ms of the 50 ms" in said["ends-as-work-comes"]
+    assert "moving numbers takes 60% of a step's 50 ms" in said["memory"]
+    assert "multiplying takes 60%" in said["arithmetic"]
+    assert "about as fast as it multiplies" in said["arithmetic"]
+    said = verdict(Measured(**CASES["cpu-calls"][1]), CPU, 9.0)
+    assert "explain 5 ms of a step's 99 ms" in said
+
+
+WAYS = {  # what binds, what the run has, what it is told to try, and what not
+    "few-workers": ("decode", dict(workers=1), "--workers 8 instead of 1", "resident"),
+    "all-workers": ("decode", dict(workers=8), ".pack", "--workers"),
+    "pinned-pack": ("decode", dict(format="pack", placement="pinned"), "resident", "to_pack.py"),
+    "folder": ("decode", dict(format="folder"), "to_ffcv.py", "C++"),
+    "copied-pack": ("copy", dict(format="pack"), "--placement resident", "to_pack.py"),
+    "launched": ("idle-and-no-wait", {}, "--compile, --graph or a larger --batch", "bf16"),
+    "compiled": ("idle-and-no-wait", dict(compiled=True), "--graph or", "--compile"),
+    "graphed": ("idle-and-no-wait", dict(compiled=True, graphed=True), "--batch", "--graph"),
+    "moved": ("memory", {}, "--compile or --backbone.fuse", "bf16"),
+    "moved-in-fp32": ("memory", dict(precision="fp32"), "--precision bf16", "--graph"),
+    "moved-as-little-as-can-be": ("memory", dict(compiled=True, fused=True), "--image-size", "try"),
+    "unknown-floor": ("nothing-known", dict(compiled=True), "a larger --batch", "--compile"),
+}
+
+
+@pytest.mark.parametrize(("case", "has", "told", "not_told"), WAYS.values(), ids=WAYS)
+def test_what_to_change(case, has, told, not_told, monkeypatch):
+    monkeypatch.setattr(bounds, "cores", lambda: 8)
+    said = verdict(Measured(**CASES[case][1]), GPU, 9.0, Setting(**has))
+    assert told in said
+    assert not_told not in said
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_missing_extension_is_told_where_it_would_help(built, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: object() if built else None)
+    monkeypatch.setattr(native, "why", lambda: "not built: no g++")
+    m = Measured(**CASES["decode"][1])
+    said = {
+        name: verdict(m, CPU, 9.0, Setting(format=name)) for name in ("beton", "folder", "tars")
+    }
+    assert ("the C++ extension (not built: no g++)" in said["beton"]) == (not built)
+    assert "C++" not in said["folder"] + said["tars"]
+
+
+def test_ceilings_are_measured_in_time_and_draw_no_random_numbers():
+    before = torch.get_rng_state()
+    begun = time.perf_counter()
+    found = ceilings(CPU, torch.float32, seconds=0.1)
+    assert time.perf_counter() - begun < 3  # 0.3 s on a free core
+    assert torch.equal(before, torch.get_rng_state())
+    assert 1e-3 < found.tflops < 100
+    assert 0.1 < found.gb_per_s < 10_000
+
+
+def test_ceilings_of_a_nearly_full_device_are_measured_on_less(monkeypatch):
+    asked = []
+
+    def measure(size, *_):
+        asked.append(size)
+        if size > 1000:
+            raise torch.OutOfMemoryError("full")
+        return 2.0
+
+    assert bounds._halved(measure, 4096) == 2.0
+    assert asked == [4096, 2048, 1024, 512]
+    with pytest.raises(torch.OutOfMemoryError):
+        bounds._halved(lambda _: measure(9999), 4096)
+
+
+def test_a_convolutions_flop_are_counted_forward_and_backward():
+    conv = torch.nn.Conv2d(3, 8, 5, bias=False)
+    images = torch.randn(2, 3, 12, 12)
+    forward = 2 * 2 * 8 * 8 * 8 * 3 * 5 * 5  # two a multiply-add; 2 pictures of 8 x 8 x 8
+    assert flop_of(lambda: conv(images)) == forward
+    assert flop_of(lambda: conv(images).sum().backward()) == 2 * forward  # none for the pictures
