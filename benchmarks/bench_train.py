@@ -48,7 +48,8 @@ from benchmarks import contestants, forms, full_epoch, measure, roofline
 from fastrot import assemble, cost, entry
 from fastrot.config import AlexNet, Config, Decoupling, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Losses
-from fastrot.loop import TrainState
+from fastrot.journal import Meter
+from fastrot.loop import TrainState, train_step
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 
@@ -93,7 +94,8 @@ class Marks:
         """Milliseconds of each part in each of the last steps. Waits for the device."""
         wait_for(self.device)
         gpu, each = self.device.type == "cuda", []
-        for (_, begin), (part, end) in itertools.pairwise([("", None), *self.made]):
+        start: list[tuple[str, Any]] = [("", None)]
+        for (_, begin), (part, end) in itertools.pairwise([*start, *self.made]):
             if part == "":  # a step begins
                 each.append(dict.fromkeys(PARTS, 0.0))
             elif each and part in PARTS:
@@ -111,13 +113,14 @@ class Trained:
         view = assemble.training_view(cfg)
         loader = assemble.open_loader(f"synthetic:{images}", view, batch=cfg.batch, device=device)
         self.state = forms.state_of(cfg, loader, device, steps=10**9, bank=bank)
-        self.take = forms.stepper(self.state, cfg)
         self.batch = next(loader.epoch(0))
         for _ in range(forms.warm_steps(cfg)):
             self.step(self.batch)  # compiles, captures, and chooses kernels
         wait_for(device)
-        self.peak_memory_mb = None
-        if device.type == "cuda":
+        self.peak_memory_mb = (
+            None  # nor is it told of a captured step, whose memory is set aside as a whole
+        )
+        if device.type == "cuda" and not forms.captured(cfg):
             torch.cuda.reset_peak_memory_stats(device)
             self.step(self.batch)
             self.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - held) / MB
@@ -125,7 +128,7 @@ class Trained:
 
     def step(self, batch: Batch) -> None:
         """What the loop does with a batch, but for its log lines."""
-        losses = self.take(batch)
+        losses = train_step(self.state, batch)
         self.state.step += 1
         self.state.meter.add(losses)
 
@@ -160,8 +163,9 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     state.method.views = marks.behind("views", state.method.views)
     state.net = marks.behind("forward", state.net)
     if isinstance(state.method, DecouplingMethod):
-        terms = marks.behind("nce", state.method._instance_terms)
-        state.method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
+        method: Any = state.method
+        terms = marks.behind("nce", method._instance_terms)
+        method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
     state.method.losses = marks.behind("losses", state.method.losses)
     state.optimizer.register_step_pre_hook(lambda *_: marks("backward"))
     state.optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
@@ -180,12 +184,13 @@ def without_bank(trained: Trained) -> Iterator[None]:
         pass
 
     method: Any = trained.state.method
-    kept = method._instance_terms, method.after_step
+    kept = method._instance_terms, method.after_step, trained.state.meter
     method._instance_terms, method.after_step = terms, nothing
+    trained.state.meter = Meter()  # of fewer numbers
     try:
         yield
     finally:
-        method._instance_terms, method.after_step = kept
+        method._instance_terms, method.after_step, trained.state.meter = kept
 
 
 def wait_for(device: torch.device) -> None:
@@ -281,9 +286,12 @@ def measured_in_turns(
 ) -> dict[str, dict[str, Any]]:
     """Of each form: `split`, milliseconds by part; `steps`, seconds of each repetition; `waits`, their shares; `busy`."""
 
-    def batches(each: Trained) -> Iterator[Batch]:
-        of = itertools.repeat(each.batch) if loader is None else loader.epoch(0)
-        return itertools.islice(of, WARM + steps)
+    def batches(each: Trained, count: int = steps) -> Iterator[Batch]:
+        drawn = itertools.repeat(each.batch) if loader is None else loader.epoch(0)
+        try:
+            yield from itertools.islice(drawn, WARM + count)
+        finally:
+            getattr(drawn, "close", lambda: None)()  # a loader's workers end
 
     found: dict[str, dict[str, Any]] = {}
     for form, each in trained.items():
@@ -298,7 +306,9 @@ def measured_in_turns(
         }
         found[form] = {
             "split": None if whole is None else {"wait": 1e3 * whole * wait, **split},
-            "busy": busy_seconds(each, batches(each)) if each.device.type == "cuda" else None,
+            "busy": busy_seconds(each, batches(each, PROFILED))
+            if each.device.type == "cuda"
+            else None,
             "steps": [],
             "waits": [],
         }
@@ -388,7 +398,7 @@ def profiled(trained: Trained, batches: Iterator[Batch]) -> tuple[torch.profiler
     with torch.profiler.profile(
         activities=[*kinds, torch.profiler.ProfilerActivity.CUDA] if gpu else kinds
     ) as seen:
-        for batch in itertools.islice(batches, PROFILED):
+        for batch in batches:
             trained.step(batch)
             steps += 1
         wait_for(trained.device)

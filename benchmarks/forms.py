@@ -4,17 +4,16 @@ A name is words joined by " + ", each of which sets knobs of the config: "compil
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastrot import assemble
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
-from fastrot.core import DTYPES, Batch, Losses
+from fastrot.core import DTYPES
 from fastrot.data.plan import Loader
-from fastrot.loop import TrainState, train_step
+from fastrot.loop import TrainState
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
 from fastrot.run import choose_precision
@@ -114,11 +113,6 @@ def state_of(
 def captured(cfg: Config) -> bool:
     """Whether a step is one CUDA graph, which nobody can look into."""
     return getattr(cfg, "graph", False)
-
-
-def stepper(state: TrainState, cfg: Config) -> Callable[[Batch], Losses]:
-    """What takes a step of this form, as the loop would."""
-    return functools.partial(train_step, state)
 
 
 def warm_steps(cfg: Config) -> int:

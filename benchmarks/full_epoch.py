@@ -87,10 +87,9 @@ def must_fit(wanted: int, free: int) -> None:
 
 def warm_up(state: TrainState, cfg: Config, loader: Loader) -> None:
     """Steps that compile, and choose kernels; the optimiser's count of steps stays at 0."""
-    step = forms.stepper(state, cfg)
     with contextlib.closing(loader.epoch(1)) as batches:  # type: ignore[type-var]
         for batch in itertools.islice(batches, forms.warm_steps(cfg)):
-            step(batch)
+            loop.train_step(state, batch)
 
 
 def timed(
