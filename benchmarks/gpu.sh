@@ -41,7 +41,8 @@ sys.exit(f"fastrot: {sys.executable} lacks {lacks}: put wheels of them into whee
 
 look=20 # seconds of the doctor
 some= # loaders
-[ "$device" = cuda ] || quick=--quick look=5 some="--only beton --only pack"
+turns="--seconds 3 --reps 2" # of the baseline
+[ "$device" = cuda ] || quick=--quick look=5 some="--only beton --only pack" turns="--seconds 0.3 --reps 1"
 if [ -d slice/imagenet-sample ]; then
   pictures="--root slice/imagenet-sample"
 else
@@ -69,7 +70,7 @@ part_train() {
       within 75 "$python" -m benchmarks.bench_train --device "$device" $pictures --out "$out" \
         --forms compiled --loaders synthetic beton shards
     fi
-    within 70 "$python" -m benchmarks.baseline --device "$device" $pictures $quick --out "$out" --seconds 3 --reps 2
+    within 70 "$python" -m benchmarks.baseline --device "$device" $pictures $quick --out "$out" $turns
     within 45 "$python" -m fastrot.doctor slice/imagenet-sample --preset decoupling-alexnet --device "$device" \
       --seconds $look
   else

@@ -26,7 +26,8 @@ FROM = {
     "MFLAGS",
     "MAKELEVEL",
 }
-ENV = {k: v for k, v in os.environ.items() if k not in FROM} | {"CUDA_VISIBLE_DEVICES": ""}
+ENV = {k: v for k, v in os.environ.items() if k not in FROM}
+ENV |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # other tests may keep the cores busy
 
 
 @pytest.fixture(scope="module")
