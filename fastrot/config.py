@@ -256,6 +256,8 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < least:
             raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
+    if cfg.compile_mode != "default" and not cfg.compile:
+        raise Refused(f"--compile-mode got {cfg.compile_mode}: it wants --compile")
     if cfg.lr is not None and not 0 < cfg.lr < math.inf:
         raise Refused(f"--lr got {cfg.lr}: it wants a number above 0")
     if cfg.seed >= 2**63:

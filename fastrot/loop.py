@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import signal
 import time
@@ -19,6 +20,7 @@ from fastrot.config import Config, NotFinite, Stopped
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
+from fastrot.graph import WARM_UP, Graphed
 from fastrot.journal import Journal, Meter
 from fastrot.optim import Rates, load_state, set_rate, state_of
 
@@ -61,6 +63,7 @@ class TrainState:
     fresh: bool = True  # no step taken yet in this run
     meter: Meter = field(default_factory=Meter)
     story: Story = field(default_factory=Story)
+    graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
 
     def __post_init__(self):
         # float16 gradients underflow; bfloat16 and float32 need no scaling
@@ -101,11 +104,27 @@ class TrainState:
         self.meter.load_state_dict(state["meter"], self.device)
         self.story = Story(**state["story"])
         checkpoint.set_random_state(state["rng"], self.device)
+        self._put_elsewhere()
+
+    def _put_elsewhere(self) -> None:
+        """What a step reads lies in other memory now: a recorded one would go on with the old."""
+        if self.graphed is not None:
+            self.graphed.forget()
 
 
 def train_step(state: TrainState, batch: Batch) -> Losses:
-    """One step: views, network, losses, descent, the method's own writes. Waits for nothing."""
+    """One step at this step's rate, recorded where there is a graph. Waits for nothing.
+
+    Its numbers hold until the next step.
+    """
     set_rate(state.optimizer, state.rates(state.step))
+    if state.graphed is None:
+        return _step(state, batch)
+    return state.graphed(functools.partial(_step, state), batch)
+
+
+def _step(state: TrainState, batch: Batch) -> Losses:
+    """Views, network, losses, descent, the method's own writes: all that a graph records."""
     views = state.method.views(batch)
     with state.autocast():
         outputs = state.net(views)
@@ -378,23 +397,25 @@ def epochs_within(
 ) -> tuple[int, float]:
     """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
 
-    Measures 20 training steps and up to 5 validation batches after 3 to warm up; undoes what they did.
+    Measures 20 training steps and up to 5 validation batches after some to warm up; undoes what they did.
     """
     weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
     rest = {k: copy.deepcopy(v) for k, v in vars(state.method).items() if k != "net"}
     random = checkpoint.random_state(state.device)
     state.method.net.train()
-    step = _seconds_each(loader, 20, state.device, lambda batch: train_step(state, batch))
+    warm = 3 if state.graphed is None else WARM_UP + 2
+    step = _seconds_each(loader, 20, warm, state.device, lambda batch: train_step(state, batch))
     epoch = step * len(loader)
     state.method.net.load_state_dict(weights)
     vars(state.method).update(rest)
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
+    state._put_elsewhere()
     if val_loader is not None:
         state.method.net.eval()
         epoch += len(val_loader) * _seconds_each(
-            val_loader, 5, state.device, lambda b: _look(state, b)
+            val_loader, 5, 3, state.device, lambda b: _look(state, b)
         )
     checkpoint.set_random_state(random, state.device)
     return dist.agree((max(1, int(seconds // epoch)), epoch))
@@ -407,10 +428,10 @@ def _look(state: TrainState, batch: Batch) -> None:
 
 
 def _seconds_each(
-    loader: Loader, steps: int, device: torch.device, work: Callable[[Batch], Any]
+    loader: Loader, steps: int, warm: int, device: torch.device, work: Callable[[Batch], Any]
 ) -> float:
-    """Seconds a batch, loading included, after 3 batches to warm up; short epochs are begun again."""
-    done, begun, warm = 0, time.perf_counter(), 3
+    """Seconds a batch, loading included, after some batches to warm up; short epochs are begun again."""
+    done, begun = 0, time.perf_counter()
     while done < warm + steps:
         batches, before = loader.epoch(0), done
         for batch in batches:

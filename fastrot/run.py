@@ -23,9 +23,10 @@ from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
+from fastrot.graph import WARM_UP, Cuda, Graphed
 from fastrot.journal import Journal, table, verdict
 from fastrot.loop import Run, TrainState
-from fastrot.optim import Rates, sgd
+from fastrot.optim import Rates, check_apex, sgd
 from fastrot.presets import PRESETS
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
@@ -41,6 +42,7 @@ def train(cfg: Config) -> int:
     here = dist.place()
     device = choose_device(cfg.device, here)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    check_fast_forms(cfg, here, device)
     runs = runs_of(cfg)
     for run, _ in runs:
         _made(run)
@@ -161,6 +163,7 @@ def _train(
         rates=_rates(cfg, cfg.epochs or 1, len(loader)),
         device=device,
         dtype=DTYPES[cfg.precision],
+        graphed=Graphed(Cuda(device)) if cfg.graph else None,
     )
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_facts |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
@@ -241,6 +244,45 @@ def choose_precision(wish: config.Precision, device: torch.device) -> config.Pre
     if machine.multiplies_bf16(device):
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
+
+
+def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> None:
+    """Refuse faster forms of a step that this device, or what else is asked for, does not admit."""
+    if cfg.optim.kernel == "apex":
+        if device.type != "cuda":
+            raise Refused(
+                "--optim.kernel apex wants a GPU, and this run is on a CPU: use --optim.kernel torch"
+            )
+        check_apex()
+    if not cfg.graph:
+        return
+    without = "leave --graph out"
+    for holds, reason, way in (
+        (device.type != "cuda", "this run is on a CPU", without),
+        (here.world > 1, f"there are {here.world} processes", f"start one alone, or {without}"),
+        (
+            cfg.precision == "fp16",
+            "--precision fp16 looks at its gradients in each step",
+            f"use --precision bf16, or {without}",
+        ),
+        (
+            cfg.optim.kernel == "apex",
+            "--optim.kernel apex has no rate that a graph can read",
+            f"use --optim.kernel torch, or {without}",
+        ),
+        (
+            os.environ.get("FASTROT_OPS") == "reference",
+            "FASTROT_OPS=reference has forms that wait for the GPU",
+            f"unset it, or {without}",
+        ),
+        (
+            cfg.deterministic,
+            "nobody has compared the bits that --deterministic promises with a graph's",
+            f"leave out --deterministic, or {without}",
+        ),
+    ):
+        if holds:
+            raise Refused(f"--graph records the step of one process on a GPU, but {reason}: {way}")
 
 
 def _deterministic(cfg: Config) -> None:
@@ -474,6 +516,9 @@ def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[st
 # ---- what people are told ----
 
 
+_GRAPH = f"each step is one CUDA graph, recorded after {WARM_UP} steps of this start"
+
+
 def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved) -> list[str]:
     trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
     lines = [
@@ -492,6 +537,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         *getattr(loader.data, "in_words", list)(),
         *state.rates.in_words(),
         *state.method.in_words(),
+        *([_GRAPH] if cfg.graph else []),
     ]
     paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_facts["global_batch"]
     if run_facts["global_batch"] != paper:

@@ -17,7 +17,7 @@ FLOORS = [
     {"core", "presets", "disk", "entry", "native", "cost"},
     {"ops", "bounds", "dist", "machine", "turn_table"},
     {"journal", "bank", "backbones", "data", "optim"},
-    {"methods", "checkpoint"},
+    {"methods", "checkpoint", "graph"},
     {"loop", "evals"},
     {"assemble", "page"},
     {"run", "checkup"},
