@@ -120,11 +120,11 @@ class Trained:
         self.peak_memory_mb = (
             None  # nor is it told of a captured step, whose memory is set aside as a whole
         )
-        if device.type == "cuda" and not forms.captured(cfg):
+        if device.type == "cuda" and not cfg.graph:
             torch.cuda.reset_peak_memory_stats(device)
             self.step(self.batch)
             self.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - held) / MB
-        self.marks = Marks(device) if forms.captured(cfg) else _marked(self.state, device)
+        self.marks = Marks(device) if cfg.graph else _marked(self.state, device)
 
     def step(self, batch: Batch) -> None:
         """What the loop does with a batch, but for its log lines."""
@@ -236,7 +236,7 @@ def step_rows(
                 trained[form], form, name, measured, flop=flop, matrix_tflops=rates[0], bank=bank
             )
     if isinstance(cfg.method, Decoupling):
-        last = [form for form, each in trained.items() if not forms.captured(each.cfg)][-1:]
+        last = [form for form, each in trained.items() if not each.cfg.graph][-1:]
         for form in last:
             yield bank_row(f"{cfg.preset} {form}", trained[form], steps, reps, bank)
     for form, each in trained.items():
@@ -296,7 +296,7 @@ def measured_in_turns(
     found: dict[str, dict[str, Any]] = {}
     for form, each in trained.items():
         whole, wait = None, 0.0
-        if not forms.captured(each.cfg):
+        if not each.cfg.graph:
             each.marks.on = True
             whole, wait = each.run(batches(each))
             each.marks.on = False

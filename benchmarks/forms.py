@@ -13,6 +13,7 @@ from fastrot import assemble
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
 from fastrot.core import DTYPES
 from fastrot.data.plan import Loader
+from fastrot.graph import WARM_UP, Cuda, Graphed
 from fastrot.loop import TrainState
 from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
@@ -107,17 +108,13 @@ def state_of(
         rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr),
         device=device,
         dtype=dtype,
+        graphed=Graphed(Cuda(device)) if cfg.graph else None,
     )
-
-
-def captured(cfg: Config) -> bool:
-    """Whether a step is one CUDA graph, which nobody can look into."""
-    return getattr(cfg, "graph", False)
 
 
 def warm_steps(cfg: Config) -> int:
     """Steps until nothing is compiled or captured any more."""
-    return 15 if captured(cfg) else 3
+    return WARM_UP + 2 if cfg.graph else 3
 
 
 def _known(part: Any, names: list[str]) -> bool:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tape import TapeRecorder
 from truth import photo
 
 from benchmarks import bench_train, contestants, forms, full_epoch, measure, roofline
@@ -115,6 +116,27 @@ def test_a_row_for_each_form_and_loader(tmp_path, monkeypatch, capsys):
     assert "Self CPU" in (tmp_path / "profile_eager.txt").read_text()
     with pytest.raises(Stopped, match="no form"):
         list(bench_train.step_rows(quick(), ["broken"], data, CPU, **knobs))
+
+
+def test_a_captured_step_is_played_and_has_no_parts(tmp_path, monkeypatch):
+    """With a stand-in for the GPU's graphs; the bank's share is told of a step that is none."""
+    made = []
+    monkeypatch.setattr(forms, "Cuda", lambda device: made.append(TapeRecorder()) or made[-1])
+    knobs = {"steps": 2, "reps": 1, "out": tmp_path, "bank": 500}
+    names = ["eager", "eager + graph"]
+    rows = list(bench_train.step_rows(quick(), names, {"held": "held"}, CPU, **knobs))
+    split = {row["form"]: row["split"] for row in rows if row["what"] == "step"}
+    assert split["eager + graph"] is None
+    assert set(split["eager"]) == {"wait", *bench_train.PARTS}
+    assert made[0].done[:12] == [*["aside"] * 11, "record"]
+    assert set(made[0].done[12:]) == {"play"}
+    assert rows[-1]["variant"] == f"{PRESET} eager"
+
+
+def test_a_cpu_has_no_graphs(capsys):
+    assert list(forms.present(["eager + graph", "eager"], quick(), CPU)) == ["eager"]
+    assert "only a GPU has graphs" in capsys.readouterr().out
+    assert forms.config_in("compiled + graph", quick()).graph
 
 
 def test_forms_that_come_too_late_are_left_out(monkeypatch, capsys):
