@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--ranks N] [--out FILE.jsonl or FOLDER] [--quick]
 
-Counted: gloo ranks on this CPU train the preset's own net for a few steps of a small batch. The gradients pass through a
+Counted: gloo ranks on this CPU train the preset's own net, and that of the step to model from, for a few steps of a small batch. The gradients pass through a
 communication hook, and every collective through torch's dispatcher, where its bytes are read off the tensor that a rank
 hands over; what is neither a gradient nor a feature with its picture's number is `other`, and must be none. The
 first step sends Z besides, and the second, once, how DDP puts gradients together from then on; the loop sends one byte
@@ -53,10 +53,13 @@ LINKS = {  # GPUs: bytes/s each way of a GPU's slowest link, its name, and where
     8: (450e9, "NVLink 4, 900 GB/s both ways", "MLPerf Inference v4.1, NVIDIA's H200-SXM-141GBx8"),
     64: (50e9, "InfiniBand, 400 Gb/s a GPU", "the same system's network cards, one for each GPU"),
 }
-FULL = {
-    "batch": 2
-}  # the preset's own net; bytes of features grow with the batch, those of gradients do not
-SMALL = {"batch": 2, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+NETS: dict[
+    str, dict[str, Any]
+] = {  # bytes of features grow with the batch, those of gradients do not
+    "full": {"batch": 1},  # the preset's own
+    "quarter": {"batch": 1, "backbone": AlexNet(width=0.25)},
+    "small": {"batch": 2, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)},
+}
 ABOUT = (
     "bytes that a rank hands over in a step, counted in a run of gloo ranks; features of a larger batch are as many times "
     "more, gradients the same"
@@ -190,10 +193,10 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
     }
 
 
-def cases(small: dict[str, Any]) -> dict[str, Config]:
+def cases(net: str) -> dict[str, Config]:
     """What is counted, by name: knobs that another version has not are left out."""
     rotnet, decoupling = (
-        dataclasses.replace(PRESETS[name](), precision="fp32", **small)
+        dataclasses.replace(PRESETS[name](), precision="fp32", **NETS[net])
         for name in ("rotnet-alexnet", "decoupling-alexnet")
     )
     assert isinstance(decoupling.method, Decoupling)
@@ -209,14 +212,14 @@ def cases(small: dict[str, Any]) -> dict[str, Config]:
     return {name: resolved(cfg) for name, cfg in found.items()}
 
 
-def count_here(small: dict[str, Any], out: Path, *, extra: bool = False) -> None:
+def count_here(net: str, out: Path, *, extra: bool = False) -> None:
     """One rank's part under torchrun: all cases, one after the other; rank 0 writes what all ranks agree on.
 
     `extra`: also RotNet with one collective more, which must be seen.
     """
     dist.start(dist.place(), torch.device("cpu"))
     told = {}
-    asked = cases(small)
+    asked = cases(net)
     if extra:
         asked[EXTRA] = asked["rotnet-alexnet"]
     for name, cfg in asked.items():
@@ -230,28 +233,31 @@ def count_here(small: dict[str, Any], out: Path, *, extra: bool = False) -> None
     dist.stop(together=True)
 
 
-def count(ranks: int, small: bool, *, extra: bool = False) -> dict[str, dict[str, Any]]:
-    """Start so many ranks of `count_here` and read what they counted."""
+def count(ranks: int, net: str, *, extra: bool = False) -> dict[str, dict[str, Any]]:
+    """Start so many ranks of `count_here` on one of NETS and read what they counted."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counted.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(ranks), str(Path(__file__)), "--count-into", str(out)]
-        command += ["--small"] * small + ["--extra"] * extra
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command += ["--net", net, *["--extra"] * extra]
+        threads = max(1, entry.cores() // ranks)
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise Refused(f"{ranks} ranks could not count what they send: {done.stderr[-2000:]}")
         return json.loads(out.read_text())
 
 
-def communication_rows(ranks: int, small: bool) -> Iterator[dict[str, Any]]:
-    for name, found in count(ranks, small).items():
+def communication_rows(ranks: int, net: str) -> Iterator[dict[str, Any]]:
+    for name, found in count(ranks, net).items():
         shape = {key: found[key] for key in ("batch", "size", "width", "dim", "parameters")}
+        of = "" if net == "full" else f", width {shape['width']:g}, {shape['size']} pixels"
         each = found["bytes"]
         yield measure.row(
             "communication",
             theme="train",
-            variant=f"{ranks} ranks, {name}",
+            variant=f"{ranks} ranks, {name}{of}",
+            kind=name,
             preset=name.split(",")[0],
             mode="counted by a DDP communication hook and torch's dispatcher, of a step and rank",
             shape=shape,
@@ -307,6 +313,16 @@ def step_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return min(same, key=lambda r: r["p50"])
 
 
+def net_of(step: dict[str, Any]) -> str:
+    """Which of NETS a measured step is of; the preset's own where it is of none."""
+    for net in NETS:
+        cfg = cases(net)["decoupling-alexnet"]
+        same = {"size": cfg.method.crop.size, "width": cfg.backbone.width}
+        if all(step["shape"][name] == value for name, value in same.items()):
+            return net
+    return "full"
+
+
 def scaling_rows(
     step: dict[str, Any], communication: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -316,7 +332,7 @@ def scaling_rows(
     on = step["gpu"] or f"a CPU ({step['cpu']}, {step['cores']} cores), for want of a GPU's row"
     for counts in communication:
         same = all(counts["shape"][name] == shape[name] for name in ("size", "width"))
-        kind = counts["variant"].split(", ", 1)[1]
+        kind = counts["kind"]
         if not (kind.startswith("decoupling-alexnet") and same):
             continue
         more = kind.removeprefix("decoupling-alexnet")
@@ -372,26 +388,31 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="gloo ranks on this machine")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="the small net; kept only with --out")
+    parser.add_argument("--quick", action="store_true", help="a small net; kept only with --out")
     parser.add_argument("--count-into", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--net", choices=list(NETS), default="full", help=argparse.SUPPRESS)
     parser.add_argument("--extra", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(args)
     if asked.count_into:
-        count_here(SMALL if asked.small else FULL, asked.count_into, extra=asked.extra)
+        count_here(asked.net, asked.count_into, extra=asked.extra)
         return 0
     if asked.ranks < 2:
         raise Refused(f"--ranks got {asked.ranks}: it wants 2 or more, since one sends nothing")
     file = measure.results("cuda" if torch.cuda.is_available() else "cpu", asked.out)
-    made = list(communication_rows(asked.ranks, small=True))
-    if not asked.quick:
-        made += communication_rows(asked.ranks, small=False)
     known = read_rows({file, *(measure.ROOT / "benchmarks" / "results").glob("*.jsonl")})
     step = step_row(known)
-    if step is None:
-        print("no scaling is modelled: no step of decoupling-alexnet is measured yet (bench_train)")
-    else:
-        made += list(scaling_rows(step, made))
+    nets = {net_of(step)} if step else set()
+    made = [
+        row
+        for net in sorted({"small"} if asked.quick else {"full", *nets})
+        for row in communication_rows(asked.ranks, net)
+    ]
+    modelled_rows = list(scaling_rows(step, made)) if step else []
+    if not modelled_rows:
+        print(
+            "no scaling is modelled: no step of decoupling-alexnet with such a net is measured yet"
+        )
+    made += modelled_rows
     for each in made:
         if asked.out or not asked.quick:
             measure.append(file, each)

@@ -20,7 +20,7 @@ def commit(monkeypatch):
 def a_run(*accuracies: float) -> tuple[dict, list[dict]]:
     lines = []
     for k, accuracy in enumerate(accuracies):
-        lines += [{"step": 10 * k, "loss": 2.0}] * (k > 0)
+        lines += [{"step": 10 * k, "loss": 2.0 / k}] if k else []
         lines.append({"step": 10 * k, "val_accuracy": accuracy, "val_loss": 1 - accuracy})
     return {"preset": "demo", "images_per_s": 5.0, "seconds": 2.0}, lines
 
@@ -64,7 +64,7 @@ def test_a_curve_has_a_point_for_each_validation():
     assert bench_learning.curve(lines) == [
         {"step": 0, "accuracy": 0.25, "loss": 0.75},
         {"step": 10, "accuracy": 0.4, "loss": 0.6, "training": 2.0},
-        {"step": 20, "accuracy": 0.5, "loss": 0.5, "training": 2.0},
+        {"step": 20, "accuracy": 0.5, "loss": 0.5, "training": 1.0},
     ]
 
 

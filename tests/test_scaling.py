@@ -19,7 +19,7 @@ def commit(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_step_sends_gradients_and_features_and_nothing_else(ranks):
-    found = scaling.count(ranks, small=True, extra=True)
+    found = scaling.count(ranks, "small", extra=True)
     assert found.pop(scaling.EXTRA)["bytes"]["other"] == 4  # it would be seen
     assert {name.partition(",")[0] for name in found} == {"rotnet-alexnet", "decoupling-alexnet"}
     for name, each in found.items():
@@ -74,7 +74,7 @@ def test_rows_say_that_they_are_modelled_and_from_what():
     step = a_step(100.0, "2031-03")
     same = {"batch": 2, "size": 64, "width": 0.25, "parameters": 10}
     counts = {
-        "variant": "2 ranks, decoupling-alexnet, sharded bank",
+        "kind": "decoupling-alexnet, sharded bank",
         "shape": same,
         "counted": {"gradients": 40, "features": 8, "other": 0},
     }
@@ -95,12 +95,24 @@ def test_the_command_writes_what_was_counted_and_what_follows(tmp_path, monkeypa
     known = {"batch": 2, "size": 64, "width": 0.25, "dim": DIM, "parameters": 10}
     found = {"bytes": {"gradients": 40, "features": 1040, "other": 0}, "calls": {"allreduce": 1}}
     found |= {"first_steps": [{}, {}], **known}
-    monkeypatch.setattr(scaling, "count", lambda ranks, small: {"decoupling-alexnet": found})
+    monkeypatch.setattr(scaling, "count", lambda ranks, net: {"decoupling-alexnet": found})
     monkeypatch.setattr(scaling.measure, "ROOT", tmp_path)  # no other results
     out = tmp_path / "rows.jsonl"
     measure.append(out, a_step(100.0, "2031-03"))
     assert scaling.main(["--out", str(out), "--quick"]) == 0
     _, counts, eight, more = (json.loads(line) for line in out.read_text().splitlines())
-    assert (counts["what"], counts["variant"]) == ("communication", "2 ranks, decoupling-alexnet")
+    assert (counts["what"], counts["variant"]) == (
+        "communication",
+        "2 ranks, decoupling-alexnet, width 0.25, 64 pixels",
+    )
     assert counts["counted"] == found["bytes"]
     assert (eight["what"], eight["variant"], more["variant"]) == ("scaling", "8 GPUs", "64 GPUs")
+
+
+def test_the_net_that_is_counted_is_the_steps():
+    assert scaling.net_of(a_step(1.0, "2031")) == "small"
+    for net, shape in {
+        "quarter": {"batch": 32, "size": 224, "width": 0.25},
+        "full": {"batch": 192, "size": 224, "width": 1.0},
+    }.items():
+        assert scaling.net_of(a_step(1.0, "2031", shape=shape)) == net
