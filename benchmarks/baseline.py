@@ -327,7 +327,7 @@ def ours(cfg: Config, beton: Path, device: torch.device, bank: int) -> dict[str,
     def step(batch: Batch) -> None:
         losses = train_step(state, batch)
         state.step += 1
-        state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+        state.meter.add(losses)
 
     @torch.no_grad()
     def judge(batch: Batch) -> None:

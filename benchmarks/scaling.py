@@ -181,7 +181,7 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
             sent.clear()
             losses = train_step(state, batch)
             state.step += 1
-            state.meter.add({"loss": losses.total, **losses.terms, **losses.metrics})
+            state.meter.add(losses)
             each.append((dict(sent.bytes), dict(sent.names)))
     first, second, *rest = each
     assert all(one == rest[0] for one in rest), f"steps differ in what they send: {each}"
