@@ -1,5 +1,5 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
-# make test    every check and test
+# make test    every check and test, on JOBS=2 cores
 # make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
@@ -13,6 +13,7 @@ DATA ?=
 OUT ?= benchmarks/results
 DEVICE ?= cuda
 GPU_PART ?= train tests ops learn
+JOBS ?= 2
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
@@ -44,7 +45,7 @@ demo: $(VENV)/installed
 
 test: check
 	@echo "fastrot/ holds $$(find fastrot -name '*.py' -exec cat {} + | grep -cv '^[[:space:]]*$$') non-blank lines (7,000: what can go?)"
-	@PATH="$(BIN):$$PATH" python -m pytest -q -m "not gpu"
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n $(JOBS)
 
 check: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright

@@ -19,6 +19,7 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import tempfile
 import time
@@ -34,8 +35,10 @@ from torch.nn import functional as F
 
 from benchmarks import measure
 from fastrot import checkpoint, entry, native
+from fastrot.backbones.alexnet import alexnet
+from fastrot.backbones.folded import cells_of
 from fastrot.bank import Bank
-from fastrot.config import RandomResized
+from fastrot.config import AlexNet, RandomResized
 from fastrot.core import Facts
 from fastrot.data import crops
 from fastrot.data.pack import layout
@@ -43,7 +46,7 @@ from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rows import update_rows
-from fastrot.ops.turns import turned_views, turned_views_reference
+from fastrot.ops.turns import Cells, turned_views, turned_views_reference
 
 try:
     import triton
@@ -61,6 +64,8 @@ TIMES = {"cuda": 8.0, "cpu": 3.0}  # nce_loss over the plain gather
 OF_GATHER = 0.8  # of the random-gather bandwidth, on a GPU
 OF_MEMORY = 0.05  # of the plain gather's extra memory
 SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
+FIRST = (11, 4, 2)  # kernel, stride and padding of AlexNet's first convolution
+IN_CELLS = "in cells"
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
 LANDSCAPE = (256, 341)  # height and width of a packed picture
 PACKED, FEW_PACKED = 4096, 256  # pictures: 270 MB of tiles, larger than any L2; of a CPU
@@ -88,20 +93,26 @@ def bench_turns(device: str, seconds: float, peak: float, shapes: list[tuple], d
     for images, size in shapes:
         crops = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device)
 
-        def run(form: str, crops=crops):
+        def run(form: str, cells: Cells | None = None, crops=crops):
             with using(form):
-                turned_views(crops, TURNS, MEAN, STD, dtype)
+                turned_views(crops, TURNS, MEAN, STD, dtype, cells)
 
-        runs = {"reference": lambda run=run: run("reference")}
+        cells = cells_of(size, *FIRST)
+        assert cells is not None
+        runs = {"reference": functools.partial(run, "reference")}
+        runs[f"reference, {IN_CELLS}"] = functools.partial(run, "reference", cells)
         if device == "cuda":
             compiled = torch.compile(turned_views_reference)
             runs["compiled reference"] = lambda crops=crops, compiled=compiled: compiled(
                 crops, TURNS, MEAN, STD, dtype
             )
-            runs["kernel"] = lambda run=run: run("triton")
-        moved = crops.numel() * (1 + len(TURNS) * dtype.itemsize)
+            runs["kernel"] = functools.partial(run, "triton")
+            runs[f"kernel, {IN_CELLS}"] = functools.partial(run, "triton", cells)
+        written = len(TURNS) * dtype.itemsize * images
         for form, times in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(times)
+            view = cells.channels * cells.count**2 if form.endswith(IN_CELLS) else 3 * size**2
+            moved = crops.numel() + written * view
             yield row(
                 "turned_views",
                 form,
@@ -112,6 +123,64 @@ def bench_turns(device: str, seconds: float, peak: float, shapes: list[tuple], d
                 **rates(moved, spread, copy=peak),
                 images_per_s=images / (spread["p50"] / 1e3),
             )
+
+
+# ---- the first convolution ----
+
+
+def first_convolution(size: int, width: float, device: str, dtype: torch.dtype, fold: bool):
+    """AlexNet's, alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk = alexnet(AlexNet(width=width, fold=fold), size)
+    layer = trunk.get_submodule("conv1.conv").to(device, dtype)
+    return layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def bench_first_convolution(
+    device: str,
+    seconds: float,
+    shapes: list[tuple],
+    dtype: torch.dtype,
+    widths: tuple = (0.25, 1.0),
+) -> Iterator[dict[str, Any]]:
+    """Rows of conv1's output and its weights' gradient, in views of the kind that each takes from the turn kernel."""
+    for (images, size), width in itertools.product(shapes, widths):
+        crops = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device)
+        runs, results = {}, {}
+        for form in ("plain", "folded"):
+            fold = form == "folded"
+            layer = first_convolution(size, width, device, dtype, fold)
+            cells = cells_of(size, *FIRST) if fold else None
+            views = turned_views(crops, TURNS, MEAN, STD, dtype, cells)
+            runs[form] = functools.partial(there_and_back, layer, views)
+            results[form] = runs[form]()
+        for mine, other in zip(*results.values(), strict=True):
+            loose = 1e-3 if dtype is torch.float32 else 3e-2
+            assert (mine - other).float().norm() <= loose * other.float().norm()
+        kernel = FIRST[0]
+        out, _ = results["plain"]
+        # two products of the matrices that the plain form has; the folded form's zeros are no work done
+        flop = 2 * 2 * out.numel() * 3 * kernel**2
+        shape = {"images": images, "size": size, "turns": len(TURNS), "width": width}
+        for form, times in measure.interleaved(runs, device, seconds=seconds).items():
+            spread = measure.spread(times)
+            yield row(
+                "conv1",
+                form,
+                mode="forward and backward" + by(device),
+                shape=shape,
+                dtype=_name(dtype),
+                **spread,
+                tflops=flop / (spread["p50"] / 1e3) / 1e12,
+                images_per_s=images / (spread["p50"] / 1e3),
+            )
+
+
+def there_and_back(layer: torch.nn.Module, views: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output, and its weight's gradient for an output's gradient of the output itself."""
+    out = layer(views)
+    return out.detach(), torch.autograd.grad(out, layer.weight, out.detach())[0]
 
 
 # ---- out of a pack ----
@@ -623,7 +692,10 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_update(case, seconds, peak)
     yield bench_memory(device, knobs)
     yield bench_saved_bank(device, knobs, 1 if quick else 3)
-    yield bench_turns(device, seconds, peak, shapes, torch.bfloat16 if gpu else torch.float32)
+    of_views = torch.bfloat16 if gpu else torch.float32
+    yield bench_turns(device, seconds, peak, shapes, of_views)
+    firsts = [shapes[0] if gpu else (4, shapes[0][1])] if quick else [(BATCH if gpu else 4, 224)]
+    yield bench_first_convolution(device, seconds, firsts, of_views)
     yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
 
 

@@ -172,12 +172,28 @@ def _axes(height: float):
 
 def _panels(count: int, height: float, *, shared: bool = True):
     """So many panels, one above the other, over one x axis unless not `shared`."""
+    figure, panels = panels_of(count, height, shared=shared)
+    return figure, panels[:, 0]
+
+
+def panels_of(
+    rows: int,
+    height: float,
+    *,
+    columns: int = 1,
+    shared: bool = True,
+    heights: list[float] | None = None,
+    width: float = 8,
+):
+    """A figure and its panels [rows, columns]; over one x axis where `shared`, as high as `heights` say in parts of them all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(count, 1, sharex=shared, squeeze=False)[:, 0]
-    for axes in panels:
+    panels = figure.subplots(
+        rows, columns, sharex=shared, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -1,9 +1,12 @@
 """Rows of results as a page a theme: benchmarks/reports/<theme>_<machine>_<yyyymm>.md, the same as .html, plots as .png.
 
-    python -m benchmarks.report [--results FOLDER] [--out FOLDER]
+    python -m benchmarks.report [--results FOLDER] [--out FOLDER] [--strict]
+
+throughput.md and throughput.html are over all machines (see throughput.py); --strict ends with status 1 where a figure
+that a CPU has to have is not measured.
 
 Every figure on a page is a row's; the last column names its line in the file of results. Of rows with the same key
-(what, variant, mode, shape, dtype, machine) the newest counts.
+(what, variant, form, mode, shape, dtype, machine) the newest counts.
 """
 
 import sys
@@ -13,13 +16,11 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
     sys.path[0] = str(Path(__file__).parents[1])
 
 import argparse
-import base64
-import html
 import json
 import re
 from typing import Any
 
-from benchmarks import advice, bench_quality, measure, plots
+from benchmarks import advice, bench_quality, billion, figures, measure, pages, plots, throughput
 from benchmarks.measure import number
 from fastrot import entry
 from fastrot.config import Refused
@@ -34,13 +35,14 @@ TITLES = {
     "cold": "Data that is not in memory: orders of an epoch",
     "chaos": "Killed, and gone on",
     "quality": "What encodings keep: the choice of the pack's",
+    "scale": "A billion pictures",
 }
 APART = ("quality",)  # themes whose figures stand in a table for each thing that is measured
 BEGIN, END = (
     "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
     "<!-- /measured -->",
 )
-KEY = ("what", "variant", "mode", "shape", "dtype", "gpu", "cpu", "cores")
+KEY = ("what", "variant", "form", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 SHOWN = {  # columns beside what every row has
     "images_per_s": "images/s",
     "waited": "share waited",
@@ -78,7 +80,6 @@ SHOWN = {  # columns beside what every row has
 VERSIONS = ("python", "torch", "torchvision", "triton", "cuda", "numpy", "simplejpeg", "opencv")
 VERSIONS += ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
 VERSIONS += ("etcpak", "texture2ddecoder", "scikit-image")
-STYLE = "body{font:16px sans-serif;max-width:70em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}table{border-collapse:collapse;font-size:90%}img{max-width:100%}pre{overflow-x:auto;font-size:75%;background:#f6f6f6;padding:1em}"
 
 
 def newest(file: Path) -> list[dict[str, Any]]:
@@ -97,19 +98,27 @@ def newest(file: Path) -> list[dict[str, Any]]:
 # ---- a page, as parts: headings, paragraphs, tables, pictures, code ----
 
 
-def page(theme: str, rows: list[dict[str, Any]], name: str, drawn: list[Path]) -> list[tuple]:
+def page(
+    theme: str,
+    rows: list[dict[str, Any]],
+    name: str,
+    drawn: list[Path],
+    known: list[dict[str, Any]],
+) -> list[tuple]:
+    """A theme's page from its rows, those of the file `name`; `known`: all rows of that file."""
     lines = [{k: v for k, v in row.items() if k != "line"} for row in rows]
     return [
         ("title", f"{TITLES.get(theme, theme)}: {rows[0]['gpu'] or _processor(rows[0])}"),
         ("list", conclusion(rows)),
         *(("picture", plot) for plot in drawn),
         *(advice.parts(rows) if theme == "loaders" else []),
+        *(billion.parts(known) if theme == "scale" else []),
         ("heading", "Figures"),
         (
             "text",
             f"Medians, with the 20th and 80th percentile of the repetitions. Line: in {name}.",
         ),
-        *(("table", figures(some)) for some in tables(theme, rows)),
+        *(("table", table_of(some)) for some in tables(theme, rows)),
         *(("text", f"Note: {about}.") for about in _each(rows, "about")),
         *decided(theme, rows),
         ("heading", "Machine, versions, commands"),
@@ -165,7 +174,7 @@ def decided(theme: str, rows: list[dict[str, Any]]) -> list[tuple]:
     return [("heading", "The decision"), ("list", bench_quality.decision(rows))]
 
 
-def figures(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
     more = {k: label for k, label in SHOWN.items() if any(row.get(k) is not None for row in rows)}
     table = [["what", "variant", "median", "p20 to p80", "unit", "n", *more.values(), "of", "line"]]
     for row in rows:
@@ -203,69 +212,22 @@ def _processor(row: dict[str, Any]) -> str:
     return f"{row['cpu']}, {row['cores']} cores"
 
 
-# ---- Markdown and HTML ----
-
-
-def markdown(parts: list[tuple]) -> str:
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|")
-
-    def table(rows: list[list[str]]) -> str:
-        lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
-        return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-    write = {
-        "title": lambda text: f"# {text}",
-        "heading": lambda text: f"## {text}",
-        "text": lambda text: text,
-        "list": lambda lines: "\n".join(f"- {line}" for line in lines),
-        "table": table,
-        "picture": lambda path: f"![{path.stem}]({path.name})",
-        "code": lambda text: f"```json\n{text}\n```",
-    }
-    return "\n\n".join(write[kind](what) for kind, what in parts) + "\n"
-
-
-def as_html(parts: list[tuple]) -> str:
-    """One file that opens from disk: pictures are inside."""
-
-    def table(rows: list[list[str]]) -> str:
-        head, *body = rows
-        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
-        names = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in [names, *lines]) + "</table>"
-
-    def picture(path: Path) -> str:
-        inside = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{inside}">'
-
-    write = {
-        "title": lambda text: f"<title>{html.escape(text)}</title><h1>{html.escape(text)}</h1>",
-        "heading": lambda text: f"<h2>{html.escape(text)}</h2>",
-        "text": lambda text: f"<p>{html.escape(text)}</p>",
-        "list": lambda lines: (
-            f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
-        ),
-        "table": table,
-        "picture": picture,
-        "code": lambda text: f"<pre>{html.escape(text)}</pre>",
-    }
-    body = "\n".join(write[kind](what) for kind, what in parts)
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{STYLE}</style>\n{body}\n</html>\n'
+# ---- files ----
 
 
 def write(file: Path, out: Path) -> list[Path]:
     """The pages of one file of results."""
     themes: dict[str, list[dict[str, Any]]] = {}
-    for row in newest(file):
+    known = newest(file)
+    for row in known:
         themes.setdefault(row.get("theme", "ops"), []).append(row)
     out.mkdir(parents=True, exist_ok=True)
     made = []
     for theme, rows in themes.items():
         month = re.sub("-", "", max(row["when"] for row in rows)[:7])
         stem = out / f"{theme}_{file.stem}_{month}"
-        parts = page(theme, rows, file.name, plots.draw(theme, rows, stem))
-        for suffix, text in ((".md", markdown(parts)), (".html", as_html(parts))):
+        parts = page(theme, rows, file.name, plots.draw(theme, rows, stem), known)
+        for suffix, text in ((".md", pages.markdown(parts)), (".html", pages.as_html(parts))):
             made.append(stem.with_name(stem.name + suffix))
             made[-1].write_text(text)
     return made
@@ -301,24 +263,32 @@ def refresh(readme: Path, files: list[Path]) -> None:
     readme.write_text(before + BEGIN + readme_table(files) + END + rest.split(END, 1)[1])
 
 
-def main() -> int:
-    """A page a theme for each file of results, and the README's table."""
+def main(args: list[str] | None = None) -> int:
+    """A page a theme for each file of results, the page of throughput, and the README's table."""
     here = measure.ROOT / "benchmarks"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=here / "results")
     parser.add_argument("--out", type=Path, default=here / "reports")
-    asked = parser.parse_args()
+    parser.add_argument(
+        "--strict", action="store_true", help="status 1 where a CPU's figure is missing"
+    )
+    asked = parser.parse_args(args)
     files = sorted(asked.results.glob("*.jsonl"))
     if not files:
         raise Refused(
             f"{asked.results} holds no results: run make bench, or name a folder with --results"
         )
-    for file in files:
-        for made in write(file, asked.out):
-            print(made)
+    made = [page for file in files for page in write(file, asked.out)]
+    rows = {file: newest(file) for file in files}
+    scale = [page for page in made if page.name.startswith("scale_") and page.suffix == ".md"]
+    for each in [*made, *throughput.write(rows, asked.out, scale)]:
+        print(each)
     if asked.results == here / "results":
         refresh(measure.ROOT / "README.md", files)
-    return 0
+    absent = figures.missing(figures.read(rows))
+    for figure in absent:
+        print(f"not measured on a CPU: {figure.group}: {figure.name}")
+    return 1 if absent and asked.strict else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ than a run's, so that some fit in: those of two batches then make a line, second
 """
 
 import contextlib
-import dataclasses
 import mmap
 import tempfile
 import time
@@ -96,6 +95,7 @@ class Findings:
     damaged: tuple[str, ...]  # pictures that could not be read, a sentence each
     ceilings: bounds.Ceilings
     measured: bounds.Measured
+    seconds: float  # that all of this took
 
     @property
     def bound(self) -> str:
@@ -128,9 +128,14 @@ class Watch:
         self._told(self._stage, now - self._begun)
         return now < self._until
 
+    @property
+    def so_far(self) -> float:
+        """Seconds since it began, without those that are not counted."""
+        return time.perf_counter() - self._begun
+
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """What happens in here is not counted: opening large data, compiling."""
+        """What happens in here is not counted."""
         begun = time.perf_counter()
         yield
         self._begun += time.perf_counter() - begun
@@ -147,7 +152,7 @@ def examine(
 ) -> Findings:
     """Time every stage. `cfg`: resolved, its precision chosen. Raises Refused for data that cannot train it.
 
-    Placing the data and compiling the net are not counted in the watch's seconds.
+    Placing the data, building and compiling the net are not counted in the watch's seconds.
     """
     watch.begin("opening")
     begun = time.perf_counter()
@@ -156,7 +161,8 @@ def examine(
     opened = time.perf_counter() - begun
     looked = _loading(loader, workers, watch)
     watch.begin("building the net")
-    state = _state(cfg, loader, device)
+    with watch.stopped():  # torch imports its compiler with the first optimiser
+        state = _state(cfg, loader, device)
     watch.begin("ceilings")
     ceilings = bounds.ceilings(device, state.dtype, SHARES["ceilings"] * watch.seconds)
     steps = _step(state, data, cfg, ceilings, watch)
@@ -172,8 +178,8 @@ def examine(
         together = _together(state, loader, lead, watch)
     else:
         together = _foretold(steps.seconds(fit), load * fit)
-    if looked["read"] is None:  # pictures that are made: that is calls, the step's own
-        together = dataclasses.replace(together, wait=0.0)
+    if looked["read"] is None:  # pictures that are made: that is calls, as a step's own
+        load = 0.0
     scale = cfg.batch / len(steps.held.index)
     arithmetic, memory = (scale * floor for floor in _floors(state, steps.held, ceilings))
     floors = (arithmetic, memory + _descent(state, ceilings))
@@ -198,6 +204,7 @@ def examine(
         pack_bytes=pack_bytes(data, sizes, looked["short"]),
         ceilings=ceilings,
         measured=measured,
+        seconds=watch.so_far,
     )
 
 

@@ -92,6 +92,7 @@ class AlexNet:
     width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
+    fold: bool = False  # compute it in cells of stride x stride pixels; the same weights
 
 
 @dataclass(frozen=True, kw_only=True)

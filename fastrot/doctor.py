@@ -17,7 +17,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -44,16 +44,17 @@ SOURCES = {
 MADE = "these pictures are made, not read: name your own"
 
 
+Named = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Read, decode, copy and step for 20 seconds: what binds a run, which format, how many workers, what an epoch costs."""
 
-    data: tyro.conf.Positional[str | None] = (
-        None  # FILE.beton, NAME.pack, a folder of shards or pictures, or synthetic
-    )
+    data: Named = ""  # FILE.beton, NAME.pack, a folder of shards or of pictures, or synthetic
     preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
-    seconds: float = 20.0  # to look for; opening large data and compiling are not counted
+    seconds: float = 20.0  # to look for; opening data, building and compiling a net are not counted
     batch: int | None = None  # pictures per process and step, before turning; default: the preset's
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     workers: int | None = None  # threads or processes that decode; default: one a core
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def config_of(wanted: Doctor) -> Config:
     """The run that is asked about. Raises Refused for what no run could use."""
-    if wanted.data is None:
+    if not wanted.data:
         raise Refused(
             "doctor.py wants data: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
@@ -383,6 +384,7 @@ def in_words(found: "Findings", subject: Subject) -> list[str]:
         + (", compiled" if cfg.compile else ""),
         "machine": machine.device_name(here.device),
         "versions": f"{versions}, commit {machine.commit()}",
+        "looked": f"{found.seconds:.0f} s",
     }
     if found.damaged:
         about["damaged"] = f"{len(found.damaged):,} of those looked at; {found.damaged[0]}"
@@ -404,8 +406,8 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
     own = subject.format == "pack" and subject.here.gpu is not None
     by = "by the GPU" if own else "crops of pictures that were just read"
     yield "decode + crop, one worker", _rate(found.decode_one), by
-    count = f"{found.workers} worker{'s'[: found.workers != 1]}"
-    yield f"decode + crop, {count}", _rate(found.decode_all), ""
+    if found.workers > 1:
+        yield f"decode + crop, {found.workers} workers", _rate(found.decode_all), ""
     for name, form in found.forms.items():
         yield (
             f"the same as a .{name}, one worker",
@@ -418,10 +420,11 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
         yield "copy to the device", _rate(found.copy), ""
     yield "step on held pictures", _rate(found.step), _of_batch(found, found.step_batch)
     waits = found.measured.wait / found.measured.step
+    how = _of_batch(found, found.together_batch) if found.steps else "foretold from the lines above"
     yield (
         "all together",
         _rate(found.together),
-        f"{_of_batch(found, found.together_batch)}; {waits:.0%} of the time waiting for data",
+        f"{how}; {waits:.0%} of the time waiting for data",
     )
 
 

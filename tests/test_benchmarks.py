@@ -26,6 +26,7 @@ from fastrot.assemble import open_data
 from fastrot.config import Refused, Stopped
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
+from fastrot.ops.turns import Cells
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
@@ -298,6 +299,17 @@ def test_ratios_are_taken_round_by_round_and_name_their_target(device, form, tar
     assert {(row["target"], row["better"]) for row in nce} == {(target, "higher")}
     assert all("target" not in row for row in rows if row not in nce)
     assert all(set(row) >= FROM | FIGURE for row in rows)
+
+
+def test_the_first_convolution_is_timed_in_both_forms_once_they_agree(monkeypatch):
+    of = ("cpu", 0.0, [(1, 64)], torch.float32, (0.05,))
+    rows = list(bench_ops.bench_first_convolution(*of))
+    assert [row["variant"] for row in rows] == ["plain", "folded"]
+    # 4 views of 15 x 15 outputs of 3 channels, 363 products each, twice
+    assert rows[0]["tflops"] * rows[0]["p50"] * 1e9 == pytest.approx(4 * 4 * 225 * 3 * 363)
+    monkeypatch.setattr(bench_ops, "cells_of", lambda *_: Cells(4, 1, 17))
+    with pytest.raises(AssertionError):
+        list(bench_ops.bench_first_convolution(*of))
 
 
 @pytest.mark.skipif(bench_ops.triton is None, reason="torch's build comes without Triton")

@@ -27,6 +27,7 @@ from fastrot.data.beton.write import convert as write_beton
 from fastrot.data.pack.load import Pack
 from fastrot.data.pack.write import PackOptions
 from fastrot.data.pack.write import convert as convert_to_pack
+from fastrot.data.plan import Loader
 from fastrot.data.tars.load import Tars
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
@@ -146,6 +147,19 @@ def test_a_tiny_net_on_pictures_that_cost_nothing_waits_for_none():
     assert found.forms == {}
 
 
+def test_pictures_that_are_made_are_not_decoded_however_long_it_takes(monkeypatch):
+    at_once = Loader.picks
+
+    def slow(self, index, epoch):
+        time.sleep(0.05)
+        return at_once(self, index, epoch)
+
+    monkeypatch.setattr(Loader, "picks", slow)
+    found = examined(assemble.open_data("synthetic:1000"), workers=0)
+    assert found.bound not in ("read", "decode", "copy")
+    assert found.measured.step > 0.05
+
+
 def test_a_large_net_is_bound_by_its_own_step(formats):
     large = cfg_of(size=96, batch=8, backbone=AlexNet(width=0.5))
     found = examined(assemble.open_data(formats["pack"]), cfg=large, workers=1)
@@ -194,35 +208,36 @@ def test_the_command_prints_a_table_and_writes_all_of_it(formats, tmp_path, caps
 def test_pictures_that_cannot_be_read_are_told(formats, tmp_path):
     whole = bytearray(Path(formats["beton"]).read_bytes())
     data: Any = assemble.open_data(formats["beton"])
-    for row in (3, 4):
+    for row in range(0, 37, 3):
         start = int(data.contents.ptr[row]) + 40
         whole[start : start + 8] = b"damaged!"
     for file in Path(formats["beton"]).parent.glob("p.beton.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "p.beton").write_bytes(whole)
-    found = examined(assemble.open_data(tmp_path / "p.beton"))
-    assert len(found.damaged) == 2
-    assert "row 3 of" in found.damaged[0]
+    found = examined(assemble.open_data(tmp_path / "p.beton"), seconds=2.0)
+    assert 0 < len(found.damaged) <= 13
+    assert all(int(said.split()[1]) % 3 == 0 for said in found.damaged)
+    assert "is damaged" in found.damaged[0]
 
 
 # ---- a step of more pictures than there is time for ----
 
 
-def test_a_long_step_is_told_from_two_short_ones(formats, monkeypatch):
-    """A step that sleeps 20 ms, and 2 ms a picture: 192 pictures take 404 ms, and none of 192 is taken."""
+def test_a_long_step_is_told_from_two_short_ones(monkeypatch):
+    """A step that sleeps 100 ms, and 1 ms a picture: 192 pictures take 292 ms, and none of 192 is taken."""
     taken = []
 
     def step(state, batch):
         taken.append(len(batch.index))
-        time.sleep(0.02 + 0.002 * len(batch.index))
+        time.sleep(0.1 + 0.001 * len(batch.index))
 
     monkeypatch.setattr(checkup, "train_step", step)
-    monkeypatch.setattr(checkup, "_floors", lambda *_: (0.0015, 0.0015))  # seconds, of two pictures
+    monkeypatch.setattr(checkup, "_floors", lambda *_: (0.002, 0.002))  # seconds, of two pictures
     cfg = cfg_of(batch=192)
-    found = examined(assemble.open_data("synthetic:500"), cfg=cfg, workers=0)
-    assert max(taken) == found.step_batch == checkup.MORE
-    assert 192 / found.step == pytest.approx(0.404, rel=0.4)
-    assert 192 / found.together == pytest.approx(0.404, rel=0.5)
+    found = examined(assemble.open_data("synthetic:500"), cfg=cfg, workers=0, seconds=2.0)
+    assert max(taken) == found.step_batch < 192
+    assert 0.28 < 192 / found.step < 0.6  # seconds; 192 / 22 of what 22 pictures take are 1.1
+    assert 0.28 < 192 / found.together < 0.9
     assert found.batch == 192
 
 
@@ -278,6 +293,7 @@ def test_the_watch_shares_the_seconds_out(monkeypatch):
     assert not watch.goes_on()
     with watch.stopped():
         now[0] += 1000
+    assert watch.so_far == pytest.approx(2.1)
     assert watch.begin("rest") == pytest.approx(17.9)
     now[0] += 50
     assert watch.begin("late") == pytest.approx(checkup.LEAST * 20)
@@ -305,6 +321,7 @@ def findings(**changed) -> Findings:
         },
         ceilings=bounds.Ceilings(tflops=1.0, gb_per_s=10.0),
         measured=measured,
+        seconds=20.0,
     )
     return Findings(**(known | changed))  # type: ignore[arg-type]
 
@@ -343,9 +360,8 @@ def test_large_originals_are_to_be_converted_by_a_command_that_can_be_typed(form
 
 
 def test_a_format_that_keeps_up_is_kept():
-    assert doctor.which_format(findings(step=300.0), subject("folder")).startswith(
-        "keep the folder"
-    )
+    kept = doctor.which_format(findings(step=300.0), subject("folder"))
+    assert kept == "keep the folder: it gives 400 images/s, 1.33 times what the step takes"
     kept = doctor.which_format(findings(step=700.0), subject("folder"))  # with 8 workers, not 4
     assert "with all 8 cores about 800 images/s" in kept
     assert "to_ffcv" not in kept

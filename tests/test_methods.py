@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fastrot import assemble, config
 from fastrot.core import Batch, Facts
 from fastrot.loop import TrainState, train_step
+from fastrot.ops.turns import Cells, folded
 from fastrot.optim import Rates, sgd
 
 SIZE, IMAGES, CLASSES = 32, 6, 3
@@ -23,11 +24,11 @@ def batch(seed: int = 0) -> Batch:
     )
 
 
-def build(kind: type, dtype: torch.dtype = torch.float32):
+def build(kind: type, dtype: torch.dtype = torch.float32, fold: bool = False):
     torch.manual_seed(0)
     cfg = config.Config(
         method=kind(**FITTING.get(kind, {})),
-        backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2, fold=fold),
     )
     facts = Facts(
         images=IMAGES,
@@ -93,6 +94,17 @@ def test_scores_are_the_losses_added_up(kind):
     torch.testing.assert_close(total / count, losses.terms["loss_cls"])
     total, count = scores["accuracy"]
     torch.testing.assert_close(total / count, losses.metrics["accuracy"])
+
+
+@pytest.mark.parametrize("kind", assemble.METHODS, ids=lambda kind: kind.__name__)
+def test_a_trunk_gets_its_views_in_the_cells_that_it_asks_for(kind):
+    plain, fold = (state_of(build(kind, fold=each)) for each in (False, True))
+    cells = Cells(side=2, pad=2, count=18)
+    assert fold.method.net.trunk.cells == cells
+    views = plain.method.views(batch())
+    assert torch.equal(fold.method.views(batch()), folded(views, cells))
+    one, other = (train_step(state, batch()).total for state in (plain, fold))
+    torch.testing.assert_close(one, other)
 
 
 def test_rotnet_labels_each_view_with_its_turn():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrot import config
+from fastrot.backbones.folded import FoldedConv2d, cells_of
 from fastrot.backbones.staged import Staged, fitted, scaled
 from fastrot.config import Refused
 
@@ -20,6 +21,7 @@ class AlexNet(Staged):
 
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
     half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
+    With `fold` the first convolution is computed in cells of pixels (folded.py), by the same weights.
     """
 
     def __init__(
@@ -30,13 +32,16 @@ class AlexNet(Staged):
         hidden: int = HIDDEN,
         kernel: int = 11,
         stride: int = 4,
+        fold: bool = False,
     ):
         padding = min(2, kernel // 2)
         c1, c2, c3, c4, c5 = channels
         side = pool5_side(size, kernel, stride)
         super().__init__(
             {
-                "conv1": _convolution(3, c1, kernel, stride, padding),
+                "conv1": _convolution(
+                    3, c1, kernel, stride, padding, FoldedConv2d if fold else nn.Conv2d
+                ),
                 "pool1": nn.MaxPool2d(3, 2),
                 "conv2": _convolution(c1, c2, 5, 1, 2),
                 "pool2": nn.MaxPool2d(3, 2),
@@ -50,6 +55,7 @@ class AlexNet(Staged):
                 **{"conv1": c1, "pool1": c1, "conv2": c2, "pool2": c2},
                 **{"conv3": c3, "conv4": c4, "conv5": c5, "pool5": c5, "fc_block": hidden},
             },
+            cells=cells_of(size, kernel, stride, padding) if fold else None,
         )
 
 
@@ -62,6 +68,7 @@ def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
         hidden=scaled(HIDDEN, cfg.width),
         kernel=cfg.kernel,
         stride=cfg.stride,
+        fold=cfg.fold,
     )
 
 
@@ -107,11 +114,18 @@ def _our_name(key: str) -> str | None:
     return f"head.{leaf}" if block == "9" and layer == "0" else None  # RotNet's classifier
 
 
-def _convolution(before: int, after: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
+def _convolution(
+    before: int,
+    after: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    kind: type[nn.Conv2d] = nn.Conv2d,
+) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
             # the bias does nothing in front of batch norm, but the originals' weights have it
-            conv=nn.Conv2d(before, after, kernel, stride, padding),
+            conv=kind(before, after, kernel, stride, padding),
             bn=nn.BatchNorm2d(after),
             relu=nn.ReLU(inplace=True),
         )

@@ -14,7 +14,7 @@ class Classifier(nn.Module):
         self.trunk = trunk
         self.head = nn.Linear(trunk.channels[trunk.stages[-1]], classes)
 
-    def forward(self, x: Float[Tensor, "v 3 s s"]) -> Float[Tensor, "v k"]:
+    def forward(self, x: Float[Tensor, "v c s s"]) -> Float[Tensor, "v k"]:
         features = self.trunk(x)
         if features.ndim == 4:
             features = features.mean(dim=(2, 3))

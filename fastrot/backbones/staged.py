@@ -6,13 +6,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrot.config import Refused
+from fastrot.ops.turns import Cells
 
 
 class Staged(nn.Module):
-    """Stages run one after another; `channels` says how wide each one's output is."""
+    """Stages run one after another; `channels` says how wide each one's output is.
 
-    def __init__(self, stages: Mapping[str, nn.Module], channels: Mapping[str, int]):
+    cells  in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, nn.Module],
+        channels: Mapping[str, int],
+        cells: Cells | None = None,
+    ):
         super().__init__()
+        self.cells = cells
         self.stages = tuple(stages)
         self.channels = dict(channels)
         for name, stage in stages.items():

@@ -50,7 +50,7 @@ class DecouplingNet(nn.Module):
         self.rotation = nn.Linear(self.each, len(TURNS)) if cfg.lambda_cls else None
         self.embed = nn.Linear(self.each, cfg.dim) if _has_bank(cfg) else None
 
-    def forward(self, x: Float[Tensor, "v 3 s s"]) -> Parts:
+    def forward(self, x: Float[Tensor, "v c s s"]) -> Parts:
         features = self.trunk(x)
         return self.heads(features if features.ndim == 2 else features.mean(dim=(2, 3)))
 
@@ -69,7 +69,7 @@ class Decoupling(Method):
 
     def __init__(self, cfg: config.Decoupling, trunk: Staged, facts: Facts):
         self.cfg, self.facts = cfg, facts
-        self.net = DecouplingNet(trunk, cfg)
+        self.net, self.cells = DecouplingNet(trunk, cfg), trunk.cells
         self.bank: Bank | None = None
         if _has_bank(cfg):
             self.bank = Bank(
@@ -104,9 +104,10 @@ class Decoupling(Method):
             )
 
     @torch.no_grad()
-    def views(self, batch: Batch) -> Float[Tensor, "v 3 s s"]:
+    def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
+        facts = self.facts
         return turned_views(
-            batch.images, TURNS, self.facts.mean, self.facts.std, dtype=self.facts.dtype
+            batch.images, TURNS, facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
         )
 
     def negatives(self, batch: Batch) -> Draw:

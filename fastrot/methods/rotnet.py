@@ -20,12 +20,13 @@ class RotNet(Method):
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, facts: Facts):
         self.net = Classifier(trunk, len(TURNS))
-        self.facts = facts
+        self.facts, self.cells = facts, trunk.cells
 
     @torch.no_grad()
-    def views(self, batch: Batch) -> Float[Tensor, "v 3 s s"]:
+    def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
+        facts = self.facts
         return turned_views(
-            batch.images, TURNS, self.facts.mean, self.facts.std, dtype=self.facts.dtype
+            batch.images, TURNS, facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
         )
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:

@@ -20,12 +20,13 @@ class Supervised(Method):
 
     def __init__(self, cfg: config.Supervised, trunk: Staged, facts: Facts):
         self.net = Classifier(trunk, facts.classes)
-        self.facts = facts
+        self.facts, self.cells = facts, trunk.cells
 
     @torch.no_grad()
-    def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
+    def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
+        facts = self.facts
         return turned_views(
-            batch.images, (0,), self.facts.mean, self.facts.std, dtype=self.facts.dtype
+            batch.images, (0,), facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
         )
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:

@@ -10,7 +10,7 @@ from truth import golden
 from fastrot.config import Refused
 from fastrot.ops import turns as op
 from fastrot.ops.choice import form_for, using
-from fastrot.ops.turns import turned_views
+from fastrot.ops.turns import Cells, folded, turned_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {
@@ -33,6 +33,17 @@ SIZES = [
     pytest.param(64, id="small-crops"),
 ]
 
+CELLS = [  # size, cells: of a convolution, its kernel / stride, or of any kind
+    pytest.param(31, Cells(4, 2, 8), id="11/4-odd"),
+    pytest.param(32, Cells(4, 2, 9), id="11/4-two-tiles-wide"),
+    pytest.param(29, Cells(2, 2, 16), id="5/2-odd"),
+    pytest.param(30, Cells(2, 2, 16), id="5/2-last-pixel-left-out"),
+    pytest.param(17, Cells(3, 1, 6), id="3/3"),
+    pytest.param(20, Cells(1, 1, 22), id="3/1"),
+    pytest.param(7, Cells(5, 0, 1), id="one-cell-within"),
+    pytest.param(6, Cells(4, 5, 9), id="far-beyond-on-both-sides"),
+]
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 interpreted = pytest.mark.skipif(
     op.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
@@ -50,6 +61,18 @@ def by_numpy(images: torch.Tensor, turns, mean, std) -> np.ndarray:
     turned = [np.rot90(i, t) for i, row in zip(images.numpy(), each, strict=True) for t in row]
     values = np.stack(turned).astype(np.float32) / np.float32(255)
     return (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+
+def cut_by_numpy(views: np.ndarray, cells: Cells) -> np.ndarray:
+    """[W, S, S, 3] in cells, [W, side * side * 3, count, count]: every pixel by its address."""
+    size, d = views.shape[1], cells.side
+    out = np.zeros((len(views), cells.channels, cells.count, cells.count), views.dtype)
+    for y, x, c in np.ndindex(d, d, 3):
+        for i, j in np.ndindex(cells.count, cells.count):
+            row, column = d * i - cells.pad + y, d * j - cells.pad + x
+            if 0 <= row < size and 0 <= column < size:
+                out[:, (y * d + x) * 3 + c, i, j] = views[:, row, column, c]
+    return out
 
 
 # ---- reference ----
@@ -75,16 +98,28 @@ def test_reference_equals_numpy_bit_for_bit(turns, dtype, statistics):
     assert torch.equal(views.permute(0, 2, 3, 1), want)
 
 
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize(("size", "cells"), CELLS)
+def test_reference_in_cells_is_numpys_turn_cut_up(size, cells, turns):
+    images = crops(3, size)
+    views = turned_views(images, turns, MEAN, STD, torch.float32, cells)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    want = torch.from_numpy(cut_by_numpy(by_numpy(images, turns, MEAN, STD), cells))
+    assert torch.equal(views, want)
+    plain = turned_views(images, turns, MEAN, STD, torch.float32)
+    assert torch.equal(folded(plain, cells), want)
+    assert folded(plain, cells).is_contiguous(memory_format=torch.channels_last)
+
+
 # ---- kernel ----
 
 
-def kernel_equals_reference(images, turns, statistics, dtype):
+def kernel_equals_reference(images, turns, statistics, dtype, cells=None):
     with using("reference"):
-        want = turned_views(
-            images.cpu(), turns if isinstance(turns, tuple) else turns.cpu(), *statistics, dtype
-        )
+        turns_here = turns if isinstance(turns, tuple) else turns.cpu()
+        want = turned_views(images.cpu(), turns_here, *statistics, dtype, cells)
     with using("triton"):
-        got = turned_views(images, turns, *statistics, dtype)
+        got = turned_views(images, turns, *statistics, dtype, cells)
     assert got.stride() == want.stride()
     assert torch.equal(got.cpu(), want)
 
@@ -101,6 +136,31 @@ def test_interpreted_kernel_equals_the_reference(size, turns, dtype):
 @interpreted
 def test_interpreted_kernel_at_the_papers_size():
     kernel_equals_reference(crops(1, 224), (1, 2), STATISTICS["cifar"], torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize(("size", "cells"), CELLS)
+def test_interpreted_kernel_in_cells_equals_the_reference(size, cells, turns):
+    kernel_equals_reference(crops(3, size), turns, STATISTICS["imagenet"], torch.float32, cells)
+
+
+@interpreted
+def test_interpreted_kernel_in_the_papers_cells():
+    paper = Cells(4, 2, 57)
+    kernel_equals_reference(crops(1, 224), (3,), STATISTICS["cifar"], torch.float16, paper)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize(
+    ("size", "cells"), [*CELLS, pytest.param(224, Cells(4, 2, 57), id="paper")]
+)
+def test_kernel_in_cells_equals_the_reference_on_a_gpu(size, cells, turns, dtype):
+    turns = turns.cuda() if isinstance(turns, torch.Tensor) else turns
+    kernel_equals_reference(crops(3, size).cuda(), turns, STATISTICS["imagenet"], dtype, cells)
 
 
 @pytest.mark.gpu
@@ -180,6 +240,7 @@ def test_the_operator_keeps_torchs_rules():
     for arguments in (
         (images, None, list(ALL), list(MEAN), list(STD), torch.float32),
         (images, turns, [], list(MEAN), list(STD), torch.float16),
+        (images, turns, [], list(MEAN), list(STD), torch.float32, [4, 2, 3]),
     ):
         torch.library.opcheck(op._turned_views, arguments)
 
@@ -202,6 +263,12 @@ def test_wrong_use_is_refused(change, words):
     unchecked = getattr(turned_views, "__wrapped__", turned_views)  # before the tests' shape checks
     with pytest.raises(Refused, match=words):
         unchecked(**{**right, **change})
+
+
+@pytest.mark.parametrize("wrong", [(0, 0, 1), (4, -1, 1), (4, 2, 0)])
+def test_cells_that_are_none_are_refused(wrong):
+    with pytest.raises(Refused, match=r"Cells\(side=.* makes no cells"):
+        Cells(*wrong)
 
 
 def test_a_wrong_form_is_refused(monkeypatch):
