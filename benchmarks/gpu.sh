@@ -39,10 +39,10 @@ lacks = [name for name in needs.split() if not importlib.util.find_spec(name)]
 sys.exit(f"fastrot: {sys.executable} lacks {lacks}: put wheels of them into wheels/ (make wheels)" if lacks else 0)
 ' || exit 1
 
-look=20 # seconds of the doctor
+look="--seconds 20" # of the doctor
 some= # loaders
 turns="--seconds 3 --reps 2" # of the baseline
-[ "$device" = cuda ] || quick=--quick look=5 some="--only beton --only pack" turns="--seconds 0.3 --reps 1"
+[ "$device" = cuda ] || quick=--quick look="--seconds 5 --batch 16" some="--only beton --only pack" turns="--seconds 0.3 --reps 1"
 if [ -d slice/imagenet-sample ]; then
   pictures="--root slice/imagenet-sample"
 else
@@ -72,7 +72,7 @@ part_train() {
     fi
     within 70 "$python" -m benchmarks.baseline --device "$device" $pictures $quick --out "$out" $turns
     within 45 "$python" -m fastrot.doctor slice/imagenet-sample --preset decoupling-alexnet --device "$device" \
-      --seconds $look
+      $look
   else
     within 210 "$python" -m benchmarks.bench_train --device "$device" $quick --out "$out" --seconds 120
   fi
