@@ -12,11 +12,12 @@ BIN := $(CURDIR)/$(VENV)/bin
 DATA ?=
 OUT ?= benchmarks/results
 DEVICE ?= cuda
+GPU_PART ?= train tests ops learn
 JOBS ?= 2
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check native fuzz ffcv dali kernels bench report gpu wheels slice clean
+.PHONY: demo test check native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -86,8 +87,13 @@ report: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.report
 
 # On a GPU machine, with the interpreter that has torch: make gpu PYTHON=python3 OUT=folder
+# All figures but the epoch's. Where a call may take no more than ten minutes, one part a call: GPU_PART=train,
+# then GPU_PART=tests, GPU_PART=ops, GPU_PART=learn; and make gpu-epoch is one more.
 gpu:
-	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE)
+	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE) "$(GPU_PART)"
+
+gpu-epoch:
+	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE) epoch
 
 # For a machine without network: packages that it may lack, for its Python, and pictures to measure with.
 wheels: $(VENV)/made
@@ -102,6 +108,10 @@ slice:
 	  mkdir -p "slice/imagenet-sample/$$(dirname "$$file")" && \
 	  cp "$(PICTURES)/imagenet-sample/$$file" "slice/imagenet-sample/$$file"; \
 	done < "$(PICTURES)/imagenet-sample/core.txt"
+	@for part in train/250 val/60; do for class in "$(PICTURES)/imagenette128/$${part%/*}"/*; do \
+	  to="slice/imagenette128/$${part%/*}/$${class##*/}" && mkdir -p "$$to" && \
+	  ls "$$class" | head -n "$${part#*/}" | while read -r file; do cp "$$class/$$file" "$$to/$$file"; done; \
+	done; done
 	@du -sh slice
 
 clean:

@@ -1,18 +1,25 @@
-"""Where a training step's time goes: views, forward, losses, NCE, backward, optimiser, bank, rest; and waiting for data.
+"""Where a training step's time goes, for each form of the step and each loader; and an epoch of ImageNet's size.
 
-    python -m benchmarks.bench_train [--preset PRESET] [--root FOLDER] [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
+    python -m benchmarks.bench_train [--preset PRESET] [--forms FORM ...] [--loaders LOADER ...] [--root FOLDER]
+                                     [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
+    python -m benchmarks.bench_train --epoch [--form FORM]      an epoch of 1,281,167 pictures: see full_epoch.py
     python -m benchmarks.bench_train --run -- demo --data FOLDER ...    a whole run, as the command gives it
 
 The step is loop.train_step itself; marks at its borders are CUDA events (clock readings on a CPU), all read behind the
-last step. Each form of the network (eager, compiled) sees a batch that stays on the device, synthetic pictures, and
---root's as .beton. Whole steps are then timed without marks, the forms in turns. A file profile_<form>.txt beside the
-rows names the fifteen most costly operations. TFLOP/s count multiplications and additions of the network's forward and
-backward; their share is of a large matrix product in the same precision, measured in the same run.
+last step. A captured step has no borders: of it there is only the whole. Forms are named in forms.py; each sees a batch
+that stays on the device (held), synthetic pictures, and --root's in each prepared format. Whole steps are then timed
+without marks, the forms in turns. A file profile_<form>.txt beside the rows names the fifteen most costly operations.
+
+    wait        milliseconds of a step that the host waited for data; the other parts are the device's own time
+    tflops      operations of the network's matrix products and convolutions, forward and backward (fastrot/cost.py), over
+                the whole step; their share is of a large matrix product in the same precision, measured in the same run
+    idle_share  of whole steps without marks: 1 - the time in which a kernel or a copy was at work, which the profiler
+                tells of some steps, over what steps take without it. A GPU's only
 
 With --preset decoupling-alexnet, `nce` is the loss against the memory bank, its gradient included, and `bank` the bank's
 write. The bank has ImageNet's 1,281,167 rows, however few pictures are learnt from. What it costs in all is told by
 whole steps in turns with steps that lack NCE and write and train the same network: its head gets a trivial
-gradient instead. On a CPU the network has a quarter of the width and sees 64 pixels.
+gradient instead. On a CPU the network has a quarter of the width and a batch 32 pictures.
 """
 
 import sys
@@ -23,35 +30,35 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
+import math
+import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import contestants, measure
-from fastrot import assemble, entry
-from fastrot.config import AlexNet, Config, Decoupling, Stopped, resolved
+from benchmarks import contestants, forms, full_epoch, measure, roofline
+from fastrot import assemble, cost, entry
+from fastrot.config import AlexNet, Config, Decoupling, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Losses
+from fastrot.journal import Meter
 from fastrot.loop import TrainState, train_step
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
-from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
-from fastrot.run import choose_precision
 
-HELD = "one batch, held on the device"
+HELD, SYNTHETIC = "held", "synthetic"
+LOADERS = (HELD, SYNTHETIC, "beton", "shards", "pack")
 WARM = 2  # batches before the clock starts
 PARTS = ("views", "forward", "losses", "nce", "backward", "optimiser", "bank", "rest")
-SMALL = {"batch": 64, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
-QUICK = {**SMALL, "batch": 8}
-BANK, QUICK_BANK = 1_281_167, 100_000  # rows
+PROFILED = 10  # steps
+BANK, QUICK_BANK = roofline.IMAGENET, 100_000  # rows
 SHARE = 0.03  # of a step on a GPU, which the bank may take
 MB = 2**20
 
@@ -87,7 +94,8 @@ class Marks:
         """Milliseconds of each part in each of the last steps. Waits for the device."""
         wait_for(self.device)
         gpu, each = self.device.type == "cuda", []
-        for (_, begin), (part, end) in itertools.pairwise([("", None), *self.made]):
+        start: list[tuple[str, Any]] = [("", None)]
+        for (_, begin), (part, end) in itertools.pairwise([*start, *self.made]):
             if part == "":  # a step begins
                 each.append(dict.fromkeys(PARTS, 0.0))
             elif each and part in PARTS:
@@ -100,37 +108,23 @@ class Trained:
     """A network in one form, and its steps; `bank`: rows of its memory bank, where it has one."""
 
     def __init__(self, cfg: Config, images: int, device: torch.device, bank: int = BANK):
-        self.device = device
+        self.cfg, self.device = cfg, device
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         view = assemble.training_view(cfg)
-        self.loader = assemble.open_loader(
-            f"synthetic:{images}", view, batch=cfg.batch, device=device
-        )
-        dtype = DTYPES[cfg.precision]
-        torch.manual_seed(cfg.seed)
-        facts = assemble.facts(cfg, self.loader, None, device, dtype)
-        if isinstance(cfg.method, Decoupling):
-            facts = dataclasses.replace(facts, images=bank, data_rows=bank)
-        method = assemble.method(cfg, facts)
-        method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.state = TrainState(
-            method=method,
-            net=assemble.wrapped(method.net, cfg, device),
-            optimizer=sgd(method.net, cfg.optim, 0.0),
-            rates=Rates(cfg.schedule, epochs=1, batches=1, steps=10**9, lr=cfg.lr),
-            device=device,
-            dtype=dtype,
-        )
-        self.batch = next(self.loader.epoch(0))
-        for _ in range(3):
-            self.step(self.batch)  # compiles, and chooses kernels
+        loader = assemble.open_loader(f"synthetic:{images}", view, batch=cfg.batch, device=device)
+        self.state = forms.state_of(cfg, loader, device, steps=10**9, bank=bank)
+        self.batch = next(loader.epoch(0))
+        for _ in range(forms.warm_steps(cfg)):
+            self.step(self.batch)  # compiles, captures, and chooses kernels
         wait_for(device)
-        self.peak_memory_mb = None
-        if device.type == "cuda":
+        self.peak_memory_mb = (
+            None  # nor is it told of a captured step, whose memory is set aside as a whole
+        )
+        if device.type == "cuda" and not cfg.graph:
             torch.cuda.reset_peak_memory_stats(device)
             self.step(self.batch)
             self.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - held) / MB
-        self.marks = _marked(self.state, device)
+        self.marks = Marks(device) if cfg.graph else _marked(self.state, device)
 
     def step(self, batch: Batch) -> None:
         """What the loop does with a batch, but for its log lines."""
@@ -169,8 +163,9 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     state.method.views = marks.behind("views", state.method.views)
     state.net = marks.behind("forward", state.net)
     if isinstance(state.method, DecouplingMethod):
-        terms = marks.behind("nce", state.method._instance_terms)
-        state.method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
+        method: Any = state.method
+        terms = marks.behind("nce", method._instance_terms)
+        method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
     state.method.losses = marks.behind("losses", state.method.losses)
     state.optimizer.register_step_pre_hook(lambda *_: marks("backward"))
     state.optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
@@ -189,12 +184,13 @@ def without_bank(trained: Trained) -> Iterator[None]:
         pass
 
     method: Any = trained.state.method
-    kept = method._instance_terms, method.after_step
+    kept = method._instance_terms, method.after_step, trained.state.meter
     method._instance_terms, method.after_step = terms, nothing
+    trained.state.meter = Meter()  # of fewer numbers
     try:
         yield
     finally:
-        method._instance_terms, method.after_step = kept
+        method._instance_terms, method.after_step, trained.state.meter = kept
 
 
 def wait_for(device: torch.device) -> None:
@@ -207,85 +203,163 @@ def wait_for(device: torch.device) -> None:
 
 def step_rows(
     cfg: Config,
-    beton: Path | None,
+    names: Iterable[str],
+    data: dict[str, Any],
     device: torch.device,
     *,
     steps: int,
     reps: int,
     out: Path,
     bank: int = BANK,
+    seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all forms on all data, each as soon as it is measured; profiles as text into the folder `out`."""
-    peak, about = matrix_peak(device, DTYPES[cfg.precision]), {"dtype": cfg.precision}
-    yield row("matrix product", "square", mode="ceiling", **about, **peak)
-    forms = {"eager": cfg}
-    if cfg.compile:
-        forms = {"eager": dataclasses.replace(cfg, compile=False), "compiled": cfg}
-    images = (WARM + steps) * cfg.batch
-    trained = {form: Trained(each, images, device, bank) for form, each in forms.items()}
-    flop = flop_of(trained["eager"])
-    net = {"batch": cfg.batch, "size": cfg.method.crop.size, "width": cfg.backbone.width}
-    if isinstance(cfg.method, Decoupling):
-        net |= {"negatives": cfg.method.negatives, "bank": bank}
-        form, each = list(trained.items())[-1]  # compiled, where that is asked for
-        yield bank_row(f"{cfg.preset} {form}", each, steps, reps, shape=net, **about)
-    for name, source in sources(cfg, beton, device, steps).items():
-        for form, each in trained.items():
-            each.marks.on = True
-            each.run(source(each.batch))
-            each.marks.on = False
-            for part, times in each.marks.read(steps).items():
-                if not any(times):
-                    continue  # NCE, in a method that has none
-                variant = f"{cfg.preset} {form}, {name}: {part}"
-                time_of = measure.middle(times, "ms")
-                yield row("step part", variant, mode="with marks", shape=net, **about, **time_of)
-        found = {form: [] for form in trained}
-        for _ in range(reps):
-            for form, each in trained.items():
-                found[form].append(each.run(source(each.batch)))
-        for form, each in trained.items():
-            seconds = measure.middle([1e3 * s for s, _ in found[form]], "ms")
-            tflops = flop / (seconds["p50"] / 1e3) / 1e12
-            yield row(
-                "step",
-                f"{cfg.preset} {form}, {name}",
-                mode=f"without marks, {steps} steps a repetition",
-                shape=net,
-                **about,
-                **seconds,
-                images_per_s=cfg.batch / (seconds["p50"] / 1e3),
-                wait_share=measure.middle([w for _, w in found[form]], "")["p50"],
-                peak_memory_mb=each.peak_memory_mb,
-                tflops=tflops,
-                matrix_tflops=peak["p50"],
-                share_of_matrix=tflops / peak["p50"],
+    """Rows of all forms on all data, each as soon as it is measured; profiles as text into the folder `out`.
+
+    data     by the loader's name: see `opened`
+    seconds  in which forms are built: one that has not begun by then is left out, and so is one that fails
+    """
+    rates = []
+    for each in roofline.ceiling_rows(device, DTYPES[cfg.precision], quick=steps < 10):
+        rates.append(each["p50"])
+        yield each
+    trained = built(cfg, names, (WARM + steps) * cfg.batch, device, bank=bank, seconds=seconds)
+    if not trained:
+        raise Stopped("no form of the step could be built: see the lines above")
+    net = next(iter(trained.values())).state.method.net
+    flop = sum(
+        layer.flop for layer in cost.layers(net, roofline.views_shape(cfg), DTYPES[cfg.precision])
+    )
+    for name, each in data.items():
+        loader = None if name == HELD else opened(cfg, each, device, (WARM + steps) * cfg.batch)
+        for form, measured in measured_in_turns(trained, loader, steps, reps).items():
+            yield step_row(
+                trained[form], form, name, measured, flop=flop, matrix_tflops=rates[0], bank=bank
             )
+    if isinstance(cfg.method, Decoupling):
+        last = [form for form, each in trained.items() if not each.cfg.graph][-1:]
+        for form in last:
+            yield bank_row(f"{cfg.preset} {form}", trained[form], steps, reps, bank)
     for form, each in trained.items():
-        (out / f"profile_{form}.txt").write_text(profile(each))
+        named = re.sub(r"[^a-z]+", "_", form)
+        (out / f"profile_{named}.txt").write_text(profile(each))
 
 
-def sources(
-    cfg: Config, beton: Path | None, device: torch.device, steps: int
-) -> dict[str, Callable[[Batch], Iterator[Batch]]]:
-    """Where batches come from, by name: `steps` of them each time."""
-    view, images = assemble.training_view(cfg), (WARM + steps) * cfg.batch
-    data: dict[str, Any] = {"synthetic": assemble.open_data(f"synthetic:{images}")}
-    if beton is not None:
-        pictures = assemble.open_data(beton)
-        data["beton"] = contestants.Repeated(pictures, -(-images // pictures.rows))
+def built(
+    cfg: Config,
+    names: Iterable[str],
+    images: int,
+    device: torch.device,
+    *,
+    bank: int,
+    seconds: float,
+) -> dict[str, Trained]:
+    """Each form, as far as time allows, ready to step."""
+    begun, trained = time.perf_counter(), {}
+    for form in names:
+        if trained and time.perf_counter() - begun > seconds:
+            print(f"left out, for want of time: {form}", flush=True)
+            continue
+        at = time.perf_counter()
+        try:
+            trained[form] = Trained(forms.config_in(form, cfg), images, device, bank)
+        except Exception:  # the compiler's failures have many names: what it says is shown, the others are measured
+            traceback.print_exc()
+            print(f"left out: {form}, which could not be built", flush=True)
+            continue
+        print(f"{form}: ready after {time.perf_counter() - at:.1f} s", flush=True)
+    return trained
 
-    def opened(each: Any) -> Callable[[Batch], Iterator[Batch]]:
-        loader = assemble.open_loader(each, view, batch=cfg.batch, device=device, enlarge=True)
-        return lambda held: loader.epoch(0)
 
-    return {
-        HELD: lambda held: iter([held] * (WARM + steps)),
-        **{name: opened(each) for name, each in data.items()},
-    }
+def opened(cfg: Config, data: Any, device: torch.device, images: int) -> Any:
+    """The loader of a training view over `data` (a path, or synthetic pictures), of so many pictures an epoch."""
+    if data != SYNTHETIC:
+        pictures = assemble.open_data(data)
+        data = contestants.Repeated(pictures, -(-images // pictures.rows))
+    else:
+        data = f"{SYNTHETIC}:{images}"
+    view = assemble.training_view(cfg)
+    return assemble.open_loader(data, view, batch=cfg.batch, device=device, enlarge=True)
 
 
-def bank_row(variant: str, trained: Trained, steps: int, reps: int, **of: Any) -> dict[str, Any]:
+def measured_in_turns(
+    trained: dict[str, Trained], loader: Any, steps: int, reps: int
+) -> dict[str, dict[str, Any]]:
+    """Of each form: `split`, milliseconds by part; `steps`, seconds of each repetition; `waits`, their shares; `busy`."""
+
+    def batches(each: Trained, count: int = steps) -> Iterator[Batch]:
+        drawn = itertools.repeat(each.batch) if loader is None else loader.epoch(0)
+        try:
+            yield from itertools.islice(drawn, WARM + count)
+        finally:
+            getattr(drawn, "close", lambda: None)()  # a loader's workers end
+
+    found: dict[str, dict[str, Any]] = {}
+    for form, each in trained.items():
+        whole, wait = None, 0.0
+        if not each.cfg.graph:
+            each.marks.on = True
+            whole, wait = each.run(batches(each))
+            each.marks.on = False
+        parts = each.marks.read(steps)
+        split = {
+            part: measure.middle(times, "")["p50"] for part, times in parts.items() if any(times)
+        }
+        found[form] = {
+            "split": None if whole is None else {"wait": 1e3 * whole * wait, **split},
+            "busy": busy_seconds(each, batches(each, PROFILED))
+            if each.device.type == "cuda"
+            else None,
+            "steps": [],
+            "waits": [],
+        }
+    for _ in range(reps):
+        for form, each in trained.items():
+            whole, wait = each.run(batches(each))
+            found[form]["steps"].append(whole)
+            found[form]["waits"].append(wait)
+    return found
+
+
+def step_row(
+    trained: Trained,
+    form: str,
+    loader: str,
+    measured: dict[str, Any],
+    *,
+    flop: int,
+    matrix_tflops: float,
+    bank: int,
+) -> dict[str, Any]:
+    """The row of one form over one loader."""
+    cfg, seconds = trained.cfg, measure.middle(measured["steps"], "s")["p50"]
+    shape: dict[str, Any] = roofline.shape_of(cfg)
+    if isinstance(cfg.method, Decoupling):
+        shape |= {"negatives": cfg.method.negatives, "bank": bank}
+    tflops, busy = flop / seconds / 1e12, measured["busy"]
+    return row(
+        "step",
+        f"{cfg.preset} {form}, {loader}",
+        mode="whole steps, without marks",
+        shape=shape,
+        dtype=cfg.precision,
+        preset=cfg.preset,
+        form=form,
+        loader=loader,
+        **roofline.shape_of(cfg),
+        **measure.spread(measured["steps"]),
+        images_per_s=cfg.batch / seconds,
+        wait_share=measure.middle(measured["waits"], "")["p50"],
+        idle_share=None if busy is None else max(0.0, 1 - busy / seconds),
+        tflops=tflops,
+        flop=flop,
+        matrix_tflops=matrix_tflops,
+        share_of_matrix=tflops / matrix_tflops,
+        peak_memory_mb=trained.peak_memory_mb,
+        split=measured["split"],
+    )
+
+
+def bank_row(variant: str, trained: Trained, steps: int, reps: int, bank: int) -> dict[str, Any]:
     """What NCE and the bank's write take of a step: whole steps with them, in turns with steps without."""
     held = [trained.batch] * (WARM + steps)
     with_it, without = [], []
@@ -299,43 +373,62 @@ def bank_row(variant: str, trained: Trained, steps: int, reps: int, **of: Any) -
         "bank's share of a step",
         variant,
         mode=f"NCE and write, by steps with and without, {steps} steps a repetition",
-        **of,
+        shape={**roofline.shape_of(trained.cfg), "bank": bank},
+        dtype=trained.cfg.precision,
         **measure.middle(shares, "share"),
         with_ms=measure.spread(with_it)["p50"],
         without_ms=measure.spread(without)["p50"],
         **target,
-        about=f"the bank has {of['shape']['bank']:,} rows, however few pictures are learnt from; steps without it "
+        about=f"the bank has {bank:,} rows, however few pictures are learnt from; steps without it "
         "train the same network, whose head gets a trivial gradient",
     )
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """TFLOP/s of a large matrix product of random numbers, which zeros would flatter."""
-    side = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = measure.interleaved({"": lambda: a @ b}, device.type, seconds=1.0)[""]
-    return {
-        "shape": {"side": side},
-        **measure.middle([2 * side**3 / s / 1e12 for s in times], "TFLOP/s"),
-    }
+# ---- what the profiler tells ----
 
 
-def flop_of(trained: Trained) -> int:
-    """Multiplications and additions of one step's matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counted:
-        trained.step(trained.batch)
-    return counted.get_total_flops()
-
-
-def profile(trained: Trained, steps: int = 5) -> str:
-    """The operations that cost most, as a table."""
+def profiled(trained: Trained, batches: Iterator[Batch]) -> tuple[torch.profiler.profile, int]:
+    """Steps under the profiler, those that warm up left out; and how many these are."""
     gpu = trained.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
+    for _ in range(WARM):
+        trained.step(next(batches))
+    wait_for(trained.device)
+    steps = 0
     with torch.profiler.profile(
         activities=[*kinds, torch.profiler.ProfilerActivity.CUDA] if gpu else kinds
     ) as seen:
-        trained.run(iter([trained.batch] * (WARM + steps)))
-    order = "self_device_time_total" if gpu else "self_cpu_time_total"
+        for batch in batches:
+            trained.step(batch)
+            steps += 1
+        wait_for(trained.device)
+    return seen, steps
+
+
+def busy_seconds(trained: Trained, batches: Iterator[Batch]) -> float:
+    """Seconds of a step in which the device is at work: kernels and copies of all streams, counted once."""
+    seen, steps = profiled(trained, batches)
+    on_device = [
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events() or ()
+        if event.device_type.name != "CPU" and not event.is_user_annotation
+    ]
+    return covered(on_device) / 1e6 / steps
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of a line that spans (begin, end) cover, each stretch once."""
+    length, reached = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        length += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return length
+
+
+def profile(trained: Trained) -> str:
+    """The operations that cost most, as a table."""
+    seen, _ = profiled(trained, itertools.repeat(trained.batch, WARM + 5))
+    order = "self_device_time_total" if trained.device.type == "cuda" else "self_cpu_time_total"
     return seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=90)
 
 
@@ -367,49 +460,79 @@ def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
     return measure.row(what, theme="train", variant=variant, **{"warmup": 1, **fields})
 
 
-def config_of(asked: argparse.Namespace, device: torch.device) -> Config:
-    """The preset, small on a CPU and smaller where a quick look is asked for."""
-    small = QUICK if asked.quick else SMALL if device.type == "cpu" else {}
-    cfg = dataclasses.replace(PRESETS[asked.preset](), **small)
-    precision = choose_precision(cfg.precision, device)
-    return resolved(dataclasses.replace(cfg, compile=asked.compile, precision=precision))
+def data_of(loaders: list[str] | None, root: Path | None, work: Path) -> dict[str, Any]:
+    """What each loader reads; --root's pictures are prepared under `work` where this has not been done."""
+    names = loaders or (LOADERS if root is not None else LOADERS[:2])
+    if root is None and (lacking := [name for name in names if name not in LOADERS[:2]]):
+        raise Refused(f"--loaders got {lacking[0]}: it wants --root DIR, class folders of pictures")
+    if root is None:
+        return dict(zip(names, names, strict=True))
+    formats = contestants.Formats(contestants.originals(root), work, entry.cores())
+    return {name: name if name in LOADERS[:2] else formats.of(name) for name in names}
 
 
-def main(args: list[str] | None = None) -> int:
-    """Measure, print, and append to the machine's file of results."""
+def parsed(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cuda = torch.cuda.is_available()
     alexnets = [name for name, make in PRESETS.items() if isinstance(make().backbone, AlexNet)]
-    parser.add_argument("--preset", choices=alexnets, default="rotnet-alexnet")
+    parser.add_argument("--preset", choices=alexnets, default="decoupling-alexnet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--root", type=Path, help="class folders of originals, to learn from too")
     parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
     parser.add_argument("--quick", action="store_true", help="a small network, few steps")
+    parser.add_argument("--batch", type=int, help="pictures a step; default: the preset's")
+    words = ", ".join(forms.WORDS)
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="default: where there is a GPU"
+        "--forms", nargs="+", help=f"of the step: words joined by ' + ', of {words}"
     )
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="in which forms are built")
+    parser.add_argument("--epoch", action="store_true", help="an epoch of ImageNet's size")
+    parser.add_argument("--form", default="eager", help="of the step, with --epoch")
     parser.add_argument("--run", action="store_true", help="time a run: its command follows --")
     parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
-    asked = parser.parse_args(args)
-    if asked.compile is None:
-        asked.compile = asked.device == "cuda"
+    return parser.parse_args(args)
+
+
+def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
+    """What the command asks for."""
     device = torch.device(asked.device)
+    if asked.run:
+        yield run_row([*asked.command, "--device", asked.device])
+        return
+    knobs = {} if asked.batch is None else {"batch": asked.batch}
+    if asked.epoch:
+        yield from full_epoch.rows(
+            asked.preset, asked.form, contestants.originals(asked.root), asked.work, device,
+            quick=asked.quick, **knobs,
+        )  # fmt: skip
+        return
+    steps, reps = (3, 2) if asked.quick else (40, 3) if asked.device == "cuda" else (4, 3)
+    cfg = forms.sized(asked.preset, device, quick=asked.quick, **knobs)
+    wanted = asked.forms or (
+        forms.FORMS[asked.device][:1] if asked.quick else forms.FORMS[asked.device]
+    )
+    yield from step_rows(
+        cfg,
+        list(forms.present(wanted, cfg, device)),
+        data_of(asked.loaders, asked.root, asked.work),
+        device,
+        steps=steps,
+        reps=reps,
+        out=out,
+        bank=QUICK_BANK if asked.quick else BANK,
+        seconds=asked.seconds,
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Measure, print, and append to the machine's file of results."""
+    asked = parsed(args)
     torch.backends.cudnn.benchmark = True  # as a run has it
     file = measure.results(asked.device, asked.out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if asked.run:
-        rows = iter([run_row([*asked.command, "--device", asked.device])])
-    else:
-        beton = None
-        if asked.root is not None:
-            root = contestants.originals(asked.root)
-            beton = contestants.Formats(root, asked.work, entry.cores()).beton()
-        steps, reps = (3, 2) if asked.quick else (60, 4) if asked.device == "cuda" else (5, 3)
-        cfg = config_of(asked, device)
-        bank = QUICK_BANK if asked.quick else BANK
-        rows = step_rows(cfg, beton, device, steps=steps, reps=reps, out=file.parent, bank=bank)
-    for each in rows:
+    for each in rows_of(asked, file.parent):
         measure.append(file, each)
         measure.say(each)
     return 0

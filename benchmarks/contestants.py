@@ -33,8 +33,7 @@ from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, Refused
 from fastrot.core import Data, Picks, View
-from fastrot.data.crops import boxes
-from fastrot.data.order import Shuffled
+from fastrot.data.pack.layout import WIDTH, firsts
 from fastrot.data.pack.read import open_pack
 from fastrot.ops.blocks import PackTensors, unpack_crops
 
@@ -208,32 +207,84 @@ def without_native(path: Path, batch: int, workers: int) -> Run:
         os.environ.update({} if before is None else {"FASTROT_NATIVE": before})
 
 
+class FullPack:
+    """A pack of any number of pictures in the device's memory: those of a small one, copied there again and again.
+
+    `core.Data`, for a Loader. Each row has tiles of its own at a place of its own: nothing wraps round as it is read,
+    and nothing is read twice. The last copy is cut off.
+    """
+
+    format = "pack"
+
+    def __init__(self, path: Path, pictures: int = IMAGENET):
+        self.few = open_pack(path)
+        self.rows, self.classes = pictures, self.few.classes
+        self.labels, self.keys = (
+            np.resize(each, pictures) for each in (self.few.labels, self.few.keys)
+        )
+        self.mean: tuple[float, ...] | None = self.few.mean
+        self.std: tuple[float, ...] | None = self.few.std
+        self.fingerprint = f"{self.few.fingerprint} to {pictures}"
+        self._sizes = np.resize(self.few.sizes, (pictures, 2))
+        self._first = firsts(self._sizes, self.few.encoding)
+        self.pack: PackTensors | None = None
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        return self._sizes[rows]
+
+    def place(self, rows: np.ndarray | None, device: torch.device) -> None:
+        """Copy, once: the small pack to the device, and there piece by piece behind itself."""
+        if self.pack is not None:
+            return
+        self.few.check()
+        few = torch.from_numpy(np.array(self.few.tiles)).to(device)
+        tiles = torch.empty(int(self._first[-1]), few.shape[1], dtype=torch.uint8, device=device)
+        for piece in tiles.split(len(few)):
+            piece.copy_(few[: len(piece)])
+        small = (torch.from_numpy(each).to(device) for each in (self._first, self._sizes))
+        self.pack = PackTensors(tiles, *small)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: another stream will read it
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._first[-1]) * WIDTH[self.few.encoding]
+
+    def in_words(self) -> list[str]:
+        return [
+            f"{self.rows:,} pictures, {self.few.rows:,} different ones, each a copy of its own: "
+            f"{self.nbytes / 1e9:.1f} GB in the device's memory"
+        ]
+
+    def pictures(
+        self, plan: Iterable[Picks], device: torch.device, workers: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """As a resident pack gives them: boxes are sent, crops are made on the device."""
+        self.place(None, device)
+        assert self.pack is not None
+        for picks in plan:
+            sent = map(torch.from_numpy, picks.rows)
+            if device.type == "cuda":
+                sent = (each.pin_memory().to(device, non_blocking=True) for each in sent)
+            yield tuple(
+                unpack_crops(self.pack, boxes, size)
+                for boxes, size in zip(sent, picks.sizes, strict=True)
+            )
+
+
 def full_pack(
     path: Path, batch: int, workers: int, *, pictures: int = IMAGENET, device: str = "cuda"
 ) -> Run:
-    """A resident pack of ImageNet's size: the pictures of a small one, copied again and again in the device's memory."""
-    file = open_pack(path)
-    copies = math.ceil(pictures / file.rows)
-    few = torch.from_numpy(np.array(file.tiles)).to(device)
-    tiles = few.repeat(copies, 1)
-    total = int(file.first[-1])
-    starts = (file.first[None, :-1] + total * np.arange(copies)[:, None]).ravel()
-    first = torch.from_numpy(np.append(starts, copies * total)).to(device)
-    sizes = np.tile(file.sizes, (copies, 1))
-    pack = PackTensors(tiles, first, torch.from_numpy(sizes).to(device))
+    """A resident pack of ImageNet's size, through our Loader, epoch after epoch."""
+    loader = open_loader(FullPack(path, pictures), batch, workers, device)
     epochs = itertools.count()
 
     def run(images: int) -> Iterator[int]:
-        epoch = next(epochs)
-        rows = Shuffled(copies * file.rows, seed=0, epoch=epoch)
-        for start in range(0, images // batch * batch, batch):
-            index = rows[np.arange(start, start + batch) % (copies * file.rows)]
-            sides = sizes[index]
-            how = {"seed": 0, "epoch": epoch, "index": index}
-            box, flip = boxes(RandomResized(size=SIZE), sides[:, 0], sides[:, 1], **how)
-            picks = np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
-            sent = torch.from_numpy(picks).to(device, non_blocking=True)
-            yield len(unpack_crops(pack, sent, SIZE))
+        left = images // batch
+        while left:
+            for drawn in itertools.islice(loader.epoch(next(epochs)), left):
+                left -= 1
+                yield len(drawn.index)
 
     return run
 

@@ -18,8 +18,12 @@ Traffic.     Bytes that other kernels move in the device's memory, each value on
                       bias: reads n
     fused, forward    one kernel reads n for the statistics, one reads n and writes m; there is no bias
            backward   one reads n and m for the two sums, one reads both again and writes n; which values were cut off
-                      by the ReLU, and which the pool chose, is seen in n again
+                      by the ReLU is seen in n again
+                      behind a max pool: with each value that it gives, forward also writes what it was made of and,
+                      in a byte, where it stood; the sums read these two and the gradient, the last one place and gradient
                       without BatchNorm: reads n, writes m; reads n and m, writes n
+    judged            forward alone, BatchNorm by its running statistics: eager as above but for these, fused one kernel
+                      that reads n and writes m
 
 What a matrix kernel itself reads and writes is not counted: it is hidden behind its arithmetic, where that is the larger.
 """
@@ -60,12 +64,17 @@ class Layer:
     weights: int
 
 
-def layers(net: nn.Module, views_shape: Sequence[int], dtype: torch.dtype) -> list[Layer]:
+def layers(
+    net: nn.Module, views_shape: Sequence[int], dtype: torch.dtype, *, training: bool = True
+) -> list[Layer]:
     """The layers of `net` for views of this shape, [v, channels, height, width], in the order in which they run.
 
-    dtype  of the activations. The net is left alone: a copy without numbers is run. What is no module is not seen (an
-           average over a map, a loss). A net whose layers are folded or fused costs what the plain one does: an
-           operation that only fills a matrix kernel's shape is none that the task asks for.
+    dtype     of the activations
+    training  forward and backward; False: forward alone, as in a validation
+
+    The net is left alone: a copy without numbers is run. What is no module is not seen (an average over a map, a
+    loss). A net whose layers are folded or fused costs what the plain one does: an operation that only fills a matrix
+    kernel's shape is none that the task asks for.
     """
     groups: list[list[tuple[str, nn.Module, int, int]]] = []
     for call in _calls(net, views_shape):
@@ -76,7 +85,10 @@ def layers(net: nn.Module, views_shape: Sequence[int], dtype: torch.dtype) -> li
     counted = {name for (name, *_), *_ in groups}
     products = {name for name, each in net.named_modules() if isinstance(each, PRODUCTS)}
     assert counted == products, f"not called as modules: {sorted(products - counted)}"
-    return [_layer(group, dtype.itemsize, first=k == 0) for k, group in enumerate(groups)]
+    passes = [1 if not training else 2 if k == 0 else 3 for k in range(len(groups))]
+    return [
+        _layer(group, dtype.itemsize, times) for group, times in zip(groups, passes, strict=True)
+    ]
 
 
 def optimiser_bytes(net: nn.Module, dtype: torch.dtype, *, momentum: bool = True) -> int:
@@ -119,46 +131,57 @@ def _calls(net: nn.Module, views_shape: Sequence[int]) -> list[tuple[str, nn.Mod
     return calls
 
 
-def _layer(group: list[tuple[str, nn.Module, int, int]], itemsize: int, *, first: bool) -> Layer:
+def _layer(group: list[tuple[str, nn.Module, int, int]], itemsize: int, passes: int) -> Layer:
+    """`passes`: products of the forward's size that it takes; 1: forward alone."""
     name, product, _, n = group[0]
     assert isinstance(product, PRODUCTS)
-    m = group[-1][3]
     terms = math.prod(product.weight.shape[1:])
     of = [module for _, module, _, _ in group[1:]]
     weights = sum(p.numel() for module in (product, *of) for p in module.parameters())
     return Layer(
         name=name.removeprefix("trunk.").removesuffix(".conv"),
-        flop=(2 if first else 3) * 2 * n * terms,
-        traffic=_fused(product, of, n, m) * itemsize,
-        traffic_unfused=_eager(group, itemsize),
+        flop=passes * 2 * n * terms,
+        traffic=_fused(group, itemsize, passes > 1),
+        traffic_unfused=_eager(group, itemsize, passes > 1),
         weights=weights * MASTER,
     )
 
 
-def _fused(product: nn.Module, of: list[nn.Module], n: int, m: int) -> int:
-    """Values that the kernels behind a product move, where these are fused."""
-    if any(isinstance(module, NORMS) for module in of):
-        return (n + n + m) + (n + m) + (n + m + n)
-    if any(isinstance(module, (*POOLS, nn.ReLU)) for module in of):
-        return (n + m) + (n + m + n)
-    return n if getattr(product, "bias", None) is not None else 0
+def _fused(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:
+    """Bytes that the kernels behind a product move, where these are fused."""
+    (_, product, _, n), m = group[0], group[-1][3]
+    of = [module for _, module, _, _ in group[1:]]
+    if not any(isinstance(module, (*NORMS, *POOLS, nn.ReLU)) for module in of):
+        return n * itemsize if training and getattr(product, "bias", None) is not None else 0
+    if not training:
+        return (n + m) * itemsize
+    if not any(isinstance(module, NORMS) for module in of):
+        return ((n + m) + (n + m + n)) * itemsize
+    if any(isinstance(module, nn.MaxPool2d) for module in of):
+        sums = (2 * itemsize + 1) * m
+        return n * itemsize + (n * itemsize + sums) + sums + (2 * n * itemsize + (itemsize + 1) * m)
+    return (n + (n + m) + (n + m) + (n + m + n)) * itemsize
 
 
-def _eager(group: list[tuple[str, nn.Module, int, int]], itemsize: int) -> int:
+def _eager(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:
     """Bytes that the kernels behind a product move, where each operation is one."""
     _, product, _, n = group[0]
-    moved = 0
+    forward = backward = places = 0  # values; values; places that max pools note
     if getattr(product, "bias", None) is not None:
-        moved += (2 * n if isinstance(product, nn.Conv2d) else 0) + n
-    places = 0
+        forward += 2 * n if isinstance(product, nn.Conv2d) else 0
+        backward += n
     for _, module, taken, given in group[1:]:
         if isinstance(module, NORMS):
-            moved += (taken + 2 * given) + (2 * taken + 3 * given)
+            forward += training * taken + taken + given
+            backward += 4 * taken + given
         elif isinstance(module, nn.ReLU):
-            moved += 2 * given + 3 * given
+            forward += 2 * given
+            backward += 3 * given
         elif isinstance(module, POOLS):
-            moved += 2 * (taken + given)
+            forward += taken + given
+            backward += taken + given
             places += given if isinstance(module, nn.MaxPool2d) else 0
         elif isinstance(module, nn.Flatten):
-            moved += 4 * given
-    return moved * itemsize + 2 * PLACE * places
+            forward += 2 * given
+            backward += 2 * given
+    return (forward + training * backward) * itemsize + (1 + training) * PLACE * places

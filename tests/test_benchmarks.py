@@ -1,6 +1,5 @@
 """Rows say where they come from; a page holds each row's figure and no other; no test times anything."""
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -19,15 +18,15 @@ from benchmarks import (
     bench_ops,
     bench_train,
     contestants,
+    forms,
     measure,
     report,
 )
 from fastrot.assemble import open_data
-from fastrot.config import Refused, Stopped, resolved
+from fastrot.config import Refused, Stopped
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
 from fastrot.ops.turns import Cells
-from fastrot.presets import PRESETS
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
@@ -218,24 +217,32 @@ def test_first_batch_and_memory_are_measured_in_fresh_processes(tmp_path, origin
     assert all(row["p50"] > 0 for row in rows if row["what"] in ("first batch", "memory"))
 
 
-def test_a_pack_is_repeated_to_any_size(tmp_path):
+def test_a_pack_is_copied_to_any_size_and_no_index_wraps_round(tmp_path, monkeypatch):
     photos = [np.full((16 + i, 24, 3), 40 * i, np.uint8) for i in range(3)]
     path = write_pack(tmp_path / "few.pack", photos)
-    run = contestants.full_pack(path, 4, 0, pictures=7, device="cpu")
-    assert list(run(13)) == [4, 4, 4]
-    seen = []
+    data, seen = contestants.FullPack(path, 8), []
 
     def looked(pack, boxes, size):
-        crops = unpack_crops(pack, boxes, size)
-        seen.extend(zip(boxes[:, 0].tolist(), crops[:, 0, 0, 0].tolist(), strict=True))
-        assert len(pack.sizes) == 9
-        return crops
+        seen.extend(boxes[:, 0].tolist())
+        return unpack_crops(pack, boxes, size)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contestants, "unpack_crops", looked)
-        list(run(8))
-    assert len({row for row, _ in seen}) == 8
-    assert all(abs(red - 40 * (row % 3)) <= 2 for row, red in seen)
+    monkeypatch.setattr(contestants, "unpack_crops", looked)
+    batches = list(contestants.open_loader(data, 4, 0).epoch(0))
+    assert sorted(seen) == list(range(8))  # as they reach the pack: no remainder is taken
+    for batch in batches:
+        reds = batch.images[:, 100, 100, 0].tolist()
+        assert all(
+            abs(r - 40 * (i % 3)) <= 2 for r, i in zip(reds, batch.index.tolist(), strict=True)
+        )
+    few = len(data.few.tiles)
+    assert len(data.pack.tiles) == 2 * few + int(
+        data.few.first[2]
+    )  # two whole copies, and two pictures
+    assert torch.equal(data.pack.tiles[few : 2 * few], data.pack.tiles[:few])
+    assert data.pack.first[-1] == len(data.pack.tiles)
+    assert data.pack.tiles[few:].data_ptr() != data.pack.tiles[:few].data_ptr()
+    run = contestants.full_pack(path, 4, 0, pictures=8, device="cpu")
+    assert list(run(13)) == [4, 4, 4]  # of two epochs
 
 
 def test_a_loader_that_is_none_is_refused_by_name():
@@ -406,9 +413,9 @@ def test_the_time_of_a_part_in_two_pieces_is_their_sum():
 
 
 def test_steps_without_the_bank_leave_it_alone_and_train_the_head():
-    preset = PRESETS["decoupling-alexnet"]()
-    small = dataclasses.replace(preset, **bench_train.QUICK, precision="fp32")
-    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    cpu = torch.device("cpu")
+    small = forms.sized("decoupling-alexnet", cpu, quick=True, precision="fp32")
+    trained = bench_train.Trained(small, 16, cpu, bank=500)
     method = trained.state.method
     assert method.bank.rows.shape == (500, 128)
     before, head = method.bank.rows.clone(), method.net.embed.weight.detach().clone()

@@ -1,18 +1,14 @@
 """What a step costs, counted: against the papers' figure, against torch's own counter, against sums by hand."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_train
+from benchmarks import bench_train, forms
 from fastrot import cost
 from fastrot.backbones.alexnet import AlexNet
 from fastrot.backbones.nin import Nin
-from fastrot.config import resolved
-from fastrot.presets import PRESETS
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -34,12 +30,12 @@ def test_alexnet_takes_the_papers_multiplications():
 
 @pytest.mark.parametrize("preset", ["rotnet-alexnet", "decoupling-alexnet"])
 def test_torch_counts_the_same_in_a_real_step(preset):
-    small = dataclasses.replace(PRESETS[preset](), **bench_train.QUICK, precision="fp32")
-    trained = bench_train.Trained(resolved(small), 16, torch.device("cpu"), bank=500)
+    cfg = forms.sized(preset, torch.device("cpu"), quick=True, precision="fp32", batch=4)
+    trained = bench_train.Trained(cfg, 8, torch.device("cpu"), bank=500)
     with FlopCounterMode(display=False) as counted:
         trained.step(trained.batch)
     net = trained.state.method.net
-    mine = cost.layers(net, (32, 3, 64, 64), FP32)
+    mine = cost.layers(net, (16, 3, 64, 64), FP32)
     assert sum(layer.flop for layer in mine) == counted.get_total_flops()
     assert all(p.device.type == "cpu" for p in net.parameters())
     assert net.training
@@ -52,12 +48,30 @@ def test_traffic_is_the_sum_that_the_page_writes_down():
     conv, linear = cost.layers(net, (2, 3, 8, 8), BF16)
     n, m = 2 * 4 * 64, 2 * 4 * 16
     assert (conv.flop, linear.flop) == (2 * 2 * n * 27, 3 * 2 * 10 * 64)
-    assert conv.traffic == 2 * ((2 * n + m) + (3 * n + 2 * m))
+    statistics, forward = 2 * n, 2 * n + 5 * m  # a value, what it was made of, its place
+    sums, back = 5 * m, 2 * n + 3 * m + 2 * n
+    assert conv.traffic == statistics + forward + sums + back
     bias, norm, relu, pool, flat = 3 * n, 3 * n + 5 * n, 2 * n + 3 * n, 2 * (n + m), 4 * m
     assert conv.traffic_unfused == 2 * (bias + norm + relu + pool + flat) + 2 * 8 * m
     assert (linear.traffic, linear.traffic_unfused) == (2 * 10, 2 * 10)  # the gradient of its bias
     assert conv.weights == 4 * (4 * 27 + 4 + 8)
-    assert cost.layers(net, (2, 3, 8, 8), FP32)[0].traffic == 2 * conv.traffic
+    (whole,) = cost.layers(net[:3], (2, 3, 8, 8), BF16)
+    assert whole.traffic == 2 * (n + 2 * n + 2 * n + 3 * n)
+    assert cost.layers(net[:3], (2, 3, 8, 8), FP32)[0].traffic == 2 * whole.traffic
+    (plain,) = cost.layers(nn.Sequential(net[0], net[2], net[3]), (2, 3, 8, 8), BF16)
+    assert plain.traffic == 2 * ((n + m) + (2 * n + m))
+
+
+def test_a_look_is_forward_alone():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+    )
+    (look,) = cost.layers(net, (2, 3, 8, 8), BF16, training=False)
+    (step,) = cost.layers(net, (2, 3, 8, 8), BF16)
+    n, m = 2 * 4 * 64, 2 * 4 * 16
+    assert 2 * look.flop == step.flop
+    assert look.traffic == 2 * (n + m)
+    assert look.traffic_unfused == 2 * (2 * n + 2 * n + 2 * n + n + m) + 8 * m
 
 
 def test_nins_layers_are_all_seen():

@@ -1,0 +1,128 @@
+"""The forms that a training step can be run in, by name, and a step of a preset in one of them.
+
+A name is words joined by " + ", each of which sets knobs of the config: "compiled + folded + fused + graph".
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastrot import assemble
+from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
+from fastrot.core import DTYPES
+from fastrot.data.plan import Loader
+from fastrot.graph import WARM_UP, Cuda, Graphed
+from fastrot.loop import TrainState
+from fastrot.optim import Rates, sgd
+from fastrot.presets import PRESETS
+from fastrot.run import choose_precision
+
+WORDS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "compiled tuned": {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
+    "folded": {"backbone.fold": True},
+    "fused": {"backbone.fuse": True},
+    "graph": {"graph": True},
+}
+# the first is what all others are compared with; the most promising come next, in case time runs out
+FORMS = {
+    "cuda": (
+        "eager",
+        "compiled",
+        "compiled + folded + fused + graph",
+        "compiled + folded + fused",
+        "compiled + folded",
+        "compiled + fused",
+        "compiled + graph",
+        "eager + folded + fused + graph",
+    ),
+    "cpu": ("eager", "compiled", "eager + folded", "eager + fused"),
+}
+SMALL = {"batch": 32, "backbone": AlexNet(width=0.25)}  # for a CPU
+QUICK = {"batch": 8, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+
+
+def sized(preset: str, device: torch.device, *, quick: bool = False, **knobs: Any) -> Config:
+    """The preset as a benchmark runs it: whole on a GPU, of a quarter of the width on a CPU, small where quick."""
+    made = PRESETS[preset]()
+    if isinstance(made.backbone, AlexNet):
+        knobs = (QUICK if quick else SMALL if device.type == "cpu" else {}) | knobs
+    return plain(preset, device, **knobs)
+
+
+def plain(preset: str, device: torch.device, **knobs: Any) -> Config:
+    """The preset as the device runs it by default, with some knobs set."""
+    cfg = dataclasses.replace(PRESETS[preset](), compile=False, **knobs)
+    return resolved(
+        dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device), device="auto")
+    )
+
+
+def config_in(form: str, cfg: Config) -> Config:
+    """The same run in a form. Raises Refused for a word that is none."""
+    for word in form.split(" + "):
+        if word not in WORDS:
+            raise Refused(
+                f"--forms got {word!r}: it wants words of {', '.join(WORDS)}, joined by +"
+            )
+        for name, value in WORDS[word].items():
+            cfg = _with(cfg, name.split("."), value)
+    return cfg
+
+
+def present(forms: list[str] | tuple[str, ...], cfg: Config, device: torch.device) -> Iterator[str]:
+    """Those that this version and this device know; the others are told in a line each."""
+    for form in forms:
+        missing = [
+            name
+            for word in form.split(" + ")
+            for name in WORDS.get(word, {})
+            if not _known(cfg, name.split("."))
+        ]
+        if missing:
+            print(f"left out: {form}, since there is no knob {missing[0]}", flush=True)
+        elif "graph" in form and device.type != "cuda":
+            print(f"left out: {form}, since only a GPU has graphs", flush=True)
+        else:
+            yield form
+
+
+def state_of(
+    cfg: Config, loader: Loader, device: torch.device, *, steps: int, bank: int | None = None
+) -> TrainState:
+    """What trains, as a run builds it. `bank`: rows of the memory bank; None: one a picture of the loader's data."""
+    dtype = DTYPES[cfg.precision]
+    torch.manual_seed(cfg.seed)
+    facts = assemble.facts(cfg, loader, None, device, dtype)
+    if bank is not None and isinstance(cfg.method, Decoupling):
+        facts = dataclasses.replace(facts, images=bank, data_rows=bank)
+    method = assemble.method(cfg, facts)
+    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TrainState(
+        method=method,
+        net=assemble.wrapped(method.net, cfg, device),
+        optimizer=sgd(method.net, cfg.optim, 0.0),
+        rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr),
+        device=device,
+        dtype=dtype,
+        graphed=Graphed(Cuda(device)) if cfg.graph else None,
+    )
+
+
+def warm_steps(cfg: Config) -> int:
+    """Steps until nothing is compiled or captured any more."""
+    return WARM_UP + 2 if cfg.graph else 3
+
+
+def _known(part: Any, names: list[str]) -> bool:
+    here = names[0] in {field.name for field in dataclasses.fields(part)}
+    return here and (len(names) == 1 or _known(getattr(part, names[0]), names[1:]))
+
+
+def _with(part: Any, names: list[str], value: Any) -> Any:
+    if len(names) > 1:
+        value = _with(getattr(part, names[0]), names[1:], value)
+    return dataclasses.replace(part, **{names[0]: value})

@@ -1,0 +1,167 @@
+"""An epoch of ImageNet's size: 1,281,167 pictures to learn from and 50,000 to be judged on, through the Loader and the loop.
+
+    python -m benchmarks.bench_train --epoch [--preset PRESET] [--form FORM] --root FOLDER
+
+The pictures are those of FOLDER, packed and then physically copied in the GPU's memory until they are as many as
+ImageNet's: each row has bytes of its own, no index wraps round, and an epoch reads as many different bytes as ImageNet's
+would. Which picture a row shows changes nothing that is timed. What trains is built as a run builds it, the memory bank
+with a row a picture; `loop.fit` trains with a log line every 20 steps, and `loop.validate` judges. What is not timed:
+compiling and capturing, in steps before the clock starts, and writing checkpoints, of which there is none.
+
+On a CPU an epoch would take days: a few steps and looks are timed in the same way and multiplied (`extrapolated`), of a
+network of a quarter of the width.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import contestants, forms, measure, roofline
+from fastrot import assemble, entry, loop
+from fastrot.config import Config, Refused
+from fastrot.data.plan import Loader
+from fastrot.entry import Alarm
+from fastrot.journal import Journal
+from fastrot.loop import Run, TrainState
+
+STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
+SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192
+NEVER = 10**9  # steps between checkpoints
+
+
+def rows(
+    preset: str,
+    form: str,
+    root: Path,
+    work: Path,
+    device: torch.device,
+    *,
+    quick: bool = False,
+    **knobs: Any,
+) -> Iterator[dict[str, Any]]:
+    """The epoch's row. Raises Refused where the pictures do not fit into the GPU's memory."""
+    cfg = sized(preset, form, device, quick=quick, **knobs)
+    pack = contestants.Formats(root, work, entry.cores()).pack()
+    whole = device.type == "cuda" and not quick
+    count = roofline.IMAGENET if whole else STEPS * cfg.batch
+    looks = roofline.HELD_OUT if whole else LOOKS * cfg.batch
+    data, held_out = contestants.FullPack(pack, count), contestants.FullPack(pack, looks)
+    if device.type == "cuda":
+        must_fit(data.nbytes + held_out.nbytes, torch.cuda.mem_get_info(device)[0])
+    how = {"batch": cfg.batch, "device": device, "enlarge": True}
+    loader = assemble.open_loader(data, assemble.training_view(cfg), **how)
+    val_loader = assemble.open_loader(held_out, assemble.evaluation_view(cfg), **how)
+    state = forms.state_of(cfg, loader, device, steps=len(loader), bank=roofline.IMAGENET)
+    warm_up(state, cfg, loader)
+    train, validation = timed(state, cfg, loader, val_loader)
+    yield row(
+        cfg, form, data, state, train, validation, steps=len(loader), looked=looks, whole=whole
+    )
+
+
+def sized(
+    preset: str, form: str, device: torch.device, *, quick: bool = False, **knobs: Any
+) -> Config:
+    """The run that is timed: at the preset's own batch and size, also on a CPU."""
+    if device.type == "cpu" and not quick:
+        knobs = {"batch": 192} | knobs
+    cfg = forms.config_in(form, forms.sized(preset, device, quick=quick, **knobs))
+    return dataclasses.replace(cfg, log_every=20, checkpoint_every=NEVER)
+
+
+def must_fit(wanted: int, free: int) -> None:
+    """Refuse pictures that leave the training no room."""
+    if wanted + SPARE > free:
+        raise Refused(
+            f"--epoch wants {wanted / 1e9:.0f} GB of GPU memory for its pictures and {SPARE / 1e9:.0f} GB to train, "
+            f"but {free / 1e9:.0f} GB are free: use a GPU that has them, or bench_train without --epoch"
+        )
+
+
+def warm_up(state: TrainState, cfg: Config, loader: Loader) -> None:
+    """Steps that compile, and choose kernels; the optimiser's count of steps stays at 0."""
+    with contextlib.closing(loader.epoch(1)) as batches:  # type: ignore[type-var]
+        for batch in itertools.islice(batches, forms.warm_steps(cfg)):
+            loop.train_step(state, batch)
+
+
+def timed(
+    state: TrainState, cfg: Config, loader: Loader, val_loader: Loader
+) -> tuple[float, float]:
+    """Seconds of the loop's own training over the loader's epoch, and of its validation."""
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    def seconds(work: Callable[[], Any]) -> float:
+        begun = time.perf_counter()
+        work()
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
+        return time.perf_counter() - begun
+
+    with contextlib.ExitStack() as until_the_end:
+        folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
+        journal = Journal(folder, steps=len(loader), resumed_at=0, judged=0, tensorboard=False)
+        until_the_end.callback(journal.close)
+        alarm = until_the_end.enter_context(contextlib.closing(Alarm()))
+        journal.say(*loader.data.in_words())  # type: ignore[attr-defined]
+        run = Run(loader, None, journal, cfg, nothing, nothing, alarm)
+        train = seconds(lambda: loop.fit(state, run))
+        assert state.step == len(loader)
+        validation = seconds(lambda: loop.validate(state, val_loader))
+    return train, validation
+
+
+def row(
+    cfg: Config,
+    form: str,
+    data: contestants.FullPack,
+    state: TrainState,
+    train: float,
+    validation: float,
+    *,
+    steps: int,
+    looked: int,
+    whole: bool,
+) -> dict[str, Any]:
+    """`steps` were trained and `looked` pictures judged in these seconds; `whole`: that is the epoch."""
+    if not whole:
+        train *= roofline.IMAGENET // cfg.batch / steps
+        validation *= roofline.HELD_OUT / looked
+    different = f"{data.few.rows:,} different pictures"
+    copied = f"{different}, physically copied to {data.rows:,} in the device's memory; no index wraps round"
+    from_few = f"extrapolated from {steps} steps and a look at {looked:,} pictures: {copied}"
+    return measure.row(
+        "epoch",
+        theme="train",
+        variant=f"{cfg.preset}, pack",
+        mode="loop.fit and loop.validate, log lines every 20 steps, no checkpoint",
+        preset=cfg.preset,
+        images=roofline.IMAGENET,
+        size=cfg.method.crop.size,
+        turns=roofline.turns(cfg),
+        batch=cfg.batch,
+        width=cfg.backbone.width,
+        loader="pack",
+        extrapolated=not whole,
+        validation=True,
+        form=form,
+        dtype=cfg.precision,
+        warmup=forms.warm_steps(cfg),
+        **measure.middle([train + validation], "s"),
+        split={"train": train, "validation": validation},
+        images_per_s=roofline.IMAGENET / train,
+        wait_share=state.story.wait_share(),
+        steps=steps,
+        judged=looked,
+        different_pictures=data.few.rows,
+        about=copied if whole else from_few,
+    )
