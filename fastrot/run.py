@@ -686,7 +686,7 @@ def _bound(
         placement=getattr(loader.data, "chosen", None),
         precision=cfg.precision,
         compiled=cfg.compile,
-        graphed=getattr(cfg, "graph", None) if dist.world() == 1 else None,
+        graphed=cfg.graph if dist.world() == 1 else None,
         fused=getattr(cfg.backbone, "fuse", None),
     )
     said = bounds.verdict(m, state.device, state.story.images_per_s(), setting)

@@ -120,7 +120,7 @@ def test_a_fused_step_reads_its_rate_from_a_tensor(decay_norms):
     plain, fused = a_net(), a_net()
     slow, fast = sgd(plain, cfg, 0.0), sgd(fused, cfg, 0.0, fused=True)
     rates = [group["lr"] for group in fast.param_groups]
-    for step, rate in enumerate([0.1, 0.1, 0.05, 0.02]):
+    for step, rate in enumerate([0.01, 0.01, 0.005, 0.002]):
         descend(plain, slow, rate, step)
         descend(fused, fast, rate, step)
         assert all(r.dtype == torch.float32 and r.item() == np.float32(rate) for r in rates)
