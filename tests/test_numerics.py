@@ -1,7 +1,5 @@
 """Fast forms of a step against float32, launched one by one: how far 50 steps lead apart. On a GPU with a graph too."""
 
-import dataclasses
-
 import jaxtyping
 import pytest
 import torch
@@ -13,16 +11,17 @@ from fastrot.graph import Cuda, Graphed
 from fastrot.loop import TrainState, train_step
 from fastrot.optim import Rates, sgd
 
-STEPS = 50
+STEPS, RATE = 50, 0.01
 CROP = config.RandomResized(size=32)
 METHODS = {
     "rotnet": config.RotNet(crop=CROP),
     "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema"),
 }
-# Shares: of the mean loss, the root mean square of the losses' differences; of the way that the weights went, the
-# distance between their ends. Measured on a CPU: (bfloat16, eager or compiled) MEASURED.
-# The bounds are three times the largest of these; no GPU has been measured yet.
-LOSSES, WEIGHTS = 0.5, 0.5
+# Shares. Of the mean loss: the root mean square of the losses' differences. Of the way that the weights went: the distance
+# between their ends. Measured on a CPU, bfloat16 against float32: decoupling 0.037 and 0.43 eager, 0.032 and 0.40
+# compiled; rotnet 0.038 and 1.18, since on noise without an answer its weights go anywhere: its way is not judged.
+# Bounds are three times the losses' and twice the weights'. No GPU has been measured yet.
+LOSSES, WEIGHTS = 0.12, {"decoupling": 0.9}
 
 
 @pytest.fixture
@@ -52,20 +51,22 @@ def run(
     )
     facts: Facts = assemble.facts(cfg, loader, None, device, dtype)
     torch.manual_seed(0)
-    task = assemble.method(dataclasses.replace(cfg), facts)
+    task = assemble.method(cfg, facts)
     task.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(
         method=task,
         net=assemble.wrapped(task.net, cfg, device),
         optimizer=sgd(task.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=0.01),
+        rates=Rates(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=RATE),
         device=device,
         dtype=dtype,
         graphed=Graphed(Cuda(device)) if graphed else None,
     )
 
     def weights() -> torch.Tensor:
-        return torch.cat([p.detach().float().flatten() for p in task.net.parameters()]).cpu()
+        # a bias in front of batch norm does nothing: its gradient is rounding alone
+        told = [p for name, p in task.net.named_parameters() if not name.endswith("conv.bias")]
+        return torch.cat([p.detach().float().flatten() for p in told]).cpu()
 
     begun, losses = weights(), []
     while state.step < STEPS:
@@ -83,14 +84,25 @@ def apart(fast: tuple, exact: tuple) -> tuple[float, float]:
     return losses.item(), weights.item()
 
 
+def assert_near(fast: tuple, exact: tuple, method: str) -> None:
+    losses, weights = apart(fast, exact)
+    assert losses < LOSSES
+    assert weights < WEIGHTS.get(method, float("inf"))
+
+
 @pytest.mark.slow
 def test_a_compiled_half_precision_run_stays_near_float32(shapes_unchecked):
     cpu = torch.device("cpu")
     exact = run("decoupling", cpu, torch.float32)
-    fast = run("decoupling", cpu, torch.bfloat16, compiled=True)
-    losses, weights = apart(fast, exact)
-    assert losses < LOSSES
-    assert weights < WEIGHTS
+    assert_near(run("decoupling", cpu, torch.bfloat16, compiled=True), exact, "decoupling")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_half_precision_run_stays_near_float32(method):
+    cpu = torch.device("cpu")
+    exact, fast = (run(method, cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert not torch.equal(fast[0], exact[0])
+    assert_near(fast, exact, method)
 
 
 @pytest.mark.gpu
@@ -101,6 +113,4 @@ def test_a_fast_run_on_a_gpu_stays_near_float32(method, compiled, graphed, shape
     device = torch.device("cuda", 0)
     exact = run(method, device, torch.float32)
     fast = run(method, device, torch.bfloat16, compiled=compiled, graphed=graphed)
-    losses, weights = apart(fast, exact)
-    assert losses < LOSSES
-    assert weights < WEIGHTS
+    assert_near(fast, exact, method)

@@ -126,7 +126,7 @@ def test_a_fused_step_reads_its_rate_from_a_tensor(decay_norms):
         assert all(r.dtype == torch.float32 and r.item() == np.float32(rate) for r in rates)
     assert all(group["lr"] is r for group, r in zip(fast.param_groups, rates, strict=True))
     for mine, other in zip(plain.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrote", [False, True], ids=["plain", "fused"])
@@ -147,7 +147,7 @@ def test_a_state_goes_from_each_kernel_to_each(wrote, reads, tmp_path):
         descend(first, writer, 0.05, step)
         descend(second, reader, 0.05, step)
     for mine, other in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_states_of_older_versions_load():
