@@ -33,6 +33,7 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
         "gpu": gpu.name if gpu else None,
         "cpu": machine.processor(),
         "cores": cores(),
+        "simd": _simd(),
         "threads": torch.get_num_threads(),
         **_driver(),
         "python": platform.python_version(),
@@ -210,6 +211,12 @@ def _driver() -> dict[str, Any]:
         return {"driver": driver, "power_limit_w": float(watts)}
     except (OSError, subprocess.CalledProcessError, ValueError):
         return {"driver": None, "power_limit_w": None}
+
+
+def _simd() -> str:
+    """What a processor's name does not always tell: the widest instructions that torch uses, and bfloat16's."""
+    bf16 = machine.multiplies_bf16(torch.device("cpu"))
+    return torch.backends.cpu.get_cpu_capability() + ", bf16" * bf16
 
 
 def _version(module: str) -> str | None:

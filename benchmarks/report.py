@@ -194,7 +194,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def machine(rows: list[dict[str, Any]]) -> list[list[str]]:
     """What the figures come from; more than one value where rows differ."""
-    names = ("cpu", "cores", "gpu", "driver", "power_limit_w", *VERSIONS, "command")
+    names = ("cpu", "simd", "cores", "gpu", "driver", "power_limit_w", *VERSIONS, "command")
     table = [["", ""], *([name, ", ".join(_each(rows, name))] for name in names)]
     commits = {
         f"{r['commit'][:12]}{' with changes not committed' * bool(r['dirty'])}" for r in rows
