@@ -88,7 +88,8 @@ report: $(VENV)/installed
 
 # On a GPU machine, with the interpreter that has torch: make gpu PYTHON=python3 OUT=folder
 # All figures but the epoch's. Where a call may take no more than ten minutes, one part a call: GPU_PART=train,
-# then GPU_PART=tests, GPU_PART=ops, GPU_PART=learn; and make gpu-epoch is one more.
+# then GPU_PART=tests, GPU_PART=ops, GPU_PART=learn; and make gpu-epoch is one more. Where the machine is lent for half an
+# hour: train, gpu-epoch and tests first.
 gpu:
 	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE) "$(GPU_PART)"
 

@@ -109,7 +109,11 @@ class Trained:
 
     def __init__(self, cfg: Config, images: int, device: torch.device, bank: int = BANK):
         self.cfg, self.device = cfg, device
-        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        gpu = device.type == "cuda"
+        held = torch.cuda.memory_allocated(device) if gpu else 0
+        if gpu:
+            torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved(device) if gpu else 0
         view = assemble.training_view(cfg)
         loader = assemble.open_loader(f"synthetic:{images}", view, batch=cfg.batch, device=device)
         self.state = forms.state_of(cfg, loader, device, steps=10**9, bank=bank)
@@ -117,10 +121,11 @@ class Trained:
         for _ in range(forms.warm_steps(cfg)):
             self.step(self.batch)  # compiles, captures, and chooses kernels
         wait_for(device)
-        self.peak_memory_mb = (
-            None  # nor is it told of a captured step, whose memory is set aside as a whole
-        )
-        if device.type == "cuda" and not cfg.graph:
+        self.peak_memory_mb = None
+        if gpu and cfg.graph:  # a captured step's memory is set aside as a whole
+            torch.cuda.empty_cache()
+            self.peak_memory_mb = (torch.cuda.memory_reserved(device) - reserved) / MB
+        elif gpu:
             torch.cuda.reset_peak_memory_stats(device)
             self.step(self.batch)
             self.peak_memory_mb = (torch.cuda.max_memory_allocated(device) - held) / MB

@@ -38,6 +38,7 @@ FORMS = {
         "compiled + fused",
         "compiled + graph",
         "eager + folded + fused + graph",
+        "compiled tuned + folded + fused + graph",
     ),
     "cpu": ("eager", "compiled", "eager + folded", "eager + fused"),
 }

@@ -30,6 +30,7 @@ from fastrot.data.plan import Loader
 from fastrot.entry import Alarm
 from fastrot.journal import Journal
 from fastrot.loop import Run, TrainState
+from fastrot.watch import Watch
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
 SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192
@@ -113,7 +114,7 @@ def timed(
         until_the_end.callback(journal.close)
         alarm = until_the_end.enter_context(contextlib.closing(Alarm()))
         journal.say(*loader.data.in_words())  # type: ignore[attr-defined]
-        run = Run(loader, None, journal, cfg, nothing, nothing, alarm)
+        run = Run(loader, None, journal, cfg, nothing, nothing, alarm, Watch(state.device))
         train = seconds(lambda: loop.fit(state, run))
         assert state.step == len(loader)
         validation = seconds(lambda: loop.validate(state, val_loader))

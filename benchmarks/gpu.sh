@@ -41,7 +41,7 @@ sys.exit(f"fastrot: {sys.executable} lacks {lacks}: put wheels of them into whee
 
 look="--seconds 20" # of the doctor
 some= # loaders
-turns="--seconds 3 --reps 2" # of the baseline
+turns="--seconds 2 --reps 2" # of the baseline
 [ "$device" = cuda ] || quick=--quick look="--seconds 5 --batch 16" some="--only beton --only pack" turns="--seconds 0.3 --reps 1"
 if [ -d slice/imagenet-sample ]; then
   pictures="--root slice/imagenet-sample"
@@ -64,17 +64,17 @@ part_tests() {
 part_train() {
   within 30 "$python" -m benchmarks.roofline --device "$device" $quick --out "$out"
   if [ -n "$pictures" ]; then
-    within 210 "$python" -m benchmarks.bench_train --device "$device" $pictures $quick --out "$out" \
-      --loaders held pack --seconds 120
+    within 190 "$python" -m benchmarks.bench_train --device "$device" $pictures $quick --out "$out" \
+      --loaders pack held --seconds 80
     if [ -z "$quick" ]; then
       within 75 "$python" -m benchmarks.bench_train --device "$device" $pictures --out "$out" \
         --forms compiled --loaders synthetic beton shards
     fi
-    within 70 "$python" -m benchmarks.baseline --device "$device" $pictures $quick --out "$out" $turns
+    within 120 "$python" -m benchmarks.baseline --device "$device" $pictures $quick --out "$out" $turns
     within 45 "$python" -m fastrot.doctor slice/imagenet-sample --preset decoupling-alexnet --device "$device" \
       $look
   else
-    within 210 "$python" -m benchmarks.bench_train --device "$device" $quick --out "$out" --seconds 120
+    within 190 "$python" -m benchmarks.bench_train --device "$device" $quick --out "$out" --seconds 80
   fi
   within 45 "$python" -m benchmarks.scaling $quick --out "$out"
 }

@@ -386,7 +386,8 @@ def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
     """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
     if cfg.compile:
         mode = None if cfg.compile_mode == "default" else cfg.compile_mode
-        net = torch.compile(net, fullgraph=True, mode=mode)  # type: ignore[assignment]
+        # shapes are fixed in training; a second form in one process would else be compiled for any shape
+        net = torch.compile(net, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
     if dist.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step

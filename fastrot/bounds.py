@@ -230,7 +230,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> 
     large = device.type == "cuda"
     return Ceilings(
         tflops=_halved(_tflops, 8192 if large else 1024, device, dtype, seconds / 2),
-        gb_per_s=_halved(_gb_per_s, 2**28 if large else 2**26, device, dtype, seconds / 2),
+        gb_per_s=_halved(_gb_per_s, 2**30 if large else 2**26, device, dtype, seconds / 2),
     )
 
 
@@ -248,7 +248,13 @@ def _tflops(side: int, device: torch.device, dtype: torch.dtype, seconds: float)
     own = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=own).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
+    before = torch.backends.cuda.matmul.allow_tf32
+    # a ceiling of convolutions too, which take TF32 for float32 where products do not
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        return 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device, seconds) / 1e12
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _gb_per_s(size: int, device: torch.device, _: torch.dtype, seconds: float) -> float:

@@ -25,9 +25,18 @@ class Built:
     watch: Watch | None = None  # knows whether a log line was told
 
 
+FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
+    "DefaultCPUAllocator: can't",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
+
+
 def is_full(error: Exception) -> bool:
-    """Whether the error says that a device's memory is full; a CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't" in str(error)
+    """Whether the error says that a device's memory is full. cuDNN's words have other causes too, rarely."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def forget(error: BaseException) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastrot.bounds import wait_for
+from fastrot.graph import WARM_UP
 from fastrot.loop import TrainState
 
 WARM, STEPS = 10, 5
@@ -26,12 +27,13 @@ MARK = "fastrot: "  # before a part's name, which might be an operation's
 class Profile:
     """Traces steps `first` to `first` + STEPS - 1 of a start, of which `steps` are to come; writes into `folder`.
 
-    first  WARM, or less where there are fewer steps
+    first  WARM, or behind the recording of a graph; less where there are fewer steps
     """
 
     def __init__(self, state: TrainState, folder: Path, steps: int, done: Callable[[str], None]):
         self.state, self.folder, self.done = state, folder, done
-        self.first = max(0, min(WARM, steps - STEPS))
+        warm = WARM if state.graphed is None else WARM_UP + 1
+        self.first = max(0, min(warm, steps - STEPS))
         self.last = min(steps, self.first + STEPS) - 1
         self._held = contextlib.ExitStack()
 
@@ -76,9 +78,14 @@ class Profile:
         gpu = self.state.device.type == "cuda"
         steps = self.last + 1 - self.first
         lines = [f"{'part of a step':<16}{'host, ms':>12}" + (f"{'GPU, ms':>12}" if gpu else "")]
-        for part, (host, device) in parts(list(self._seen.events() or [])).items():
-            device_ms = f"{device / steps / 1e3:>12.3f}" if gpu else ""
-            lines.append(f"{part:<16}{host / steps / 1e3:>12.3f}{device_ms}")
+        if self.state.graphed is not None:
+            lines = [
+                "a graph's step is launched as a whole and has no parts: leave --graph out to see them"
+            ]
+        else:
+            for part, (host, device) in parts(list(self._seen.events() or [])).items():
+                device_ms = f"{device / steps / 1e3:>12.3f}" if gpu else ""
+                lines.append(f"{part:<16}{host / steps / 1e3:>12.3f}{device_ms}")
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
         costliest = self._seen.key_averages().table(
             sort_by=order, row_limit=ROWS, max_name_column_width=60

@@ -30,11 +30,8 @@ ON_GPU = [word if word != "cpu" else "cuda" for word in TINY]
 
 
 def state_and_loader(data, dtype: torch.dtype, method: str = "rotnet", batch: int = 16, **knobs):
-    cfg = config.Config(
-        method=METHODS[method],
-        backbone=config.AlexNet(width=0.25, kernel=5, stride=2),
-        **knobs,
-    )
+    knobs = {"backbone": config.AlexNet(width=0.25, kernel=5, stride=2), **knobs}
+    cfg = config.Config(method=METHODS[method], **knobs)
     view = assemble.training_view(cfg)
     loader = assemble.open_loader(data, view, batch=batch, device=CUDA, enlarge=True)
     facts = assemble.facts(cfg, loader, None, CUDA, dtype)
@@ -81,6 +78,16 @@ def test_nothing_in_a_step_waits_for_the_gpu(dtype, method, pictures):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_played_step_does_not_wait_either(dtype, method, pictures):
     state, loader = state_and_loader("synthetic:400", dtype, method, graph=True)
+    step_without_waiting(state, loader, warm=WARM_UP + 2)
+
+
+def test_a_played_step_of_all_quick_forms_does_not_wait(pictures, shapes_unchecked):
+    """Compiled, conv1 in cells, batch norm fused, recorded: what an epoch is timed in."""
+    quick = config.AlexNet(width=0.25, kernel=5, stride=2, fold=True, fuse=True)
+    forms = {"backbone": quick, "compile": True}
+    state, loader = state_and_loader(
+        "synthetic:400", torch.bfloat16, "decoupling", graph=True, **forms
+    )
     step_without_waiting(state, loader, warm=WARM_UP + 2)
 
 

@@ -35,10 +35,13 @@ def shapes_unchecked():
 def run(
     method: str, device: torch.device, dtype: torch.dtype, *, compiled=False, graphed=False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses [STEPS], the weights at the end and at the beginning, on the CPU."""
+    """Losses [STEPS], the weights at the end and at the beginning, on the CPU.
+
+    What is compiled has its first convolution in cells and its batch norms fused, too.
+    """
     cfg = config.Config(
         method=METHODS[method],
-        backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2, fold=compiled, fuse=compiled),
         compile=compiled,
     )
     loader = assemble.open_loader(
