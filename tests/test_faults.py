@@ -172,7 +172,7 @@ def test_measuring_a_budget_ends_where_no_picture_can_be_read():
         def epoch(self, number, start=0):
             return iter(())
 
-    assert loop._seconds_each(Empty(), 5, torch.device("cpu"), print) == 0
+    assert loop._seconds_each(Empty(), 5, 3, torch.device("cpu"), print) == 0
 
 
 def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_path, monkeypatch):

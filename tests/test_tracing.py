@@ -32,7 +32,7 @@ def test_a_profile_is_written_and_changes_nothing(pictures, tmp_path):
     assert "aten::convolution_backward" in names
     found = table(tmp_path / "a")
     assert list(found) == list(tracing.PARTS)
-    assert found["backward"] > found["views"]
+    assert min(found.values()) > 0
     words = (tmp_path / "a" / "profile" / "table.txt").read_text()
     assert words.startswith("steps 11 to 15 of this start")
     assert "aten::mm" in words
