@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,13 +67,11 @@ def test_gradients_sent_in_bf16_are_the_mean_to_its_rounding(tmp_path, world):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
-def test_three_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path, gradients):
+def test_three_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path):
     """Broken off between log lines. With three ranks the order of a sum shows in its last bits."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     three = [*TORCHRUN, "--standalone", "--nproc-per-node", "3"]
     command = [*three, "fastrot/train.py", *TINY, "--batch", "2", "--data", pictures]
-    command += ["--gradients", gradients]
     done = run(*command, "--out", straight, "--max-steps", "12")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is done after 12 steps") == 1  # rank 0 speaks for all
@@ -91,32 +87,6 @@ def test_wrong_use_is_said_once_under_torchrun(tmp_path):
     done = run(*TWO, "fastrot/train.py", *TINY, "--data", "no/such/place")
     assert done.returncode != 0
     assert done.stderr.count("--data no/such/place does not exist") == 1
-
-
-def test_a_killed_process_goes_on_to_the_same_bits(pictures, tmp_path):
-    """SIGKILL in the middle of training; the same command again."""
-    more = ["--schedule.steps", "300", "--checkpoint-every", "5", "--validate-every", "9"]
-    command = [sys.executable, "fastrot/train.py", *TINY, *more, "--data", pictures]
-    killed = subprocess.Popen(
-        [str(c) for c in [*command, "--out", tmp_path / "killed"]],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-    )
-    last = tmp_path / "killed" / "checkpoints" / "last.pt"
-    until = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    assert killed.poll() is None, "it ended before it could be killed"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    step = torch.load(last, weights_only=True)["step"]
-    assert 0 < step < 300
-    done = run(*command, "--out", tmp_path / "killed")
-    assert f"resumed at step {step}" in done.stdout, done.stderr
-    assert run(*command, "--out", tmp_path / "straight").returncode == 0
-    assert_same_bits(last, tmp_path / "straight" / "checkpoints" / "last.pt")
 
 
 def test_statuses_of_the_command(tmp_path):

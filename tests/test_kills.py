@@ -44,12 +44,12 @@ CASES = {
     "two-ranks-folder": (
         2,
         "folder",
-        [Kill(STEPS, KILL, "rank 1"), Kill(STEPS, USR1, "torchrun")],
-    ),
-    "two-ranks-beton": (
-        2,
-        "beton",
-        [Kill(STEPS, KILL, "torchrun"), Kill(CHECKPOINT, TERM, "rank 1")],
+        [
+            Kill(STEPS, KILL, "rank 1"),
+            Kill(STEPS, USR1, "torchrun"),
+            Kill(STEPS, KILL, "torchrun"),
+            Kill(CHECKPOINT, TERM, "rank 1"),
+        ],
     ),
 }
 
