@@ -215,7 +215,6 @@ def test_strict_ends_with_a_status_and_names_what_is_missing(
     )
 
 
-@pytest.mark.xfail(strict=True, reason="not all is measured yet: take this mark off when it is")
 def test_the_column_of_a_cpu_is_full_in_this_project():
     files = {file: report.newest(file) for file in RESULTS.glob("*.jsonl")}
     assert figures.missing(figures.read(files)) == []
