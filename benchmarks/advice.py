@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks import contestants
 from benchmarks.aims import EPOCH_S
+from fastrot.entry import in_bytes, in_time
 
 COLLECTIONS = {  # pictures
     "ImageNet-1k": contestants.IMAGENET,
@@ -80,11 +81,11 @@ def _sums(best: dict[str, dict[str, Any]], pictures: int) -> list[list[str]]:
             [
                 "originals" if name == "root" else name,
                 row["variant"],
-                _bytes(held),
+                in_bytes(held),
                 f"{gpus:,}" if gpus else "",
-                _time(pictures / (row["p50"] * CORES)),
+                in_time(pictures / (row["p50"] * CORES)),
                 f"{_per_s() / row['p50']:.1f}",
-                f"{_bytes(row['bytes_per_image'] * _per_s())}/s",
+                f"{in_bytes(row['bytes_per_image'] * _per_s())}/s",
                 str(row["line"]),
             ]
         )
@@ -101,20 +102,20 @@ def sentences(best: dict[str, dict[str, Any]]) -> list[str]:
     if "pack" in best:
         fits = "fits" if held("pack") / 1e9 <= GPU_GB - KEPT_GB else "does not fit"
         said.append(
-            f"One large GPU: a pack. ImageNet-1k takes {_bytes(held('pack'))} and {fits} into {GPU_GB} GB of GPU memory "
+            f"One large GPU: a pack. ImageNet-1k takes {in_bytes(held('pack'))} and {fits} into {GPU_GB} GB of GPU memory "
             f"beside {KEPT_GB} GB for net, bank and views: no processor is in the loop. Where it does not fit, "
             "--placement pinned keeps it in host memory."
         )
     if "beton" in best:
         row = best["beton"]
         said.append(
-            f"Any machine with memory for {_bytes(held('beton'))} of page cache, and a laptop: a .beton, "
+            f"Any machine with memory for {in_bytes(held('beton'))} of page cache, and a laptop: a .beton, "
             f"{row['p50']:,.0f} images/s and core with {row['variant']}; {_per_s() / row['p50']:.0f} cores keep up "
             f"with ImageNet-1k in {EPOCH_S} s."
         )
         each = row["bytes_per_image"]
         said.append(
-            f"Data larger than memory: a .beton written with --shuffle and read with --order blocks, {_bytes(each)} a "
+            f"Data larger than memory: a .beton written with --shuffle and read with --order blocks, {in_bytes(each)} a "
             f"picture: a disk of 3 GB/s brings {3e9 / each:,.0f} images/s."
         )
     if "shards" in best:
@@ -127,20 +128,6 @@ def sentences(best: dict[str, dict[str, Any]]) -> list[str]:
         row = best["root"]
         said.append(
             f"A first try, or a few thousand pictures: the folder itself, {row['p50']:,.0f} images/s and core; "
-            f"ImageNet-1k takes {_time(total / (row['p50'] * CORES))} an epoch on {CORES} cores."
+            f"ImageNet-1k takes {in_time(total / (row['p50'] * CORES))} an epoch on {CORES} cores."
         )
     return said
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
-    return f"{count:,.0f} bytes"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

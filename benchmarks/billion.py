@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 from benchmarks import contestants, measure
-from benchmarks.advice import GPU_GB, KEPT_GB, _bytes, _time
+from benchmarks.advice import GPU_GB, KEPT_GB
 from fastrot import assemble, checkpoint, entry
 from fastrot.bank import Bank
 from fastrot.config import RandomResized
 from fastrot.core import Facts, View
 from fastrot.data import order
+from fastrot.entry import in_bytes, in_time
 
 PICTURES, IMAGENET = 1_000_000_000, 1_281_167
 BATCH, NEGATIVES, DIM = 192, 4096, 128  # of decoupling-alexnet
@@ -217,10 +218,10 @@ def _of_order(mine: dict, pictures: int) -> Iterator[tuple]:
         table.append(
             [
                 f"{images:,} pictures, {'sorted' if one['sort'] else 'computed place by place'}",
-                _time(one["built_s"]),
-                f"{_bytes(one['held_bytes'])} (most {_bytes(one['most_bytes'])})",
+                in_time(one["built_s"]),
+                f"{in_bytes(one['held_bytes'])} (most {in_bytes(one['most_bytes'])})",
                 f"{one['p50'] * BATCH / 1e3:.3g} ms",
-                f"{_time(many['p50'] / 1e6 * images)} over all ranks, asked {order.CHUNK:,} at a time",
+                f"{in_time(many['p50'] / 1e6 * images)} over all ranks, asked {order.CHUNK:,} at a time",
                 f"{one['line']}, {many['line']}",
             ]
         )
@@ -246,8 +247,8 @@ def _of_bank(mine: dict, pictures: int) -> Iterator[tuple]:
         whole = pictures * DIM * size
         room = (GPU_GB - KEPT_GB) * 1e9 - places
         gpus = f"{math.ceil(whole / room):,}" if room > 0 else "none has room"
-        shares = (_bytes(whole / n + places) for n in RANKS)
-        table.append([f"{name} x {DIM}", _bytes(whole), *shares, gpus])
+        shares = (in_bytes(whole / n + places) for n in RANKS)
+        table.append([f"{name} x {DIM}", in_bytes(whole), *shares, gpus])
     yield "table", table
     read = {
         name: BATCH * (NEGATIVES + 1) * DIM * size for name, size in (("float32", 4), ("bf16", 2))
@@ -258,15 +259,15 @@ def _of_bank(mine: dict, pictures: int) -> Iterator[tuple]:
     yield (
         "list",
         [
-            f"A rank's share (--method.bank sharded) is its rows and {_bytes(places)} of places: {made['place_bytes']:g} "
+            f"A rank's share (--method.bank sharded) is its rows and {in_bytes(places)} of places: {made['place_bytes']:g} "
             "bytes for each picture of all, on each rank. Where all pictures are trained a place is the picture's number over "
             "the ranks, so this table is what could go first.",
-            f"A step reads {_bytes(read['float32'])} of rows a rank, {_bytes(read['bf16'])} in bfloat16: B (K + 1) D numbers, "
+            f"A step reads {in_bytes(read['float32'])} of rows a rank, {in_bytes(read['bf16'])} in bfloat16: B (K + 1) D numbers, "
             "whatever the number of pictures. Rows lie farther apart; caches help less.",
-            f"Made anew on one core: {_time(seconds['made'])}, on every rank, since each draws all rows and keeps its own "
+            f"Made anew on one core: {in_time(seconds['made'])}, on every rank, since each draws all rows and keeps its own "
             f"(line {made['line']}).",
-            f"A checkpoint holds all float32 rows, {_bytes(pictures * saved['bytes_a_row'])}, gathered in rank 0's host memory: "
-            f"saved in {_time(seconds['saved'])} and loaded in {_time(seconds['loaded'])} at this machine's "
+            f"A checkpoint holds all float32 rows, {in_bytes(pictures * saved['bytes_a_row'])}, gathered in rank 0's host memory: "
+            f"saved in {in_time(seconds['saved'])} and loaded in {in_time(seconds['loaded'])} at this machine's "
             f"{saved['gb_per_s']:.2g} and {loaded['gb_per_s']:.2g} GB/s (lines {lines}). A bank of this size wants "
             "a file for each rank, which is not built.",
         ],
@@ -280,8 +281,12 @@ def _of_files(mine: dict, loaders: dict, pictures: int) -> Iterator[tuple]:
         each = mine["prepared file", name]
         held = each["p50"] * pictures
         gpus = f"{math.ceil(held / 1e9 / (GPU_GB - KEPT_GB)):,}" if name == "pack" else ""
-        reads = (f"{_bytes(each['p50'] * rate)}/s" for rate in RATES)
-        sizes = (_bytes(held), _bytes(each["beside"] * pictures), _bytes(each["tables"] * pictures))
+        reads = (f"{in_bytes(each['p50'] * rate)}/s" for rate in RATES)
+        sizes = (
+            in_bytes(held),
+            in_bytes(each["beside"] * pictures),
+            in_bytes(each["tables"] * pictures),
+        )
         table.append([name, *sizes, gpus, *reads, str(each["line"])])
     yield "table", table
     quick = [r for r in loaders.values() if r.get("format") in ("beton", "pack") and "line" in r]
@@ -298,7 +303,7 @@ def _of_files(mine: dict, loaders: dict, pictures: int) -> Iterator[tuple]:
     yield (
         "text",
         f"Tables in memory are held by each process that opens the data; a Loader looks at every picture's size once, which takes "
-        f"{opened['p50']:.3g} bytes a picture, {_bytes(opened['p50'] * pictures)}, while it opens, and holds {opened['held']:.2g} of "
+        f"{opened['p50']:.3g} bytes a picture, {in_bytes(opened['p50'] * pictures)}, while it opens, and holds {opened['held']:.2g} of "
         f"them (line {opened['line']}).",
     )
 
@@ -307,7 +312,7 @@ def _of_conversion(mine: dict, pictures: int) -> Iterator[tuple]:
     table = [["dataprep", "images/s and core", *(f"on {n:,} cores" for n in CORES), "line"]]
     for (what, variant), each in mine.items():
         if what == "conversion":
-            hours = (_time(pictures / each["p50"] / n) for n in CORES)
+            hours = (in_time(pictures / each["p50"] / n) for n in CORES)
             table.append([variant, f"{each['p50']:,.0f}", *hours, str(each["line"])])
     yield "table", table
     yield (

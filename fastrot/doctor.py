@@ -206,7 +206,7 @@ def verdict(found: "Findings", subject: Subject) -> str:
         ways.insert(0, "--order blocks, which reads neighbours together")
     return (
         f"bound by reading at {_rate(found.together)} images/s: {waits:.0%} of the time goes into waiting for data, "
-        f"and {_rate(found.read)} images/s can be read ({_bytes(found.read * found.bytes)}/s{told}) where "
+        f"and {_rate(found.read)} images/s can be read ({entry.in_bytes(found.read * found.bytes)}/s{told}) where "
         f"{_rate(found.decoding)} could be decoded; try a faster disk, {' or '.join(ways)}"
     )
 
@@ -236,7 +236,7 @@ def which_format(found: "Findings", subject: Subject) -> str:
     pieces = [
         f"a .{name} of short side {found.short}: about {_rate(expected)} images/s where the {ours} gives "
         f"{_rate(now)} and the step takes {_rate(found.step)}",
-        f"it is {_bytes(whole)} and takes about {_time(found.images * form.convert / subject.here.cores)} to make:  "
+        f"it is {entry.in_bytes(whole)} and takes about {entry.in_time(found.images * form.convert / subject.here.cores)} to make:  "
         + shlex.join(_conversion(name, subject, found.short)),
     ]
     if subject.here.memory and whole > subject.here.memory:
@@ -331,19 +331,19 @@ def whether_a_pack_fits(found: "Findings", subject: Subject) -> str:
     from fastrot.data.pack.load import KEPT_FOR_TRAINING
 
     if subject.format == "pack":
-        what = f"this pack is {_bytes(found.pack_bytes)}"
+        what = f"this pack is {entry.in_bytes(found.pack_bytes)}"
     else:
-        what = f"of short side {found.short} or less it would be {_bytes(found.pack_bytes)}"
+        what = f"of short side {found.short} or less it would be {entry.in_bytes(found.pack_bytes)}"
     if subject.here.gpu is None:
         least = found.pack_bytes / (1 - KEPT_FOR_TRAINING)
-        return f"{what}; there is no GPU here: one of {_bytes(least)} or more would hold it"
+        return f"{what}; there is no GPU here: one of {entry.in_bytes(least)} or more would hold it"
     free, total = subject.here.gpu
-    gpu = f"this GPU, which has {_bytes(free)} of {_bytes(total)} free"
+    gpu = f"this GPU, which has {entry.in_bytes(free)} of {entry.in_bytes(total)} free"
     if _fits(found, subject.here) == "resident":
         return f"{what}, which fits into {gpu}"
     if found.pack_bytes <= subject.here.memory:
         return f"{what}, which does not fit into {gpu}: --placement pinned keeps it in host memory"
-    return f"{what}, more than {gpu}, and more than host memory, which has {_bytes(subject.here.memory)}"
+    return f"{what}, more than {gpu}, and more than host memory, which has {entry.in_bytes(subject.here.memory)}"
 
 
 def epoch_seconds(found: "Findings") -> float:
@@ -353,10 +353,10 @@ def epoch_seconds(found: "Findings") -> float:
 
 def what_an_epoch_costs(found: "Findings", subject: Subject) -> str:
     """Extrapolated from the steps that were taken together."""
-    said = f"{_time(epoch_seconds(found))} for {found.images:,} pictures, {_taken(found)}"
+    said = f"{entry.in_time(epoch_seconds(found))} for {found.images:,} pictures, {_taken(found)}"
     if found.val_seconds is None:
         return f"{said}; without a validation pass"
-    return f"{said}; {_time(found.val_seconds)} of it are the validation pass"
+    return f"{said}; {entry.in_time(found.val_seconds)} of it are the validation pass"
 
 
 def _taken(found: "Findings") -> str:
@@ -376,10 +376,10 @@ def in_words(found: "Findings", subject: Subject) -> list[str]:
 
     cfg, here = subject.cfg, subject.here
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-    size = "" if found.bytes is None else f", {_bytes(found.bytes)} each"
+    size = "" if found.bytes is None else f", {entry.in_bytes(found.bytes)} each"
     about = {
         "data": f"{subject.path}: {found.images:,} pictures, {_called(subject.format)}{size}, short side "
-        f"{found.median_short} pixels (median), opened in {_time(found.opened)}",
+        f"{found.median_short} pixels (median), opened in {entry.in_time(found.opened)}",
         "run": f"{cfg.preset}, crops of {cfg.method.crop.size} pixels, {cfg.precision}"
         + (", compiled" if cfg.compile else ""),
         "machine": machine.device_name(here.device),
@@ -402,7 +402,7 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
         disk = "the system does not tell how much of it came from a disk"
         if found.from_disk is not None:
             disk = f"{found.from_disk:.0%} of it came from a disk, the rest was in memory"
-        yield "read", _rate(found.read), f"{_bytes(found.read * found.bytes)}/s; {disk}"
+        yield "read", _rate(found.read), f"{entry.in_bytes(found.read * found.bytes)}/s; {disk}"
     own = subject.format == "pack" and subject.here.gpu is not None
     by = "by the GPU" if own else "crops of pictures that were just read"
     yield "decode + crop, one worker", _rate(found.decode_one), by
@@ -412,7 +412,7 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
         yield (
             f"the same as a .{name}, one worker",
             _rate(form.decode_one),
-            f"of short side {found.short} or less, {_bytes(form.bytes)} each",
+            f"of short side {found.short} or less, {entry.in_bytes(form.bytes)} each",
         )
     if found.copy is None:
         yield "copy to the device", "-", "there is no GPU"
@@ -456,20 +456,6 @@ def _called(format: str) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bytes(count: int | float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}"
-    return f"{count:,.0f} bytes"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -133,3 +133,19 @@ def printable(text: str) -> str:
     """Text that any terminal takes: odd bytes and control characters of file names as escapes."""
     text = os.fsencode(text).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def in_bytes(count: int | float) -> str:
+    """`3.2 GB`: three digits."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.3g} {unit}"
+    return f"{count:,.0f} bytes"
+
+
+def in_time(seconds: int | float) -> str:
+    """`2.5 hours`: three digits, in the largest unit of which there are two."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
