@@ -45,7 +45,7 @@ demo: $(VENV)/installed
 
 test: check
 	@echo "fastrot/ holds $$(find fastrot -name '*.py' -exec cat {} + | grep -cv '^[[:space:]]*$$') non-blank lines (7,000: what can go?)"
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n $(JOBS)
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal
 
 check: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright
