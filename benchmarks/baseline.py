@@ -43,10 +43,10 @@ from fastrot import assemble, entry
 from fastrot.backbones.alexnet import alexnet
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
 from fastrot.core import DTYPES, Batch
-from fastrot.loop import TrainState, train_step
-from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
-from fastrot.run import choose_precision
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
+from fastrot.training.session import choose_precision
 
 PICTURES, HELD_OUT, BATCH = 1_281_167, 50_000, 192  # ImageNet's, and the paper's
 PU_FROM = 210  # epoch; the original has it in its code

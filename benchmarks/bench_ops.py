@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
-from fastrot import checkpoint, entry, native
+from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.folded import cells_of
 from fastrot.bank import Bank
@@ -48,6 +48,7 @@ from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rows import update_rows
 from fastrot.ops.turns import Cells, turned_views, turned_views_reference
+from fastrot.training import checkpoint
 
 try:
     import triton

@@ -48,10 +48,10 @@ from benchmarks import contestants, forms, full_epoch, measure, roofline
 from fastrot import assemble, cost, entry
 from fastrot.config import AlexNet, Config, Decoupling, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Losses
-from fastrot.journal import Meter
-from fastrot.loop import TrainState, train_step
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
+from fastrot.training.journal import Meter
+from fastrot.training.loop import TrainState, train_step
 
 HELD, SYNTHETIC = "held", "synthetic"
 LOADERS = (HELD, SYNTHETIC, "beton", "shards", "pack")

@@ -116,7 +116,8 @@ def child(notes: str) -> int:
     at = NOTE.size * entry.rank()
     NOTE.pack_into(page, at, START, os.getpid())
 
-    from fastrot import checkpoint, loop, train
+    from fastrot import train
+    from fastrot.training import checkpoint, loop
 
     def noting(phase: int, function: Callable, behind: int | None = None) -> Callable:
         def noted(*args: Any, **more: Any) -> Any:
@@ -227,7 +228,7 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE) -> bool:
 
 def last_step(run: Path, name: str = "last.pt") -> int | None:
     """The step of a run's last checkpoint; None where there is none."""
-    from fastrot import checkpoint
+    from fastrot.training import checkpoint
 
     last = run / "checkpoints" / name
     return checkpoint.load(last)["step"] if last.exists() else None
@@ -235,7 +236,7 @@ def last_step(run: Path, name: str = "last.pt") -> int | None:
 
 def last_logged(run: Path) -> int:
     """The step of a run's last log line; 0 where there is none."""
-    from fastrot.journal import read_lines
+    from fastrot.training.journal import read_lines
 
     return max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
 
@@ -339,7 +340,7 @@ def differences(straight: Path, run: Path) -> tuple[list[str], int]:
 
 def _kept(folder: Path) -> Iterator[tuple[str, Any]]:
     """The leaves of all checkpoints in a folder, and whatever else is there."""
-    from fastrot import checkpoint
+    from fastrot.training import checkpoint
 
     for file in folder.iterdir():
         if file.suffix != ".pt":

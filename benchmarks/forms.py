@@ -13,11 +13,11 @@ from fastrot import assemble
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
 from fastrot.core import DTYPES
 from fastrot.data.plan import Loader
-from fastrot.graph import WARM_UP, Cuda, Graphed
-from fastrot.loop import TrainState
-from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
-from fastrot.run import choose_precision
+from fastrot.training.graph import WARM_UP, Cuda, Graphed
+from fastrot.training.loop import TrainState
+from fastrot.training.optim import Rates, sgd
+from fastrot.training.session import choose_precision
 
 WORDS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},

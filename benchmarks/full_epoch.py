@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from benchmarks import contestants, forms, measure, roofline
-from fastrot import assemble, entry, loop
+from fastrot import assemble, entry
 from fastrot.config import Config, Refused
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm
-from fastrot.journal import Journal
-from fastrot.loop import Run, TrainState
+from fastrot.training import loop
+from fastrot.training.journal import Journal
+from fastrot.training.loop import Run, TrainState
 from fastrot.watch import Watch
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated

@@ -42,9 +42,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import measure
 from fastrot import assemble, dist, entry
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
-from fastrot.loop import TrainState, train_step
-from fastrot.optim import Rates, sgd
 from fastrot.presets import PRESETS
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 PICTURES, BATCH = 1_281_167, 192  # ImageNet's, and the paper's
 EXTRA = "one collective more"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from fastrot import checkpoint, config, dist
+from fastrot import config, dist
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
@@ -27,6 +27,7 @@ from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 from fastrot.ops.turns import turned_views
+from fastrot.training import checkpoint
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
 METHODS = {

@@ -31,8 +31,8 @@ from fastrot.config import Config
 from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Picks, View
 from fastrot.data.pack import layout
 from fastrot.data.plan import Loader
-from fastrot.loop import TrainState, train_step
-from fastrot.optim import Rates, sgd
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 SHARES = {  # of the seconds; what is left is for all together
     **{"read": 0.08, "decode_one": 0.08, "decode_all": 0.15, "formats": 0.14},

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = config_of(wanted)
     from fastrot import assemble, checkup, machine  # torch is imported here
     from fastrot.dist import place
-    from fastrot.run import choose_device, choose_precision
+    from fastrot.training.session import choose_device, choose_precision
 
     device = choose_device(cfg.device, place())
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
@@ -372,7 +372,7 @@ def _taken(found: "Findings") -> str:
 def in_words(found: "Findings", subject: Subject) -> list[str]:
     """All of it, as lines."""
     from fastrot import machine
-    from fastrot.journal import table
+    from fastrot.training.journal import table
 
     cfg, here = subject.cfg, subject.here
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())

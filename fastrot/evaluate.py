@@ -73,8 +73,8 @@ def nets_of(run: str | Path) -> list[Trained]:
 
     Raises Refused where a fold is missing, unfinished, or one of another --folds.
     """
-    from fastrot import checkpoint
-    from fastrot.run import folds_in
+    from fastrot.training import checkpoint
+    from fastrot.training.session import folds_in
 
     folders = folds_in(Path(run))
     if not folders:
@@ -102,7 +102,7 @@ def nets_of(run: str | Path) -> list[Trained]:
 
 
 def _trained(source: Path) -> Trained:
-    from fastrot import checkpoint
+    from fastrot.training import checkpoint
 
     state = checkpoint.load(checkpoint.of_run(source))
     return Trained(source, config.from_plain(state["config"]), state["facts"], state["step"])
@@ -128,7 +128,7 @@ def rotation(run: str, knobs: Rotation) -> int:
     """Print how often the nets are right, and write the table where one is asked for."""
     from fastrot import assemble, dist, turn_table
     from fastrot.evals.rotation import exactly
-    from fastrot.run import choose_device, joined
+    from fastrot.training.session import choose_device, joined
 
     for name, least in {"batch": 1, "workers": 0}.items():
         if (value := getattr(knobs, name)) is not None and value < least:
@@ -234,7 +234,7 @@ def _counted(pictures: int, rank: int) -> Iterator[Callable[[int], None]]:
 
 
 def _shares_right(answers: "Answers", fold: "np.ndarray", nets: list[Trained]) -> list[str]:
-    from fastrot.journal import table
+    from fastrot.training.journal import table
 
     asked = answers.asked > 0
     right = answers.right[asked]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastrot.disk import replace_bytes
 from fastrot.evals.filters import first_filters
 from fastrot.evals.picture import FAINT, INK, legible, turned_sheet
-from fastrot.journal import read_lines
+from fastrot.training.journal import read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastrot.bounds import wait_for
-from fastrot.graph import WARM_UP
-from fastrot.loop import TrainState
+from fastrot.training.graph import WARM_UP
+from fastrot.training.loop import TrainState
 
 WARM, STEPS = 10, 5
 PARTS = ("views", "forward", "losses", "backward", "optimiser", "bank")

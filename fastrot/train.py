@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = config.resolved(cfg)
     if cfg.data is None:
         raise Refused("--data is missing: name a .beton file, an image folder, or synthetic")
-    from fastrot.run import train  # torch is imported here: a wrong knob is told before that
+    from fastrot.training.session import (
+        train,  # torch is imported here: a wrong knob is told before that
+    )
 
     return train(cfg)
 

@@ -13,9 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastrot import assemble, config, dist
-from fastrot.loop import TrainState, train_step
 from fastrot.ops.nce import drawn
-from fastrot.optim import Rates, sgd
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 STEPS, GLOBAL_BATCH, SIZE = 12, 8, 32
 CROP = config.RandomResized(size=SIZE)

@@ -57,7 +57,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class TapeRecorder:
-    """fastrot.graph's Recorder, with what became of it."""
+    """fastrot.training.graph's Recorder, with what became of it."""
 
     def __init__(self, *_):
         self.done: list[str] = []

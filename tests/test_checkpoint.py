@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrot import checkpoint
 from fastrot.config import Refused
+from fastrot.training import checkpoint
 
 
 def written(path):

@@ -10,10 +10,11 @@ from test_run import assert_same_bits, go
 from torch import nn
 from truth import golden
 
-from fastrot import checkpoint, config
+from fastrot import config
 from fastrot.backbones import alexnet, convolved
 from fastrot.backbones.heads import Classifier
 from fastrot.config import Refused
+from fastrot.training import checkpoint
 
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}  # of outputs and statistics, by their largest

@@ -8,9 +8,10 @@ import torch
 from test_end_to_end import TWO, run
 from test_run import TINY, assert_same_bits, told
 
-from fastrot import assemble, checkpoint, journal, loop, train, turn_table
+from fastrot import assemble, train, turn_table
 from fastrot.config import Refused, Stopped
 from fastrot.methods.decoupling import Decoupling
+from fastrot.training import checkpoint, journal, loop
 
 TASK = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
 TASK += ["--method.dim", "16", "--method.negatives", "60", "--method.z", "ema"]

@@ -6,7 +6,7 @@ import torch
 from fastrot import dist, entry
 from fastrot.core import Losses
 from fastrot.dist import Place
-from fastrot.journal import Meter
+from fastrot.training.journal import Meter
 
 SRUN = {
     "SLURM_PROCID": "5",

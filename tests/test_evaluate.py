@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from test_run import go
 
-from fastrot import assemble, checkpoint, config, evaluate, train, turn_table
+from fastrot import assemble, config, evaluate, train, turn_table
 from fastrot.config import Refused, Stopped
 from fastrot.data.sources import fold_of, held_out
 from fastrot.methods.rotnet import RotNet
 from fastrot.ops.turns import turned_views
+from fastrot.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--schedule.steps", "6"]

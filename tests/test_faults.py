@@ -21,11 +21,12 @@ import pytest
 import torch
 from test_run import TINY, assert_same_bits, go, told
 
-from fastrot import checkpoint, disk, entry, journal, loop, train
+from fastrot import disk, entry, train
 from fastrot.config import Refused, Stopped
 from fastrot.data.plan import Loader
 from fastrot.entry import Warned
 from fastrot.methods.rotnet import RotNet
+from fastrot.training import checkpoint, journal, loop
 
 STEPS = 20  # of TINY: epochs of 8 or 9 steps
 

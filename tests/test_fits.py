@@ -10,11 +10,12 @@ import pytest
 import torch
 from test_run import TINY, go
 
-from fastrot import assemble, config, entry, fits, loop, train
+from fastrot import assemble, config, entry, fits, train
 from fastrot.backbones.staged import Staged
 from fastrot.config import Refused, Stopped
-from fastrot.loop import TrainState
-from fastrot.optim import Rates, sgd
+from fastrot.training import loop
+from fastrot.training.loop import TrainState
+from fastrot.training.optim import Rates, sgd
 
 ROOT = Path(__file__).parents[1]
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -227,5 +228,5 @@ def test_ranks_look_each_for_itself_in_the_middle_of_a_backward_pass(pictures, t
     assert f"fastrot: {who}--batch 4 does not fit" in done.stderr, done.stderr
     assert "--batch 2 does\n" in done.stderr
     assert done.stderr.count("fastrot: --batch") == int("0" in full)
-    assert "fastrot/run.py" not in done.stderr
+    assert "fastrot/training/session.py" not in done.stderr
     assert "exitcode  : 2" in done.stderr  # torchrun tells each process's status

@@ -13,7 +13,7 @@ from torch import nn
 from truth import golden
 
 import fastrot
-from fastrot import assemble, checkpoint, config, train
+from fastrot import assemble, config, train
 from fastrot.backbones import alexnet
 from fastrot.backbones.folded import FoldedConv2d, cells_of, folded_weight
 from fastrot.config import Refused
@@ -21,6 +21,7 @@ from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
 from fastrot.evals.rotation import turn_guesses
 from fastrot.ops.turns import Cells, folded, turned_views
+from fastrot.training import checkpoint
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
     pytest.param(64, 11, 4, 2, id="paper"),

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_run import TINY, assert_same_bits, go, told
 
-from fastrot import assemble, entry, evaluate, loop, train
+from fastrot import assemble, entry, evaluate, train
 from fastrot.config import Refused
 from fastrot.data.sources import fold_of, held_out
+from fastrot.training import loop
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8

@@ -11,12 +11,13 @@ import pytest
 import torch
 from test_run import TINY, assert_same_bits
 
-from fastrot import assemble, bounds, checkpoint, config, loop, run, train
+from fastrot import assemble, bounds, config, train
 from fastrot.data.pack.write import PackOptions, convert
-from fastrot.graph import WARM_UP, Cuda, Graphed
-from fastrot.loop import TrainState, train_step, validate
 from fastrot.ops.choice import using
-from fastrot.optim import Rates, sgd
+from fastrot.training import checkpoint, loop, session
+from fastrot.training.graph import WARM_UP, Cuda, Graphed
+from fastrot.training.loop import TrainState, train_step, validate
+from fastrot.training.optim import Rates, sgd
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -238,13 +239,13 @@ def test_a_profile_tells_the_gpus_time_by_parts(pictures, tmp_path):
 
 def test_a_runs_verdict_knows_the_hosts_and_the_gpus_time(pictures, tmp_path, monkeypatch):
     found = []
-    measured = run.completed
+    measured = session.completed
 
     def kept(*args):
         found.append(measured(*args))
         return found[-1]
 
-    monkeypatch.setattr(run, "completed", kept)
+    monkeypatch.setattr(session, "completed", kept)
     train.main([*ON_GPU, "--data", "synthetic:400", "--out", str(tmp_path), "--hold-out", "0"])
     (m,) = found
     assert None not in (m.issue, m.busy, m.copy, m.arithmetic, m.memory)

@@ -9,13 +9,14 @@ import torch
 from tape import TapeRecorder
 from test_run import TINY, assert_same_bits, told
 
-from fastrot import assemble, config, dist, run, train
+from fastrot import assemble, config, dist, train
 from fastrot.config import Refused, Stopped
 from fastrot.core import Batch, Losses
-from fastrot.graph import WARM_UP, Graphed, Recorder
-from fastrot.loop import TrainState, train_step
 from fastrot.methods.decoupling import EMA, Decoupling
-from fastrot.optim import Rates, sgd
+from fastrot.training import session
+from fastrot.training.graph import WARM_UP, Graphed, Recorder
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 STEPS, EPOCH = 30, 8  # steps in all, and of an epoch
 MOVING = dict(dim=16, negatives=5, z="ema", proximal=0.1)
@@ -227,9 +228,9 @@ def test_what_a_graph_cannot_hold_is_refused(kind, words):
 @pytest.fixture
 def on_tape(monkeypatch):
     """--graph on a CPU, through the stand-in; rates on the device in all runs."""
-    monkeypatch.setattr(run, "Cuda", TapeRecorder)
-    monkeypatch.setattr(run, "check_fast_forms", lambda *_: None)
-    monkeypatch.setattr(run, "sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True))
+    monkeypatch.setattr(session, "Cuda", TapeRecorder)
+    monkeypatch.setattr(session, "check_fast_forms", lambda *_: None)
+    monkeypatch.setattr(session, "sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True))
 
 
 DECOUPLING = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
@@ -258,7 +259,7 @@ def test_a_whole_run_is_the_same_with_a_graph(pictures, tmp_path, on_tape, capsy
 
 
 def test_not_a_number_stops_a_recorded_run_too(pictures, tmp_path, on_tape, monkeypatch):
-    step = run.loop.train_step
+    step = session.loop.train_step
 
     def poisoned(state, batch):
         if state.step == 16:
@@ -266,7 +267,7 @@ def test_not_a_number_stops_a_recorded_run_too(pictures, tmp_path, on_tape, monk
                 next(state.method.net.parameters()).fill_(torch.nan)
         return step(state, batch)
 
-    monkeypatch.setattr(run.loop, "train_step", poisoned)
+    monkeypatch.setattr(session.loop, "train_step", poisoned)
     args = ["--data", str(pictures), "--out", str(tmp_path), "--graph"]
     with pytest.raises(Stopped, match="not finite at step 18"):
         train.main([*TINY, *args])
@@ -297,21 +298,21 @@ WRONG = {
 @pytest.mark.parametrize(("knobs", "here", "device", "names"), WRONG.values(), ids=WRONG)
 def test_forms_that_do_not_fit_are_refused(knobs, here, device, names):
     with pytest.raises(Refused, match=names) as refused:
-        run.check_fast_forms(config.Config(**{"precision": "bf16", **knobs}), here, device)
+        session.check_fast_forms(config.Config(**{"precision": "bf16", **knobs}), here, device)
     assert "\n" not in str(refused.value)
 
 
 def test_a_graph_wants_the_kernels_and_torchs_optimiser(monkeypatch):
-    monkeypatch.setattr(run, "check_apex", lambda: None)
+    monkeypatch.setattr(session, "check_apex", lambda: None)
     apex = config.Config(graph=True, precision="bf16", optim=config.Sgd(kernel="apex"))
     with pytest.raises(Refused, match="no rate that a graph can read"):
-        run.check_fast_forms(apex, dist.Place(), GPU)
+        session.check_fast_forms(apex, dist.Place(), GPU)
     cfg = config.Config(graph=True, precision="bf16")
-    run.check_fast_forms(cfg, dist.Place(), GPU)
-    run.check_fast_forms(config.Config(), dist.Place(world=2), CPU)
+    session.check_fast_forms(cfg, dist.Place(), GPU)
+    session.check_fast_forms(config.Config(), dist.Place(world=2), CPU)
     monkeypatch.setenv("FASTROT_OPS", "reference")
     with pytest.raises(Refused, match="FASTROT_OPS=reference"):
-        run.check_fast_forms(cfg, dist.Place(), GPU)
+        session.check_fast_forms(cfg, dist.Place(), GPU)
 
 
 def test_a_mode_of_compile_wants_compile(pictures, tmp_path):

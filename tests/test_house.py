@@ -99,7 +99,7 @@ def test_import_is_light():
     code = (
         "import sys, fastrot, fastrot.config, fastrot.presets, fastrot.train;"
         "assert 'torch' not in sys.modules;"
-        "import fastrot.run;"
+        "import fastrot.training.session;"
         "heavy = {'torchvision', 'ffcv', 'nvidia.dali', 'matplotlib', 'sklearn', 'tensorboard'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

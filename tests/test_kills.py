@@ -17,8 +17,8 @@ from test_run import told as lines
 
 from benchmarks import chaos
 from benchmarks.chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, Struck
-from fastrot import checkpoint
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.training import checkpoint
 
 SEED = 3
 STEPS_EACH = 48

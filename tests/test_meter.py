@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrot import dist
 from fastrot.core import Losses
-from fastrot.journal import Meter
+from fastrot.training.journal import Meter
 
 
 def of_step(a: float, b: float, share: float) -> Losses:

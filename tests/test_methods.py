@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from fastrot import assemble, config
 from fastrot.core import Batch, Facts
-from fastrot.loop import TrainState, train_step
 from fastrot.ops.turns import Cells, folded
-from fastrot.optim import Rates, sgd
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 SIZE, IMAGES, CLASSES = 32, 6, 3
 FITTING = {config.Decoupling: dict(dim=16, negatives=5, contrast="infonce")}  # six pictures

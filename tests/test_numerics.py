@@ -7,9 +7,9 @@ import torch
 from fastrot import assemble, config
 from fastrot.core import Facts
 from fastrot.data.synthetic import Synthetic
-from fastrot.graph import Cuda, Graphed
-from fastrot.loop import TrainState, train_step
-from fastrot.optim import Rates, sgd
+from fastrot.training.graph import Cuda, Graphed
+from fastrot.training.loop import TrainState, train_step
+from fastrot.training.optim import Rates, sgd
 
 STEPS, RATE = 50, 0.01
 CROP = config.RandomResized(size=32)

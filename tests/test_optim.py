@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from truth import golden
 
-from fastrot import optim, presets
+from fastrot import presets
 from fastrot.config import Refused, Schedule, Sgd
-from fastrot.optim import Rates, load_state, parameter_groups, set_rate, sgd, state_of
+from fastrot.training import optim
+from fastrot.training.optim import Rates, load_state, parameter_groups, set_rate, sgd, state_of
 
 ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",

@@ -9,10 +9,11 @@ import pytest
 from test_run import TINY, go
 from torch.distributed import DistBackendError, DistNetworkError
 
-from fastrot import assemble, config, dist, run, train
+from fastrot import assemble, config, dist, train
 from fastrot.core import DamagedRecord
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.training import session
 
 ROOT = Path(__file__).parents[1]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -46,7 +47,9 @@ def test_a_damaged_record_of_one_rank_is_told_without_a_traceback(pictures, tmp_
     assert done.returncode != 0
     name = "rank 1: " if rank else ""
     assert f"fastrot: {name}row {row} " in done.stderr
-    assert "fastrot/run.py" not in done.stderr  # no traceback of ours; torchrun adds its own
+    assert (
+        "fastrot/training/session.py" not in done.stderr
+    )  # no traceback of ours; torchrun adds its own
     assert "another process" not in done.stderr
 
 
@@ -73,7 +76,7 @@ def test_a_lost_connection_is_told_from_other_faults(
         monkeypatch.setattr(dist, "world", lambda: world)
         raise error
 
-    monkeypatch.setattr(run, "_train", fails)
+    monkeypatch.setattr(session, "_train", fails)
     with pytest.raises(kind) as raised:
         go(pictures, tmp_path)
     assert type(raised.value) is kind

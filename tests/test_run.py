@@ -15,12 +15,13 @@ from truth import photo
 
 import fastrot
 from benchmarks import chaos
-from fastrot import assemble, checkpoint, config, dist, loop, run, train
+from fastrot import assemble, config, dist, train
 from fastrot.config import Refused, Stopped
 from fastrot.core import View
 from fastrot.data import crops
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.training import checkpoint, loop, session
 
 TINY = ["demo", "--image-size", "32", "--batch", "4", "--backbone.width", "0.1", "--enlarge"]
 TINY += ["--schedule.steps", "20", "--log-every", "3", "--checkpoint-every", "4", "--workers", "1"]
@@ -321,7 +322,7 @@ def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
 def test_budgets_are_times(text, seconds):
-    assert run.seconds_of(text) == seconds
+    assert session.seconds_of(text) == seconds
 
 
 def test_story_is_plain(straight):
@@ -408,8 +409,8 @@ def test_another_global_batch_is_another_run(straight, pictures):
 def test_another_decoder_is_told_and_an_older_run_is_not_asked():
     facts = {"ranks": 1, "threads": 1, "device": "cpu", "torch": "2", "data": "beton x"}
     now = {**facts, "decoder": "fastrot's own"}
-    assert run._other_machine({"facts": facts}, now) == []
-    (told,) = run._other_machine({"facts": {**facts, "decoder": "FFCV 1"}}, now)
+    assert session._other_machine({"facts": facts}, now) == []
+    (told,) = session._other_machine({"facts": {**facts, "decoder": "FFCV 1"}}, now)
     assert "decoder were FFCV 1, now fastrot's own" in told
 
 
@@ -429,9 +430,9 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     monkeypatch.setattr(assemble, "open_data", opened)
     for val in ("pictures", "more"):
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
-        cfg = dataclasses.replace(run.PRESETS["demo"](), placement="pinned", **named)
+        cfg = dataclasses.replace(session.PRESETS["demo"](), placement="pinned", **named)
         with pytest.raises(Stopped):
-            run._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
+            session._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
     assert asked == [("auto", "pinned"), ("tars", "pinned")]
 
 
@@ -469,9 +470,9 @@ def test_processes_on_a_cpu_share_its_cores(env, wish, processes, device, thread
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(run, "share_of_cores", lambda processes: 8 // processes)
+    monkeypatch.setattr(session, "share_of_cores", lambda processes: 8 // processes)
     here = dist.Place(world=processes, local_world=processes)
-    assert run.choose_threads(wish, here, torch.device(device)) == threads
+    assert session.choose_threads(wish, here, torch.device(device)) == threads
 
 
 def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypatch):

@@ -7,8 +7,9 @@ import pytest
 from test_run import go, leaves
 
 from benchmarks import chaos
-from fastrot import checkpoint, tracing
+from fastrot import tracing
 from fastrot.tracing import MARK, parts
+from fastrot.training import checkpoint
 
 
 def table(folder) -> dict[str, float]:

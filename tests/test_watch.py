@@ -11,7 +11,7 @@ from test_run import TINY, go
 from fastrot import assemble, config, train, watch
 from fastrot.bounds import Ceilings, Measured, flop_of
 from fastrot.data.synthetic import Synthetic
-from fastrot.loop import train_step
+from fastrot.training.loop import train_step
 from fastrot.watch import WARM, Watch, Work, completed, work_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

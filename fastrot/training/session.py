@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from fastrot import assemble, bounds, checkpoint, config, dist, fits, loop, machine, page
+from fastrot import assemble, bounds, config, dist, fits, machine, page
 from fastrot.bounds import Measured
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Data, View
@@ -24,12 +24,13 @@ from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
-from fastrot.graph import WARM_UP, Cuda, Graphed
-from fastrot.journal import Journal, table
-from fastrot.loop import Run, TrainState
-from fastrot.optim import Rates, check_apex, sgd
 from fastrot.presets import PRESETS
 from fastrot.tracing import Profile
+from fastrot.training import checkpoint, loop
+from fastrot.training.graph import WARM_UP, Cuda, Graphed
+from fastrot.training.journal import Journal, table
+from fastrot.training.loop import Run, TrainState
+from fastrot.training.optim import Rates, check_apex, sgd
 from fastrot.watch import Watch, Work, completed, work_of
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it

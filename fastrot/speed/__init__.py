@@ -1,0 +1,1 @@
+"""What a step costs, what bounds it, and where its time goes."""
