@@ -11,7 +11,7 @@ that stays on the device (held), synthetic pictures, and --root's in each prepar
 without marks, the forms in turns. A file profile_<form>.txt beside the rows names the fifteen most costly operations.
 
     wait        milliseconds of a step that the host waited for data; the other parts are the device's own time
-    tflops      operations of the network's matrix products and convolutions, forward and backward (fastrot/cost.py), over
+    tflops      operations of the network's matrix products and convolutions, forward and backward (fastrot/speed/cost.py), over
                 the whole step; their share is of a large matrix product in the same precision, measured in the same run
     idle_share  of whole steps without marks: 1 - the time in which a kernel or a copy was at work, which the profiler
                 tells of some steps, over what steps take without it. A GPU's only
@@ -45,11 +45,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import contestants, forms, full_epoch, measure, roofline
-from fastrot import assemble, cost, entry
+from fastrot import assemble, entry
 from fastrot.config import AlexNet, Config, Decoupling, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Losses
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
+from fastrot.speed import cost
 from fastrot.training.journal import Meter
 from fastrot.training.loop import TrainState, train_step
 

@@ -28,10 +28,10 @@ from fastrot import assemble, entry
 from fastrot.config import Config, Refused
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm
+from fastrot.speed.timer import Watch
 from fastrot.training import loop
 from fastrot.training.journal import Journal
 from fastrot.training.loop import Run, TrainState
-from fastrot.watch import Watch
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
 SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192

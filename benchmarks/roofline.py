@@ -2,7 +2,7 @@
 
     python -m benchmarks.roofline [--preset PRESET] [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
 
-Counts are fastrot/cost.py's; ceilings are a large matrix product in the run's precision and a large copy in the device's
+Counts are fastrot/speed/cost.py's; ceilings are a large matrix product in the run's precision and a large copy in the device's
 memory, measured first. The three terms add up, since each is kernels that wait for those before:
 
     arithmetic   floating-point operations of matrix products and convolutions, over the product's rate
@@ -29,11 +29,12 @@ import torch
 from torch import nn
 
 from benchmarks import forms, measure
-from fastrot import assemble, cost, entry
+from fastrot import assemble, entry
 from fastrot.config import Config, Decoupling, Supervised
 from fastrot.core import DTYPES
-from fastrot.cost import Layer
 from fastrot.presets import PRESETS
+from fastrot.speed import cost
+from fastrot.speed.cost import Layer
 
 IMAGENET, HELD_OUT = 1_281_167, 50_000  # pictures to learn from, and to be judged on
 

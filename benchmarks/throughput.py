@@ -36,7 +36,7 @@ from benchmarks.figures import (
 )
 from benchmarks.measure import met, number
 from benchmarks.pages import cited
-from fastrot import bounds
+from fastrot.speed import bounds
 
 NOT_MEASURED, OF_A_GPU = "not measured", "of a GPU only"
 

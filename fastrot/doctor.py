@@ -28,7 +28,7 @@ from fastrot.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
-    from fastrot.checkup import Findings, Told
+    from fastrot.speed.probe import Findings, Told
 
 SPARE = (
     1.1  # times what the step takes: so much should loading give, for it is not always at its best
@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     with entry.told_once():
         wanted = tyro.cli(Doctor, args=argv, prog="doctor.py")
     cfg = config_of(wanted)
-    from fastrot import assemble, checkup, machine  # torch is imported here
+    from fastrot import assemble, machine
     from fastrot.dist import place
+    from fastrot.speed import probe
     from fastrot.training.session import choose_device, choose_precision
 
     device = choose_device(cfg.device, place())
@@ -82,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     val = None if cfg.val is None else assemble.open_data(cfg.val, knob="--val")
     workers = entry.cores() if cfg.workers is None else cfg.workers
     with _bar(wanted.seconds) as told:
-        watch = checkup.Watch(wanted.seconds, told)
-        found = checkup.examine(cfg, data, device, workers=workers, watch=watch, val=val)
+        watch = probe.Watch(wanted.seconds, told)
+        found = probe.examine(cfg, data, device, workers=workers, watch=watch, val=val)
     found = dataclasses.replace(found, opened=opened + found.opened)
     subject = Subject(cfg, str(getattr(data, "format", "")), surroundings(device))
     print("\n".join(entry.printable(line) for line in in_words(found, subject)))
@@ -183,7 +184,7 @@ def advice(found: "Findings", subject: Subject) -> dict[str, str]:
 
 def verdict(found: "Findings", subject: Subject) -> str:
     """What binds, by how much, what to change."""
-    from fastrot import bounds
+    from fastrot.speed import bounds
 
     if found.bound != "read":
         setting = bounds.Setting(

@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
-from fastrot import bounds, native
-from fastrot.bounds import Measured, Setting, bound, ceilings, flop_of, verdict
+from fastrot import native
+from fastrot.speed import bounds
+from fastrot.speed.bounds import Measured, Setting, bound, ceilings, flop_of, verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # seconds; a GPU's step whose work takes 50 of 52 ms, issued in 10

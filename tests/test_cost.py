@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_train, forms
-from fastrot import cost
 from fastrot.backbones.alexnet import AlexNet
 from fastrot.backbones.nin import Nin
+from fastrot.speed import cost
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -18,8 +18,7 @@ from PIL import Image
 from truth import photo
 
 from fastrot import __main__ as command
-from fastrot import assemble, bounds, checkup, config, doctor, entry
-from fastrot.checkup import Findings, Form
+from fastrot import assemble, config, doctor, entry
 from fastrot.config import AlexNet, RandomResized, Refused, RotNet
 from fastrot.data import folder as folder_module
 from fastrot.data.beton.write import BetonOptions
@@ -32,6 +31,8 @@ from fastrot.data.tars.load import Tars
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 from fastrot.presets import PRESETS
+from fastrot.speed import bounds, probe
+from fastrot.speed.probe import Findings, Form
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -52,8 +53,8 @@ def cfg_of(*, size=32, batch=8, backbone=TINY) -> config.Config:
 
 def examined(data, *, cfg=None, workers=1, seconds=1.0, **more) -> Findings:
     cfg = cfg_of() if cfg is None else cfg
-    watch = checkup.Watch(seconds)
-    return checkup.examine(cfg, data, CPU, workers=workers, watch=watch, **more)
+    watch = probe.Watch(seconds)
+    return probe.examine(cfg, data, CPU, workers=workers, watch=watch, **more)
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +232,8 @@ def test_a_long_step_is_told_from_two_short_ones(monkeypatch):
         taken.append(len(batch.index))
         time.sleep(0.1 + 0.001 * len(batch.index))
 
-    monkeypatch.setattr(checkup, "train_step", step)
-    monkeypatch.setattr(checkup, "_floors", lambda *_: (0.002, 0.002))  # seconds, of two pictures
+    monkeypatch.setattr(probe, "train_step", step)
+    monkeypatch.setattr(probe, "_floors", lambda *_: (0.002, 0.002))  # seconds, of two pictures
     cfg = cfg_of(batch=192)
     found = examined(assemble.open_data("synthetic:500"), cfg=cfg, workers=0, seconds=2.0)
     assert max(taken) == found.step_batch < 192
@@ -249,30 +250,28 @@ def test_a_step_that_there_is_no_time_for_is_foretold(monkeypatch):
         taken.append(len(batch.index))
         time.sleep(0.3)
 
-    monkeypatch.setattr(checkup, "train_step", step)
-    monkeypatch.setattr(checkup, "_floors", lambda *_: (1e-3, 0.0))
+    monkeypatch.setattr(probe, "train_step", step)
+    monkeypatch.setattr(probe, "_floors", lambda *_: (1e-3, 0.0))
     found = examined(assemble.open_data("synthetic:500"), cfg=cfg_of(batch=192), seconds=0.2)
-    assert taken == [checkup.FEW]
+    assert taken == [probe.FEW]
     assert found.steps == 0
     said = doctor.what_an_epoch_costs(found, subject("synthetic"))
     assert "foretold: there was no time" in said
-    assert 192 / found.step == pytest.approx(0.3 + 190 * checkup.SLOWER * 5e-4, rel=0.2)
+    assert 192 / found.step == pytest.approx(0.3 + 190 * probe.SLOWER * 5e-4, rel=0.2)
 
 
 def test_what_a_short_step_waits_for_a_long_one_waits_too():
-    held = checkup._held(
-        assemble.open_data("synthetic:9"), assemble.training_view(cfg_of()), 2, CPU
-    )
-    steps = checkup._Steps(held, fixed=1.0, each=0.01, issue=None)
+    held = probe._held(assemble.open_data("synthetic:9"), assemble.training_view(cfg_of()), 2, CPU)
+    steps = probe._Steps(held, fixed=1.0, each=0.01, issue=None)
     assert steps.seconds(100) == 2.0
     floors = (0.5, 0.1)
-    measure = checkup._measured
-    timed = checkup._Together(steps=3, step=1.1, wait=0.0)  # 10 pictures, nothing beyond the step
+    measure = probe._measured
+    timed = probe._Together(steps=3, step=1.1, wait=0.0)  # 10 pictures, nothing beyond the step
     quick = measure(timed, 10, 100, steps, 0.001, None, floors, CPU)
     assert (quick.step, quick.wait, quick.decode) == (pytest.approx(2.0), 0.0, pytest.approx(0.1))
     slow = measure(timed, 10, 100, steps, 0.05, None, floors, CPU)  # 5 s a batch: hidden at 10
     assert (slow.step, slow.wait) == (pytest.approx(5.0), pytest.approx(3.0))
-    waited = checkup._Together(steps=3, step=1.6, wait=0.5)
+    waited = probe._Together(steps=3, step=1.6, wait=0.5)
     long = measure(waited, 10, 100, steps, 0.06, None, floors, CPU)
     assert (long.step, long.wait) == (pytest.approx(7.0), pytest.approx(5.0))
     whole = measure(waited, 10, 10, steps, 0.06, None, floors, CPU)
@@ -283,9 +282,9 @@ def test_what_a_short_step_waits_for_a_long_one_waits_too():
 
 def test_the_watch_shares_the_seconds_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(checkup.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
     heard = []
-    watch = checkup.Watch(20.0, lambda stage, so_far: heard.append((stage, so_far)))
+    watch = probe.Watch(20.0, lambda stage, so_far: heard.append((stage, so_far)))
     assert watch.begin("a", 0.1) == 2.0
     now[0] += 1.9
     assert watch.goes_on()
@@ -296,7 +295,7 @@ def test_the_watch_shares_the_seconds_out(monkeypatch):
     assert watch.so_far == pytest.approx(2.1)
     assert watch.begin("rest") == pytest.approx(17.9)
     now[0] += 50
-    assert watch.begin("late") == pytest.approx(checkup.LEAST * 20)
+    assert watch.begin("late") == pytest.approx(probe.LEAST * 20)
     assert heard[0] == ("a", 0.0)
     assert heard[-1] == ("late", pytest.approx(52.1))
 
@@ -423,9 +422,9 @@ def test_what_an_epoch_costs():
 
 
 def test_decoding_is_what_reading_again_leaves():
-    assert checkup.decoding_alone(100.0, None) == 100.0
-    assert checkup.decoding_alone(100.0, 200.0) == pytest.approx(200.0)
-    assert checkup.decoding_alone(100.0, 100.0) == pytest.approx(100.0 / checkup.NOISE)
+    assert probe.decoding_alone(100.0, None) == 100.0
+    assert probe.decoding_alone(100.0, 200.0) == pytest.approx(200.0)
+    assert probe.decoding_alone(100.0, 100.0) == pytest.approx(100.0 / probe.NOISE)
 
 
 def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
@@ -435,7 +434,7 @@ def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
         out = tmp_path / f"{short}.pack"
         made = {"source": "imagefolder", "root": Path(formats["folder"]), "workers": 0}
         convert_to_pack(PackOptions(**made, out=out, short_side=short))
-        assert checkup.pack_bytes(data, sizes, short) == Pack(out).file.tiles.nbytes
+        assert probe.pack_bytes(data, sizes, short) == Pack(out).file.tiles.nbytes
 
 
 # ---- wrong use ----

@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_run import TINY, go
 
-from fastrot import assemble, config, entry, fits, train
+from fastrot import assemble, config, entry, train
 from fastrot.backbones.staged import Staged
 from fastrot.config import Refused, Stopped
+from fastrot.speed import memory
 from fastrot.training import loop
 from fastrot.training.loop import TrainState
 from fastrot.training.optim import Rates, sgd
@@ -135,8 +136,8 @@ def test_another_error_goes_its_way(pictures, tmp_path, monkeypatch):
 def test_a_cpus_allocator_has_its_own_words():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60)
-    assert fits.is_full(raised.value)
-    assert not fits.is_full(RuntimeError("mat1"))
+    assert memory.is_full(raised.value)
+    assert not memory.is_full(RuntimeError("mat1"))
 
 
 def state_of(pictures, momentum: bool) -> tuple[TrainState, config.Config, assemble.Loader]:
@@ -164,7 +165,7 @@ def test_nothing_of_a_trial_stays(pictures, momentum, monkeypatch):
     weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
     optimiser, random = repr(state.optimizer.state_dict()), torch.get_rng_state()
     room_for(3, monkeypatch)
-    assert fits.largest(state, loader.view, cfg.batch) == 2
+    assert memory.largest(state, loader.view, cfg.batch) == 2
     assert all(torch.equal(v, weights[k]) for k, v in state.method.net.state_dict().items())
     assert repr(state.optimizer.state_dict()) == optimiser
     assert torch.equal(torch.get_rng_state(), random)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_run import TINY, assert_same_bits
 
-from fastrot import assemble, bounds, config, train
+from fastrot import assemble, config, train
 from fastrot.data.pack.write import PackOptions, convert
 from fastrot.ops.choice import using
+from fastrot.speed import bounds
 from fastrot.training import checkpoint, loop, session
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import TrainState, train_step, validate

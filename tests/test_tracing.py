@@ -7,8 +7,8 @@ import pytest
 from test_run import go, leaves
 
 from benchmarks import chaos
-from fastrot import tracing
-from fastrot.tracing import MARK, parts
+from fastrot.speed import profile
+from fastrot.speed.profile import MARK, parts
 from fastrot.training import checkpoint
 
 
@@ -28,11 +28,11 @@ def test_a_profile_is_written_and_changes_nothing(pictures, tmp_path):
     assert not (tmp_path / "b" / "profile").exists()
     trace = json.loads((tmp_path / "a" / "profile" / "trace.json").read_text())
     names = [event.get("name") for event in trace["traceEvents"]]
-    for part in tracing.PARTS:
-        assert names.count(MARK + part) == tracing.STEPS, part
+    for part in profile.PARTS:
+        assert names.count(MARK + part) == profile.STEPS, part
     assert "aten::convolution_backward" in names
     found = table(tmp_path / "a")
-    assert list(found) == list(tracing.PARTS)
+    assert list(found) == list(profile.PARTS)
     assert min(found.values()) > 0
     words = (tmp_path / "a" / "profile" / "table.txt").read_text()
     assert words.startswith("steps 11 to 15 of this start")

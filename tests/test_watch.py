@@ -8,11 +8,12 @@ import torch
 from test_fits import state_of
 from test_run import TINY, go
 
-from fastrot import assemble, config, train, watch
-from fastrot.bounds import Ceilings, Measured, flop_of
+from fastrot import assemble, config, train
 from fastrot.data.synthetic import Synthetic
+from fastrot.speed import timer
+from fastrot.speed.bounds import Ceilings, Measured, flop_of
+from fastrot.speed.timer import WARM, Watch, Work, completed, work_of
 from fastrot.training.loop import train_step
-from fastrot.watch import WARM, Watch, Work, completed, work_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -110,7 +111,7 @@ def test_each_preset_can_be_counted(preset):
 
 
 def test_floors_are_counts_over_ceilings(monkeypatch):
-    monkeypatch.setattr(watch, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
+    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
     m = Measured(step=1.0, wait=0.5, busy=0.5)
     view = assemble.training_view(config.Config())
     found = completed(m, Work(flop=10**12, traffic=10**9), view, 8, CPU, torch.float32)
@@ -147,7 +148,7 @@ def waits_for_nothing(monkeypatch):
 
 
 def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, waits_for_nothing):
-    monkeypatch.setattr(watch, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
+    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
     args = ["--max-steps", "4", "--log-every", "2", "--hold-out", "0"]
     assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
@@ -156,7 +157,7 @@ def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, 
 
 
 def test_a_run_of_small_steps_is_bound_by_calls(tmp_path, monkeypatch, waits_for_nothing):
-    monkeypatch.setattr(watch, "ceilings", lambda *_: Ceilings(tflops=1e6, gb_per_s=1e6))
+    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=1e6, gb_per_s=1e6))
     args = [*TINY, "--data", "synthetic:64", "--out", str(tmp_path), "--batch", "1"]
     assert train.main([*args, "--hold-out", "0", "--max-steps", "9"]) == 0
     assert verdict_of(tmp_path)[0] == "launch"

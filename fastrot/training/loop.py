@@ -21,11 +21,11 @@ from fastrot.config import Config, NotFinite, Stopped
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.plan import Loader
 from fastrot.entry import Alarm, Warned
+from fastrot.speed.timer import Watch
 from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP, Graphed
 from fastrot.training.journal import Journal, Meter
 from fastrot.training.optim import Rates, load_state, set_rate, state_of
-from fastrot.watch import Watch
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 

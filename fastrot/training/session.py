@@ -15,8 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from fastrot import assemble, bounds, config, dist, fits, machine, page
-from fastrot.bounds import Measured
+from fastrot import assemble, config, dist, machine, page
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Data, View
 from fastrot.data.plan import Loader
@@ -25,13 +24,15 @@ from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores
 from fastrot.evals.rotation import turn_guesses
 from fastrot.presets import PRESETS
-from fastrot.tracing import Profile
+from fastrot.speed import bounds, memory
+from fastrot.speed.bounds import Measured
+from fastrot.speed.profile import Profile
+from fastrot.speed.timer import Watch, Work, completed, work_of
 from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.journal import Journal, table
 from fastrot.training.loop import Run, TrainState
 from fastrot.training.optim import Rates, check_apex, sgd
-from fastrot.watch import Watch, Work, completed, work_of
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
@@ -132,14 +133,14 @@ def _train_one(
         if saved is not None:
             _compare(saved, cfg, here, run)
         _deterministic(cfg)
-        built = fits.Built()
+        built = memory.Built()
         try:
             _train(cfg, run, saved, here, device, begun, alarm, built)
         except RuntimeError as error:
-            if not fits.is_full(error):
+            if not memory.is_full(error):
                 raise
-            fits.forget(error)
-            raise fits.sentence(cfg, device, built) from None
+            memory.forget(error)
+            raise memory.sentence(cfg, device, built) from None
 
 
 def _train(
@@ -150,7 +151,7 @@ def _train(
     device: torch.device,
     begun: float,
     alarm: Alarm,
-    built: fits.Built,
+    built: memory.Built,
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
     cfg = _with_statistics(cfg, data)

@@ -10,8 +10,8 @@ from fastrot import config, dist, machine
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import View
 from fastrot.data.plan import Loader
+from fastrot.speed.timer import Watch, blank
 from fastrot.training.loop import TrainState, pulled
-from fastrot.watch import Watch, blank
 
 GB = 2**30
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrot import cost
-from fastrot.bounds import Ceilings, Measured, ceilings, wait_for
 from fastrot.core import Batch, Method, View
+from fastrot.speed import cost
+from fastrot.speed.bounds import Ceilings, Measured, ceilings, wait_for
 
 WARM = 12  # steps of a start in which kernels are chosen and graphs captured
 KEPT = 100  # single steps that are timed

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from jaxtyping import Int32, Int64, UInt8
 
-from fastrot import assemble, bounds, cost
-from fastrot.bounds import wait_for
+from fastrot import assemble
 from fastrot.config import Config
 from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Picks, View
 from fastrot.data.pack import layout
 from fastrot.data.plan import Loader
+from fastrot.speed import bounds, cost
+from fastrot.speed.bounds import wait_for
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import Rates, sgd
 
