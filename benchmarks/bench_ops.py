@@ -37,17 +37,17 @@ from benchmarks import measure
 from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.folded import cells_of
-from fastrot.bank import Bank
 from fastrot.config import AlexNet, RandomResized
 from fastrot.core import Facts
 from fastrot.data import crops
 from fastrot.data.pack import layout
+from fastrot.methods.bank import Bank
 from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
+from fastrot.ops.rotate import Cells, turned_views, turned_views_reference
 from fastrot.ops.rows import update_rows
-from fastrot.ops.turns import Cells, turned_views, turned_views_reference
 from fastrot.training import checkpoint
 
 try:

@@ -29,11 +29,11 @@ import torch
 from benchmarks import contestants, measure
 from benchmarks.advice import GPU_GB, KEPT_GB
 from fastrot import assemble, entry
-from fastrot.bank import Bank
 from fastrot.config import RandomResized
 from fastrot.core import Facts, View
 from fastrot.data import order
 from fastrot.entry import in_bytes, in_time
+from fastrot.methods.bank import Bank
 from fastrot.training import checkpoint
 
 PICTURES, IMAGENET = 1_000_000_000, 1_281_167

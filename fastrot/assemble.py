@@ -26,7 +26,7 @@ from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 from fastrot.training import checkpoint
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}

@@ -126,15 +126,16 @@ class Rotation:
 
 def rotation(run: str, knobs: Rotation) -> int:
     """Print how often the nets are right, and write the table where one is asked for."""
-    from fastrot import assemble, dist, turn_table
+    from fastrot import assemble, dist
     from fastrot.evals.rotation import exactly
+    from fastrot.methods import rotation_table
     from fastrot.training.session import choose_device, joined
 
     for name, least in {"batch": 1, "workers": 0}.items():
         if (value := getattr(knobs, name)) is not None and value < least:
             raise Refused(f"--{name} got {value}: it wants at least {least}")
     if knobs.table is not None:
-        turn_table.check_name(knobs.table, "--table")
+        rotation_table.check_name(knobs.table, "--table")
     nets = nets_of(run)
     for net in nets:
         if not assemble.METHODS[type(net.cfg.method)].tells_turns(net.cfg.method):
@@ -158,8 +159,8 @@ def rotation(run: str, knobs: Rotation) -> int:
     for line in _cautions(answers, nets, data):
         print(line)
     if knobs.table is not None:
-        turn_table.write(
-            knobs.table, turn_table.TurnTable(answers.probabilities, fold, data.fingerprint)
+        rotation_table.write(
+            knobs.table, rotation_table.TurnTable(answers.probabilities, fold, data.fingerprint)
         )
         print(f"written to {knobs.table}")
     return 0

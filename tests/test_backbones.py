@@ -16,7 +16,7 @@ from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
 from fastrot.backbones.heads import Classifier
 from fastrot.config import Refused
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
@@ -316,7 +316,7 @@ TRACE = """
 import torch
 from fastrot import assemble, config
 from fastrot.backbones.heads import Classifier
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 
 for cfg, size in ((config.AlexNet(width=0.05), 64), (config.Nin(width=0.05), 32)):
     net = Classifier(assemble.backbone(cfg, size), 4).eval()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_decoupling import Features, a_batch, facts, features
 
-from fastrot import bank, config, dist
-from fastrot.bank import Bank
+from fastrot import config, dist
+from fastrot.methods import bank
+from fastrot.methods.bank import Bank
 from fastrot.methods.decoupling import EMA, Decoupling
 
 

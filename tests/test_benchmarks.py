@@ -26,7 +26,7 @@ from fastrot.assemble import open_data
 from fastrot.config import Refused, Stopped
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
-from fastrot.ops.turns import Cells
+from fastrot.ops.rotate import Cells
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}

@@ -15,10 +15,10 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import Decoupling, Refused
 from fastrot.core import Batch, Facts
 from fastrot.methods import decoupling
+from fastrot.methods.rotation_table import TurnTable, pu_weights, write
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import Rates, sgd
-from fastrot.turn_table import TurnTable, pu_weights, write
 
 T = float(np.float32(0.07))  # what the original's float32 buffer makes of it
 MEAN, STD = config.Config().mean, config.Config().std

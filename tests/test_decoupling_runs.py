@@ -8,8 +8,9 @@ import torch
 from test_end_to_end import TWO, run
 from test_run import TINY, assert_same_bits, told
 
-from fastrot import assemble, train, turn_table
+from fastrot import assemble, train
 from fastrot.config import Refused, Stopped
+from fastrot.methods import rotation_table
 from fastrot.methods.decoupling import Decoupling
 from fastrot.training import checkpoint, journal, loop
 
@@ -130,8 +131,8 @@ def test_pu_weights_are_told_of(pictures, tmp_path, capsys):
     """With the epoch of this run that they begin at."""
     data = assemble.open_data(pictures)
     table = np.full((data.rows, 4, 4), 0.25, np.float32)
-    turns = turn_table.TurnTable(table, np.full(data.rows, -1, np.int8), data.fingerprint)
-    turn_table.write(tmp_path / "t.npz", turns)
+    turns = rotation_table.TurnTable(table, np.full(data.rows, -1, np.int8), data.fingerprint)
+    rotation_table.write(tmp_path / "t.npz", turns)
     more = ["--method.pu-table", str(tmp_path / "t.npz"), "--method.pu-from", "100"]
     go(pictures, tmp_path / "run", *more, "--max-steps", "1")
     assert f"PU weights from epoch 2 on, of {tmp_path / 't.npz'}" in capsys.readouterr().out

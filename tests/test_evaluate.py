@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from test_run import go
 
-from fastrot import assemble, config, evaluate, train, turn_table
+from fastrot import assemble, config, evaluate, train
 from fastrot.config import Refused, Stopped
 from fastrot.data.sources import fold_of, held_out
+from fastrot.methods import rotation_table
 from fastrot.methods.rotnet import RotNet
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 from fastrot.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +29,11 @@ def ask(run, *more: str) -> int:
     return evaluate.main([str(run), "rotation", "--device", "cpu", "--workers", "1", *more])
 
 
-def table_of(run, data, path: Path, *more: str) -> turn_table.TurnTable:
+def table_of(run, data, path: Path, *more: str) -> rotation_table.TurnTable:
     """What evaluate.py writes of some pictures."""
     assert ask(run, "--data", str(data), "--table", str(path), *more) == 0
     opened = assemble.open_data(data)
-    return turn_table.read(path, rows=opened.rows, fingerprint=opened.fingerprint)
+    return rotation_table.read(path, rows=opened.rows, fingerprint=opened.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_a_picture_that_cannot_be_read_weighs_in_full(
     table = table_of(folds, root, tmp_path / "a.npz", "--on-bad-record", "skip")
     assert "1 of 37 pictures cannot be read: their probabilities are 0" in capsys.readouterr().out
     assert not table.probabilities[row].any()
-    assert turn_table.pu_weights(table.upright, 2.0)[row].tolist() == [1] * 4
+    assert rotation_table.pu_weights(table.upright, 2.0)[row].tolist() == [1] * 4
     whole = table_of(folds, pictures, tmp_path / "b.npz")
     rest = np.arange(len(table.fold)) != row
     np.testing.assert_allclose(table.probabilities[rest], whole.probabilities[rest], atol=1e-6)

@@ -20,7 +20,7 @@ from fastrot.config import Refused
 from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
 from fastrot.evals.rotation import turn_guesses
-from fastrot.ops.turns import Cells, folded, turned_views
+from fastrot.ops.rotate import Cells, folded, turned_views
 from fastrot.training import checkpoint
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
@@ -243,7 +243,7 @@ TRACE = """
 import torch
 from fastrot import assemble, config
 from fastrot.backbones.heads import Classifier
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 
 trunk = assemble.backbone(config.AlexNet(width=0.05, fold=True), 64)
 net = Classifier(trunk, 4)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastrot import assemble, config
 from fastrot.core import Batch, Facts
-from fastrot.ops.turns import Cells, folded
+from fastrot.ops.rotate import Cells, folded
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import Rates, sgd
 

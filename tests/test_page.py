@@ -11,11 +11,10 @@ from PIL import Image
 from torch import nn
 from truth import photo
 
-from fastrot import page
-from fastrot.evals import picture
+from fastrot.evals import page, picture
 from fastrot.evals.filters import first_filters
+from fastrot.evals.page import Story, draw
 from fastrot.evals.picture import said, turned_sheet
-from fastrot.page import Story, draw
 
 HOSTILE = "<script>alert('x')</script> & \"quote\" $\\frac$ 漢 {brace}"
 ROTNET = "method:\n  type: RotNet\nbackbone:\n  type: AlexNet\npreset: demo\n"

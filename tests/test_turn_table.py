@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from truth import golden
 
-from fastrot import turn_table
 from fastrot.config import Refused
-from fastrot.turn_table import TurnTable, pu_weights, read, write
+from fastrot.methods import rotation_table
+from fastrot.methods.rotation_table import TurnTable, pu_weights, read, write
 
 ROWS, OURS = 37, "fingerprint of our data"
 GAMMAS = ["0", "0.5", "1", "2", "3", "5"]
@@ -58,10 +58,10 @@ def test_the_originals_text_gives_the_originals_weights(tmp_path):
 # ---- files ----
 
 
-@pytest.mark.parametrize("lines", [3, turn_table._LINES], ids=["few-at-once", "as-shipped"])
+@pytest.mark.parametrize("lines", [3, rotation_table._LINES], ids=["few-at-once", "as-shipped"])
 @pytest.mark.parametrize("name", ["a.npz", "a.dat", "a.txt"])
 def test_a_table_comes_back(table, tmp_path, monkeypatch, name, lines):
-    monkeypatch.setattr(turn_table, "_LINES", lines)
+    monkeypatch.setattr(rotation_table, "_LINES", lines)
     write(tmp_path / name, table)
     found = read(tmp_path / name, rows=ROWS, fingerprint=OURS)
     assert found.upright.dtype == np.float32
@@ -197,7 +197,7 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path, capsys, make, say
 
 
 def test_line_numbers_count_over_the_parts_that_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(turn_table, "_LINES", 2)  # 24 bytes at once
+    monkeypatch.setattr(rotation_table, "_LINES", 2)  # 24 bytes at once
     lines = ["0.25"] * 400
     for at, wrong in [(399, "x"), (201, "7")]:
         (tmp_path / "a.dat").write_text("\n".join([*lines[:at], wrong, *lines[at + 1 :]]) + "\n")
@@ -208,5 +208,5 @@ def test_line_numbers_count_over_the_parts_that_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.csv", "a", "no/such/folder/a.npz"])
 def test_a_file_that_could_not_be_written_is_refused_at_once(tmp_path, name):
     with pytest.raises(Refused, match="--table"):
-        turn_table.check_name(tmp_path / name, "--table")
-    turn_table.check_name(tmp_path / "a.npz", "--table")
+        rotation_table.check_name(tmp_path / name, "--table")
+    rotation_table.check_name(tmp_path / "a.npz", "--table")

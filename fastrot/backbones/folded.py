@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrot.ops.turns import Cells, folded
+from fastrot.ops.rotate import Cells, folded
 
 
 class FoldedConv2d(nn.Conv2d):

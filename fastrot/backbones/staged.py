@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastrot.backbones.convolved import Convolved
 from fastrot.config import Refused
-from fastrot.ops.turns import Cells
+from fastrot.ops.rotate import Cells
 
 
 class Staged(nn.Module):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from fastrot import dist
 from fastrot.core import Batch, Method
 from fastrot.data.plan import Loader
-from fastrot.turn_table import TURNS
+from fastrot.methods.rotation_table import TURNS
 
 
 @torch.no_grad()

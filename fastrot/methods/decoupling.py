@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from fastrot import config, dist
 from fastrot.backbones.staged import Staged
-from fastrot.bank import Bank
 from fastrot.config import Refused
 from fastrot.core import DTYPES, Batch, Facts, Losses, Method
+from fastrot.methods.bank import Bank
+from fastrot.methods.rotation_table import pu_weights, read
 from fastrot.methods.rotnet import TURNS, turn_labels
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
-from fastrot.ops.turns import turned_views
-from fastrot.turn_table import pu_weights, read
+from fastrot.ops.rotate import turned_views
 
 EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 

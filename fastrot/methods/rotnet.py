@@ -10,7 +10,7 @@ from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, Facts, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 
 TURNS = (0, 1, 2, 3)  # quarter turns counter-clockwise; the label of a view is its turn
 

@@ -38,14 +38,14 @@ from torch import Tensor
 from fastrot import native
 from fastrot.config import Refused
 from fastrot.ops.choice import form_for
+from fastrot.ops.rotate import check_views, turned_views
 from fastrot.ops.rows import check_device
-from fastrot.ops.turns import check_views, turned_views
 
 try:
     import triton
     import triton.language as tl
 
-    from fastrot.ops.turns import _normalised, _source_pixel
+    from fastrot.ops.rotate import _normalised, _source_pixel
 except ModuleNotFoundError:  # torch's builds for the CPU come without it
     triton = None
 

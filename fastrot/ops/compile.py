@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OPS = (
-    "fastrot.ops.turns",
+    "fastrot.ops.rotate",
     "fastrot.ops.nce",
     "fastrot.ops.rows",
     "fastrot.ops.blocks",

@@ -12,7 +12,7 @@ from fastrot.data.pack import layout
 from fastrot.ops import blocks as op
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
-from fastrot.ops.turns import turned_views
+from fastrot.ops.rotate import turned_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODINGS: tuple[layout.Encoding, ...] = ("ycc", "raw")

@@ -8,9 +8,9 @@ import torch
 from truth import golden
 
 from fastrot.config import Refused
-from fastrot.ops import turns as op
+from fastrot.ops import rotate as op
 from fastrot.ops.choice import form_for, using
-from fastrot.ops.turns import Cells, folded, turned_views
+from fastrot.ops.rotate import Cells, folded, turned_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {
