@@ -44,7 +44,7 @@ from fastrot import entry
 from fastrot.assemble import open_loader
 from fastrot.config import BLOCKS, RandomResized, Refused
 from fastrot.core import Picks, View
-from fastrot.data import order
+from fastrot.data import sampler
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import Packer
 from fastrot.disk import write_atomically
@@ -333,16 +333,16 @@ def mixing_rows(batch: int = 256, ranks: int = 8, samples: int = 400) -> Iterato
     """Entropy of labels per batch, of the global one and of a rank's own, on sorted classes of ImageNet's size."""
     images, classes = IMAGENET
     labels = np.arange(images) * classes // images
-    orders: dict[str, Any] = {FULL: order.Shuffled(images, seed=0, epoch=0)}
+    orders: dict[str, Any] = {FULL: sampler.Shuffled(images, seed=0, epoch=0)}
     for block, window in (BLOCKS, SMALL, (4 * BLOCKS[0], BLOCKS[1] // 4)):
-        one = order.Blocks(images, seed=0, epoch=0, block=block, window=window)
+        one = sampler.Blocks(images, seed=0, epoch=0, block=block, window=window)
         orders[blocks_name((block, window))] = one
     for name, rows in orders.items():
         for what, rank, world in (("a batch", 0, 1), (f"a rank of {ranks}", 3, ranks)):
             at = {"batch": batch, "rank": rank, "world": world, "ragged": False}
-            count = order.batches(images, **at)
+            count = sampler.batches(images, **at)
             steps = np.unique(np.linspace(0, count - 1, samples).astype(int)).tolist()
-            found = [bits(labels[rows[order.places(images, number=k, **at)]]) for k in steps]
+            found = [bits(labels[rows[sampler.places(images, number=k, **at)]]) for k in steps]
             yield row(
                 "mixing",
                 name,

@@ -31,7 +31,7 @@ from benchmarks.advice import GPU_GB, KEPT_GB
 from fastrot import assemble, entry
 from fastrot.config import RandomResized
 from fastrot.core import Facts, View
-from fastrot.data import order
+from fastrot.data import sampler
 from fastrot.entry import in_bytes, in_time
 from fastrot.methods.bank import Bank
 from fastrot.training import checkpoint
@@ -53,11 +53,11 @@ def order_rows(seconds: float) -> Iterator[dict[str, Any]]:
     for images in (IMAGENET, PICTURES):
         tracemalloc.start()
         begun = time.perf_counter()
-        made = order.Shuffled(images, seed=0, epoch=0)
+        made = sampler.Shuffled(images, seed=0, epoch=0)
         built = time.perf_counter() - begun
         held, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        for batch in (BATCH, order.CHUNK):
+        for batch in (BATCH, sampler.CHUNK):
             places, each = np.arange(batch, dtype=np.int64) * 1001 % images, []
             end = time.perf_counter() + seconds
             while time.perf_counter() < end or len(each) < 5:
@@ -72,7 +72,7 @@ def order_rows(seconds: float) -> Iterator[dict[str, Any]]:
                 built_s=built,
                 held_bytes=held,
                 most_bytes=most,
-                sort=images <= order.SORTED_UP_TO,
+                sort=images <= sampler.SORTED_UP_TO,
                 shape={"pictures": images, "places": batch},
             )
 
@@ -214,7 +214,7 @@ def _of_order(mine: dict, pictures: int) -> Iterator[tuple]:
     for images in (IMAGENET, PICTURES):
         one, many = (
             mine["order", f"{images:,} pictures, {n:,} places at once"]
-            for n in (BATCH, order.CHUNK)
+            for n in (BATCH, sampler.CHUNK)
         )
         table.append(
             [
@@ -222,7 +222,7 @@ def _of_order(mine: dict, pictures: int) -> Iterator[tuple]:
                 in_time(one["built_s"]),
                 f"{in_bytes(one['held_bytes'])} (most {in_bytes(one['most_bytes'])})",
                 f"{one['p50'] * BATCH / 1e3:.3g} ms",
-                f"{in_time(many['p50'] / 1e6 * images)} over all ranks, asked {order.CHUNK:,} at a time",
+                f"{in_time(many['p50'] / 1e6 * images)} over all ranks, asked {sampler.CHUNK:,} at a time",
                 f"{one['line']}, {many['line']}",
             ]
         )
@@ -231,7 +231,7 @@ def _of_order(mine: dict, pictures: int) -> Iterator[tuple]:
     rate = 1e6 / most["p50"]
     yield (
         "text",
-        f"Above {order.SORTED_UP_TO:,} pictures an order holds nothing, and any place of any epoch is computed by "
+        f"Above {sampler.SORTED_UP_TO:,} pictures an order holds nothing, and any place of any epoch is computed by "
         f"itself: a run resumes at once. One core computes {rate:,.0f} places/s by batches of {BATCH} (line "
         f"{most['line']}), beside which a step is long.",
     )

@@ -12,7 +12,7 @@ import torch
 from fastrot import assemble
 from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
 from fastrot.core import DTYPES
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import TrainState

@@ -26,7 +26,7 @@ import torch
 from benchmarks import contestants, forms, measure, roofline
 from fastrot import assemble, entry
 from fastrot.config import Config, Refused
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.entry import Alarm
 from fastrot.speed.timer import Watch
 from fastrot.training import loop

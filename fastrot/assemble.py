@@ -21,7 +21,7 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import Config, Refused
 from fastrot.core import Data, Facts, Method, View
 from fastrot.data import crops
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import billion, measure
-from fastrot.data import order
+from fastrot.data import sampler
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_tables_in_memory_are_counted_and_maps_are_not(tmp_path):
 def made_rows() -> list[dict]:
     rows = []
     for images in (billion.IMAGENET, billion.PICTURES):
-        for places in (billion.BATCH, order.CHUNK):
+        for places in (billion.BATCH, sampler.CHUNK):
             of = {
                 "sort": images < 2**26,
                 "built_s": 1.0,

@@ -23,7 +23,7 @@ from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import disk, entry, train
 from fastrot.config import Refused, Stopped
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.entry import Warned
 from fastrot.methods.rotnet import RotNet
 from fastrot.training import checkpoint, journal, loop

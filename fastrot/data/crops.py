@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from fastrot.config import Crop, RandomResized, Refused, Shifted, Whole, Within
-from fastrot.data.order import GOLDEN, hash64, mix
+from fastrot.data.sampler import GOLDEN, hash64, mix
 
 TRIES = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred box
 _CROPS = 0x63726F7073  # "crops": keeps these draws apart from those of the order

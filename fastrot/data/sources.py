@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
 from fastrot.config import Refused
-from fastrot.data.order import Shuffled, hash64
+from fastrot.data.sampler import Shuffled, hash64
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fastrot import dist
 from fastrot.core import Batch, Method
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.methods.rotation_table import TURNS
 
 

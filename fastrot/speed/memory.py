@@ -9,7 +9,7 @@ import torch
 from fastrot import config, dist, machine
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import View
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.speed.timer import Watch, blank
 from fastrot.training.loop import TrainState, pulled
 

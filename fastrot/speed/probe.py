@@ -28,8 +28,8 @@ from jaxtyping import Int32, Int64, UInt8
 from fastrot import assemble
 from fastrot.config import Config
 from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Picks, View
+from fastrot.data.loader import Loader
 from fastrot.data.pack import layout
-from fastrot.data.plan import Loader
 from fastrot.speed import bounds, cost
 from fastrot.speed.bounds import wait_for
 from fastrot.training.loop import TrainState, train_step

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fastrot import dist
 from fastrot.config import Config, NotFinite, Stopped
 from fastrot.core import Batch, Losses, Method
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.entry import Alarm, Warned
 from fastrot.speed.timer import Watch
 from fastrot.training import checkpoint

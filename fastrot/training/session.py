@@ -18,7 +18,7 @@ import yaml
 from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, Refused, Stopped
 from fastrot.core import DTYPES, Batch, Data, View
-from fastrot.data.plan import Loader
+from fastrot.data.loader import Loader
 from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Alarm, Warned, share_of_cores

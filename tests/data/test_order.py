@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fastrot.data import order
+from fastrot.data import sampler
 
 KEY = (0x6F72646572, 0, 0)
 TWELVE = np.arange(12)
@@ -11,12 +11,12 @@ TWELVE = np.arange(12)
 
 
 def test_hash_is_as_ever():
-    assert order.hash64(1, 2, np.arange(3)).tolist() == [
+    assert sampler.hash64(1, 2, np.arange(3)).tolist() == [
         0xE68E6FC01DF08360,
         0x0D022233FA9DEDCB,
         0x8BC440364068FD88,
     ]
-    assert order.hash64(-1).tolist() == [0xE4D971771B652C20]
+    assert sampler.hash64(-1).tolist() == [0xE4D971771B652C20]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_hash_is_as_ever():
     ids=["first-epoch", "second-epoch", "another-seed", "some-rows", "imagenet"],
 )
 def test_sorted_order_is_as_ever(rows, seed, epoch, golden):
-    shuffled = order.Shuffled(rows, seed=seed, epoch=epoch)
+    shuffled = sampler.Shuffled(rows, seed=seed, epoch=epoch)
     assert shuffled[np.arange(len(golden))].tolist() == golden
 
 
@@ -45,7 +45,7 @@ def test_sorted_order_is_as_ever(rows, seed, epoch, golden):
     ids=["first-epoch", "another-epoch", "a-billion-rows"],
 )
 def test_feistel_order_is_as_ever(images, key, golden):
-    assert order.feistel(np.arange(len(golden)), images, *key).tolist() == golden
+    assert sampler.feistel(np.arange(len(golden)), images, *key).tolist() == golden
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_order_by_blocks_is_as_ever(rows, seed, epoch, shape, golden):
     assert shuffled[np.arange(len(golden))].tolist() == golden
 
 
-def by_blocks(rows, block, window, *, seed=1, epoch=2) -> order.Blocks:
-    return order.Blocks(rows, seed=seed, epoch=epoch, block=block, window=window)
+def by_blocks(rows, block, window, *, seed=1, epoch=2) -> sampler.Blocks:
+    return sampler.Blocks(rows, seed=seed, epoch=epoch, block=block, window=window)
 
 
 # ---- what holds for every size ----
@@ -80,21 +80,21 @@ def by_blocks(rows, block, window, *, seed=1, epoch=2) -> order.Blocks:
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 4097, 65_537])
 def test_feistel_permutes(images):
-    rows = order.feistel(np.arange(images), images, 3, 1, 4)
+    rows = sampler.feistel(np.arange(images), images, 3, 1, 4)
     assert np.array_equal(np.sort(rows), np.arange(images))
 
 
 def test_feistel_scatters_neighbours():
-    rows = order.feistel(np.arange(10_000), 2**27, *KEY)
+    rows = sampler.feistel(np.arange(10_000), 2**27, *KEY)
     assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.03
     assert abs(rows.mean() / 2**27 - 0.5) < 0.01
 
 
 def test_both_orders_visit_each_row_of_a_subset_once(monkeypatch):
     rows = np.arange(5, 300, 3)
-    by_hash = order.Shuffled(rows, seed=1, epoch=2)
-    monkeypatch.setattr(order, "SORTED_UP_TO", 10)
-    walked = order.Shuffled(rows, seed=1, epoch=2)
+    by_hash = sampler.Shuffled(rows, seed=1, epoch=2)
+    monkeypatch.setattr(sampler, "SORTED_UP_TO", 10)
+    walked = sampler.Shuffled(rows, seed=1, epoch=2)
     everywhere = np.arange(len(rows))
     assert not np.array_equal(by_hash[everywhere], walked[everywhere])
     for shuffled in (by_hash, walked):
@@ -102,8 +102,8 @@ def test_both_orders_visit_each_row_of_a_subset_once(monkeypatch):
 
 
 def test_places_of_an_order_are_addressable_one_by_one(monkeypatch):
-    monkeypatch.setattr(order, "SORTED_UP_TO", 10)
-    shuffled = order.Shuffled(1000, seed=1, epoch=2)
+    monkeypatch.setattr(sampler, "SORTED_UP_TO", 10)
+    shuffled = sampler.Shuffled(1000, seed=1, epoch=2)
     some = np.array([999, 0, 17, 17])
     assert np.array_equal(shuffled[some], shuffled[np.arange(1000)][some])
 
@@ -114,9 +114,9 @@ def test_places_of_an_order_are_addressable_one_by_one(monkeypatch):
 def test_ranks_share_an_epoch(images, batch, world, ragged):
     shares = []
     for rank in range(world):
-        count = order.batches(images, batch=batch, rank=rank, world=world, ragged=ragged)
+        count = sampler.batches(images, batch=batch, rank=rank, world=world, ragged=ragged)
         at = dict(batch=batch, rank=rank, world=world, ragged=ragged)
-        drawn = [order.places(images, number=k, **at) for k in range(count)]
+        drawn = [sampler.places(images, number=k, **at) for k in range(count)]
         assert all(len(places) == batch for places in drawn[: None if not ragged else -1])
         assert all(len(places) for places in drawn)
         shares += drawn
@@ -126,8 +126,8 @@ def test_ranks_share_an_epoch(images, batch, world, ragged):
 
 
 def test_in_order_is_data_order():
-    assert order.InOrder(12)[TWELVE].tolist() == TWELVE.tolist()
-    assert order.InOrder(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
+    assert sampler.InOrder(12)[TWELVE].tolist() == TWELVE.tolist()
+    assert sampler.InOrder(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
 
 
 # ---- by blocks ----
@@ -196,9 +196,9 @@ def test_ranks_read_their_own_blocks(images, world):
     everywhere = np.arange(images - images % 128)
     of_block = np.full(images, -1)
     for rank in range(world):
-        count = order.batches(images, batch=batch, rank=rank, world=world, ragged=False)
+        count = sampler.batches(images, batch=batch, rank=rank, world=world, ragged=False)
         at = dict(batch=batch, rank=rank, world=world, ragged=False)
-        places = np.concatenate([order.places(images, number=k, **at) for k in range(count)])
+        places = np.concatenate([sampler.places(images, number=k, **at) for k in range(count)])
         assert (of_block[shuffled[places]] == -1).all()
         of_block[shuffled[places]] = rank
     whole = everywhere[: shuffled._whole]
@@ -263,7 +263,7 @@ def test_going_on_in_mid_epoch_announces_what_is_left():
 
 def test_each_place_may_have_a_permutation_of_its_own():
     places, keys = np.arange(40) % 10, np.arange(40) // 10
-    together = order.feistel(places, 10, 7, keys)
-    alone = [order.feistel(np.arange(10), 10, 7, key) for key in range(4)]
+    together = sampler.feistel(places, 10, 7, keys)
+    alone = [sampler.feistel(np.arange(10), 10, 7, key) for key in range(4)]
     assert np.array_equal(together, np.concatenate(alone))
     assert len({tuple(each) for each in alone}) == 4

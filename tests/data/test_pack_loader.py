@@ -19,9 +19,9 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Refused, Shifted, Whole
 from fastrot.core import DamagedRecord, Picks, View
 from fastrot.data import ahead, crops
+from fastrot.data.loader import Loader
 from fastrot.data.pack import load, read, write
 from fastrot.data.pack.load import Pack, choose
-from fastrot.data.plan import Loader
 
 ROOT = Path(__file__).parents[2]
 ROWS = 24

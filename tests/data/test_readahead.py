@@ -8,7 +8,7 @@ from truth import photo
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, Refused
 from fastrot.core import View
-from fastrot.data import order, prepare, readahead
+from fastrot.data import prepare, readahead, sampler
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.data.pack.load import Pack
@@ -105,7 +105,7 @@ def test_a_loader_tells_of_its_own_ranks_blocks_alone():
     for rank in (0, 1):
         loader = open_loader("synthetic:192", view, batch=4, workers=0, rank=rank, world=2)
         rows = loader._order(0)
-        assert isinstance(rows, order.Blocks)
+        assert isinstance(rows, sampler.Blocks)
         each = [loader._coming(rows, k, 0) for k in range(len(loader))]
         drawn = [rows[loader._places(k)] for k in range(len(loader))]
         assert np.isin(np.concatenate(drawn), np.concatenate(each)).all()

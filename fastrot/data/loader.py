@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrot.config import Refused
 from fastrot.core import Batch, DamagedRecord, Data, Picks, View
-from fastrot.data import crops, order
+from fastrot.data import crops, sampler
 
 
 class Loader:
@@ -85,7 +85,7 @@ class Loader:
         """Batches per epoch on this rank."""
         if self.view.owned:  # ranks own up to one row more or less, but step together
             return self.images // self.world // self.batch
-        return order.batches(
+        return sampler.batches(
             self.images,
             batch=self.batch,
             rank=self.rank,
@@ -100,7 +100,7 @@ class Loader:
         return (
             len(self)
             if self.view.owned
-            else order.batches(self.images, **last, ragged=not self.view.shuffled)
+            else sampler.batches(self.images, **last, ragged=not self.view.shuffled)
         )
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
@@ -112,7 +112,7 @@ class Loader:
         def plan() -> Iterator[Picks]:
             for k in steps:
                 picks = self.picks(rows[self._places(k)], number)
-                if isinstance(rows, order.Blocks):
+                if isinstance(rows, sampler.Blocks):
                     picks = dataclasses.replace(picks, coming=self._coming(rows, k, start))
                 ahead.append(picks)
                 yield ahead[-1]
@@ -183,16 +183,16 @@ class Loader:
             raise DamagedRecord(f"no picture of a whole batch can be read; the first, {reasons[0]}")
         return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
 
-    def _order(self, epoch: int) -> order.InOrder | order.Shuffled | order.Blocks:
+    def _order(self, epoch: int) -> sampler.InOrder | sampler.Shuffled | sampler.Blocks:
         of = self._share if self._share is not None else self.data.rows
         if not self.view.shuffled:
-            return order.InOrder(of)
+            return sampler.InOrder(of)
         if self.view.blocks is None:
-            return order.Shuffled(of, seed=self.seed, epoch=epoch)
+            return sampler.Shuffled(of, seed=self.seed, epoch=epoch)
         block, window = self.view.blocks
-        return order.Blocks(of, seed=self.seed, epoch=epoch, block=block, window=window)
+        return sampler.Blocks(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
-    def _coming(self, rows: order.Blocks, k: int, start: int) -> np.ndarray:
+    def _coming(self, rows: sampler.Blocks, k: int, start: int) -> np.ndarray:
         rank, world = self._shared_by
         since, first, stop = (each * self.batch * world for each in (start, k, k + 1))
         return rows.ahead(first, stop, since=since, rank=rank, world=world)
@@ -200,7 +200,7 @@ class Loader:
     def _places(self, k: int) -> np.ndarray:
         rank, world = self._shared_by
         images = self.images if self._share is None else len(self._share)
-        return order.places(
+        return sampler.places(
             images,
             batch=self.batch,
             rank=rank,
