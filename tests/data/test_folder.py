@@ -17,7 +17,8 @@ from truth import photo
 from fastrot import core
 from fastrot.config import RandomResized, Refused, Shifted, Whole
 from fastrot.core import Picks, View
-from fastrot.data import crops, folder, loader, sources
+from fastrot.data import crops, folder, sources
+from fastrot.data.loader import Loader
 from fastrot.data import pictures as decoder
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def headers(monkeypatch):
 
 
 def picks(data: folder.Folder, rows, *recipes, epoch: int = 0) -> Picks:
-    loader = loader.Loader(data, View(crops=recipes or (Whole(size=16),)), batch=1)
+    loader = Loader(data, View(crops=recipes or (Whole(size=16),)), batch=1)
     return loader.picks(np.array(rows, np.int64), epoch)
 
 
@@ -162,7 +163,7 @@ def test_epochs_are_the_same_for_any_number_of_workers(pictures):
     seen = [
         [
             (batch.index.tolist(), batch.images.sum().item())
-            for batch in loader.Loader(data, view, batch=5, workers=workers).epoch(1, start=2)
+            for batch in Loader(data, view, batch=5, workers=workers).epoch(1, start=2)
         ]
         for workers in (0, 1, 2)
     ]
@@ -194,7 +195,7 @@ def children() -> int:
 
 def test_breaking_off_leaves_no_process(pictures):
     data = folder.Folder(pictures)
-    loader = loader.Loader(data, View(crops=(Whole(size=16),)), batch=2, workers=2)
+    loader = Loader(data, View(crops=(Whole(size=16),)), batch=2, workers=2)
     for _ in loader.epoch(0):
         assert children() == 2
         break
