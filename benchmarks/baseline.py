@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from benchmarks import contestants, measure
 from fastrot import assemble, entry
 from fastrot.backbones.alexnet import alexnet
-from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
+from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES, Batch
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
@@ -244,11 +244,11 @@ def looks(cfg: Config, *, training: bool) -> Callable:
 
 
 def torchvision() -> Any:
-    """The module. Raises Refused where it is not installed."""
+    """The module. Raises UsageError where it is not installed."""
     try:
         import torchvision
     except ImportError as error:
-        raise Refused(
+        raise UsageError(
             f"the baseline needs torchvision, which cannot be imported ({error}): install torch's pair of it"
         ) from None
     return torchvision

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import measure
 from fastrot import entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 PRESET, WIDTH, BATCH, STEPS, RATE, JUDGED = "rotnet-nin-cifar10", 0.25, 64, 150, 0.1, 1000
 TARGET = 0.5  # of the turns right, on JUDGED test pictures
@@ -37,7 +37,9 @@ def pictures(root: Path | None, work: Path) -> tuple[Path, str]:
     if not (unpacked / "cifar-10-batches-py" / "test_batch").exists():
         script = packed / "unpack_cifar10.py"
         if not script.exists():
-            raise Refused(f"{packed} holds no CIFAR-10: name cifar-10-batches-py with --root DIR")
+            raise UsageError(
+                f"{packed} holds no CIFAR-10: name cifar-10-batches-py with --root DIR"
+            )
         _run(script, "--src", "full-q95", "--out", unpacked)
     return unpacked / "cifar-10-batches-py", COPIES
 
@@ -104,7 +106,7 @@ def rows(summary: dict[str, Any], lines: list[dict], seconds: float, about: str)
 def _run(script: Path, *knobs: Any) -> None:
     command = [sys.executable, str(script), *map(str, knobs)]
     if subprocess.run(command).returncode:
-        raise Refused(f"this failed, see above: {' '.join(command)}")
+        raise UsageError(f"this failed, see above: {' '.join(command)}")
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ from benchmarks.bench_loaders import fresh
 from benchmarks.contestants import Formats, installed, originals
 from fastrot import entry
 from fastrot.assemble import open_loader
-from fastrot.config import BLOCKS, RandomResized, Refused
+from fastrot.config import BLOCKS, RandomResized, UsageError
 from fastrot.core import Picks, View
 from fastrot.data import sampler
 from fastrot.data.beton.load import Beton
@@ -147,13 +147,13 @@ class Pages:
 
 
 def made_cold(pages: Pages, maps: list[mmap.mmap]) -> None:
-    """Drop a file's pages. Raises Refused where another process keeps them."""
+    """Drop a file's pages. Raises UsageError where another process keeps them."""
     for _ in range(20):
         pages.drop(maps)
         if (left := pages.megabytes()) < pages.bytes / MB / 100:
             return
         time.sleep(0.1)
-    raise Refused(f"{left:.0f} MB of {pages.path} stay in memory: end what else reads it")
+    raise UsageError(f"{left:.0f} MB of {pages.path} stay in memory: end what else reads it")
 
 
 class LessMemory(threading.Thread):
@@ -432,7 +432,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args()
     if not hasattr(os, "posix_fadvise") or not Path("/proc/self/io").exists():
-        raise Refused("pages can be dropped and reads be counted on Linux alone: run it there")
+        raise UsageError("pages can be dropped and reads be counted on Linux alone: run it there")
     megabytes, workers = 60 if asked.quick else asked.mb, cores()
     source = Beton(asked.data or Formats(originals(asked.root), asked.work, workers).beton())
     asked.work.mkdir(parents=True, exist_ok=True)

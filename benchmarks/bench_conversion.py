@@ -29,7 +29,7 @@ from benchmarks import contestants, measure
 from benchmarks.bench_loaders import children, fresh, own_memory
 from benchmarks.contestants import SHORT, installed, originals, row
 from fastrot import entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.entry import cores
 
 CONVERSION_TARGET = 1.0  # times: to_ffcv.py over FFCV's plain writer, per core
@@ -177,7 +177,7 @@ def convert(root: Path, out: Path, workers: int, *more: str) -> tuple[float, flo
     running.wait()
     watcher.join()
     if running.returncode:
-        raise Refused(f"{root} could not be converted: run  {' '.join(command)}  to see why")
+        raise UsageError(f"{root} could not be converted: run  {' '.join(command)}  to see why")
     return peaks[0], peaks[1]
 
 

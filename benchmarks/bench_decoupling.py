@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import measure
 from fastrot import entry
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 
 PRESET, CHANCE = "decoupling-alexnet", 0.25
 NET = {"--backbone.width": 0.25, "--backbone.kernel": 5, "--backbone.stride": 2}
@@ -47,7 +47,7 @@ def prepared(root: Path | None, work: Path, quick: bool) -> dict[str, Path]:
     made = {}
     for split in ("train", "val"):
         if not (root / split).is_dir():
-            raise Refused(
+            raise UsageError(
                 f"{root / split} is no folder: name one that holds train/ and val/, --root DIR"
             )
         some = ["--limit", QUICK[split]] if quick else []
@@ -74,13 +74,13 @@ def learn(data: dict[str, Path], run: Path, knobs: dict[str, Any]) -> tuple[dict
 def shape_of(lines: list[dict[str, Any]]) -> dict[str, float]:
     """The few numbers that the curves are judged by.
 
-    Raises Stopped where a run has fewer than two log lines or two validations.
+    Raises RunError where a run has fewer than two log lines or two validations.
     """
     whole = [line for line in lines if "loss_nce" in line and line["step"] % LOG_EVERY == 0]
     nce = [line["loss_nce"] for line in whole]  # the last line may be of a few steps alone
     seen = [line for line in lines if "val_prec_rot" in line]
     if len(nce) < 2 or len(seen) < 2:
-        raise Stopped(
+        raise RunError(
             f"{len(nce)} log lines and {len(seen)} validations show no curve: train for more steps"
         )
     tenth = -(-len(nce) // 10)
@@ -181,7 +181,7 @@ def _short(value: float) -> float:
 def _run(script: Path, *knobs: Any) -> None:
     command = [sys.executable, str(script), *map(str, knobs)]
     if subprocess.run(command).returncode:
-        raise Refused(f"this failed, see above: {' '.join(command)}")
+        raise UsageError(f"this failed, see above: {' '.join(command)}")
 
 
 def main(args: list[str] | None = None) -> int:

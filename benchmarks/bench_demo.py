@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import measure
 from fastrot import entry
-from fastrot.config import Stopped
+from fastrot.config import RunError
 
 MINUTES = 8  # on 2 cores without GPU, installation included
 ACCURACY = 0.6
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
         done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=checkout)
         seconds = time.perf_counter() - begin
         if done.returncode:
-            raise Stopped(f"make demo ended with status {done.returncode}: see what it printed")
+            raise RunError(f"make demo ended with status {done.returncode}: see what it printed")
         run = checkout / "runs" / "demo"
         summary = json.loads((run / "summary.json").read_text())
         keep_picture(run / "plots" / "turned.png")

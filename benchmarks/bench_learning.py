@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import bench_decoupling, measure
 from fastrot import entry
-from fastrot.config import AlexNet, Config, Refused, Stopped
+from fastrot.config import AlexNet, Config, RunError, UsageError
 
 CHANCE, LEARNT, BOUND = 0.25, 0.05, 0.03  # shares
 PLAIN = "float32 eager"
@@ -73,11 +73,11 @@ ABOUT = (
 def knobs_of(form: str) -> tuple[list[str], list[str]]:
     """What a form sets on the command line, and of it what this version does not know.
 
-    Raises Refused for a word that is none.
+    Raises UsageError for a word that is none.
     """
     words = form.replace(" + ", " ").split()
     if unknown := [word for word in words if word not in WORDS]:
-        raise Refused(f"--forms got {form!r}: {unknown[0]!r} is none of {', '.join(WORDS)}")
+        raise UsageError(f"--forms got {form!r}: {unknown[0]!r} is none of {', '.join(WORDS)}")
     known = {field.name for field in dataclasses.fields(Config)}
     known |= {f"backbone.{field.name}" for field in dataclasses.fields(AlexNet)}
     knobs = [knob for word in words for knob in WORDS[word]]
@@ -124,7 +124,7 @@ def learn(task: str, form: str, seed: int, asked: Asked) -> tuple[dict, list[dic
     command = [sys.executable, script, str(preset), *told, *knobs_of(form)[0], "--no-tensorboard"]
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise Stopped(f"this ended with status {done.returncode}, see above: {' '.join(command)}")
+        raise RunError(f"this ended with status {done.returncode}, see above: {' '.join(command)}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return json.loads((run / "summary.json").read_text()), lines
 

@@ -29,7 +29,7 @@ import fastrot.assemble
 from benchmarks import contestants, measure
 from benchmarks.contestants import Run
 from fastrot import entry, native
-from fastrot.config import RandomResized, Refused
+from fastrot.config import RandomResized, UsageError
 from fastrot.data import crops
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.entry import cores
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args()
     if native.load() is None:
-        raise Refused(f"the C++ extension is not there: {native.why()}")
+        raise UsageError(f"the C++ extension is not there: {native.why()}")
     root, workers = contestants.originals(asked.root), cores()
     files = prepared(root, asked.work, workers)
     out = measure.results("cpu", asked.out) if asked.out or not asked.quick else None

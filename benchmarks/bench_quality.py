@@ -40,7 +40,7 @@ from PIL import Image
 
 from benchmarks import measure
 from fastrot import entry, machine
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import pictures
 from fastrot.data.pack import bc4, layout
 from fastrot.data.sources import Source, image_folder
@@ -82,13 +82,13 @@ class Codec:
 
 
 def codecs() -> dict[str, Codec]:
-    """All that are compared, by name. Raises Refused where a package is missing that only this benchmark needs."""
+    """All that are compared, by name. Raises UsageError where a package is missing that only this benchmark needs."""
     try:
         import etcpak  # noqa: F401
         import skimage  # noqa: F401
         import texture2ddecoder  # noqa: F401
     except ImportError as e:
-        raise Refused(
+        raise UsageError(
             f"this benchmark needs {e.name}: pip install etcpak texture2ddecoder scikit-image"
         ) from None
     return {
@@ -217,7 +217,7 @@ def judge(codec: Codec, picture: Picture) -> Kept:
 def sample(root: Path, limit: int | None) -> Iterator[Picture]:
     """Real pictures of a folder, decoded and shrunk."""
     if not root.is_dir():
-        raise Refused(f"{root} is no folder: name one of pictures with --sample DIR")
+        raise UsageError(f"{root} is no folder: name one of pictures with --sample DIR")
     source = image_folder(root)
     for i in range(len(source.records[:limit])):
         whole = _read(source, i)
@@ -281,7 +281,9 @@ def prepared(root: Path, name: str, codec: Codec | None, work: Path, quick: bool
     made = []
     for split in ("train", "val"):
         if not (root / split).is_dir():
-            raise Refused(f"{root / split} is no folder: name one with train/ and val/, --root DIR")
+            raise UsageError(
+                f"{root / split} is no folder: name one with train/ and val/, --root DIR"
+            )
         limit = QUICK[split] if quick else None
         out = work / f"quality-{name.replace(' ', '')}-{split}{limit or ''}.beton"
         if not out.exists():
@@ -449,7 +451,7 @@ def _spread(row: dict[str, Any]) -> float:
 def _run(script: Path, *knobs: Any) -> None:
     command = [sys.executable, str(script), *map(str, knobs)]
     if subprocess.run(command).returncode:
-        raise Refused(f"this failed, see above: {' '.join(command)}")
+        raise UsageError(f"this failed, see above: {' '.join(command)}")
 
 
 def main(args: list[str] | None = None) -> int:

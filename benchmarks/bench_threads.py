@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import measure
 from fastrot import entry
-from fastrot.config import Stopped
+from fastrot.config import RunError
 from fastrot.presets import PRESETS
 
 LINE = 10  # steps a log line
@@ -55,7 +55,7 @@ def rate(
         command = [sys.executable, str(script), asked.preset, *map(str, knobs), "--no-tensorboard"]
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
         if done.returncode:
-            raise Stopped(f"a run ended with status {done.returncode}: {' '.join(command)}")
+            raise RunError(f"a run ended with status {done.returncode}: {' '.join(command)}")
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]
     told = [json.loads(line) for line in lines]
     seconds = sum(1 / line["images_per_s"] for line in told)

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from benchmarks import contestants, forms, full_epoch, measure, roofline
 from fastrot import assemble, entry
-from fastrot.config import AlexNet, Config, Decoupling, Refused, Stopped
+from fastrot.config import AlexNet, Config, Decoupling, RunError, UsageError
 from fastrot.core import DTYPES, Batch, Losses
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
@@ -230,7 +230,7 @@ def step_rows(
         yield each
     trained = built(cfg, names, (WARM + steps) * cfg.batch, device, bank=bank, seconds=seconds)
     if not trained:
-        raise Stopped("no form of the step could be built: see the lines above")
+        raise RunError("no form of the step could be built: see the lines above")
     net = next(iter(trained.values())).state.method.net
     flop = sum(
         layer.flop for layer in cost.layers(net, roofline.views_shape(cfg), DTYPES[cfg.precision])
@@ -446,7 +446,7 @@ def run_row(command: list[str]) -> dict[str, Any]:
         done = subprocess.run([sys.executable, script, *command, "--out", folder])
         seconds = time.perf_counter() - begun
         if done.returncode:
-            raise Stopped(f"{command[0]} ended with status {done.returncode}: see what it printed")
+            raise RunError(f"{command[0]} ended with status {done.returncode}: see what it printed")
         summary = json.loads((Path(folder) / "summary.json").read_text())
     told = ("images_per_s", "wait_share", "val_accuracy", "val_accuracy_first", "chance", "verdict")
     return row(
@@ -470,7 +470,9 @@ def data_of(loaders: list[str] | None, root: Path | None, work: Path) -> dict[st
     """What each loader reads; --root's pictures are prepared under `work` where this has not been done."""
     names = loaders or (LOADERS if root is not None else LOADERS[:2])
     if root is None and (lacking := [name for name in names if name not in LOADERS[:2]]):
-        raise Refused(f"--loaders got {lacking[0]}: it wants --root DIR, class folders of pictures")
+        raise UsageError(
+            f"--loaders got {lacking[0]}: it wants --root DIR, class folders of pictures"
+        )
     if root is None:
         return dict(zip(names, names, strict=True))
     formats = contestants.Formats(contestants.originals(root), work, entry.cores())

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from fastrot import entry
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 
 # torch is imported where it is used: the child notes its number before that
 
@@ -181,12 +181,12 @@ class Running:
         return self.said.read_text(errors="replace")
 
     def wait(self) -> int:
-        """The status. Raises Stopped where it does not end."""
+        """The status. Raises RunError where it does not end."""
         try:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.end()
-            raise Stopped(f"{self.run} did not end: {self.words()[-2000:]}") from None
+            raise RunError(f"{self.run} did not end: {self.words()[-2000:]}") from None
 
     def end(self) -> None:
         """Kill all that is left of it: a torchrun that was killed leaves its ranks alive."""
@@ -285,10 +285,10 @@ def _comes_anew(running: Running, phase: int) -> None:
 
 
 def _wait(running: Running, true: Callable[[], bool]) -> None:
-    """Until it is true, or the run has ended. Raises Stopped where neither comes: a run that hangs."""
+    """Until it is true, or the run has ended. Raises RunError where neither comes: a run that hangs."""
     if not until(lambda: true() or running.ended()):
         running.end()
-        raise Stopped(
+        raise RunError(
             f"{running.run} hangs in {PHASES[running.phase()]}: {running.words()[-2000:]}"
         )
 
@@ -299,7 +299,7 @@ def complaints(running: Running, struck: Struck | None) -> list[str]:
     for name in ("last.pt", "previous.pt"):
         try:
             last_step(running.run, name)
-        except Refused as error:
+        except UsageError as error:
             wrong.append(str(error))
     went_on = [int(step) for step in re.findall(r"resumed at step (\d+)", said)]
     should = [] if running.step is None else [running.step]
@@ -403,7 +403,7 @@ class Setting:
         """A run that is never struck."""
         running = self.start("straight")
         if running.wait():
-            raise Stopped(f"the straight run failed: {running.words()[-2000:]}")
+            raise RunError(f"the straight run failed: {running.words()[-2000:]}")
         return running.run
 
 
@@ -604,7 +604,7 @@ def main(args: list[str] | None = None) -> int:
     measure.append(measure.results("cpu", asked.out), made)
     print(summary(made))
     if made["mismatches"]:
-        raise Stopped(f"{made['mismatches']} mismatches, named above")
+        raise RunError(f"{made['mismatches']} mismatches, named above")
     return 0
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 import fastrot.assemble
 from benchmarks import measure
 from fastrot import native
-from fastrot.config import Placement, RandomResized, Refused
+from fastrot.config import Placement, RandomResized, UsageError
 from fastrot.core import Data, Picks, View
 from fastrot.data.pack.layout import WIDTH, firsts
 from fastrot.data.pack.read import open_pack
@@ -53,7 +53,7 @@ def originals(root: Path | None) -> Path:
     """The folder of original pictures, or one sentence on how to name one."""
     chosen = root or measure.shared_data() / "imagenet-sample"
     if not chosen.is_dir():
-        raise Refused(
+        raise UsageError(
             f"{chosen} is no folder: name a folder of class folders of original pictures with --root DIR"
         )
     return chosen
@@ -118,7 +118,7 @@ class Formats:
             command = conversion(script, self.root, out, self.workers, *knobs)
             told = subprocess.run(command, capture_output=True, text=True)
             if told.returncode:
-                raise Refused(
+                raise UsageError(
                     f"{self.root} could not be converted ({told.stderr.strip()[-300:]}): run  "
                     f"{' '.join(command)}  to see why"
                 )
@@ -532,9 +532,9 @@ def installed(*modules: str) -> bool:
 
 
 def present(only: list[str] | None = None) -> dict[str, Contestant]:
-    """Those that can be measured here. Raises Refused for a name of `only` that is none."""
+    """Those that can be measured here. Raises UsageError for a name of `only` that is none."""
     if unknown := [name for name in only or () if name not in CONTESTANTS]:
-        raise Refused(f"--only got {unknown[0]!r}: it wants one of {', '.join(CONTESTANTS)}")
+        raise UsageError(f"--only got {unknown[0]!r}: it wants one of {', '.join(CONTESTANTS)}")
     return {
         name: each
         for name, each in CONTESTANTS.items()

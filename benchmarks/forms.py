@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastrot import assemble
-from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
+from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
@@ -63,10 +63,10 @@ def plain(preset: str, device: torch.device, **knobs: Any) -> Config:
 
 
 def config_in(form: str, cfg: Config) -> Config:
-    """The same run in a form. Raises Refused for a word that is none."""
+    """The same run in a form. Raises UsageError for a word that is none."""
     for word in form.split(" + "):
         if word not in WORDS:
-            raise Refused(
+            raise UsageError(
                 f"--forms got {word!r}: it wants words of {', '.join(WORDS)}, joined by +"
             )
         for name, value in WORDS[word].items():

@@ -25,9 +25,9 @@ import torch
 
 from benchmarks import contestants, forms, measure, roofline
 from fastrot import assemble, entry
-from fastrot.config import Config, Refused
+from fastrot.config import Config, UsageError
 from fastrot.data.loader import Loader
-from fastrot.entry import Alarm
+from fastrot.entry import PreemptionSignal
 from fastrot.speed.timer import Watch
 from fastrot.training import loop
 from fastrot.training.journal import Journal
@@ -48,7 +48,7 @@ def rows(
     quick: bool = False,
     **knobs: Any,
 ) -> Iterator[dict[str, Any]]:
-    """The epoch's row. Raises Refused where the pictures do not fit into the GPU's memory."""
+    """The epoch's row. Raises UsageError where the pictures do not fit into the GPU's memory."""
     cfg = sized(preset, form, device, quick=quick, **knobs)
     pack = contestants.Formats(root, work, entry.cores()).pack()
     whole = device.type == "cuda" and not quick
@@ -81,7 +81,7 @@ def sized(
 def must_fit(wanted: int, free: int) -> None:
     """Refuse pictures that leave the training no room."""
     if wanted + SPARE > free:
-        raise Refused(
+        raise UsageError(
             f"--epoch wants {wanted / 1e9:.0f} GB of GPU memory for its pictures and {SPARE / 1e9:.0f} GB to train, "
             f"but {free / 1e9:.0f} GB are free: use a GPU that has them, or bench_train without --epoch"
         )
@@ -113,9 +113,9 @@ def timed(
         folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
         journal = Journal(folder, steps=len(loader), resumed_at=0, judged=0, tensorboard=False)
         until_the_end.callback(journal.close)
-        alarm = until_the_end.enter_context(contextlib.closing(Alarm()))
+        preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
         journal.say(*loader.data.in_words())  # type: ignore[attr-defined]
-        run = Run(loader, None, journal, cfg, nothing, nothing, alarm, Watch(state.device))
+        run = Run(loader, None, journal, cfg, nothing, nothing, preemption, Watch(state.device))
         train = seconds(lambda: loop.fit(state, run))
         assert state.step == len(loader)
         validation = seconds(lambda: loop.validate(state, val_loader))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastrot import machine
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.entry import cores
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ def _commit() -> dict[str, Any]:
         ]
         changed = subprocess.run(status, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        raise Refused(
+        raise UsageError(
             "a benchmark row needs the commit: run inside the git checkout, or set COMMIT and DIRTY=0 or 1"
         ) from None
     return {"commit": commit.stdout.strip(), "dirty": bool(changed.stdout.strip())}

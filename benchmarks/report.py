@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import advice, bench_quality, billion, figures, measure, pages, plots, throughput
 from benchmarks.measure import number
 from fastrot import entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 TITLES = {
     "loaders": "Loaders and conversion",
@@ -88,7 +88,7 @@ def newest(file: Path) -> list[dict[str, Any]]:
     for at, line in enumerate(file.read_text().splitlines(), 1):
         row = json.loads(line)
         if not row.get("commit"):
-            raise Refused(f"line {at} of {file} has no commit: take it out, and measure again")
+            raise UsageError(f"line {at} of {file} has no commit: take it out, and measure again")
         key = json.dumps([row.get(name) for name in KEY], sort_keys=True)
         if key not in found or row["when"] >= found[key]["when"]:
             found[key] = {**row, "line": at}
@@ -275,7 +275,7 @@ def main(args: list[str] | None = None) -> int:
     asked = parser.parse_args(args)
     files = sorted(asked.results.glob("*.jsonl"))
     if not files:
-        raise Refused(
+        raise UsageError(
             f"{asked.results} holds no results: run make bench, or name a folder with --results"
         )
     made = [page for file in files for page in write(file, asked.out)]

@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
 from fastrot import assemble, dist, entry
-from fastrot.config import AlexNet, Config, Decoupling, Refused, resolved
+from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import Rates, sgd
@@ -243,7 +243,7 @@ def count(ranks: int, net: str, *, extra: bool = False) -> dict[str, dict[str, A
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise Refused(f"{ranks} ranks could not count what they send: {done.stderr[-2000:]}")
+            raise UsageError(f"{ranks} ranks could not count what they send: {done.stderr[-2000:]}")
         return json.loads(out.read_text())
 
 
@@ -396,7 +396,7 @@ def main(args: list[str] | None = None) -> int:
         count_here(asked.net, asked.count_into, extra=asked.extra)
         return 0
     if asked.ranks < 2:
-        raise Refused(f"--ranks got {asked.ranks}: it wants 2 or more, since one sends nothing")
+        raise UsageError(f"--ranks got {asked.ranks}: it wants 2 or more, since one sends nothing")
     file = measure.results("cuda" if torch.cuda.is_available() else "cpu", asked.out)
     known = read_rows({file, *(measure.ROOT / "benchmarks" / "results").glob("*.jsonl")})
     step = step_row(known)

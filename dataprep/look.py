@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from fastrot import entry
-from fastrot.config import Stopped
+from fastrot.config import RunError
 
 if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
@@ -53,11 +53,11 @@ def main(args: list[str] | None = None) -> int:
 
 def look(options: Look) -> int:
     from fastrot.assemble import open_data
-    from fastrot.config import Refused
+    from fastrot.config import UsageError
 
     for name in ("size", "pictures"):
         if getattr(options, name) < 1:
-            raise Refused(f"--{name} got {getattr(options, name)}: it wants at least 1")
+            raise UsageError(f"--{name} got {getattr(options, name)}: it wants at least 1")
     start = time.perf_counter()
     data = open_data(options.data)
     opened = time.perf_counter() - start
@@ -187,7 +187,7 @@ def verify(data) -> int:
         for row in range(start, min(start + TASK, data.rows)):
             try:
                 data.picture(row)  # checks its size, and its checksum where it has one
-            except (BadPicture, Stopped, OSError) as error:
+            except (BadPicture, RunError, OSError) as error:
                 words = str(error)
                 named = (
                     words if words.startswith("row ") else f"row {row} ({data.name(row)}): {words}"

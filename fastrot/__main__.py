@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from fastrot import entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 COMMANDS = {
     "train": "train a network: fastrot train PRESET --data PATH",
@@ -25,7 +25,7 @@ def _main() -> int:
             print(f"  {command:<8} {does}")
         return 0
     if name not in COMMANDS:
-        raise Refused(f"there is no command {name!r}: choose one of {', '.join(COMMANDS)}")
+        raise UsageError(f"there is no command {name!r}: choose one of {', '.join(COMMANDS)}")
     return importlib.import_module(f"fastrot.{name}").main(sys.argv[2:])
 
 

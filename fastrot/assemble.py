@@ -18,7 +18,7 @@ from fastrot import config, dist
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
-from fastrot.config import Config, Refused
+from fastrot.config import Config, UsageError
 from fastrot.core import Data, Facts, Method, View
 from fastrot.data import crops
 from fastrot.data.loader import Loader
@@ -60,13 +60,13 @@ def open_data(
     """Open prepared pictures: what one of FORMATS reads, or `synthetic[:IMAGES]`.
 
     The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/load.py. Raises
-    Refused, naming `knob`, for what is no known format.
+    UsageError, naming `knob`, for what is no known format.
     """
     name, path = str(path), Path(path)
     if name.split(":")[0] == "synthetic":
         return _synthetic(name, loader, knob)
     if not path.exists():
-        raise Refused(
+        raise UsageError(
             f"{knob} {path} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
     if loader == "dali":
@@ -75,7 +75,7 @@ def open_data(
     kind = held if loader == "auto" else loader
     placed = kind in FORMATS and FORMATS[kind].placed
     if placement != "auto" and knob == "--data" and not placed:
-        raise Refused(
+        raise UsageError(
             f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
         )
     if kind in FORMATS and FORMATS[kind].fits(path):
@@ -83,13 +83,13 @@ def open_data(
     if kind == "ffcv" and path.is_file():
         return _through_ffcv(path)
     if path.suffix in ARCHIVES:
-        raise Refused(
+        raise UsageError(
             f"{knob} {path} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
             f"with --source {ARCHIVES[path.suffix]} --root {path}"
         )
     wanted = "beton" if loader == "ffcv" else loader
     wants = FORMATS[wanted].wants if wanted in FORMATS else "a known format"
-    raise Refused(
+    raise UsageError(
         f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), a .pack "
         "(dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
     )
@@ -99,10 +99,10 @@ def _synthetic(name: str, loader: str, knob: str) -> Data:
     from fastrot.data.synthetic import IMAGES, Synthetic
 
     if loader == "dali":
-        raise Refused(_NOT_FOR_DALI.format(f"{knob} {name}"))
+        raise UsageError(_NOT_FOR_DALI.format(f"{knob} {name}"))
     count = name.partition(":")[2] or str(IMAGES)
     if not count.isdigit() or int(count) < 1:
-        raise Refused(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
+        raise UsageError(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
     return Synthetic(int(count))
 
 
@@ -128,7 +128,7 @@ def _folder(path: Path, _: config.Placement) -> Data:
     from fastrot.data.folder import Folder
 
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
-        raise Refused(
+        raise UsageError(
             f"{path} holds tars without an index of ours: dataprep/to_dali.py --source webdataset --root {path} "
             "writes shards that have one"
         )
@@ -191,7 +191,7 @@ def _through_ffcv(path: Path) -> Data:
     try:
         from fastrot.data.beton.load_ffcv import FfcvBeton
     except ImportError as error:  # not installed, or without its system libraries
-        raise Refused(
+        raise UsageError(
             f"--loader ffcv cannot import FFCV ({error}): run  make ffcv  to install it, or choose --loader beton"
         ) from None
     return FfcvBeton(path)
@@ -207,11 +207,11 @@ def _through_dali(data: Any, what: str) -> Data:
     """`data` decoded by DALI; `what`: its knob and name."""
     raw = data.format == "beton" and data.contents.raw.all()
     if data.format not in ("tars", "folder", "beton") or raw:
-        raise Refused(_NOT_FOR_DALI.format(what))
+        raise UsageError(_NOT_FOR_DALI.format(what))
     try:
         from fastrot.data.dali import ThroughDali
     except ImportError as error:  # not installed, or without its system libraries
-        raise Refused(
+        raise UsageError(
             f"--loader dali cannot import DALI ({error}): run  make dali  to install it, or choose another --loader"
         ) from None
     return ThroughDali(data)
@@ -291,10 +291,10 @@ class Trunk(nn.Module):
         """Features of square uint8 pictures behind a named stage, in float32.
 
         [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage. Raises
-        Refused for a stage that the network has not.
+        UsageError for a stage that the network has not.
         """
         if stage not in self.stages:
-            raise Refused(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
+            raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
         images = images.to(next(self.net.parameters()).device)
         views = turned_views(images, (0,), self.mean, self.std, dtype=torch.float32)
         return self.net.outputs(views, (stage,))[0].contiguous()
@@ -357,12 +357,12 @@ def facts(
             ("--val", data if val_loader is None else val_loader.data),
         ):
             if missing := int((each.labels < 0).sum()):
-                raise Refused(
+                raise UsageError(
                     f"{cfg.preset} learns from labels, but {missing} of {each.rows} pictures of {knob} have "
                     "none: prepare them with --label-from folder, or choose rotnet-alexnet"
                 )
         if val_loader is not None and val_loader.data.classes != data.classes:
-            raise Refused(
+            raise UsageError(
                 f"--val has other classes than --data ({len(val_loader.data.classes)} and "
                 f"{len(data.classes)}): both need the same class folders"
             )

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-class Refused(ValueError):
+class UsageError(ValueError):
     """Wrong use, told in one sentence: the setting, what it got, the way out. Entries exit with status 2."""
 
 
-class Stopped(RuntimeError):
+class RunError(RuntimeError):
     """A run that cannot go on, told in one sentence. Entries exit with status 1."""
 
 
-class NotFinite(Stopped):
+class NotFinite(RunError):
     """Numbers of a step are NaN or infinite."""
 
 
-class Left(Stopped):
+class PeerLost(RunError):
     """Another process of the run has ended; it knows why, so that it is let speak first."""
 
 
@@ -262,42 +262,46 @@ def check(cfg: Config) -> None:
     }.items():
         value = getattr(cfg, name)
         if value is not None and value < least:
-            raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
+            raise UsageError(f"{knob(name)} got {value}: it wants at least {least}")
     if cfg.compile_mode != "default" and not cfg.compile:
-        raise Refused(f"--compile-mode got {cfg.compile_mode}: it wants --compile")
+        raise UsageError(f"--compile-mode got {cfg.compile_mode}: it wants --compile")
     if cfg.lr is not None and not 0 < cfg.lr < math.inf:
-        raise Refused(f"--lr got {cfg.lr}: it wants a number above 0")
+        raise UsageError(f"--lr got {cfg.lr}: it wants a number above 0")
     if cfg.seed >= 2**63:
-        raise Refused(f"--seed got {cfg.seed}: it wants a number below 2**63")
+        raise UsageError(f"--seed got {cfg.seed}: it wants a number below 2**63")
     if not 0 <= cfg.optim.momentum < 1:
-        raise Refused(f"--optim.momentum got {cfg.optim.momentum}: it wants 0 to below 1")
+        raise UsageError(f"--optim.momentum got {cfg.optim.momentum}: it wants 0 to below 1")
     if not 0 <= cfg.optim.weight_decay < math.inf:
-        raise Refused(f"--optim.weight-decay got {cfg.optim.weight_decay}: it wants 0 or more")
+        raise UsageError(f"--optim.weight-decay got {cfg.optim.weight_decay}: it wants 0 or more")
     if not 0 <= cfg.hold_out < 1:
-        raise Refused(
+        raise UsageError(
             f"--hold-out got {cfg.hold_out}: it wants a share from 0 (none) to below 1, such as 0.05"
         )
     if not all(0 < s < math.inf for s in cfg.std):
-        raise Refused(f"--std got {cfg.std}: each of the three must be above 0")
+        raise UsageError(f"--std got {cfg.std}: each of the three must be above 0")
     if not all(math.isfinite(m) for m in cfg.mean):
-        raise Refused(f"--mean got {cfg.mean}: it wants three numbers, such as 0.485 0.456 0.406")
+        raise UsageError(
+            f"--mean got {cfg.mean}: it wants three numbers, such as 0.485 0.456 0.406"
+        )
     if cfg.folds is not None and not 2 <= cfg.folds <= 100:
-        raise Refused(f"--folds got {cfg.folds}: it wants 2 to 100")
+        raise UsageError(f"--folds got {cfg.folds}: it wants 2 to 100")
     if cfg.fold is not None and not (cfg.folds is not None and 0 <= cfg.fold < cfg.folds):
-        raise Refused(f"--fold got {cfg.fold}: it wants --folds, and a number from 0 to below that")
+        raise UsageError(
+            f"--fold got {cfg.fold}: it wants --folds, and a number from 0 to below that"
+        )
     for name in ("order_block", "order_window"):
         if cfg.order == "full" and getattr(cfg, name) is not None:
-            raise Refused(f"{knob(name)} got {getattr(cfg, name)}: it wants --order blocks")
+            raise UsageError(f"{knob(name)} got {getattr(cfg, name)}: it wants --order blocks")
     if cfg.epochs is not None and cfg.budget is not None:
-        raise Refused(
+        raise UsageError(
             f"--epochs {cfg.epochs} and --budget {cfg.budget} both set the length: give one"
         )
     for name, value in (("steps", cfg.schedule.steps), ("epochs", cfg.schedule.epochs)):
         if value is not None and value < 1:
-            raise Refused(f"--schedule.{name} got {value}: it wants at least 1")
+            raise UsageError(f"--schedule.{name} got {value}: it wants at least 1")
     for name, value in (("warmup", cfg.schedule.warmup), ("last", cfg.schedule.last)):
         if not 0 <= value < math.inf:
-            raise Refused(f"--schedule.{name} got {value}: it wants 0 or more")
+            raise UsageError(f"--schedule.{name} got {value}: it wants 0 or more")
     rates = [rate for _, rate in cfg.schedule.table]
     ends = [end for end, _ in cfg.schedule.table]
     if (
@@ -306,12 +310,12 @@ def check(cfg: Config) -> None:
         or ends != sorted(set(ends))
         or rates[0] == 0
     ):
-        raise Refused(
+        raise UsageError(
             f"--schedule.table got {cfg.schedule.table}: it wants (epoch, rate) pairs, epochs rising, "
             "rates of 0 or more, the first above 0"
         )
     if not 0 < cfg.backbone.width <= 64:
-        raise Refused(
+        raise UsageError(
             f"--backbone.width got {cfg.backbone.width}: it wants a number above 0 and up to 64, such as 0.25"
         )
     if isinstance(cfg.method, Decoupling):
@@ -320,25 +324,25 @@ def check(cfg: Config) -> None:
     if isinstance(crop, RandomResized):
         low, high = crop.scale
         if not 0 < low <= high <= 1:
-            raise Refused(
+            raise UsageError(
                 f"--method.crop.scale got {crop.scale}: it wants two shares, 0 < low <= high <= 1"
             )
         if not 0 < crop.ratio[0] <= crop.ratio[1]:
-            raise Refused(f"--method.crop.ratio got {crop.ratio}: it wants 0 < low <= high")
+            raise UsageError(f"--method.crop.ratio got {crop.ratio}: it wants 0 < low <= high")
     if isinstance(crop, Within) and crop.short < crop.size:
-        raise Refused(
+        raise UsageError(
             f"--method.crop.short got {crop.short}: it wants at least the crop's size, {crop.size}"
         )
     if isinstance(crop, Shifted) and crop.pad < 0:
-        raise Refused(f"--method.crop.pad got {crop.pad}: it wants 0 or more pixels")
+        raise UsageError(f"--method.crop.pad got {crop.pad}: it wants 0 or more pixels")
     if crop.size < 1:
-        raise Refused(f"--method.crop.size got {crop.size}: it wants at least 1 pixel")
+        raise UsageError(f"--method.crop.size got {crop.size}: it wants at least 1 pixel")
 
 
 def _check_decoupling(method: Decoupling) -> None:
     def refuse(name: str, wants: str) -> None:
         value = getattr(method, name)
-        raise Refused(f"{knob('method.' + name)} got {value}: it wants {wants}")
+        raise UsageError(f"{knob('method.' + name)} got {value}: it wants {wants}")
 
     if not 0 < method.temperature < math.inf:
         refuse("temperature", "a number above 0, such as 0.07")
@@ -424,37 +428,37 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     if plain is None:
         if type(None) in typing.get_args(hint):
             return None
-        raise Refused(f"{name or 'the config'} got null: give it a value, or leave the line out")
+        raise UsageError(f"{name or 'the config'} got null: give it a value, or leave the line out")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         choices = [c for c in typing.get_args(hint) if c is not type(None)]
         if isinstance(plain, dict):
             named = [c for c in choices if c.__name__ == plain.get("type")]
             if not named:
                 known = ", ".join(c.__name__ for c in choices)
-                raise Refused(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
+                raise UsageError(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
             return from_plain(plain, named[0], name)
         return from_plain(plain, choices[0], name)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(plain, dict):
-            raise Refused(f"{name or 'the config'} got {plain!r}: it wants a table of knobs")
+            raise UsageError(f"{name or 'the config'} got {plain!r}: it wants a table of knobs")
         hints = typing.get_type_hints(hint)
         values = {k: v for k, v in plain.items() if k != "type"}
         if unknown := sorted(set(values) - set(hints)):
-            raise Refused(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
+            raise UsageError(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
         return hint(
             **{k: from_plain(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()}
         )
     if typing.get_origin(hint) is tuple:
         if not isinstance(plain, list):
-            raise Refused(f"{name} got {plain!r}: it wants a list")
+            raise UsageError(f"{name} got {plain!r}: it wants a list")
         inner = typing.get_args(hint)
         each = [inner[0]] * len(plain) if inner[-1] is Ellipsis else list(inner)
         if len(each) != len(plain):
-            raise Refused(f"{name} got {plain!r}: it wants {len(each)} values")
+            raise UsageError(f"{name} got {plain!r}: it wants {len(each)} values")
         return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
     if typing.get_origin(hint) is Literal:
         if plain not in typing.get_args(hint):
-            raise Refused(
+            raise UsageError(
                 f"{name} got {plain!r}: it wants one of {', '.join(typing.get_args(hint))}"
             )
         return plain
@@ -462,7 +466,7 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
         return float(plain)
     assert isinstance(hint, type)
     if not isinstance(plain, hint):
-        raise Refused(f"{name} got {plain!r}: it wants {hint.__name__}")
+        raise UsageError(f"{name} got {plain!r}: it wants {hint.__name__}")
     return plain
 
 

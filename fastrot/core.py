@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor, nn
 
-from fastrot.config import Crop, Stopped
+from fastrot.config import Crop, RunError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their knobs
 
@@ -103,7 +103,7 @@ class Losses:
         return Losses(terms, metrics, vector)
 
 
-class DamagedRecord(Stopped):
+class DamagedRecord(RunError):
     """A picture whose bytes are not those that were written, or cannot be read."""
 
 

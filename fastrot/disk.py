@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 PATIENCE = 5.0  # seconds that a lock is waited for: its owner may be on its way out
 
@@ -63,7 +63,7 @@ def named(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder for this process alone; raises Refused with `refusal` and the owner where another holds it.
+    """Hold a folder for this process alone; raises UsageError with `refusal` and the owner where another holds it.
 
     A POSIX record lock: it ends with the process that took it, however that ends, and its children do not
     inherit it. So a worker that outlives its killed parent holds nothing, while the ranks that a killed
@@ -74,7 +74,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         try:
             file = open(path, "a+b")  # noqa: SIM115 (closed below)
         except FileNotFoundError:
-            raise Refused(f"{refusal} (it has ended just now)") from None
+            raise UsageError(f"{refusal} (it has ended just now)") from None
         with file:
             _take(file, until, refusal)
             if not _still_named(file, path):
@@ -96,7 +96,7 @@ def _take(file: BinaryIO, until: float, refusal: str) -> None:
             if time.monotonic() > until:
                 file.seek(0)
                 owner = file.read(200).decode(errors="replace").strip() or "unknown"
-                raise Refused(f"{refusal} ({owner})") from None
+                raise UsageError(f"{refusal} ({owner})") from None
             time.sleep(0.1)
         except OSError:
             return  # a file system without locks

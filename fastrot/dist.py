@@ -13,7 +13,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from fastrot.config import Stopped
+from fastrot.config import RunError
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def everyones(value: Any) -> list[Any]:
 
 def lost(error: RuntimeError) -> bool:
     """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
-    if world() == 1 or isinstance(error, Stopped):
+    if world() == 1 or isinstance(error, RunError):
         return False
     gone = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
     network = isinstance(error, distributed.DistNetworkError)

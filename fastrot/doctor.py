@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastrot import config, entry
-from fastrot.config import Config, LoaderName, Precision, Refused
+from fastrot.config import Config, LoaderName, Precision, UsageError
 from fastrot.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -98,17 +98,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def config_of(wanted: Doctor) -> Config:
-    """The run that is asked about. Raises Refused for what no run could use."""
+    """The run that is asked about. Raises UsageError for what no run could use."""
     if not wanted.data:
-        raise Refused(
+        raise UsageError(
             "doctor.py wants data: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
     if wanted.preset not in PRESETS:
         near = difflib.get_close_matches(wanted.preset, PRESETS, n=1)
         way = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise Refused(f"--preset got {wanted.preset!r}: {way}")
+        raise UsageError(f"--preset got {wanted.preset!r}: {way}")
     if not SHORTEST <= wanted.seconds < math.inf:
-        raise Refused(f"--seconds got {wanted.seconds:g}: it wants {SHORTEST} or more, such as 20")
+        raise UsageError(
+            f"--seconds got {wanted.seconds:g}: it wants {SHORTEST} or more, such as 20"
+        )
     cfg = PRESETS[wanted.preset]()
     own = {f.name for f in dataclasses.fields(Doctor)} & {
         f.name for f in dataclasses.fields(Config)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from fastrot.config import Left, Refused, Stopped
+from fastrot.config import PeerLost, RunError, UsageError
 
 WARNINGS = (
     signal.SIGTERM,
@@ -43,12 +43,12 @@ def status(main: Callable[[], int | None]) -> int:
     """Run a command's main function; the status to leave with."""
     try:
         code = main() or 0
-    except (Refused, Stopped, OSError) as error:
+    except (UsageError, RunError, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
-        complain(in_words(error), last=isinstance(error, Left))
-        code = 2 if isinstance(error, Refused) else 1
-    except Warned as warned:  # who saved has said so
+        complain(in_words(error), last=isinstance(error, PeerLost))
+        code = 2 if isinstance(error, UsageError) else 1
+    except Preempted as warned:  # who saved has said so
         code = 128 + warned.signal
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from what was saved")
@@ -72,7 +72,7 @@ def in_words(error: Exception) -> str:
 # ---- warnings: a cluster's signals before it kills ----
 
 
-class Warned(Exception):
+class Preempted(Exception):
     """A warning was answered: all is saved. `signal` is its number."""
 
     def __init__(self, number: int, sentence: str):
@@ -80,7 +80,7 @@ class Warned(Exception):
         self.signal = number
 
 
-class Alarm:
+class PreemptionSignal:
     """Notes the warnings that reach this process from now on; only the main thread of a process can."""
 
     def __init__(self):

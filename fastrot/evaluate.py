@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastrot import config, entry
-from fastrot.config import Config, LoaderName, Refused, Stopped
+from fastrot.config import Config, LoaderName, RunError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,9 +49,9 @@ def _words(argv: list[str]) -> tuple[str, str | None, list[str]]:
         return "", None, []
     known = ", ".join(EVALUATIONS)
     if argv[0].startswith("-") or len(argv) < 2:
-        raise Refused(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
+        raise UsageError(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
     if argv[1] not in EVALUATIONS:
-        raise Refused(f"there is no evaluation {argv[1]!r}: choose one of {known}")
+        raise UsageError(f"there is no evaluation {argv[1]!r}: choose one of {known}")
     return argv[0], argv[1], argv[2:]
 
 
@@ -71,7 +71,7 @@ class Trained:
 def nets_of(run: str | Path) -> list[Trained]:
     """The net of a run or checkpoint; of a folder of folds those of all of them, in order.
 
-    Raises Refused where a fold is missing, unfinished, or one of another --folds.
+    Raises UsageError where a fold is missing, unfinished, or one of another --folds.
     """
     from fastrot.training import checkpoint
     from fastrot.training.session import folds_in
@@ -84,17 +84,17 @@ def nets_of(run: str | Path) -> list[Trained]:
     for fold in range(max(folds, 1)):
         folder = Path(run) / f"fold{fold}"
         if folder not in begun:
-            raise Refused(
+            raise UsageError(
                 f"{folder} holds no trained net: train with --folds {folds or 'F'} --out {run} first, to the end"
             )
         net = begun[folder]
         if (net.cfg.folds, net.cfg.fold) != (folds, fold):
-            raise Refused(
+            raise UsageError(
                 f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
                 f"{folds} belongs: train it in another folder"
             )
         if net.step < net.facts["steps"]:
-            raise Refused(
+            raise UsageError(
                 f"{folder} is not trained to its end (step {net.step} of {net.facts['steps']}): the command "
                 "that began it goes on there"
             )
@@ -133,13 +133,13 @@ def rotation(run: str, knobs: Rotation) -> int:
 
     for name, least in {"batch": 1, "workers": 0}.items():
         if (value := getattr(knobs, name)) is not None and value < least:
-            raise Refused(f"--{name} got {value}: it wants at least {least}")
+            raise UsageError(f"--{name} got {value}: it wants at least {least}")
     if knobs.table is not None:
         rotation_table.check_name(knobs.table, "--table")
     nets = nets_of(run)
     for net in nets:
         if not assemble.METHODS[type(net.cfg.method)].tells_turns(net.cfg.method):
-            raise Refused(
+            raise UsageError(
                 f"{net.source} tells no turns ({type(net.cfg.method).__name__}): name a run of rotnet or "
                 "decoupling"
             )
@@ -153,7 +153,7 @@ def rotation(run: str, knobs: Rotation) -> int:
     if here.rank:
         return 0
     if not answers.asked.any():
-        raise Stopped(f"no picture of {name} can be read: prepare it anew")
+        raise RunError(f"no picture of {name} can be read: prepare it anew")
     print(f"{run}: {data.rows:,} pictures of {name}, each turned four ways")
     print(*_shares_right(answers, fold, nets), sep="\n")
     for line in _cautions(answers, nets, data):
@@ -176,7 +176,7 @@ def _folds(nets: list[Trained], data: "Data", name: str) -> "np.ndarray":
         return np.full(data.rows, -1, np.int8)
     for net in nets:
         if net.facts["data_fingerprint"] != data.fingerprint:
-            raise Refused(
+            raise UsageError(
                 f"--data {name} holds other pictures than {net.source} was trained on, so that no fold says "
                 f"which net never saw them: give the same --data, or name {net.source} alone"
             )

@@ -10,7 +10,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 import difflib
 
 from fastrot import config, entry
-from fastrot.config import Config, Refused
+from fastrot.config import Config, UsageError
 from fastrot.presets import PRESETS
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     config.check(cfg)
     cfg = config.resolved(cfg)
     if cfg.data is None:
-        raise Refused("--data is missing: name a .beton file, an image folder, or synthetic")
+        raise UsageError("--data is missing: name a .beton file, an image folder, or synthetic")
     from fastrot.training.session import (
         train,  # torch is imported here: a wrong knob is told before that
     )
@@ -46,7 +46,7 @@ def command_line(argv: list[str]) -> Config:
             )
         if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
             near = difflib.get_close_matches(argv[0], PRESETS, n=1)
-            raise Refused(
+            raise UsageError(
                 f"there is no preset {argv[0]!r}: "
                 + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}")
             )
@@ -69,9 +69,9 @@ def _config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
         file, after = "".join(argv[after : after + 1]), after + 1
     rest = argv[: at[0]] + argv[after:]
     if not file:
-        raise Refused("--config wants a file: the config.yaml of a run folder")
+        raise UsageError("--config wants a file: the config.yaml of a run folder")
     if rest and rest[0] in PRESETS:
-        raise Refused(f"--config {file} takes the place of the preset: leave {rest[0]!r} out")
+        raise UsageError(f"--config {file} takes the place of the preset: leave {rest[0]!r} out")
     return Path(file), rest
 
 
@@ -80,11 +80,11 @@ def read_config(path: Path) -> Config:
     import yaml
 
     if not path.is_file():
-        raise Refused(f"--config {path} is no file: name the config.yaml of a run folder")
+        raise UsageError(f"--config {path} is no file: name the config.yaml of a run folder")
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(
+        raise UsageError(
             f"--config {path} is not YAML: use the config.yaml of a run folder"
         ) from error
     return config.from_plain(plain)

@@ -15,7 +15,7 @@ from truth import golden
 from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
 from fastrot.backbones.heads import Classifier
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.rotate import turned_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -213,9 +213,9 @@ def test_alexnet_takes_any_size_from_its_least_on(size, kernel, stride, side):
 
 
 def test_alexnet_refuses_smaller_images_and_names_the_way_out():
-    with pytest.raises(Refused, match=r"--image-size got 62: .* at least 63; .*kernel 5"):
+    with pytest.raises(UsageError, match=r"--image-size got 62: .* at least 63; .*kernel 5"):
         alexnet.alexnet(config.AlexNet(), 62)
-    with pytest.raises(Refused, match="at least 29"):
+    with pytest.raises(UsageError, match="at least 29"):
         alexnet.alexnet(config.AlexNet(kernel=5, stride=2), 28)
 
 
@@ -245,7 +245,7 @@ def test_weights_of_another_size_are_refused_by_key_or_loaded_without_the_linear
     state = weights(small, "sd__")
     net = alexnet.AlexNet(128, channels=(4, 6, 8, 5, 5), hidden=48)
     with pytest.raises(
-        Refused, match=r"fc_block.fc1.weight \(48, 180\) into \(48, 45\).*convolutions"
+        UsageError, match=r"fc_block.fc1.weight \(48, 180\) into \(48, 45\).*convolutions"
     ):
         alexnet.from_original(state, net)
     found = alexnet.from_original(state, net, convolutions_only=True)
@@ -256,7 +256,7 @@ def test_weights_of_another_size_are_refused_by_key_or_loaded_without_the_linear
 
 
 def test_other_networks_are_refused(small):
-    with pytest.raises(Refused, match=r"_feature_blocks\.0\.0\.weight"):
+    with pytest.raises(UsageError, match=r"_feature_blocks\.0\.0\.weight"):
         nin.from_original(weights(small, "sd__"), nin.Nin(channels=(12, 10, 6)))
 
 
@@ -298,7 +298,7 @@ def test_later_stages_are_not_run(trunk_and_images):
 
 def test_an_unknown_stage_is_refused(trunk_and_images):
     trunk, images = trunk_and_images
-    with pytest.raises(Refused, match="no stage is called 'conv9': choose from conv1"):
+    with pytest.raises(UsageError, match="no stage is called 'conv9': choose from conv1"):
         trunk.outputs(images, ("conv9",))
 
 

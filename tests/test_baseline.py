@@ -119,5 +119,5 @@ def test_both_ways_are_measured_on_the_same_shape(pictures, tmp_path, monkeypatc
 
 def test_without_torchvision_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(config.Refused, match="torchvision"):
+    with pytest.raises(config.UsageError, match="torchvision"):
         baseline.torchvision()

@@ -8,7 +8,7 @@ from truth import photo
 
 from benchmarks import bench_learning, measure
 from benchmarks.bench_learning import PLAIN, Asked
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_forms_are_knobs(monkeypatch, capsys):
     monkeypatch.setitem(bench_learning.FORMS, "cpu", ("bf16 compiled + flown", "bf16 eager"))
     assert bench_learning.forms(None, "cpu") == [PLAIN, "bf16 compiled", "bf16 eager"]
     assert "there is no knob --flown" in capsys.readouterr().out
-    with pytest.raises(Refused, match="fast"):
+    with pytest.raises(UsageError, match="fast"):
         bench_learning.knobs_of("fast eager")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import bench_quality, measure, report
 from fastrot.assemble import open_data
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.pack import bc4
 from tests.truth import photo
 
@@ -139,15 +139,15 @@ def test_all_pictures_go_through_the_encoding_in_their_order(tmp_path):
 
 
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(Refused, match="--root DIR"):
+    with pytest.raises(UsageError, match="--root DIR"):
         bench_quality.prepared(tmp_path / "nowhere", "originals", None, tmp_path, quick=True)
-    with pytest.raises(Refused, match="--sample DIR"):
+    with pytest.raises(UsageError, match="--sample DIR"):
         list(bench_quality.sample(tmp_path / "nowhere", None))
 
 
 def test_a_missing_package_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "texture2ddecoder", None)
-    with pytest.raises(Refused, match=r"needs texture2ddecoder: pip install"):
+    with pytest.raises(UsageError, match=r"needs texture2ddecoder: pip install"):
         bench_quality.codecs()
 
 

@@ -11,7 +11,7 @@ from tape import TapeRecorder
 from truth import photo
 
 from benchmarks import bench_train, contestants, forms, full_epoch, measure, roofline
-from fastrot.config import AlexNet, Decoupling, Refused, Stopped
+from fastrot.config import AlexNet, Decoupling, RunError, UsageError
 from fastrot.data.pack.write import write_pack
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_a_form_sets_the_knobs_that_its_words_name():
     cfg = quick()
     assert forms.config_in("compiled", cfg) == dataclasses.replace(cfg, compile=True)
     assert forms.config_in("eager", forms.config_in("compiled", cfg)) == cfg
-    with pytest.raises(Refused, match="'quick': it wants words of eager, compiled"):
+    with pytest.raises(UsageError, match="'quick': it wants words of eager, compiled"):
         forms.config_in("eager + quick", cfg)
 
 
@@ -114,7 +114,7 @@ def test_a_row_for_each_form_and_loader(tmp_path, monkeypatch, capsys):
         assert all(ms >= 0 for ms in row["split"].values())
         assert row["split"]["backward"] > 0
     assert "Self CPU" in (tmp_path / "profile_eager.txt").read_text()
-    with pytest.raises(Stopped, match="no form"):
+    with pytest.raises(RunError, match="no form"):
         list(bench_train.step_rows(quick(), ["broken"], data, CPU, **knobs))
 
 
@@ -154,7 +154,7 @@ def test_kernels_side_by_side_are_counted_once():
 
 def test_loaders_without_pictures_are_refused(tmp_path):
     assert set(bench_train.data_of(None, None, tmp_path)) == {"held", "synthetic"}
-    with pytest.raises(Refused, match="--loaders got pack: it wants --root DIR"):
+    with pytest.raises(UsageError, match="--loaders got pack: it wants --root DIR"):
         bench_train.data_of(["held", "pack"], None, tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_a_whole_epoch_is_told_as_it_was_timed(pack):
 
 def test_pictures_that_do_not_fit_are_refused_before_anything_is_copied():
     full_epoch.must_fit(90 * 10**9, 140 * 10**9)
-    with pytest.raises(Refused, match="wants 90 GB of GPU memory"):
+    with pytest.raises(UsageError, match="wants 90 GB of GPU memory"):
         full_epoch.must_fit(90 * 10**9, 80 * 10**9)
 
 

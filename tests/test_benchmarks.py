@@ -23,7 +23,7 @@ from benchmarks import (
     report,
 )
 from fastrot.assemble import open_data
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
 from fastrot.ops.rotate import Cells
@@ -56,7 +56,7 @@ def test_a_row_without_a_commit_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "r.jsonl").exists()
     monkeypatch.delenv("COMMIT")
     monkeypatch.setattr(measure, "ROOT", tmp_path)  # no checkout
-    with pytest.raises(Refused, match="COMMIT"):
+    with pytest.raises(UsageError, match="COMMIT"):
         measure.row("x")
 
 
@@ -246,7 +246,7 @@ def test_a_pack_is_copied_to_any_size_and_no_index_wraps_round(tmp_path, monkeyp
 
 
 def test_a_loader_that_is_none_is_refused_by_name():
-    with pytest.raises(Refused, match="--only got 'betton': it wants one of beton, "):
+    with pytest.raises(UsageError, match="--only got 'betton': it wants one of beton, "):
         contestants.present(["beton", "betton"])
 
 
@@ -469,7 +469,7 @@ def test_a_curve_of_another_shape_is_told(lines, what):
 
 
 def test_too_short_a_run_is_told_in_one_sentence():
-    with pytest.raises(Stopped, match="more steps"):
+    with pytest.raises(RunError, match="more steps"):
         bench_decoupling.shape_of(curves([10]))
 
 
@@ -490,9 +490,9 @@ def test_the_decoupling_page_draws_its_curves(tmp_path):
 
 
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(Refused, match="--root DIR"):
+    with pytest.raises(UsageError, match="--root DIR"):
         contestants.originals(tmp_path / "nowhere")
-    with pytest.raises(Refused, match="--root DIR"):
+    with pytest.raises(UsageError, match="--root DIR"):
         bench_decoupling.prepared(tmp_path / "nowhere", tmp_path, quick=True)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.training import checkpoint
 
 
@@ -24,7 +24,7 @@ def test_a_checkpoint_comes_back(tmp_path):
 def test_a_checkpoint_cut_short_is_refused(tmp_path, keep):
     path = written(tmp_path / "last.pt")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(Refused, match=r"last\.pt"):
+    with pytest.raises(UsageError, match=r"last\.pt"):
         checkpoint.load(path)
 
 
@@ -34,7 +34,7 @@ def test_a_flipped_bit_in_the_weights_is_refused(tmp_path):
     at = data.index(torch.arange(5000.0).numpy().tobytes()[400:800])
     data[at] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(Refused, match="changed"):
+    with pytest.raises(UsageError, match="changed"):
         checkpoint.load(path)
 
 
@@ -51,7 +51,7 @@ def test_a_want_of_memory_is_no_damage(tmp_path, monkeypatch, reader):
 
 def test_another_version_is_refused(tmp_path):
     torch.save({"version": 999}, tmp_path / "x.pt")
-    with pytest.raises(Refused, match="version 999"):
+    with pytest.raises(UsageError, match="version 999"):
         checkpoint.load(tmp_path / "x.pt")
 
 
@@ -61,7 +61,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "was-run"),)
 
     torch.save({"version": checkpoint.VERSION, "x": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(Refused):
+    with pytest.raises(UsageError):
         checkpoint.load(tmp_path / "x.pt")
     assert not (tmp_path / "was-run").exists()
 
@@ -83,9 +83,9 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
 
 def test_weights_that_do_not_fit_are_named():
     net = nn.Linear(3, 2)
-    with pytest.raises(Refused, match="missing"):
+    with pytest.raises(UsageError, match="missing"):
         checkpoint.load_weights(net, {"weight": torch.zeros(2, 3)}, "x.pt")
-    with pytest.raises(Refused, match="weight is"):
+    with pytest.raises(UsageError, match="weight is"):
         checkpoint.load_weights(net, {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "x.pt")
 
 

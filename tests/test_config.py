@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fastrot import config, entry, train
-from fastrot.config import Config, Refused, Schedule, Stopped
+from fastrot.config import Config, RunError, Schedule, UsageError
 from fastrot.presets import PRESETS
 
 
@@ -79,7 +79,7 @@ BAD = {
 
 @pytest.mark.parametrize(("args", "names"), BAD.values(), ids=BAD)
 def test_a_knob_out_of_range_is_named(args, names):
-    with pytest.raises(Refused, match=names):
+    with pytest.raises(UsageError, match=names):
         train.main(["rotnet-alexnet", *args])
 
 
@@ -92,9 +92,9 @@ def test_a_wrong_knob_gets_a_suggestion(capsys):
 
 
 def test_a_wrong_preset_gets_a_suggestion():
-    with pytest.raises(Refused, match="did you mean rotnet-alexnet"):
+    with pytest.raises(UsageError, match="did you mean rotnet-alexnet"):
         train.command_line(["rotnet-alexnt", "--data", "x"])
-    with pytest.raises(Refused, match="supervised-alexnet"):
+    with pytest.raises(UsageError, match="supervised-alexnet"):
         train.command_line(["simclr"])
 
 
@@ -167,7 +167,7 @@ PLAIN = {
 
 @pytest.mark.parametrize(("plain", "names"), PLAIN.values(), ids=PLAIN)
 def test_a_config_file_that_does_not_fit_is_named(plain, names):
-    with pytest.raises(Refused, match=names):
+    with pytest.raises(UsageError, match=names):
         config.from_plain(plain)
 
 
@@ -196,8 +196,8 @@ def test_knobs_that_change_numbers_make_another_run():
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        *((Refused("x"), 2), (Stopped("x"), 1), (OSError("x"), 1), (KeyboardInterrupt(), 130)),
-        *((entry.Warned(10, "x"), 138), (entry.Warned(15, "x"), 143)),
+        *((UsageError("x"), 2), (RunError("x"), 1), (OSError("x"), 1), (KeyboardInterrupt(), 130)),
+        *((entry.Preempted(10, "x"), 138), (entry.Preempted(15, "x"), 143)),
     ],
 )
 def test_each_end_has_its_status(error, code):

@@ -13,7 +13,7 @@ from truth import golden
 from fastrot import config
 from fastrot.backbones import alexnet, convolved
 from fastrot.backbones.heads import Classifier
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.training import checkpoint
 
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
@@ -221,7 +221,7 @@ def test_a_fused_run_resumes_to_the_same_bits_and_not_as_another(pictures, tmp_p
     saved = checkpoint.load(last[0])["net"]
     biases = [name for name in saved if name.endswith("conv.bias")]
     assert len(biases) == 5
-    with pytest.raises(Refused, match=r"--backbone\.fuse"):
+    with pytest.raises(UsageError, match=r"--backbone\.fuse"):
         go(pictures, tmp_path / "broken")
 
 

@@ -12,7 +12,7 @@ from truth import golden
 from fastrot import assemble, config
 from fastrot.backbones import alexnet
 from fastrot.backbones.staged import Staged
-from fastrot.config import Decoupling, Refused
+from fastrot.config import Decoupling, UsageError
 from fastrot.core import Batch, Facts
 from fastrot.methods import decoupling
 from fastrot.methods.rotation_table import TurnTable, pu_weights, write
@@ -315,7 +315,9 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
             found[epoch], (weights.flatten() * each).mean(), rtol=1e-6, atol=0
         )
     assert method.agree()["pu_table"] == table.digest
-    with pytest.raises(Refused, match=r"--method.pu-from 210 is epoch 3 of this run, which ends"):
+    with pytest.raises(
+        UsageError, match=r"--method.pu-from 210 is epoch 3 of this run, which ends"
+    ):
         method.told_length(3, Rates(schedule, epochs=3, batches=1, steps=3).begins)
 
 
@@ -344,7 +346,7 @@ def test_the_bank_holds_rows_of_the_training_view_alone():
     assert method.bank.population == 4
     assert method.bank.place.tolist() == [-1, 0, -1, -1, 1, 2, -1, -1, 3, -1]
     outputs = method.net.heads(features(2))
-    with pytest.raises(Refused, match="out of range"):
+    with pytest.raises(UsageError, match="out of range"):
         method.losses(outputs, a_batch([4, 9]))
 
 
@@ -387,9 +389,9 @@ def test_a_bank_of_other_pictures_is_refused():
     assert bank is not None
     assert other is not None
     assert wide is not None
-    with pytest.raises(Refused, match=r"--data"):
+    with pytest.raises(UsageError, match=r"--data"):
         other.load_state_dict(bank.state_dict())
-    with pytest.raises(Refused, match=r"--method.dim 5"):
+    with pytest.raises(UsageError, match=r"--method.dim 5"):
         wide.load_state_dict(bank.state_dict())
 
 
@@ -409,13 +411,13 @@ def test_a_bank_of_other_pictures_is_refused():
 )
 def test_knobs_that_no_run_could_use_are_named(knob, value):
     cfg = config.Config(method=dataclasses.replace(Decoupling(), **{knob: value}))
-    with pytest.raises(Refused, match=config.knob(f"method.{knob}")):
+    with pytest.raises(UsageError, match=config.knob(f"method.{knob}")):
         config.check(cfg)
 
 
 def test_without_any_term_there_is_nothing_to_learn():
     cfg = config.Config(method=Decoupling(lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0))
-    with pytest.raises(Refused, match="lambda-cls"):
+    with pytest.raises(UsageError, match="lambda-cls"):
         config.check(cfg)
 
 
@@ -535,7 +537,7 @@ def test_a_trunk_that_ends_in_maps_is_averaged_over_places():
 
 def test_features_that_cannot_be_halved_are_refused():
     with pytest.raises(
-        Refused, match=r"7 features, which cannot be split in half.*--backbone.width"
+        UsageError, match=r"7 features, which cannot be split in half.*--backbone.width"
     ):
         decoupling.Decoupling(Decoupling(dim=5), Features(7), facts(9))
 

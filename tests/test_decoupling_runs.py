@@ -9,7 +9,7 @@ from test_end_to_end import TWO, run
 from test_run import TINY, assert_same_bits, told
 
 from fastrot import assemble, train
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.methods import rotation_table
 from fastrot.methods.decoupling import Decoupling
 from fastrot.training import checkpoint, journal, loop
@@ -93,12 +93,12 @@ def test_a_measured_budget_leaves_the_bank_as_it_was(pictures, tmp_path):
 
 
 def test_features_that_are_not_finite_stop_the_run_at_once(pictures, tmp_path):
-    with pytest.raises(Stopped, match=r"not finite at step \d+; there is no checkpoint yet"):
+    with pytest.raises(RunError, match=r"not finite at step \d+; there is no checkpoint yet"):
         go(pictures, tmp_path, "--lr", "1e30")
 
 
 def test_another_dim_is_refused_by_name(straight, pictures):
-    with pytest.raises(Refused, match=r"--method.dim was 16, now 8"):
+    with pytest.raises(UsageError, match=r"--method.dim was 16, now 8"):
         go(pictures, straight, "--method.dim", "8")
 
 
@@ -111,7 +111,7 @@ def test_what_a_method_keeps_is_saved_only_where_it_is_finite(pictures, tmp_path
         return state | {"bank.rows": state["bank.rows"].index_fill(0, torch.tensor([3]), torch.nan)}
 
     monkeypatch.setattr(Decoupling, "state_dict", poisoned)
-    with pytest.raises(Stopped, match="not finite at step 4; there is no checkpoint yet"):
+    with pytest.raises(RunError, match="not finite at step 4; there is no checkpoint yet"):
         go(pictures, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -19,7 +19,7 @@ from truth import photo
 
 from fastrot import __main__ as command
 from fastrot import assemble, config, doctor, entry
-from fastrot.config import AlexNet, RandomResized, Refused, RotNet
+from fastrot.config import AlexNet, RandomResized, RotNet, UsageError
 from fastrot.data import folder as folder_module
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.beton.write import convert as write_beton
@@ -456,7 +456,7 @@ def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
     ],
 )
 def test_wrong_use_is_one_sentence(args, says, tmp_path):
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         doctor.main([str(tmp_path) if arg == "EMPTY" else arg for arg in args])
     assert says in str(refused.value)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_run import go
 
 from fastrot import assemble, config, evaluate, train
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data.sources import fold_of, held_out
 from fastrot.methods import rotation_table
 from fastrot.methods.rotnet import RotNet
@@ -184,7 +184,7 @@ def test_a_picture_that_cannot_be_read_weighs_in_full(
     stamp = file.stat()
     file.write_bytes(file.read_bytes()[:300] + bytes(stamp.st_size - 300))
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    with pytest.raises(Stopped, match=r"row 7, .*cannot be read.*--on-bad-record skip"):
+    with pytest.raises(RunError, match=r"row 7, .*cannot be read.*--on-bad-record skip"):
         ask(folds, "--data", str(root))
     table = table_of(folds, root, tmp_path / "a.npz", "--on-bad-record", "skip")
     assert "1 of 37 pictures cannot be read: their probabilities are 0" in capsys.readouterr().out
@@ -244,7 +244,7 @@ UNSOUND = {
 @pytest.mark.parametrize(("spoil", "says"), UNSOUND.values(), ids=UNSOUND)
 def test_folds_that_are_not_whole_are_refused(copy, spoil, says):
     spoil(copy)
-    with pytest.raises(Refused, match=says) as told:
+    with pytest.raises(UsageError, match=says) as told:
         ask(copy)
     assert "\n" not in str(told.value)
 
@@ -264,7 +264,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("args", "says"), WRONG.values(), ids=WRONG)
 def test_wrong_use_gets_one_sentence(folds, args, says):
-    with pytest.raises(Refused, match=says) as told:
+    with pytest.raises(UsageError, match=says) as told:
         ask(folds, *args)
     assert "\n" not in str(told.value)
 
@@ -276,7 +276,7 @@ def test_wrong_words_get_one_sentence(folds):
         (str(folds), "knm"): "there is no evaluation 'knm': choose one of rotation",
         ("no/such/run", "rotation"): "there is no checkpoint no/such/run",
     }.items():
-        with pytest.raises(Refused, match=says):
+        with pytest.raises(UsageError, match=says):
             evaluate.main(list(words))
 
 
@@ -285,7 +285,7 @@ def test_a_task_without_turns_is_refused(pictures, tmp_path):
     args += ["--enlarge", "--device", "cpu", "--no-tensorboard", "--backbone.kernel", "5"]
     args += ["--backbone.stride", "2", "--data", str(pictures), "--out", str(tmp_path)]
     train.main([*args, "--max-steps", "1", "--workers", "0"])
-    with pytest.raises(Refused, match=r"tells no turns \(Supervised\)"):
+    with pytest.raises(UsageError, match=r"tells no turns \(Supervised\)"):
         ask(tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, cap
     other = tmp_path / "other"
     shutil.copytree(pictures, other)
     (other / "class0" / "000.jpg").rename(other / "class0" / "001.jpg")
-    with pytest.raises(Refused, match=f"--method.pu-table {file} was written from other data"):
+    with pytest.raises(UsageError, match=f"--method.pu-table {file} was written from other data"):
         train.main([*args, str(other)])
     train.main([*args, str(pictures)])
     state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
@@ -313,7 +313,7 @@ def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, cap
         tmp_path / "run" / "checkpoints" / "last.pt",
         lambda state: state["config"]["method"].update(lambda_cls=0.0, pu_table=None),
     )
-    with pytest.raises(Refused, match=r"tells no turns \(Decoupling\)"):
+    with pytest.raises(UsageError, match=r"tells no turns \(Decoupling\)"):
         ask(tmp_path / "run")
 
 

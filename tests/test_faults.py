@@ -22,9 +22,9 @@ import torch
 from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import disk, entry, train
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data.loader import Loader
-from fastrot.entry import Warned
+from fastrot.entry import Preempted
 from fastrot.methods.rotnet import RotNet
 from fastrot.training import checkpoint, journal, loop
 
@@ -101,7 +101,7 @@ def test_a_run_warned_in_a_validation_goes_on_with_that_validation(
         return score(*args)
 
     monkeypatch.setattr(loop, "validate", warned)
-    with pytest.raises(Warned):
+    with pytest.raises(Preempted):
         go(pictures, tmp_path)
     assert len(seen) == validation + 1
     assert last(tmp_path).exists() == bool(validation)
@@ -111,7 +111,7 @@ def test_a_run_warned_in_a_validation_goes_on_with_that_validation(
 
 
 def test_a_validation_behind_a_warning_is_told_once(straight, pictures, tmp_path, monkeypatch):
-    """Warned in it; started again, validated, and killed before that was saved."""
+    """Preempted in it; started again, validated, and killed before that was saved."""
 
     class Killed(BaseException):
         pass
@@ -122,7 +122,7 @@ def test_a_validation_behind_a_warning_is_told_once(straight, pictures, tmp_path
     score = loop.validate
     go(pictures, tmp_path, "--max-steps", "6")
     monkeypatch.setattr(loop, "validate", lambda *args: (warn(signal.SIGTERM), score(*args)))
-    with pytest.raises(Warned):
+    with pytest.raises(Preempted):
         go(pictures, tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint, "save", deadly)
@@ -157,7 +157,7 @@ def test_ranks_ask_each_other_equally_often_whatever_is_skipped(sound, pictures,
         train.main(args)
     state, run = kept
     asked = []
-    with nullcontext() if sound else pytest.raises(Stopped, match="no picture to be judged on"):
+    with nullcontext() if sound else pytest.raises(RunError, match="no picture to be judged on"):
         loop.validate(state, Few(run.val_loader), lambda: asked.append(1))
     assert len(asked) == 3
 
@@ -204,7 +204,7 @@ def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_pat
 def test_ranks_that_read_different_checkpoints_are_refused(pictures, tmp_path, monkeypatch):
     """As where --out lies on each machine's own disk."""
     monkeypatch.setattr("fastrot.dist.everyones", lambda mine: [(60, 60), mine])
-    with pytest.raises(Refused, match=r"--out .* is not the same folder for all ranks"):
+    with pytest.raises(UsageError, match=r"--out .* is not the same folder for all ranks"):
         go(pictures, tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_workers_of_a_folder_do_not_die_of_a_warning(pictures, tmp_path, monkeyp
         return step(state, batch)
 
     monkeypatch.setattr(loop, "train_step", warned)
-    with pytest.raises(Warned):
+    with pytest.raises(Preempted):
         go(pictures, tmp_path, "--workers", "2")
     assert checkpoint.load(last(tmp_path))["step"] == 5
 
@@ -237,7 +237,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path
         return step(state, batch)
 
     monkeypatch.setattr(loop, "train_step", deadly)
-    with pytest.raises(Stopped, match="want of memory"):
+    with pytest.raises(RunError, match="want of memory"):
         go(pictures, tmp_path)
 
 
@@ -274,7 +274,7 @@ def holder(folder):
 def test_a_second_run_on_a_folder_is_refused(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "PATIENCE", 0.2)
     with holder(tmp_path) as owner:
-        with pytest.raises(Refused, match=f"another run writes into .*process {owner.pid} on"):
+        with pytest.raises(UsageError, match=f"another run writes into .*process {owner.pid} on"):
             go(pictures, tmp_path)
         assert sorted(file.name for file in tmp_path.iterdir()) == ["lock"]
         owner.kill()  # its child lives on, and holds nothing
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
     assert checkpoint.load(previous)["step"] < 10
     data = last(tmp_path).read_bytes()
     last(tmp_path).write_bytes(damage(data))
-    with pytest.raises(Refused, match=r"last\.pt .*; move .*/previous\.pt in its place") as said:
+    with pytest.raises(UsageError, match=r"last\.pt .*; move .*/previous\.pt in its place") as said:
         go(pictures, tmp_path)
     assert "\n" not in str(said.value)
     previous.rename(last(tmp_path))
@@ -350,7 +350,7 @@ def test_any_flipped_byte_is_refused_or_changes_nothing(tmp_path):
         )
         try:
             state = checkpoint.load(path)
-        except Refused:
+        except UsageError:
             refused += 1
             continue
         assert torch.equal(state["net"]["w"], torch.arange(300.0)), at
@@ -470,7 +470,7 @@ def test_a_net_gone_bad_leaves_a_checkpoint_that_loads(straight, pictures, tmp_p
 
     monkeypatch.setattr(RotNet, "views", poisoned)
     with pytest.raises(
-        Stopped, match=r"not finite at step 15; the last good checkpoint is .*last\.pt"
+        RunError, match=r"not finite at step 15; the last good checkpoint is .*last\.pt"
     ):
         go(pictures, tmp_path)
     assert checkpoint.load(last(tmp_path))["step"] == 12  # no step was saved behind the bad one
@@ -496,7 +496,7 @@ def test_other_threads_and_machines_are_told_in_one_line(pictures, tmp_path, mon
 
 def test_each_knob_that_disagrees_is_named_with_both_ways_out(straight, pictures):
     args = ["--seed", "3", "--lr", "0.5", "--optim.momentum", "0.5", "--backbone.stride", "4"]
-    with pytest.raises(Refused) as said:
+    with pytest.raises(UsageError) as said:
         go(pictures, straight, *args)
     for words in (
         "--seed was 0, now 3",
@@ -533,7 +533,7 @@ def test_a_damaged_picture_is_named_or_skipped_and_counted(pictures, tmp_path, c
         file.write_bytes(data[:300] + bytes(len(data) - 300))
         os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(
-        Stopped, match=r"row \d+, 'class\d/0..\.jpg', cannot be read.*--on-bad-record"
+        RunError, match=r"row \d+, 'class\d/0..\.jpg', cannot be read.*--on-bad-record"
     ):
         go(root, tmp_path / "run")
     go(root, tmp_path / "run", "--on-bad-record", "skip")

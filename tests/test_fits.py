@@ -12,7 +12,7 @@ from test_run import TINY, go
 
 from fastrot import assemble, config, entry, train
 from fastrot.backbones.staged import Staged
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.speed import memory
 from fastrot.training import loop
 from fastrot.training.loop import TrainState
@@ -58,7 +58,7 @@ def test_the_batch_that_fits_is_found_by_halving(
 
 def test_the_told_batch_begins_the_run_in_the_same_folder(pictures, tmp_path, monkeypatch):
     room_for(5, monkeypatch)
-    with pytest.raises(Refused, match=r"--batch 8 does not fit .*: --batch 4 does$"):
+    with pytest.raises(UsageError, match=r"--batch 8 does not fit .*: --batch 4 does$"):
         go(pictures, tmp_path, "--batch", "8")
     assert go(pictures, tmp_path, "--batch", "4", "--max-steps", "2") == 0
 
@@ -66,7 +66,7 @@ def test_the_told_batch_begins_the_run_in_the_same_folder(pictures, tmp_path, mo
 def test_a_net_without_room_for_one_picture_is_told(pictures, tmp_path, monkeypatch):
     room_for(0, monkeypatch)
     with pytest.raises(
-        Refused, match=r"demo is too large for .* even with --batch 1: .*--backbone.width"
+        UsageError, match=r"demo is too large for .* even with --batch 1: .*--backbone.width"
     ):
         go(pictures, tmp_path)
 
@@ -76,16 +76,16 @@ def test_a_net_or_bank_that_cannot_be_built_is_told(pictures, tmp_path, monkeypa
         raise FULL
 
     monkeypatch.setattr(assemble, "method", too_large)
-    with pytest.raises(Refused, match=r"the network of demo is too large for"):
+    with pytest.raises(UsageError, match=r"the network of demo is too large for"):
         go(pictures, tmp_path)
     args = ["decoupling-alexnet", *TINY[1:], "--data", str(pictures), "--out", str(tmp_path / "b")]
     with pytest.raises(
-        Refused, match=r"and its memory bank is too large for .*--method.bank-dtype bf16"
+        UsageError, match=r"and its memory bank is too large for .*--method.bank-dtype bf16"
     ):
         train.main(args)
 
 
-@pytest.mark.parametrize(("at", "kind"), [(2, Refused), (3, Stopped), (11, Stopped)])
+@pytest.mark.parametrize(("at", "kind"), [(2, UsageError), (3, RunError), (11, RunError)])
 def test_a_batch_is_looked_for_before_the_first_log_line_alone(
     at, kind, pictures, tmp_path, monkeypatch
 ):
@@ -99,7 +99,7 @@ def test_a_batch_is_looked_for_before_the_first_log_line_alone(
     monkeypatch.setattr(loop, "train_step", full)
     with pytest.raises(kind) as told:
         go(pictures, tmp_path)
-    if kind is Stopped:
+    if kind is RunError:
         assert f"step {at + 1} did not fit" in str(told.value)
         assert "the same command goes on" in str(told.value)
     else:
@@ -119,7 +119,7 @@ def test_the_failed_step_is_let_go_before_the_trial(pictures, tmp_path, monkeypa
         return outputs(self, x, names)
 
     monkeypatch.setattr(Staged, "outputs", limited)
-    with pytest.raises(Refused, match="--batch 1 does"):
+    with pytest.raises(UsageError, match="--batch 1 does"):
         go(pictures, tmp_path)
     assert alive == [[], [False], [False, False]]
 

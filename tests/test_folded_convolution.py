@@ -16,7 +16,7 @@ import fastrot
 from fastrot import assemble, config, train
 from fastrot.backbones import alexnet
 from fastrot.backbones.folded import FoldedConv2d, cells_of, folded_weight
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
 from fastrot.evals.rotation import turn_guesses
@@ -209,7 +209,7 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
     assert (fold / "plots").is_dir()  # its filters among them
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     for source, other in ((plain, ["--backbone.fold"]), (fold, [])):
-        with pytest.raises(Refused, match=r"--backbone\.fold was .*--start-from"):
+        with pytest.raises(UsageError, match=r"--backbone\.fold was .*--start-from"):
             go(pictures, source, *other)
         out = tmp_path / f"{source.name}-on"
         more = ["--start-from", str(source), "--max-steps", "1", "--lr", "1e-9"]

@@ -12,7 +12,7 @@ import pytest
 from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import assemble, entry, evaluate, train
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.sources import fold_of, held_out
 from fastrot.training import loop
 
@@ -96,7 +96,7 @@ def test_rows_of_a_fold_never_reach_its_net(pictures, tmp_path, monkeypatch):
         assert len(rows) > 12  # also those that would be held out without --val
     learned = np.load(tmp_path / "fold1" / "rows-train.npy")
     assert learned.tolist() == np.flatnonzero(fold != 1).tolist()
-    with pytest.raises(Refused, match="other pictures"):
+    with pytest.raises(UsageError, match="other pictures"):
         go(pictures, tmp_path, *FOLDS)
 
 
@@ -202,24 +202,24 @@ WRONG = {
 
 @pytest.mark.parametrize(("args", "names"), WRONG.values(), ids=WRONG)
 def test_wrong_use_gets_one_sentence(pictures, tmp_path, args, names):
-    with pytest.raises(Refused, match=names) as said:
+    with pytest.raises(UsageError, match=names) as said:
         go(pictures, tmp_path, *args)
     assert "\n" not in str(said.value)
 
 
 def test_runs_with_and_without_folds_are_kept_apart(straight, pictures, tmp_path):
-    with pytest.raises(Refused, match="holds the runs of --folds: use --out NEW"):
+    with pytest.raises(UsageError, match="holds the runs of --folds: use --out NEW"):
         go(pictures, straight, *SHORT)
-    with pytest.raises(Refused, match=f"holds the runs of --folds: use --out {straight}/fold1"):
+    with pytest.raises(UsageError, match=f"holds the runs of --folds: use --out {straight}/fold1"):
         go(pictures, straight, *FOLDS, "--fold", "1")
-    with pytest.raises(Refused, match="--folds was 2, now 3"):
+    with pytest.raises(UsageError, match="--folds was 2, now 3"):
         go(pictures, straight, *SHORT, "--folds", "3")
-    with pytest.raises(Refused, match="--fold was 1, now 0"):
+    with pytest.raises(UsageError, match="--fold was 1, now 0"):
         go(pictures, straight / "fold1", *FOLDS, "--fold", "0")
-    with pytest.raises(Refused, match="other pictures"):
+    with pytest.raises(UsageError, match="other pictures"):
         go("synthetic:37", straight, *FOLDS)
     go(pictures, tmp_path, *SHORT, "--max-steps", "1")
-    with pytest.raises(Refused, match="holds a run without --folds: use --out NEW"):
+    with pytest.raises(UsageError, match="holds a run without --folds: use --out NEW"):
         go(pictures, tmp_path, *FOLDS)
 
 

@@ -126,7 +126,7 @@ def test_a_bank_on_the_gpu_is_the_cpus(pictures):
 
 def test_a_damaged_feature_stops_the_run_at_the_next_log_line(pictures, tmp_path):
     args = ["decoupling-alexnet", *ON_GPU[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
-    with pytest.raises(config.Stopped, match="finite"):
+    with pytest.raises(config.RunError, match="finite"):
         train.main([*args, "--data", str(pictures), "--out", str(tmp_path), "--lr", "1e30"])
 
 
@@ -271,9 +271,11 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does(pictures, tmp_path
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(room / total, CUDA)
     try:
-        with pytest.raises(config.Refused, match=r"--batch 1024 does not fit .*: --batch \d+ does"):
+        with pytest.raises(
+            config.UsageError, match=r"--batch 1024 does not fit .*: --batch \d+ does"
+        ):
             train.main([*args, "--batch", "1024", "--out", str(tmp_path / "a")])
-        with pytest.raises(config.Refused) as told:
+        with pytest.raises(config.UsageError) as told:
             train.main([*args, "--batch", "1024", "--out", str(tmp_path / "a")])
         fits = re.findall(r"--batch (\d+) does", str(told.value))[-1]
         assert train.main([*args, "--batch", fits, "--out", str(tmp_path / "b")]) == 0

@@ -10,7 +10,7 @@ from tape import TapeRecorder
 from test_run import TINY, assert_same_bits, told
 
 from fastrot import assemble, config, dist, train
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Losses
 from fastrot.methods.decoupling import EMA, Decoupling
 from fastrot.training import session
@@ -269,7 +269,7 @@ def test_not_a_number_stops_a_recorded_run_too(pictures, tmp_path, on_tape, monk
 
     monkeypatch.setattr(session.loop, "train_step", poisoned)
     args = ["--data", str(pictures), "--out", str(tmp_path), "--graph"]
-    with pytest.raises(Stopped, match="not finite at step 18"):
+    with pytest.raises(RunError, match="not finite at step 18"):
         train.main([*TINY, *args])
 
 
@@ -297,7 +297,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("knobs", "here", "device", "names"), WRONG.values(), ids=WRONG)
 def test_forms_that_do_not_fit_are_refused(knobs, here, device, names):
-    with pytest.raises(Refused, match=names) as refused:
+    with pytest.raises(UsageError, match=names) as refused:
         session.check_fast_forms(config.Config(**{"precision": "bf16", **knobs}), here, device)
     assert "\n" not in str(refused.value)
 
@@ -305,20 +305,20 @@ def test_forms_that_do_not_fit_are_refused(knobs, here, device, names):
 def test_a_graph_wants_the_kernels_and_torchs_optimiser(monkeypatch):
     monkeypatch.setattr(session, "check_apex", lambda: None)
     apex = config.Config(graph=True, precision="bf16", optim=config.Sgd(kernel="apex"))
-    with pytest.raises(Refused, match="no rate that a graph can read"):
+    with pytest.raises(UsageError, match="no rate that a graph can read"):
         session.check_fast_forms(apex, dist.Place(), GPU)
     cfg = config.Config(graph=True, precision="bf16")
     session.check_fast_forms(cfg, dist.Place(), GPU)
     session.check_fast_forms(config.Config(), dist.Place(world=2), CPU)
     monkeypatch.setenv("FASTROT_OPS", "reference")
-    with pytest.raises(Refused, match="FASTROT_OPS=reference"):
+    with pytest.raises(UsageError, match="FASTROT_OPS=reference"):
         session.check_fast_forms(cfg, dist.Place(), GPU)
 
 
 def test_a_mode_of_compile_wants_compile(pictures, tmp_path):
     mode = ["--compile-mode", "max-autotune-no-cudagraphs"]
     args = ["--data", str(pictures), "--out", str(tmp_path)]
-    with pytest.raises(Refused, match=r"--compile-mode .* wants --compile"):
+    with pytest.raises(UsageError, match=r"--compile-mode .* wants --compile"):
         train.main([*TINY, *args, *mode])
-    with pytest.raises(Refused, match=r"--graph .* on a CPU"):
+    with pytest.raises(UsageError, match=r"--graph .* on a CPU"):
         train.main([*TINY, *args, "--graph"])

@@ -9,7 +9,7 @@ from torch import nn
 from truth import golden
 
 from fastrot import presets
-from fastrot.config import Refused, Schedule, Sgd
+from fastrot.config import Schedule, Sgd, UsageError
 from fastrot.training import optim
 from fastrot.training.optim import Rates, load_state, parameter_groups, set_rate, sgd, state_of
 
@@ -207,16 +207,18 @@ def test_apex_is_used_where_it_is(monkeypatch):
 
 def test_without_apex_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Refused, match=r"^--optim.kernel apex, but no package apex .*--optim.kernel torch$"):  # fmt: skip
+    with pytest.raises(UsageError, match=r"^--optim.kernel apex, but no package apex .*--optim.kernel torch$"):  # fmt: skip
         sgd(a_net(), Sgd(kernel="apex"), 0.1)
 
 
 def test_another_package_called_apex_is_told_from_nvidias(monkeypatch):
     installed(monkeypatch)
-    with pytest.raises(Refused, match=r"is another one, without apex.optimizers.FusedSGD"):
+    with pytest.raises(UsageError, match=r"is another one, without apex.optimizers.FusedSGD"):
         sgd(a_net(), Sgd(kernel="apex"), 0.1)
     monkeypatch.delitem(sys.modules, "apex.optimizers")
-    with pytest.raises(Refused, match=r"is another one, without apex.optimizers.FusedSGD") as told:
+    with pytest.raises(
+        UsageError, match=r"is another one, without apex.optimizers.FusedSGD"
+    ) as told:
         sgd(a_net(), Sgd(kernel="apex"), 0.1)
     assert "\n" not in str(told.value)
 
@@ -226,5 +228,5 @@ def test_an_apex_without_its_kernels_is_refused(monkeypatch):
         raise RuntimeError("apex.optimizers.FusedSGD requires cuda extensions")
 
     installed(monkeypatch, FusedSGD=unbuilt)
-    with pytest.raises(Refused, match=r"requires cuda extensions.*--optim.kernel torch"):
+    with pytest.raises(UsageError, match=r"requires cuda extensions.*--optim.kernel torch"):
         sgd(a_net(), Sgd(kernel="apex"), 0.1)

@@ -60,9 +60,9 @@ NCCL = "ncclRemoteError: A call failed possibly due to a network error or a remo
 @pytest.mark.parametrize(
     ("error", "world", "kind"),
     [
-        (RuntimeError(GLOO), 2, config.Left),
-        (DistBackendError(NCCL), 2, config.Left),
-        (DistNetworkError("failed to recv, got 0 bytes"), 2, config.Left),
+        (RuntimeError(GLOO), 2, config.PeerLost),
+        (DistBackendError(NCCL), 2, config.PeerLost),
+        (DistNetworkError("failed to recv, got 0 bytes"), 2, config.PeerLost),
         (RuntimeError(GLOO), 1, RuntimeError),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, RuntimeError),
         (DistBackendError("NCCL error: invalid usage"), 2, DistBackendError),

@@ -16,7 +16,7 @@ from truth import photo
 import fastrot
 from benchmarks import chaos
 from fastrot import assemble, config, dist, train
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.core import View
 from fastrot.data import crops
 from fastrot.data.beton.load import Beton
@@ -141,19 +141,19 @@ def test_a_finished_run_prints_its_summary_and_changes_nothing(straight, picture
 
 
 def test_another_seed_is_another_run(straight, pictures):
-    with pytest.raises(Refused, match=r"--seed was 0, now 5.*--out NEW.*--start-from"):
+    with pytest.raises(UsageError, match=r"--seed was 0, now 5.*--out NEW.*--start-from"):
         go(pictures, straight, "--seed", "5")
 
 
 def test_another_order_is_another_run(straight, pictures):
     with pytest.raises(
-        Refused, match=r"--order was full, now blocks; --order-block was None, now 4"
+        UsageError, match=r"--order was full, now blocks; --order-block was None, now 4"
     ):
         go(pictures, straight, "--order", "blocks", "--order-block", "4")
 
 
 def test_other_pictures_are_refused(straight, pictures, tmp_path):
-    with pytest.raises(Refused, match="other pictures"):
+    with pytest.raises(UsageError, match="other pictures"):
         go("synthetic:37", straight)
 
 
@@ -202,7 +202,7 @@ def test_not_a_number_stops_the_run_at_the_next_log_line(straight, pictures, tmp
         return step(state, batch)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(Stopped, match=r"step 12; the last good checkpoint is .*last\.pt"):
+    with pytest.raises(RunError, match=r"step 12; the last good checkpoint is .*last\.pt"):
         go(pictures, tmp_path, "--checkpoint-every", "100")
     last = checkpoint.load(tmp_path / "checkpoints" / "last.pt")  # of the end of epoch 0
     assert all(torch.isfinite(v.float()).all() for v in last["net"].values())
@@ -218,7 +218,7 @@ def test_load_gives_the_features_of_each_stage(straight):
     assert torch.equal(features, trunk.features(images, stage="conv5"))
     alone = trunk.features(images[:1], stage="conv5")  # in eval mode a picture knows no others
     torch.testing.assert_close(alone, features[:1])
-    with pytest.raises(Refused, match=r"conv9.*conv1"):
+    with pytest.raises(UsageError, match=r"conv9.*conv1"):
         trunk.features(images, stage="conv9")
 
 
@@ -245,7 +245,7 @@ def test_what_is_not_finite_is_never_the_best(pictures, tmp_path, monkeypatch):
         return losses
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(Stopped, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         go(pictures, tmp_path, "--keep-best", "--log-every", "100", "--checkpoint-every", "100")
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
@@ -257,7 +257,7 @@ def test_a_refused_command_leaves_the_folder_as_it_was(straight, pictures, tmp_p
 
     before = stamps()
     for args in (["--data", "synthetic:300"], ["--seed", "3"], ["--hold-out", "0.3"]):
-        with pytest.raises(Refused):
+        with pytest.raises(UsageError):
             go(pictures, straight, *args)
     assert before == stamps()
 
@@ -286,7 +286,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("args", "names"), WRONG.values(), ids=WRONG)
 def test_wrong_use_gets_one_sentence(pictures, tmp_path, args, names):
-    with pytest.raises(Refused, match=names) as told:
+    with pytest.raises(UsageError, match=names) as told:
         go(pictures, tmp_path, *args)
     assert "\n" not in str(told.value)
 
@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(pictures, tmp_path):
     go(pictures, tmp_path, "--max-steps", "2")
     last = tmp_path / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:-500])
-    with pytest.raises(Refused, match=r"last\.pt is cut short"):
+    with pytest.raises(UsageError, match=r"last\.pt is cut short"):
         go(pictures, tmp_path)
 
 
@@ -305,7 +305,7 @@ def test_supervised_refuses_data_without_labels(pictures, tmp_path):
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
         (flat / f"{i}.jpg").write_bytes(path.read_bytes())
     args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "--batch", "4"]
-    with pytest.raises(Refused, match="labels"):
+    with pytest.raises(UsageError, match="labels"):
         train.main([*args, "--data", str(flat), "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
@@ -316,7 +316,7 @@ def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
         (other / f"kind{i % 2}" / f"{i}.jpg").write_bytes(path.read_bytes())
     args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "--batch", "4"]
     args += ["--data", str(pictures), "--val", str(other), "--out", str(tmp_path / "run")]
-    with pytest.raises(Refused, match="--val has other classes"):
+    with pytest.raises(UsageError, match="--val has other classes"):
         train.main([*args, "--device", "cpu"])
 
 
@@ -402,7 +402,7 @@ def test_statistics_of_the_data_are_used_and_kept(pictures, tmp_path):
 
 
 def test_another_global_batch_is_another_run(straight, pictures):
-    with pytest.raises(Refused, match="batch x processes was 4, now 8"):
+    with pytest.raises(UsageError, match="batch x processes was 4, now 8"):
         go(pictures, straight, "--batch", "8")
 
 
@@ -420,7 +420,7 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
 
     def opened(path, loader="auto", *, placement="auto", **_):
         asked.append((loader, placement))
-        raise Stopped("enough")
+        raise RunError("enough")
 
     for name in ("shards", "pictures", "more"):
         (tmp_path / name).mkdir()
@@ -431,7 +431,7 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     for val in ("pictures", "more"):
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
         cfg = dataclasses.replace(session.PRESETS["demo"](), placement="pinned", **named)
-        with pytest.raises(Stopped):
+        with pytest.raises(RunError):
             session._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
     assert asked == [("auto", "pinned"), ("tars", "pinned")]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from truth import golden
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.methods import rotation_table
 from fastrot.methods.rotation_table import TurnTable, pu_weights, read, write
 
@@ -189,7 +189,7 @@ WRONG = {
 def test_what_is_no_table_is_refused_in_one_sentence(tmp_path, capsys, make, says):
     make(tmp_path / "table")
     found = [*tmp_path.iterdir(), tmp_path / "table"][0]
-    with pytest.raises(Refused, match=says) as told:
+    with pytest.raises(UsageError, match=says) as told:
         read(found, rows=2, fingerprint=OURS)
     assert "\n" not in str(told.value)
     assert str(told.value).startswith(f"--method.pu-table {found}")
@@ -201,12 +201,12 @@ def test_line_numbers_count_over_the_parts_that_are_read(tmp_path, monkeypatch):
     lines = ["0.25"] * 400
     for at, wrong in [(399, "x"), (201, "7")]:
         (tmp_path / "a.dat").write_text("\n".join([*lines[:at], wrong, *lines[at + 1 :]]) + "\n")
-        with pytest.raises(Refused, match=f"line {at + 1} "):
+        with pytest.raises(UsageError, match=f"line {at + 1} "):
             read(tmp_path / "a.dat", rows=100, fingerprint=OURS)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "no/such/folder/a.npz"])
 def test_a_file_that_could_not_be_written_is_refused_at_once(tmp_path, name):
-    with pytest.raises(Refused, match="--table"):
+    with pytest.raises(UsageError, match="--table"):
         rotation_table.check_name(tmp_path / name, "--table")
     rotation_table.check_name(tmp_path / "a.npz", "--table")

@@ -11,7 +11,7 @@ from fastrot import config
 from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.folded import FoldedConv2d, cells_of
 from fastrot.backbones.staged import Staged, fitted, scaled
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 CHANNELS = (64, 192, 384, 256, 256)  # of conv1 ... conv5
 HIDDEN = 4096  # of both layers of fc_block
@@ -83,11 +83,11 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     """Pixels a side of pool5: 6 at 224 pixels."""
     for name, value in {"kernel": kernel, "stride": stride}.items():
         if value < 1:
-            raise Refused(f"--backbone.{name} got {value}: it wants at least 1 pixel")
+            raise UsageError(f"--backbone.{name} got {value}: it wants at least 1 pixel")
     padding = min(2, kernel // 2)
     least = 14 * stride + kernel - 2 * padding  # conv1 of 15, pool1 of 7, pool2 of 3, pool5 of 1
     if size < least:
-        raise Refused(
+        raise UsageError(
             f"--image-size got {size}: AlexNet with --backbone.kernel {kernel} and --backbone.stride "
             f"{stride} wants at least {least}; for smaller images try --backbone.kernel 5 "
             "--backbone.stride 2 (from 29 pixels), or the NIN presets"

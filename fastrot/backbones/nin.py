@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrot import config
 from fastrot.backbones.staged import Staged, fitted, scaled
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 CHANNELS = (192, 160, 96)  # of most layers, of the first block's second and of its third
 
@@ -29,7 +29,7 @@ class Nin(Staged):
         channels: tuple[int, int, int] = CHANNELS,
     ):
         if stages < 3:
-            raise Refused(f"--backbone.stages got {stages}: it wants at least 3")
+            raise UsageError(f"--backbone.stages got {stages}: it wants at least 3")
         wide, middle, narrow = channels
         blocks = {
             "conv1": _block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),

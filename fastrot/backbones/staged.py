@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrot.backbones.convolved import Convolved
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.rotate import Cells
 
 
@@ -36,7 +36,9 @@ class Staged(nn.Module):
         """What the named stages give, in the order of the request. Later stages are not run."""
         for name in names:
             if name not in self.stages:
-                raise Refused(f"no stage is called {name!r}: choose from {', '.join(self.stages)}")
+                raise UsageError(
+                    f"no stage is called {name!r}: choose from {', '.join(self.stages)}"
+                )
         seen = {}
         coming = list(self.stages[: max(map(self.stages.index, names), default=-1) + 1])
         while coming:
@@ -94,7 +96,7 @@ def fitted(
         if found[k].shape != own[k].shape
     ]
     if strange:
-        raise Refused(
+        raise UsageError(
             f"these weights do not fit the network: {', '.join(sorted(strange))}; use the --image-size and "
             "--backbone they were trained with, or load the convolutions alone (convolutions_only=True)"
         )

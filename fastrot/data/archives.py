@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.members import LONGEST_NAME, Member, tar_members, zip_members
 from fastrot.data.sources import (
     SUFFIXES,
@@ -265,11 +265,11 @@ class Members:
         return None
 
     def enter(self, split: str, root: Path) -> None:
-        """Make a folder the root of all paths. Raises Refused where there is none; `root` is for the sentence."""
+        """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
         there = ", ".join(sorted(self._inside[""].folders)) or "none"
         self._top = _below("", split) or ""
         if not self._is_folder(""):
-            raise Refused(
+            raise UsageError(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
         inside = f"{self._top}/"
@@ -457,14 +457,14 @@ def archives_in(root: Path, suffix: str) -> Found:
             elif lower.endswith(suffix):
                 found.archives.append((root / path, path[: -len(suffix)]))
             elif suffix == ".tar" and lower.endswith(_COMPRESSED_TARS):
-                raise Refused(
+                raise UsageError(
                     f"{root / path} is compressed, so that its pictures cannot be reached one by one: "
                     "decompress it to a .tar first, or move it away"
                 )
             else:
                 found.others.append(path)
     if not found.archives:
-        raise Refused(f"{root} holds no file named *{suffix}: look at the path, or at --source")
+        raise UsageError(f"{root} holds no file named *{suffix}: look at the path, or at --source")
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int64, UInt32
 
 import fastrot
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data import prepare
 from fastrot.data.manifest import side
 from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
@@ -80,7 +80,7 @@ class Form(ABC):
 
     @abstractmethod
     def there(self, plan: dict[str, Any], part: int) -> There:
-        """What is there already; called with --overwrite too. Raises Refused for what is not ours to replace."""
+        """What is there already; called with --overwrite too. Raises UsageError for what is not ours to replace."""
 
     @abstractmethod
     def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
@@ -115,7 +115,7 @@ class FolderForm(Form):
 
     @abstractmethod
     def opened(self) -> dict[str, Any]:
-        """The facts of what is there. Raises Refused where that is not whole."""
+        """The facts of what is there. Raises UsageError where that is not whole."""
 
     @abstractmethod
     def fill(self, new: Path, work: Work) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class FolderForm(Form):
         if not out.exists():
             return There()
         if foreign := sorted(file.name for file in out.iterdir() if not self.ours(file)):
-            raise Refused(
+            raise UsageError(
                 f"{out} is there, and holds {foreign[0]}, which is no file of {self.named}: remove it or "
                 "choose another --out"
             )
@@ -136,13 +136,13 @@ class FolderForm(Form):
             return There()
         try:
             facts = self.opened()
-        except Refused as error:
-            raise Refused(f"--out is there, but is not whole ({error}): {ways}") from None
+        except UsageError as error:
+            raise UsageError(f"--out is there, but is not whole ({error}): {ways}") from None
         if differs := prepare.difference(plan, facts["options"]):
-            raise Refused(f"{out} is there, made {differs}: {ways}")
+            raise UsageError(f"{out} is there, made {differs}: {ways}")
         if self.folder.exists():  # a start was killed at its very end
             whole = {**plan, "part": part}
-            with contextlib.suppress(Refused), prepare.parts_folder(self.folder, whole, False):
+            with contextlib.suppress(UsageError), prepare.parts_folder(self.folder, whole, False):
                 prepare.remove(self.folder)
         return There(facts)
 
@@ -264,7 +264,7 @@ def _whole(
 ) -> Work:
     """The parts, all of them there, with at least one picture."""
     if not seen(lambda: all(part.whole() for part in parts)):
-        raise Stopped(
+        raise RunError(
             f"{parts[0].folder} lacks parts that ranks have made: run the same command again"
         )
     if sign is not None:
@@ -273,7 +273,7 @@ def _whole(
     if not len(found.written):
         prepare.remove(form.folder)
         path, reason = found.rejects[0]
-        raise Refused(
+        raise UsageError(
             f"no picture of {len(found.rejects):,} could be used; the first, {shown(path)}: {reason}"
         )
     return Work(source, plan, parts, found)

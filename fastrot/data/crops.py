@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
-from fastrot.config import Crop, RandomResized, Refused, Shifted, Whole, Within
+from fastrot.config import Crop, RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.data.sampler import GOLDEN, hash64, mix
 
 TRIES = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred box
@@ -114,13 +114,13 @@ def check_sizes(recipe: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool 
     """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
     short = sizes.min(axis=1)
     if isinstance(recipe, Shifted) and (short < recipe.size).any():
-        raise Refused(
+        raise UsageError(
             f"the crop is {recipe.size} pixels a side, but row {int(short.argmin())} has a short side of "
             f"{int(short.min())}: set --image-size {int(short.min())}, or prepare larger pictures"
         )
     middle = int(np.median(short))
     if not isinstance(recipe, (Shifted, Whole)) and middle < recipe.size and not enlarge:
-        raise Refused(
+        raise UsageError(
             f"the crop is {recipe.size} pixels a side, but half of the pictures have a short side of at most "
             f"{middle}: set --image-size {middle} or smaller, or --enlarge to stretch them"
         )

@@ -40,7 +40,7 @@ from jaxtyping import Int32, Int64, UInt8
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord, Data, Picks
 from fastrot.data import crops, pictures
 from fastrot.data.ahead import begun, in_order
@@ -325,7 +325,7 @@ class Graph(NamedTuple):
         return fed
 
     def built(self, source: Any) -> Pipeline:
-        """Raises Refused where DALI cannot use the GPU."""
+        """Raises UsageError where DALI cannot use the GPU."""
         pipeline = Pipeline(
             batch_size=self.batch,
             num_threads=self.threads,
@@ -354,7 +354,7 @@ class Graph(NamedTuple):
         except RuntimeError as error:
             if self.gpu is None:
                 raise
-            raise Refused(
+            raise UsageError(
                 f"--loader dali cannot use the GPU ({_gist(error)}): install the nvidia-dali package of the "
                 "machine's CUDA version, or choose another --loader"
             ) from None

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures, sources
 from fastrot.disk import write_atomically
@@ -65,7 +65,7 @@ class Folder:
             )
         if not len(kept):
             path, reason = self.rejected[0]
-            raise Refused(f"{root} holds no picture that can be read; {path}: {reason}")
+            raise UsageError(f"{root} holds no picture that can be read; {path}: {reason}")
         self.rows = len(kept)
         self.labels = np.array([source.records[i].label for i in kept], np.int64)
         self.keys = keys[kept]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import Batch, DamagedRecord, Data, Picks, View
 from fastrot.data import crops, sampler
 
@@ -58,17 +58,19 @@ class Loader:
         self.rows = None if view.rows is None else _read_rows(view.rows, data.rows)
         self.images = data.rows if self.rows is None else len(self.rows)
         if not self.images:
-            raise Refused("the view holds no pictures: choose other rows, or a smaller --hold-out")
+            raise UsageError(
+                "the view holds no pictures: choose other rows, or a smaller --hold-out"
+            )
         self._share = self._own_rows() if view.owned else self.rows
         self._shared_by = (0, 1) if view.owned else (rank, world)
         if view.shuffled and self.images < batch * world:
-            raise Refused(
+            raise UsageError(
                 f"--batch {batch} on {world} process(es) wants {batch * world} pictures a step, "
                 f"but there are {self.images}: set --batch {max(1, self.images // world)} or smaller"
             )
         own = self.images if self._share is None else len(self._share)
         if view.shuffled and view.blocks is not None and view.blocks[0] > own:
-            raise Refused(
+            raise UsageError(
                 f"--order-block {view.blocks[0]} is more than the {own} pictures that are to be mixed: "
                 f"set {own} or fewer, or --order full"
             )
@@ -219,12 +221,16 @@ class Loader:
 def _read_rows(path, rows: int) -> np.ndarray:
     chosen = np.load(path, allow_pickle=False)
     if chosen.ndim != 1 or chosen.dtype != np.int64:
-        raise Refused(f"{path} holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array")
+        raise UsageError(
+            f"{path} holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array"
+        )
     if len(chosen) and (chosen.min() < 0 or chosen.max() >= rows):
         beyond = chosen.min() if chosen.min() < 0 else chosen.max()
-        raise Refused(f"{path} names row {beyond}, but the data has {rows}: make it from this data")
+        raise UsageError(
+            f"{path} names row {beyond}, but the data has {rows}: make it from this data"
+        )
     if len(np.unique(chosen)) != len(chosen):
-        raise Refused(f"{path} names a row twice: each row may stand in it once")
+        raise UsageError(f"{path} names a row twice: each row may stand in it once")
     return chosen
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.sources import hidden, shown, without_waiting
 from fastrot.disk import named
 
@@ -52,7 +52,7 @@ class Member(NamedTuple):
 def tar_members(path: Path, *, nested: bool = True) -> Iterator[Member]:
     """Members of a tar in their order; `nested`: tars in it are entered.
 
-    Raises Refused where it is no tar, compressed, cut or damaged.
+    Raises UsageError where it is no tar, compressed, cut or damaged.
     """
     file = without_waiting(os.fspath(path), os.O_RDONLY)
     try:
@@ -204,36 +204,38 @@ class _Tar:
         return None
 
     def _hollow(self, begins: int, ends: int) -> NoReturn:
-        raise Refused(
+        raise UsageError(
             f"{self.name} has {ends - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
             "that is not whole: fetch it anew"
         )
 
     def _damaged(self, at: int) -> NoReturn:
         if at > self.start:
-            raise Refused(f"{self.name} is damaged at byte {at - self.start:,}: fetch it anew")
+            raise UsageError(f"{self.name} is damaged at byte {at - self.start:,}: fetch it anew")
         head = os.pread(self.file, 8, at)
         for magic, (kind, remedy) in _COMPRESSED.items():
             if head.startswith(magic):
-                raise Refused(
+                raise UsageError(
                     f"{self.name} is compressed ({kind}), so that its pictures cannot be reached one by "
                     f"one: {remedy} first"
                 )
         zipped = (
             ", but a zip: --source zip reads it" if head.startswith(b"PK") else ": see what it is"
         )
-        raise Refused(f"{self.name} is no tar{zipped}")
+        raise UsageError(f"{self.name} is no tar{zipped}")
 
     def _cut(self, at: int, path: str | None = None) -> NoReturn:
         size = self.stop - self.start
         if not size:
-            raise Refused(f"{self.name} is an empty file: fetch it anew")
+            raise UsageError(f"{self.name} is an empty file: fetch it anew")
         if size < BLOCK:
             self._damaged(self.start)
         where = "without the two empty blocks that end a tar"
         if path is not None:
             where = f"inside of {shown(path)}, which begins at byte {at - self.start:,}"
-        raise Refused(f"{self.name} is cut short: it ends at byte {size:,} {where}; fetch it anew")
+        raise UsageError(
+            f"{self.name} is cut short: it ends at byte {size:,} {where}; fetch it anew"
+        )
 
 
 _EMPTY = bytes(BLOCK)
@@ -281,7 +283,7 @@ def _name(header: bytes) -> str:
 
 
 def zip_members(path: Path) -> Iterator[Member]:
-    """Members of a zip in the order of their places. Raises Refused where its table of contents is damaged."""
+    """Members of a zip in the order of their places. Raises UsageError where its table of contents is damaged."""
     file = without_waiting(os.fspath(path), os.O_RDONLY)
     try:
         with named(path):
@@ -323,9 +325,9 @@ def _announced(path: Path) -> int:
     return count
 
 
-def _damaged_zip(path: Path, why: object) -> Refused:
+def _damaged_zip(path: Path, why: object) -> UsageError:
     said = " ".join(str(why).split())[:120] or type(why).__name__
-    return Refused(
+    return UsageError(
         f"{path} has no table of contents of a zip, or a damaged one ({said}): it was cut short or is no "
         "zip; fetch it anew"
     )

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.archives import Archive, archives_in, changed, used_only
 from fastrot.data.shards import of_split
 from fastrot.data.sources import Record, Source, not_empty, numbered, too_long
@@ -114,13 +114,13 @@ def _reader(archive: Archive, group: int, column: str) -> _Reader:
 
 
 def _opened(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`. Raises Refused where it is none, or damaged."""
+    """A `pyarrow.parquet.ParquetFile`. Raises UsageError where it is none, or damaged."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as e:
         if e.name != "pyarrow":
             raise  # it is installed, but something inside it is broken: show that instead
-        raise Refused(
+        raise UsageError(
             "--source parquet needs the pyarrow package: pip install 'fastrot[parquet]'"
         ) from None
     try:
@@ -133,13 +133,13 @@ def _opened(path: Path) -> Any:
         raise _damaged(path, e) from None
 
 
-def _damaged(path: Path, why: Exception) -> Refused:
+def _damaged(path: Path, why: Exception) -> UsageError:
     with open(path, "rb") as file:
         pointer = file.read(32).startswith(b"version https://git-lfs")
     if pointer:
-        return Refused(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
+        return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
     said = " ".join(str(why).split())[:120]
-    return Refused(f"{path} is no parquet file, or was cut short ({said}): fetch it anew")
+    return UsageError(f"{path} is no parquet file, or was cut short ({said}): fetch it anew")
 
 
 # ---- listing ----
@@ -159,7 +159,7 @@ def parquet_files(
     """
     found = archives_in(root, ".parquet")
     if root.is_file() and split is not None:
-        raise Refused(f"--split {split}: {root} is one file; give the folder of all")
+        raise UsageError(f"--split {split}: {root} is one file; give the folder of all")
     names = [folder or root.name.removesuffix(".parquet") for _, folder in found.archives]
     chosen = set(of_split(names, split, root))
     paths, names = zip(
@@ -170,7 +170,7 @@ def parquet_files(
     records, places, said = [], [], []
     for number, path in enumerate(paths):
         if number and _columns(path) != columns:
-            raise Refused(
+            raise UsageError(
                 f"{path} has other columns or class names than {paths[0]}: give one data set at a time"
             )
         file = _opened(path)
@@ -216,7 +216,7 @@ class _Columns(NamedTuple):
 
 
 def _columns(path: Path) -> _Columns:
-    """The columns to read. Raises Refused where none holds pictures."""
+    """The columns to read. Raises UsageError where none holds pictures."""
     schema = _opened(path).schema_arrow
     from pyarrow import types  # it is there: see above
 
@@ -239,7 +239,7 @@ def _columns(path: Path) -> _Columns:
     pictures = sorted(schema, key=lambda field: not called(field, "Image"))
     picture = next((name for name in map(of_pictures, pictures) if name), None)
     if picture is None:
-        raise Refused(
+        raise UsageError(
             f"{path} has no column of pictures: it has {', '.join(schema.names)}; one has to be binary, or a "
             "struct with a field bytes"
         )
@@ -281,7 +281,7 @@ def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
         raise _damaged(path, ValueError(f"its column {column} ends early"))
     if all(value is None or type(value) in (int, str) for value in values):
         return values
-    raise Refused(
+    raise UsageError(
         f"{path}: its column {column} holds neither whole numbers nor words; --label-from none ignores it"
     )
 
@@ -295,12 +295,14 @@ def _labels(
     if words:
         place = {word: label for label, word in enumerate(words)}
         if not all(value is None or value in place for value in values):
-            raise Refused(f"{root}: its column {columns.label} holds numbers here and words there")
+            raise UsageError(
+                f"{root}: its column {columns.label} holds numbers here and words there"
+            )
         return [-1 if value is None else place[value] for value in values], tuple(words)
     labels = [-1 if value is None else value for value in values]
     lowest = min(labels, default=0)
     if lowest < -1:
-        raise Refused(
+        raise UsageError(
             f"{root} has the label {lowest} ({paths[labels.index(lowest)]}): a label is -1 or more; "
             "--label-from none ignores all labels"
         )
@@ -309,7 +311,7 @@ def _labels(
     if names is None:
         return labels, numbers
     if len(numbers) > len(names):
-        raise Refused(
+        raise UsageError(
             f"{root} has the label {len(numbers) - 1}, but names of {len(names)} classes; --label-from none "
             "ignores all labels"
         )

@@ -39,7 +39,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from fastrot import entry
-from fastrot.config import Refused, Stopped, knob
+from fastrot.config import RunError, UsageError, knob
 from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
 from fastrot.data.sources import Layout, Record, Source, open_source, shown
 from fastrot.disk import locked, replace_bytes
@@ -83,9 +83,9 @@ class Options:
         for name, least in {"short_side": 1, "max_side": 1, "limit": 1, "workers": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise Refused(f"{knob(name)} got {value}: it wants at least {least}")
+                raise UsageError(f"{knob(name)} got {value}: it wants at least {least}")
         if self.short_side is not None and self.max_side is not None:
-            raise Refused(
+            raise UsageError(
                 f"--short-side {self.short_side} and --max-side {self.max_side} both set the size: give one"
             )
 
@@ -217,13 +217,13 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
             results.append(Reject(chunk.first + i, str(e)))
         except OSError as e:
             if e.errno not in GONE:  # else a failing disk would reject thousands of good pictures
-                raise Stopped(
+                raise RunError(
                     f"{entry.printable(shown(record.path))} cannot be read ({e.strerror}): see to the "
                     "disk, and run the same command again to go on"
                 ) from None
             results.append(Reject(chunk.first + i, f"cannot be read: {e.strerror}"))
         except MemoryError:
-            raise Stopped(
+            raise RunError(
                 f"{entry.printable(shown(record.path))} took more memory than there is: run the same "
                 "command again with fewer --workers"
             ) from None
@@ -310,7 +310,7 @@ def spread(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise Stopped(
+        raise RunError(
             "a worker process was killed, perhaps for want of memory: run the same command again to go on, "
             f"with fewer --workers than {workers}"
         ) from None
@@ -496,7 +496,7 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
         begun = begun_with(folder)
         differs = begun and difference(plan, begun)
         if differs and not overwrite:
-            raise Refused(
+            raise UsageError(
                 f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
             )
         for file in folder.iterdir():
@@ -639,7 +639,7 @@ def estimate(
                 loss += result.loss or 0
                 seconds += result.seconds
     if not tried:
-        raise Refused(f"none of {len(numbers)} pictures tried could be decoded: check --root")
+        raise UsageError(f"none of {len(numbers)} pictures tried could be decoded: check --root")
     return Estimate(
         pictures=records,
         tried=tried,
@@ -663,13 +663,13 @@ def progress_bar(share: int, before: int, ranks: Ranks = ALONE) -> Iterator[Call
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
+    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} images/s, left:"),
-        Left(),
+        Remaining(),
     )
     start, done = time.perf_counter(), 0
     with Progress(*columns, console=Console(stderr=True)) as bar:

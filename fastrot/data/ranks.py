@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrot import entry
-from fastrot.config import Left, Refused, Stopped
+from fastrot.config import PeerLost, RunError, UsageError
 
 SIGN = "sign"  # so begins the name of a sign's file
 SEEN_WITHIN = 120  # seconds until a file that one machine wrote must be seen by another
@@ -33,7 +33,7 @@ class Ranks:
     cores: int = field(default_factory=entry.cores)  # for this rank alone
 
     def everyones(self, value: T) -> list[T]:
-        """The values of all, rank 0's first; waits for them. Raises Left where one is gone."""
+        """The values of all, rank 0's first; waits for them. Raises PeerLost where one is gone."""
         if self.world == 1:
             return [value]
         from fastrot import dist
@@ -41,7 +41,7 @@ class Ranks:
         try:
             return dist.everyones(value)
         except RuntimeError:
-            raise Left(
+            raise PeerLost(
                 "another process of this conversion has ended: run the same command again to go on "
                 "from its whole parts"
             ) from None
@@ -52,12 +52,12 @@ class Ranks:
         if self.rank == 0:
             try:
                 told = do()
-            except (Refused, Stopped, OSError) as e:
-                error, status = e, 2 if isinstance(e, Refused) else 1
+            except (UsageError, RunError, OSError) as e:
+                error, status = e, 2 if isinstance(e, UsageError) else 1
         told, status = self.everyones((told, status))[0]
         if not status:
             return told  # type: ignore[return-value]
-        with contextlib.suppress(Left):
+        with contextlib.suppress(PeerLost):
             self.everyones(None)  # none leaves before all have heard
         if error is not None:
             raise error  # rank 0 tells it
@@ -89,10 +89,10 @@ def joined_ranks() -> Iterator[Ranks]:
 
 
 def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
-    """Raises Refused where a rank would convert other pictures than rank 0."""
+    """Raises UsageError where a rank would convert other pictures than rank 0."""
     for rank, plan in enumerate(plans):
         if plan != plans[0]:
-            raise Refused(
+            raise UsageError(
                 f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
                 "all machines must see the same pictures there"
             )
@@ -114,17 +114,17 @@ class Sign:
         return sign
 
     def find(self) -> None:
-        """Raises Refused where this rank does not see the folder that rank 0 sees."""
+        """Raises UsageError where this rank does not see the folder that rank 0 sees."""
         if not seen(self.path.exists):
-            raise Refused(
+            raise UsageError(
                 f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
                 "system that all machines share"
             )
 
     def check(self) -> None:
-        """Raises Stopped where another start has taken the folder over."""
+        """Raises RunError where another start has taken the folder over."""
         if not self.path.exists():
-            raise Stopped(
+            raise RunError(
                 f"another start has taken over {self.path.parent}: this one is at its end"
             )
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.archives import Archive, Archives, Members, archives_in, with_places
 from fastrot.data.members import Member, tar_members
 from fastrot.data.sources import Record, Source, not_empty, numbered, tree_source
@@ -149,13 +149,15 @@ def _shards(
         shards = [each for each in found.archives if each[1] in chosen]
         return shards, found.others, found.unreadable
     if split is not None:
-        raise Refused(f"--split {split}: {root} names its shards itself; give those of that split")
+        raise UsageError(
+            f"--split {split}: {root} names its shards itself; give those of that split"
+        )
     if root.exists():
         return [(root, root.name.removesuffix(".tar"))], [], []
     paths = [Path(path) for path in expanded(str(root))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise Refused(
+        raise UsageError(
             f"{root} names {len(paths):,} shards, of which {len(missing):,} do not exist; the first: {missing[0]}"
         )
     names = [path.name.removesuffix(".tar") for path in paths]
@@ -171,11 +173,11 @@ def of_split(names: list[str], split: str | None, root: Path) -> list[str]:
     listed = ", ".join(there) or "none"
     if split is None:
         if len(there) > 1:
-            raise Refused(f"{root} holds the splits {listed}: name one with --split")
+            raise UsageError(f"{root} holds the splits {listed}: name one with --split")
         return names
     chosen = [name for name, each in zip(names, words, strict=True) if split in each]
     if not chosen:
-        raise Refused(f"--split {split} got no file of that name in {root}; there are: {listed}")
+        raise UsageError(f"--split {split} got no file of that name in {root}; there are: {listed}")
     return chosen
 
 
@@ -193,7 +195,7 @@ def expanded(pattern: str) -> list[str]:
     for each in choices:
         count *= len(each)
         if count > MOST_SHARDS:
-            raise Refused(f"{pattern} stands for more than {MOST_SHARDS:,} shards")
+            raise UsageError(f"{pattern} stands for more than {MOST_SHARDS:,} shards")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -203,10 +205,12 @@ def _choices(within: str, pattern: str) -> list[str] | range:
     if ends is None:
         if "," in within:
             return within.split(",")
-        raise Refused(f"{pattern}: between braces it wants {{000..146}} or {{a,b}}, not {within}")
+        raise UsageError(
+            f"{pattern}: between braces it wants {{000..146}} or {{a,b}}, not {within}"
+        )
     first, last = int(ends[1]), int(ends[2])
     if not first <= last < first + MOST_SHARDS:
-        raise Refused(
+        raise UsageError(
             f"{pattern}: {{{within}}} has to count upwards, and to at most {MOST_SHARDS:,} shards"
         )
     return [f"{number:0{len(ends[1])}d}" for number in range(first, last + 1)]

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.sampler import Shuffled, hash64
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -100,9 +100,9 @@ def open_source(
 ) -> Source:
     """Open a source by the name of its layout: one of the table KINDS."""
     if kind not in KINDS:
-        raise Refused(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
+        raise UsageError(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
     if not os.path.exists(root) and not (KINDS[kind].patterns and "{" in str(root)):
-        raise Refused(f"{root} does not exist: give the path of {KINDS[kind].wants}")
+        raise UsageError(f"{root} does not exist: give the path of {KINDS[kind].wants}")
     return KINDS[kind].open(Path(root), split=split, label_from=label_from, by_name=by_name)
 
 
@@ -123,13 +123,13 @@ def image_folder(
     torchvision's ImageFolder, where these differ from 0 ... n - 1; -1 where it would not list the file.
     """
     if not root.is_dir():
-        raise Refused(f"{root} is a file: give a folder of pictures, or its layout")
+        raise UsageError(f"{root} is a file: give a folder of pictures, or its layout")
     if split is not None:
         if not (root / split).is_dir():
             names = sorted(e.name for e in os.scandir(root) if e.is_dir())
             more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
             there = ", ".join(names[:10]) + more or "none"
-            raise Refused(
+            raise UsageError(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
         root = root / split
@@ -384,9 +384,9 @@ def text_list(
     are not blank, where one of them is rejected.
     """
     if split is not None:
-        raise Refused(f"--split {split}: a text list has no splits; give one list for each")
+        raise UsageError(f"--split {split}: a text list has no splits; give one list for each")
     if root.is_dir():
-        raise Refused(f"{root} is a folder: give the text file that names the pictures")
+        raise UsageError(f"{root} is a folder: give the text file that names the pictures")
     lines = (line.strip() for line in _text(root).split("\n"))  # not at odd separators in names
     named = [_path_and_label(line) for line in lines if line]
     paths = [path for path, _ in named]
@@ -424,7 +424,7 @@ def numbered(root: Path, labels: list[int], name: Callable[[int], str]) -> tuple
     """Class names where there are numbers alone: these. `name(i)`: the picture of label i, for people."""
     highest = max(labels, default=-1)
     if highest >= MOST_LABELS:
-        raise Refused(
+        raise UsageError(
             f"{root} has the label {highest} ({shown(name(labels.index(highest)))}): a label is below "
             f"{MOST_LABELS:,}; --label-from none ignores all labels"
         )
@@ -452,7 +452,7 @@ def _text(file: Path) -> str:
         if b"\0" not in text:
             text += lines.read()
     if b"\0" in text:
-        raise Refused(f"{file} is no text list: it holds zero bytes; write it as UTF-8")
+        raise UsageError(f"{file} is no text list: it holds zero bytes; write it as UTF-8")
     return os.fsdecode(text.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
 
 
@@ -493,11 +493,11 @@ def cifar10(
     root = inner if inner.is_dir() else root
     names = CIFAR_SPLITS.get(split or "train")
     if names is None:
-        raise Refused(f"--split {split} is none of CIFAR-10's: {', '.join(CIFAR_SPLITS)}")
+        raise UsageError(f"--split {split} is none of CIFAR-10's: {', '.join(CIFAR_SPLITS)}")
     source = Cifar10(root=root, records=[], classes=CIFAR_CLASSES, seen=0)
     for name in names:
         if not (root / name).is_file():
-            raise Refused(f"{root} has no {name}: give the folder cifar-10-batches-py, unpacked")
+            raise UsageError(f"{root} has no {name}: give the folder cifar-10-batches-py, unpacked")
         source._pixels[name], labels = _cifar_batch(root / name)
         for place, label in enumerate(labels):
             known = label if label_from == "folder" else -1
@@ -525,11 +525,11 @@ def _cifar_batch(path: Path) -> tuple[UInt8[np.ndarray, "n 32 32 3"], list[int]]
             known = all(type(label) is int and 0 <= label < 10 for label in labels)
         except Exception as e:  # a damaged pickle raises nearly every type there is
             said = f"it has no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:120]
-            raise Refused(
+            raise UsageError(
                 f"{path} is no CIFAR-10 batch ({said or type(e).__name__}): unpack it anew"
             ) from e
     if not fits or not known:
-        raise Refused(
+        raise UsageError(
             f"{path} is no CIFAR-10 batch: it holds pixels {list(pixels.shape)} and {len(labels)} labels "
             "instead of n x 3072 and n labels from 0 to 9; unpack it anew"
         )
@@ -595,7 +595,7 @@ _ADMITTED = {
 
 def _beton(root: Path, **how) -> Source:
     if root.is_dir() and not (root / "set.json").exists():
-        raise Refused(
+        raise UsageError(
             f"{root} is no .beton, nor the parts of one: name what dataprep/to_ffcv.py wrote"
         )
     from fastrot.data.beton.source import beton_rows  # which needs torch
@@ -661,10 +661,10 @@ def not_empty(source: Source, root: Path) -> Source:
     if source.records:
         return source
     if not source.seen:
-        raise Refused(f"{root} is empty: give a path with pictures in it")
+        raise UsageError(f"{root} is empty: give a path with pictures in it")
     first = source.rejected[:1]
     why = "".join(f" ({shown(path) or 'the root'}: {reason})" for path, reason in first)
-    raise Refused(
+    raise UsageError(
         f"{root} has {source.seen} file(s) and no picture among them{why}: look at the path, or at the files"
     )
 

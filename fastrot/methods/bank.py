@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fastrot import dist
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import Facts
 from fastrot.ops.rows import update_rows
 
@@ -91,16 +91,16 @@ class Bank:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take this rank's rows of all N, whatever the number of ranks that saved them.
 
-        Raises Refused for rows of another training view or another width.
+        Raises UsageError for rows of another training view or another width.
         """
         rows, found = state["rows"], bytes(state["fingerprint"].tolist()).decode()
         if found != self.fingerprint or len(rows) != self.images:
-            raise Refused(
+            raise UsageError(
                 f"the memory bank is of other pictures ({len(rows)} rows, fingerprint {found[:8]}; these are "
                 f"{self.images}, {self.fingerprint[:8]}): give the --data it was made from, or --out NEW"
             )
         if rows.shape[1] != self.rows.shape[1]:
-            raise Refused(
+            raise UsageError(
                 f"the memory bank's rows have {rows.shape[1]} numbers: set --method.dim {rows.shape[1]}"
             )
         self.rows.copy_(rows[self._rank :: self._world])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastrot import config, dist
 from fastrot.backbones.staged import Staged
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DTYPES, Batch, Facts, Losses, Method
 from fastrot.methods.bank import Bank
 from fastrot.methods.rotation_table import pu_weights, read
@@ -41,7 +41,7 @@ class DecouplingNet(nn.Module):
         super().__init__()
         width = trunk.channels[trunk.stages[-1]]
         if width % 2:
-            raise Refused(
+            raise UsageError(
                 f"the trunk's last stage has {width} features, which cannot be split in half: choose another "
                 "--backbone.width"
             )
@@ -98,7 +98,7 @@ class Decoupling(Method):
     def told_length(self, epochs: int, begins: Callable[[int], int]) -> None:
         self.pu_epoch = begins(self.cfg.pu_from)
         if self.weights is not None and self.pu_epoch >= epochs:
-            raise Refused(
+            raise UsageError(
                 f"--method.pu-from {self.cfg.pu_from} is epoch {self.pu_epoch} of this run, which ends before "
                 "it: set a smaller one, or more --epochs"
             )

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Float, Float32, Int8
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
 SUFFIXES = (".npz", ".dat", ".txt")
@@ -73,9 +73,9 @@ def check_name(path: str | Path, knob: str) -> None:
     """Refuse a file that could not be written, before anything is computed for it."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise Refused(f"{knob} {path} wants a name that ends in {', '.join(SUFFIXES)}")
+        raise UsageError(f"{knob} {path} wants a name that ends in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir() or path.is_dir():
-        raise Refused(f"{knob} {path} cannot be written: name a file in a folder that exists")
+        raise UsageError(f"{knob} {path} cannot be written: name a file in a folder that exists")
 
 
 def _write_text(file: BinaryIO, numbers: Float32[np.ndarray, " n"]) -> None:
@@ -93,12 +93,12 @@ def read(
 ) -> TurnTable:
     """The table of a data set of so many rows, in either format. Nothing in it is ever unpickled.
 
-    Raises Refused, naming `knob`, for a file that is not there, is no table, is another data set's, or holds
+    Raises UsageError, naming `knob`, for a file that is not there, is no table, is another data set's, or holds
     what is no probability.
     """
     name = f"{knob} {path}"
     if not Path(path).is_file():
-        raise Refused(f"{name} is no file: name one that {WRITTEN_BY} wrote, or a prob.dat")
+        raise UsageError(f"{name} is no file: name one that {WRITTEN_BY} wrote, or a prob.dat")
     with open(path, "rb") as file:
         start = file.read(4096)
     if start.startswith(_ZIP):
@@ -108,19 +108,21 @@ def read(
     else:
         table = _read_text(Path(path), rows, name)
     if len(table.fold) != rows:
-        raise Refused(
+        raise UsageError(
             f"{name} holds {len(table.fold):,} pictures, but the data has {rows:,}: write it from this data"
         )
     if table.fingerprint not in (None, fingerprint):
-        raise Refused(
+        raise UsageError(
             f"{name} was written from other data (fingerprint {table.fingerprint}, now {fingerprint}): "
             f"write it from this data, by {WRITTEN_BY}"
         )
     return table
 
 
-def _no_table(name: str) -> Refused:
-    return Refused(f"{name} is no table of turns: name one that {WRITTEN_BY} wrote, or a prob.dat")
+def _no_table(name: str) -> UsageError:
+    return UsageError(
+        f"{name} is no table of turns: name one that {WRITTEN_BY} wrote, or a prob.dat"
+    )
 
 
 def _read_npz(path: Path, name: str) -> TurnTable:
@@ -157,7 +159,7 @@ def _read_text(path: Path, rows: int, name: str) -> TurnTable:
             upright[lines : lines + len(kept)] = kept
             lines += len(part)
     if lines != wanted:
-        raise Refused(
+        raise UsageError(
             f"{name} has {lines:,} lines, but the data's {rows:,} pictures want {wanted:,}, four each: write it "
             f"from this data, by {WRITTEN_BY}"
         )
@@ -173,7 +175,7 @@ def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:
         except ValueError:
             at = next(i for i, line in enumerate(lines) if not _is_number(line))
             text = lines[at][:40].decode("ascii", "backslashreplace").strip()
-            raise Refused(
+            raise UsageError(
                 f"{name}: line {before + at + 1} is no number ({text!r}); name a table that {WRITTEN_BY} wrote, "
                 "or a prob.dat of one probability a line"
             ) from None
@@ -196,7 +198,7 @@ def _shares(numbers: np.ndarray) -> np.ndarray:
     return (numbers >= 0) & (numbers <= 1)  # both are false of NaN
 
 
-def _no_share(name: str, where: str, value: Any) -> Refused:
-    return Refused(
+def _no_share(name: str, where: str, value: Any) -> UsageError:
+    return UsageError(
         f"{name}: {where} holds {value:g}, and a probability is from 0 to 1; write the table anew, by {WRITTEN_BY}"
     )

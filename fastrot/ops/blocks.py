@@ -36,7 +36,7 @@ from jaxtyping import Float, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot import native
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.rotate import check_views, turned_views
 from fastrot.ops.rows import check_device
@@ -448,11 +448,11 @@ def _launch(
 ) -> UInt8[Tensor, "w s s 3"] | Float[Tensor, "w s s 3"]:
     """Crops where the dtype is uint8, else views."""
     if triton is None:
-        raise Refused(
+        raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )
     if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
-        raise Refused(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
+        raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
     if isinstance(turns, Tensor):
         views, pattern, turns = turns.shape[1], -1, turns.contiguous()
@@ -492,7 +492,7 @@ def unpack_crops(
     """
     _check(pack, boxes, size)
     if out is not None and (out.shape != (len(boxes), size, size, 3) or not out.is_contiguous()):
-        raise Refused(
+        raise UsageError(
             f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous"
         )
     if form_for(boxes) == "triton":
@@ -526,32 +526,36 @@ def unpack_views(
 def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
     tiles, first, sizes = pack.tiles, pack.first, pack.sizes
     if tiles.dtype != torch.uint8 or tiles.ndim != 2 or tiles.shape[1] not in (YCC, RAW):
-        raise Refused(
+        raise UsageError(
             f"tiles are {tiles.dtype} {list(tiles.shape)}: they want torch.uint8 [T, {YCC}] or [T, {RAW}]"
         )
     if not tiles.is_contiguous() or tiles.data_ptr() % 8:
-        raise Refused(
+        raise UsageError(
             "tiles are not contiguous from a multiple of 8 bytes: give the pack's array itself"
         )
     if sizes.dtype != torch.int32 or first.dtype != torch.int64 or len(first) != len(sizes) + 1:
-        raise Refused(
+        raise UsageError(
             f"first is {first.dtype} {list(first.shape)} and sizes are {sizes.dtype} {list(sizes.shape)}: "
             "they want torch.int64 [N + 1] and torch.int32 [N, 2]"
         )
     if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype != torch.int64:
-        raise Refused(f"boxes are {boxes.dtype} {list(boxes.shape)}: they want torch.int64 [B, 6]")
+        raise UsageError(
+            f"boxes are {boxes.dtype} {list(boxes.shape)}: they want torch.int64 [B, 6]"
+        )
     check_device(tiles, first, sizes, boxes)
     if size < 1:
-        raise Refused(f"size got {size}: it wants at least 1 pixel")
+        raise UsageError(f"size got {size}: it wants at least 1 pixel")
     if not boxes.is_cuda and len(boxes):
         low, high = (int(end) for end in boxes[:, 0].aminmax())
         if low < 0 or high >= len(sizes):
-            raise Refused(
+            raise UsageError(
                 f"boxes ask for pictures {low} to {high}: the pack has 0 to {len(sizes) - 1}"
             )
         starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
         if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
-            raise Refused("boxes lie outside their pictures: they want a pixel of these at least")
+            raise UsageError(
+                "boxes lie outside their pictures: they want a pixel of these at least"
+            )
 
 
 # ---- what `make kernels` compiles ----

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 
 FORMS = ("reference", "triton")
 _forced: list[str] = []
@@ -36,5 +36,5 @@ def form_for(tensor: Tensor) -> str:
 
 def _checked(form: str, setting: str) -> str:
     if form not in FORMS:
-        raise Refused(f"{setting} got {form!r}: it wants {' or '.join(FORMS)}")
+        raise UsageError(f"{setting} got {form!r}: it wants {' or '.join(FORMS)}")
     return form

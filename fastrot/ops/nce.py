@@ -44,7 +44,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.philox import philox, scaled
 from fastrot.ops.rows import WIDEST, check_device, check_kernel, check_rows, check_values
@@ -581,14 +581,14 @@ def nce_loss_and_mass(
     """
     population = len(rows) if population is None else population
     if kind not in ("nce", "infonce"):
-        raise Refused(f"kind got {kind!r}: it wants nce or infonce")
+        raise UsageError(f"kind got {kind!r}: it wants nce or infonce")
     if kind == "infonce":
         z = None
     elif z is None:
-        raise Refused("z got None: kind nce wants one, from estimate_z")
+        raise UsageError("z got None: kind nce wants one, from estimate_z")
     elif not isinstance(z, Tensor):
         if not 0 < z < math.inf:
-            raise Refused(f"z got {z}: it wants a number above 0, from estimate_z")
+            raise UsageError(f"z got {z}: it wants a number above 0, from estimate_z")
         z = x.new_full((), z)
     _check(x, rows, positive, negatives, z, temperature, population)
     explicit = index = step = None
@@ -645,11 +645,11 @@ def _check(
     population: int,
 ) -> None:
     if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in (torch.float32, torch.float64):
-        raise Refused(f"x is {x.dtype} {tuple(x.shape)}: it wants torch.float32 [B, D]")
+        raise UsageError(f"x is {x.dtype} {tuple(x.shape)}: it wants torch.float32 [B, D]")
     check_rows(rows, x)
     b = len(x)
     if positive.shape != (b,) or positive.dtype != torch.int64:
-        raise Refused(
+        raise UsageError(
             f"positive is {positive.dtype} {tuple(positive.shape)}: it wants torch.int64 [{b}]"
         )
     if isinstance(negatives, Draw):
@@ -657,33 +657,37 @@ def _check(
         check_device(x, rows, positive, z, negatives.index, negatives.step)
     else:
         if negatives.ndim != 2 or len(negatives) != b or negatives.dtype != torch.int64:
-            raise Refused(
+            raise UsageError(
                 f"negatives are {negatives.dtype} {tuple(negatives.shape)}: they want torch.int64 [{b}, K], or a Draw"
             )
         check_device(x, rows, positive, z, negatives)
     if not 1 <= _count(negatives) < 2**31 - 2**12:  # the kernel counts to a block beyond them
-        raise Refused(
+        raise UsageError(
             f"--method.negatives got {_count(negatives)}: it wants 1 or more, below two billion"
         )
     if not 0 < temperature < math.inf:
-        raise Refused(f"--method.temperature got {temperature}: it wants a number above 0, as 0.07")
+        raise UsageError(
+            f"--method.temperature got {temperature}: it wants a number above 0, as 0.07"
+        )
     if population < 1:
-        raise Refused(f"population got {population}: it wants 1 or more, as a rule the bank's rows")
+        raise UsageError(
+            f"population got {population}: it wants 1 or more, as a rule the bank's rows"
+        )
     if z is not None and (z.ndim or not z.is_floating_point()):
-        raise Refused(f"z is {z.dtype} {tuple(z.shape)}: it wants one number of no dimension")
+        raise UsageError(f"z is {z.dtype} {tuple(z.shape)}: it wants one number of no dimension")
 
 
 def _check_draw(draw: Draw, b: int, n: int) -> None:
     if draw.index.shape != (b,) or draw.index.dtype != torch.int64:
-        raise Refused(
+        raise UsageError(
             f"Draw.index is {draw.index.dtype} {tuple(draw.index.shape)}: it wants torch.int64 [{b}]"
         )
     if draw.step.ndim or draw.step.dtype != torch.int64:
-        raise Refused(
+        raise UsageError(
             f"Draw.step is {draw.step.dtype} {tuple(draw.step.shape)}: it wants torch.int64 of no dimension"
         )
     if draw.exclude_self and n < 2:
-        raise Refused(
+        raise UsageError(
             "the bank has one row: leaving the image itself out wants two, or --method.no-exclude-self"
         )
 

@@ -36,7 +36,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.rows import check_device
 
@@ -683,35 +683,35 @@ def _check(
     pool: bool,
 ) -> None:
     if y.ndim != 4 or not y.is_floating_point():
-        raise Refused(
+        raise UsageError(
             f"y is {y.dtype} {tuple(y.shape)}: norm_relu wants a convolution's output, [N, C, H, W]"
         )
     n, c, h, w = y.shape
     rows = n * h * w
     if rows < 2:
-        raise Refused(
+        raise UsageError(
             f"y is {tuple(y.shape)}: statistics of a batch want two values a channel at least: say --batch 2"
         )
     for name, each in dict(
         weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, shift=shift
     ).items():
         if each is not None and each.shape != (c,):
-            raise Refused(f"{name} is {tuple(each.shape)}: y of {c} channels wants [{c}]")
+            raise UsageError(f"{name} is {tuple(each.shape)}: y of {c} channels wants [{c}]")
     check_device(y, weight, bias, running_mean, running_var, shift)
     if pool and min(h, w) < 3:
-        raise Refused(f"y is {h} x {w} pixels: a pool of 3 x 3 wants at least that")
+        raise UsageError(f"y is {h} x {w} pixels: a pool of 3 x 3 wants at least that")
 
 
 def _check_kernel(y: Tensor) -> None:
     """What the Triton kernels take."""
     if triton is None:
-        raise Refused(
+        raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )
     if y.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise Refused(f"the Triton kernels read no {y.dtype}: set FASTROT_OPS=reference")
+        raise UsageError(f"the Triton kernels read no {y.dtype}: set FASTROT_OPS=reference")
     if y.numel() // y.shape[1] > 2**30:
-        raise Refused(
+        raise UsageError(
             f"y is {tuple(y.shape)}: the Triton kernels count to a billion rows: say a smaller --batch"
         )
 

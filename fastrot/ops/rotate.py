@@ -36,7 +36,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 
 try:
@@ -58,7 +58,9 @@ class Cells:
 
     def __post_init__(self):
         if self.side < 1 or self.pad < 0 or self.count < 1:
-            raise Refused(f"{self} makes no cells: side and count want at least 1, pad 0 or more")
+            raise UsageError(
+                f"{self} makes no cells: side and count want at least 1, pad 0 or more"
+            )
 
     @property
     def channels(self) -> int:
@@ -251,11 +253,11 @@ def _launch(
     cells: Cells | None,
 ) -> Tensor:
     if triton is None:
-        raise Refused(
+        raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise Refused(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
+        raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
     images = images.contiguous()
     b, s = images.shape[:2]
     if isinstance(turns, Tensor):
@@ -299,7 +301,7 @@ def _turned_views(
 ) -> Tensor:
     turns = for_all if per_image is None else per_image
     if per_image is not None and not per_image.is_cuda and bool((per_image & 3 != per_image).any()):
-        raise Refused("turns of each image got a number outside 0, 1, 2 and 3")
+        raise UsageError("turns of each image got a number outside 0, 1, 2 and 3")
     run = _launch if form_for(images) == "triton" else turned_views_reference
     cut = None if cells is None else Cells(*cells)
     return run(images, turns, mean, std, dtype, cut).permute(0, 3, 1, 2)
@@ -330,11 +332,11 @@ def turned_views(
     [B*V, 3, S, S]; with `cells` [B*V, side * side * 3, count, count], for a convolution that takes its views folded.
     """
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise Refused(
+        raise UsageError(
             f"images are {tuple(images.shape)}: turned_views wants square ones, [B, S, S, 3]"
         )
     if images.dtype != torch.uint8:
-        raise Refused(f"images are {images.dtype}: turned_views wants torch.uint8")
+        raise UsageError(f"images are {images.dtype}: turned_views wants torch.uint8")
     mean, std = check_views(turns, mean, std, dtype, len(images))
     cut = None if cells is None else [cells.side, cells.pad, cells.count]
     if isinstance(turns, Tensor):
@@ -351,16 +353,16 @@ def check_views(
 ) -> tuple[list[float], list[float]]:
     """Refuse what no views can be made with; mean and std as plain numbers."""
     if dtype not in DTYPES:
-        raise Refused(f"dtype got {dtype}: turned_views wants one of {DTYPES}")
+        raise UsageError(f"dtype got {dtype}: turned_views wants one of {DTYPES}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise Refused(
+        raise UsageError(
             f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0"
         )
     if not isinstance(turns, Tensor):
         if not turns or any(t not in (0, 1, 2, 3) for t in turns):
-            raise Refused(f"turns got {turns}: they want at least one of 0, 1, 2 and 3")
+            raise UsageError(f"turns got {turns}: they want at least one of 0, 1, 2 and 3")
     elif turns.ndim != 2 or len(turns) != images or turns.dtype != torch.int64:
-        raise Refused(
+        raise UsageError(
             f"turns are {turns.dtype} {tuple(turns.shape)}: they want torch.int64 [{images}, V]"
         )
     return [float(m) for m in mean], [float(s) for s in std]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastrot.config import WIDEST_EMBEDDING, NotFinite, Refused
+from fastrot.config import WIDEST_EMBEDDING, NotFinite, UsageError
 from fastrot.ops.choice import form_for
 
 try:
@@ -129,19 +129,19 @@ def update_rows(
     refused on a CPU and left out on a GPU, where looking would wait.
     """
     if features.ndim != 2 or features.dtype not in (torch.float32, torch.float64):
-        raise Refused(
+        raise UsageError(
             f"features are {features.dtype} {tuple(features.shape)}: they want torch.float32 [B, D]"
         )
     check_rows(rows, features)
     if index.shape != features.shape[:1] or index.dtype != torch.int64:
-        raise Refused(
+        raise UsageError(
             f"index is {index.dtype} {tuple(index.shape)}: it wants torch.int64 [{len(features)}]"
         )
     check_device(rows, index, features)
     if not 0 <= momentum <= 1:
-        raise Refused(f"--method.bank-momentum got {momentum}: it wants 0 to 1, as 0.5")
+        raise UsageError(f"--method.bank-momentum got {momentum}: it wants 0 to 1, as 0.5")
     if not eps >= 0:
-        raise Refused(f"eps got {eps}: it wants 0 or more")
+        raise UsageError(f"eps got {eps}: it wants 0 or more")
     _update_rows(rows, index, features.detach(), momentum, eps)
 
 
@@ -152,24 +152,24 @@ def check_rows(rows: Tensor, features: Tensor) -> None:
     """A bank that these features [B, D] can meet."""
     d = features.shape[1]
     if rows.ndim != 2 or rows.shape[1] != d or not rows.is_floating_point():
-        raise Refused(
+        raise UsageError(
             f"rows are {rows.dtype} {tuple(rows.shape)}: they want torch.float32 or torch.bfloat16 [N, {d}]"
         )
     if rows.dtype not in (torch.float32, torch.bfloat16, features.dtype):
-        raise Refused(
+        raise UsageError(
             f"rows are {rows.dtype}: with features of {features.dtype} they want torch.float32 or torch.bfloat16"
         )
     if not rows.is_contiguous():
-        raise Refused("rows are not contiguous: give the bank itself, or rows.contiguous()")
+        raise UsageError("rows are not contiguous: give the bank itself, or rows.contiguous()")
     if not 1 <= len(rows) < 2**32:
-        raise Refused(f"the bank has {len(rows)} rows: it wants from 1 to 2**32 - 1")
+        raise UsageError(f"the bank has {len(rows)} rows: it wants from 1 to 2**32 - 1")
 
 
 def check_device(first: Tensor, *others: Tensor | None) -> None:
     """All on the device of the first."""
     for other in others:
         if other is not None and other.device != first.device:
-            raise Refused(
+            raise UsageError(
                 f"tensors are on {first.device} and {other.device}: they want the same device"
             )
 
@@ -177,13 +177,13 @@ def check_device(first: Tensor, *others: Tensor | None) -> None:
 def check_kernel(features: Tensor, rows: Tensor) -> None:
     """What the Triton kernels take."""
     if triton is None:
-        raise Refused(
+        raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )
     if torch.float64 in (features.dtype, rows.dtype):
-        raise Refused("the Triton kernels read no torch.float64: set FASTROT_OPS=reference")
+        raise UsageError("the Triton kernels read no torch.float64: set FASTROT_OPS=reference")
     if features.shape[1] > WIDEST:
-        raise Refused(
+        raise UsageError(
             f"the Triton kernels hold features up to {WIDEST}, and these are {features.shape[1]}: "
             "say --method.dim 128, or set FASTROT_OPS=reference"
         )
@@ -195,7 +195,7 @@ def check_values(features: Tensor, rows: int, *indices: Tensor | None) -> None:
         if index is not None and index.numel():
             low, high = (int(end) for end in index.aminmax())
             if low < 0 or high >= rows:
-                raise Refused(
+                raise UsageError(
                     f"index out of range: rows {low} to {high} are asked for, the bank has 0 to {rows - 1}"
                 )
     if not bool(torch.isfinite(features).all()):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrot import config, dist, machine
-from fastrot.config import Config, Refused, Stopped
+from fastrot.config import Config, RunError, UsageError
 from fastrot.core import View
 from fastrot.data.loader import Loader
 from fastrot.speed.timer import Watch, blank
@@ -47,7 +47,7 @@ def forget(error: BaseException) -> None:
             forget(earlier)
 
 
-def sentence(cfg: Config, device: torch.device, built: Built) -> Refused | Stopped:
+def sentence(cfg: Config, device: torch.device, built: Built) -> UsageError | RunError:
     """What to tell where memory is full. What the failed step held must have been let go: see `forget`.
 
     A batch that fits is looked for before the first log line; behind it, others have taken the memory.
@@ -55,17 +55,21 @@ def sentence(cfg: Config, device: torch.device, built: Built) -> Refused | Stopp
     where, state = memory_of(device), built.state
     if state is None or built.loader is None:
         bank = " and its memory bank" if isinstance(cfg.method, config.Decoupling) else ""
-        return Refused(f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}")
+        return UsageError(
+            f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}"
+        )
     if built.watch is not None and built.watch.lines:
-        return Stopped(
+        return RunError(
             f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
             "memory there, and the same command goes on from the last checkpoint"
         )
     dist.abandon(device)
     found = largest(state, built.loader.view, cfg.batch)
     if found is None:
-        return Refused(f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}")
-    return Refused(f"--batch {cfg.batch} does not fit into {where}: --batch {found} does")
+        return UsageError(
+            f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}"
+        )
+    return UsageError(f"--batch {cfg.batch} does not fit into {where}: --batch {found} does")
 
 
 def memory_of(device: torch.device) -> str:

@@ -151,7 +151,7 @@ def examine(
     watch: Watch,
     val: Data | None = None,
 ) -> Findings:
-    """Time every stage. `cfg`: resolved, its precision chosen. Raises Refused for data that cannot train it.
+    """Time every stage. `cfg`: resolved, its precision chosen. Raises UsageError for data that cannot train it.
 
     Placing the data, building and compiling the net are not counted in the watch's seconds.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot import dist
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
 VERSION = 2  # 2: `judged`
@@ -74,7 +74,9 @@ def of_run(source: str | Path) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint into host memory, each entry checked against its CRC first."""
     if not path.exists():
-        raise Refused(f"there is no checkpoint {path}: name a run folder or a .pt file that exists")
+        raise UsageError(
+            f"there is no checkpoint {path}: name a run folder or a .pt file that exists"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -83,18 +85,18 @@ def load(path: Path) -> dict[str, Any]:
     except Exception:  # damaged bytes make zipfile raise nearly every type there is
         damaged = "its directory"
     if damaged is not None:
-        raise Refused(f"{path} is cut short or changed ({damaged})")
+        raise UsageError(f"{path} is cut short or changed ({damaged})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # and so does the unpickler
-        raise Refused(
+        raise UsageError(
             f"{path} is no checkpoint that can be read ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else None
-        raise Refused(
+        raise UsageError(
             f"{path} has version {found!r}, this fastrot reads version {VERSION}: "
             "use the fastrot that wrote it"
         )
@@ -136,13 +138,13 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], name: str) -> None:
     spare = sorted(set(weights) - set(mine))
     other = [k for k in mine if k in weights and mine[k].shape != weights[k].shape]
     if missing or spare:
-        raise Refused(
+        raise UsageError(
             f"{name} has other layers than this net (missing {missing[:2]}, unknown {spare[:2]}): "
             "use the --backbone and method it was trained with"
         )
     if other:
         key = other[0]
-        raise Refused(
+        raise UsageError(
             f"{name} does not fit: {key} is {list(weights[key].shape)}, this net's is "
             f"{list(mine[key].shape)}; use the --image-size and --backbone.width it was trained with"
         )

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastrot import dist
-from fastrot.config import Config, NotFinite, Stopped
+from fastrot.config import Config, NotFinite, RunError
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.loader import Loader
-from fastrot.entry import Alarm, Warned
+from fastrot.entry import Preempted, PreemptionSignal
 from fastrot.speed.timer import Watch
 from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP, Graphed
@@ -174,7 +174,7 @@ def validate(
         nothing = torch.zeros(2, dtype=torch.float64, device=state.device)
         sums[name] = dist.sum_over_ranks(sums.get(name, nothing))
     if not sums:
-        raise Stopped(
+        raise RunError(
             "no picture to be judged on can be read: give --val others, or prepare them anew"
         )
     return {name: (both[0] / both[1]).item() for name, both in sums.items()}
@@ -190,7 +190,7 @@ class Run:
     cfg: Config
     save: Callable[[str, dict[str, Any]], None]  # writes checkpoints/NAME
     at_epoch: Callable[[], None]  # draws the run's page
-    alarm: Alarm  # of this process
+    preemption: PreemptionSignal  # of this process
     watch: Watch  # times it
 
 
@@ -198,7 +198,7 @@ def fit(state: TrainState, run: Run) -> None:
     """Train from `state.step` to the end, which is `state.rates.steps` or --max-steps.
 
     Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on. Raises
-    Warned when a rank was warned and all is saved, Stopped where a number is not finite.
+    Preempted when a rank was warned and all is saved, RunError where a number is not finite.
     """
     cfg = run.cfg
     end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
@@ -308,8 +308,8 @@ def _validated(state: TrainState, run: Run, line: dict[str, Any]) -> dict[str, f
 
 
 def _save_if_warned(state: TrainState, run: Run, timer: "_Timer | None" = None) -> None:
-    """Where a rank was warned: save, say so, raise Warned. Called on all ranks at the same place."""
-    if not dist.highest(run.alarm.got):
+    """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
+    if not dist.highest(run.preemption.got):
         return
     if timer is not None:
         timer.lap()
@@ -320,14 +320,14 @@ def _save_if_warned(state: TrainState, run: Run, timer: "_Timer | None" = None) 
 
 
 def _end_if_warned(state: TrainState, run: Run) -> None:
-    number = dist.highest(run.alarm.got)
+    number = dist.highest(run.preemption.got)
     if not number:
         return
     name = signal.Signals(number).name
     where = f"saved at step {state.step}" if state.step else "ended before the first step"
     sentence = f"{name}: {where} of {state.rates.steps}; the same command goes on there"
     run.journal.say(sentence)
-    raise Warned(number, sentence)
+    raise Preempted(number, sentence)
 
 
 def _checkpoint_is_due(step: int, cfg: Config) -> bool:
@@ -366,7 +366,7 @@ def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
         good = (
             f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         )
-        raise Stopped(
+        raise RunError(
             f"the loss or a weight is not finite at step {state.step}; {good}: "
             "start again with a smaller --lr, or --precision fp32"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastrot.config import Refused, Schedule, Sgd
+from fastrot.config import Schedule, Sgd, UsageError
 
 
 def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
@@ -77,14 +77,14 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def check_apex() -> Callable[..., Optimizer]:
-    """NVIDIA apex's FusedSGD. Raises Refused where there is none; the package index has another apex."""
+    """NVIDIA apex's FusedSGD. Raises UsageError where there is none; the package index has another apex."""
     way = "build NVIDIA's from its sources, or use --optim.kernel torch"
     if importlib.util.find_spec("apex") is None:
-        raise Refused(f"--optim.kernel apex, but no package apex is installed: {way}")
+        raise UsageError(f"--optim.kernel apex, but no package apex is installed: {way}")
     try:
         return importlib.import_module("apex.optimizers").FusedSGD
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise Refused(
+        raise UsageError(
             "--optim.kernel apex, but the package apex that is installed is another one, without "
             f"apex.optimizers.FusedSGD ({error}): {way}"
         ) from None
@@ -95,7 +95,7 @@ def _of_apex(groups: list[dict], **settings: Any) -> Optimizer:
     try:
         return kind(groups, **settings)
     except RuntimeError as error:  # as it says where its extensions were not built
-        raise Refused(
+        raise UsageError(
             f"--optim.kernel apex, but it cannot be used here ({error}): build it with its CUDA extensions, "
             "or use --optim.kernel torch"
         ) from error

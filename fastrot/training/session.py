@@ -16,12 +16,12 @@ import torch
 import yaml
 
 from fastrot import assemble, config, dist, machine
-from fastrot.config import Config, Refused, Stopped
+from fastrot.config import Config, RunError, UsageError
 from fastrot.core import DTYPES, Batch, Data, View
 from fastrot.data.loader import Loader
 from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
-from fastrot.entry import Alarm, Warned, share_of_cores
+from fastrot.entry import Preempted, PreemptionSignal, share_of_cores
 from fastrot.evals import page
 from fastrot.evals.rotation import turn_guesses
 from fastrot.presets import PRESETS
@@ -43,7 +43,7 @@ def train(cfg: Config) -> int:
     """Train as the config says, from the folder's last checkpoint where there is one; with --folds each
     fold's net in turn.
 
-    Raises Warned when a warning signal reached a rank and all is saved.
+    Raises Preempted when a warning signal reached a rank and all is saved.
     """
     here = dist.place()
     device = choose_device(cfg.device, here)
@@ -54,9 +54,9 @@ def train(cfg: Config) -> int:
     runs = runs_of(cfg)
     for run, _ in runs:
         _made(run)
-    with contextlib.closing(Alarm()) as alarm, joined(here, device):
+    with contextlib.closing(PreemptionSignal()) as preemption, joined(here, device):
         for run, each in runs:
-            _train_one(each, run, here, device, alarm)
+            _train_one(each, run, here, device, preemption)
     return 0
 
 
@@ -66,10 +66,10 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
     if cfg.folds is None or cfg.fold is not None:
         if folds_in(run):
             own = "NEW" if cfg.fold is None else run / f"fold{cfg.fold}"
-            raise Refused(f"--out {run} holds the runs of --folds: use --out {own}")
+            raise UsageError(f"--out {run} holds the runs of --folds: use --out {own}")
         return [(run, cfg)]
     if (run / "checkpoints" / LAST).exists():
-        raise Refused(f"--out {run} holds a run without --folds: use --out NEW")
+        raise UsageError(f"--out {run} holds a run without --folds: use --out NEW")
     folders = [run / f"fold{fold}" for fold in range(cfg.folds)]
     return [
         (folder, dataclasses.replace(cfg, fold=fold, out=str(folder)))
@@ -88,7 +88,7 @@ def joined(
     device: torch.device,
     again: str = "the same command goes on from the last checkpoint",
 ) -> Iterator[None]:
-    """Among the other processes, from here to the end; raises Left where one of them is gone.
+    """Among the other processes, from here to the end; raises PeerLost where one of them is gone.
 
     `again`: what the same command does then.
     """
@@ -97,17 +97,17 @@ def joined(
     try:
         yield
         together = True
-    except Warned:
+    except Preempted:
         together = True  # all ranks raise it, and rank 0 is the last to have saved
         raise
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "killed" in str(error):
-            raise Stopped(
+            raise RunError(
                 f"a process that decodes was killed, perhaps for want of memory: {again}, with fewer "
                 "--workers where that was the reason"
             ) from error
         if dist.lost(error):
-            raise config.Left(
+            raise config.PeerLost(
                 f"another process of this run has ended: see what it says, and {again}"
             ) from error
         raise
@@ -116,7 +116,7 @@ def joined(
 
 
 def _train_one(
-    cfg: Config, run: Path, here: dist.Place, device: torch.device, alarm: Alarm
+    cfg: Config, run: Path, here: dist.Place, device: torch.device, preemption: PreemptionSignal
 ) -> None:
     with contextlib.ExitStack() as until_the_end:
         if here.rank == 0:  # the one that writes
@@ -127,7 +127,7 @@ def _train_one(
         saved = _last_checkpoint(run)
         places = dist.everyones(saved and (saved["step"], saved["judged"]))
         if any(place != places[0] for place in places):
-            raise Refused(
+            raise UsageError(
                 f"--out {run} is not the same folder for all ranks: choose one on a file system "
                 "that all machines share"
             )
@@ -136,7 +136,7 @@ def _train_one(
         _deterministic(cfg)
         built = memory.Built()
         try:
-            _train(cfg, run, saved, here, device, begun, alarm, built)
+            _train(cfg, run, saved, here, device, begun, preemption, built)
         except RuntimeError as error:
             if not memory.is_full(error):
                 raise
@@ -151,7 +151,7 @@ def _train(
     here: dist.Place,
     device: torch.device,
     begun: float,
-    alarm: Alarm,
+    preemption: PreemptionSignal,
     built: memory.Built,
 ) -> None:
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
@@ -166,7 +166,7 @@ def _train(
     method = assemble.method(cfg, facts)
     run_facts["method"] = method.agree()
     if saved is not None and saved["facts"]["method"] != run_facts["method"]:
-        raise Refused(
+        raise UsageError(
             f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
             f"{run_facts['method']}): use --out NEW"
         )
@@ -230,7 +230,7 @@ def _train(
             watch.around = Profile(state, run / "profile", end - state.step, journal.say)
         fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
         work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
-        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, alarm, watch))
+        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, preemption, watch))
         if dist.rank() == 0:
             summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
             summary |= _bound(cfg, state, watch, work, loader, _before(run, state.step))
@@ -247,13 +247,15 @@ def _train(
 def choose_device(wish: str, here: dist.Place) -> torch.device:
     """The GPU of this rank, or the CPU."""
     if wish == "cuda" and not torch.cuda.is_available():
-        raise Refused("--device cuda, but torch sees no GPU: use --device cpu, or torch with CUDA")
+        raise UsageError(
+            "--device cuda, but torch sees no GPU: use --device cpu, or torch with CUDA"
+        )
     if wish == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ and "SLURM_GPUS_PER_TASK" in os.environ:
         return torch.device("cuda", 0)  # srun lets each task see its own alone
     if here.local >= torch.cuda.device_count():
-        raise Refused(
+        raise UsageError(
             f"there are {here.local_world} processes on this machine but {torch.cuda.device_count()} "
             "GPU(s): start one process a GPU, or use --device cpu"
         )
@@ -286,7 +288,7 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
     """Refuse faster forms of a step that this device, or what else is asked for, does not admit."""
     if cfg.optim.kernel == "apex":
         if device.type != "cuda":
-            raise Refused(
+            raise UsageError(
                 "--optim.kernel apex wants a GPU, and this run is on a CPU: use --optim.kernel torch"
             )
         check_apex()
@@ -318,7 +320,9 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         ),
     ):
         if holds:
-            raise Refused(f"--graph records the step of one process on a GPU, but {reason}: {way}")
+            raise UsageError(
+                f"--graph records the step of one process on a GPU, but {reason}: {way}"
+            )
 
 
 def _deterministic(cfg: Config) -> None:
@@ -334,7 +338,7 @@ def _with_statistics(cfg: Config, data: Data) -> Config:
     if cfg.statistics == "preset":
         return cfg
     if data.mean is None or data.std is None:
-        raise Refused(
+        raise UsageError(
             f"--statistics data, but {cfg.data} carries none: use --statistics preset, or a .beton "
             "that dataprep/to_ffcv.py wrote"
         )
@@ -378,7 +382,7 @@ def _loaders(
     for name, rows in _chosen(cfg, data.keys).items():
         path = files[name] = run / f"rows-{name}.npy"
         if saved is not None and not (path.exists() and np.array_equal(np.load(path), rows)):
-            raise Refused(
+            raise UsageError(
                 f"{run} was trained on other pictures ({saved['facts']['data']}): "
                 "give the same --data and --val, or --out NEW"
             )
@@ -401,7 +405,7 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, np.ndarray]:
         fold = fold_of(keys, cfg.folds)
         empty = np.flatnonzero(np.bincount(fold, minlength=cfg.folds) == 0)
         if len(empty):
-            raise Refused(
+            raise UsageError(
                 f"--folds {cfg.folds} leaves fold {empty[0]} of {len(keys)} pictures empty: use fewer folds"
             )
         left_out = left_out | (fold == cfg.fold)
@@ -462,15 +466,15 @@ def seconds_of(text: str) -> float:
     """`90s`, `30min`, `1.5h` in seconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
     if not match or float(match[1]) == 0:
-        raise Refused(f"--budget got {text!r}: it wants a time such as 90s, 30min or 2h")
+        raise UsageError(f"--budget got {text!r}: it wants a time such as 90s, 30min or 2h")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
 def _start_from(net: torch.nn.Module, source: str) -> None:
     try:
         state = checkpoint.load(checkpoint.of_run(source))
-    except Refused as error:
-        raise Refused(f"--start-from: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"--start-from: {error}") from error
     mine, theirs = net.state_dict(), state["net"]
     if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
         net.load_state_dict(theirs)
@@ -496,7 +500,7 @@ def _compare(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) ->
             f"{name if ' ' in name else config.knob(name)} was {old}, now {new}"
             for name, (old, new) in found.items()
         )
-        raise Refused(
+        raise UsageError(
             f"{run} holds a run of other settings ({each}): use --out NEW for a new run, "
             f"--out NEW --start-from {run} to begin one with its weights, or the settings it had"
         )
@@ -507,11 +511,11 @@ def _made(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(
+        raise UsageError(
             f"--out {run} cannot be made ({error.strerror}): name another folder"
         ) from error
     if not os.access(run, os.W_OK | os.X_OK):
-        raise Refused(f"--out {run} cannot be written: name a folder of your own")
+        raise UsageError(f"--out {run} cannot be written: name a folder of your own")
 
 
 def _last_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -524,16 +528,16 @@ def _last_checkpoint(run: Path) -> dict[str, Any] | None:
         return None
     try:
         return checkpoint.load(last)
-    except Refused as error:
+    except UsageError as error:
         kept = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
         older = [path for path in (*kept, previous) if path.exists() and path != last]
         way = f"move {older[-1]} in its place" if older else "remove it to begin anew"
-        raise Refused(f"{error}; {way}, or use --out NEW") from error
+        raise UsageError(f"{error}; {way}, or use --out NEW") from error
 
 
 def _same_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
     if before["fingerprint"] != now["fingerprint"]:
-        raise Refused(
+        raise UsageError(
             f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
             f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
         )

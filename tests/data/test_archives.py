@@ -20,7 +20,7 @@ from test_sources import FATES, JPEG, PLAIN, accounted, encoded, tree
 from test_write import main
 from truth import DATA, photo
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data import archives, members, prepare, shards, sources
 from fastrot.data.beton import write
 
@@ -207,7 +207,7 @@ def test_a_split_is_a_folder_inside_or_an_archive(tmp_path, kind):
         truth = sources.open_source("imagefolder", root, split=split)
         same(sources.open_source(kind, one, split=split), truth)
         same(sources.open_source(kind, tmp_path / "two", split=split), truth)
-    with pytest.raises(Refused, match=r"--split test got no folder .* there are: train, val"):
+    with pytest.raises(UsageError, match=r"--split test got no folder .* there are: train, val"):
         sources.open_source(kind, one, split="test")
 
 
@@ -389,7 +389,7 @@ def test_what_a_zip_cannot_give_is_rejected_by_name(tmp_path, changes, reason):
 def test_a_zips_table_that_swallows_a_member_is_refused(tmp_path):
     archive = zipped(tmp_path / "a.zip", CLASSES)
     patched(archive, "n01/2.JPEG", {32: struct.pack("<H", 46 + len("n01/3.JPEG"))})  # its comment
-    with pytest.raises(Refused, match="it names 11 members and announces 12"):
+    with pytest.raises(UsageError, match="it names 11 members and announces 12"):
         sources.open_source("zip", archive)
 
 
@@ -403,7 +403,7 @@ def test_a_zip_counts_its_members_as_zip64_does(tmp_path, monkeypatch):
     assert len(sources.open_source("zip", archive).records) == len(CLASSES)
     data[data.rindex(b"PK\6\6") + 32] += 1
     archive.write_bytes(data)
-    with pytest.raises(Refused, match="it names 12 members and announces 13"):
+    with pytest.raises(UsageError, match="it names 12 members and announces 13"):
         sources.open_source("zip", archive)
 
 
@@ -444,7 +444,7 @@ def members_of(kind: str, data: bytes, path: Path) -> set[str] | str:
     path.write_bytes(data)
     try:
         source = sources.open_source(kind, path)
-    except Refused as e:
+    except UsageError as e:
         return str(e)
     assert accounted(source)
     return {record.path for record in source.records}
@@ -497,7 +497,9 @@ def test_a_hollow_tar_is_no_short_listing(tmp_path, where):
     else:
         data[second:] = bytes(members.MOST_ZEROS + 512)
     whole.write_bytes(data)
-    with pytest.raises(Refused, match=rf"x\.tar has .* zero bytes from byte {second:,} on.*fetch"):
+    with pytest.raises(
+        UsageError, match=rf"x\.tar has .* zero bytes from byte {second:,} on.*fetch"
+    ):
         sources.open_source("tar", whole)
 
 
@@ -521,7 +523,7 @@ def test_a_changed_header_is_refused_with_its_place(tmp_path):
     at = data.index(b"n01/2.JPEG")
     data[at + 1] ^= 1
     archive.write_bytes(data)
-    with pytest.raises(Refused, match=rf"a.tar is damaged at byte {at:,}: fetch it anew"):
+    with pytest.raises(UsageError, match=rf"a.tar is damaged at byte {at:,}: fetch it anew"):
         sources.open_source("tar", archive)
 
 
@@ -549,18 +551,18 @@ def test_joined_tars_are_read_to_the_end(tmp_path):
 )
 def test_what_is_no_archive_is_one_sentence(tmp_path, kind, data, says):
     (tmp_path / "a").write_bytes(data)
-    with pytest.raises(Refused, match=says.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(UsageError, match=says.replace("(", r"\(").replace(")", r"\)")):
         sources.open_source(kind, tmp_path / "a")
 
 
 def test_a_folder_with_compressed_tars_is_refused(tmp_path):
     class_tars(tmp_path / "tars")
     (tmp_path / "tars" / "n03.tar.gz").write_bytes(b"x")
-    with pytest.raises(Refused, match=r"n03.tar.gz is compressed.*decompress it"):
+    with pytest.raises(UsageError, match=r"n03.tar.gz is compressed.*decompress it"):
         sources.open_source("tar", tmp_path / "tars")
-    with pytest.raises(Refused, match=r"holds no file named \*\.zip"):
+    with pytest.raises(UsageError, match=r"holds no file named \*\.zip"):
         sources.open_source("zip", tmp_path / "tars")
-    with pytest.raises(Refused, match="give the path of a tar"):
+    with pytest.raises(UsageError, match="give the path of a tar"):
         sources.open_source("tar", tmp_path / "none.tar")
 
 
@@ -635,7 +637,7 @@ def test_an_archive_that_changes_underway_stops_the_conversion(tmp_path, how):
         archive.write_bytes(archive.read_bytes() + bytes(512 * (how == "longer")))
         os.utime(archive, ns=(1, 1))
     recipe = prepare.Recipe(write.Coder())
-    with pytest.raises(Stopped, match=r"n00/0.JPEG cannot be read \(.*a.tar"):
+    with pytest.raises(RunError, match=r"n00/0.JPEG cannot be read \(.*a.tar"):
         prepare.encode_chunk(recipe, prepare.chunk_of(source, 0, 4))
 
 
@@ -740,27 +742,27 @@ def test_strange_samples_have_one_fate_each(tmp_path):
     }
     assert accounted(source)
     huge = tarred(tmp_path / "t.tar", [("a.jpg", JPEG), ("a.cls", b"99999999")])
-    with pytest.raises(Refused, match=r"label 99999999 \(t/a.jpg\): a label is below"):
+    with pytest.raises(UsageError, match=r"label 99999999 \(t/a.jpg\): a label is below"):
         sources.open_source("webdataset", huge)
 
 
 def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
     folder = written_shards(tmp_path / "shards")
     with pytest.raises(
-        Refused, match=r"names 5 shards, of which 2 do not exist; the first: .*3.tar"
+        UsageError, match=r"names 5 shards, of which 2 do not exist; the first: .*3.tar"
     ):
         sources.open_source("webdataset", folder / "train-{000000..000004}.tar")
     for strange in ("{0..99999999999}", "{2..1}", "{x}", "{0..999}{0..999}{0..999}"):
-        with pytest.raises(Refused, match=r"shards|between braces"):
+        with pytest.raises(UsageError, match=r"shards|between braces"):
             sources.open_source("webdataset", folder / strange)
     tarred(folder / "val-000000.tar", sample_files(50, 2))
-    with pytest.raises(Refused, match="holds the splits train, val: name one with --split"):
+    with pytest.raises(UsageError, match="holds the splits train, val: name one with --split"):
         sources.open_source("webdataset", folder)
     assert len(sources.open_source("webdataset", folder, split="val").records) == 2
     assert len(sources.open_source("webdataset", folder, split="train").records) == 12
-    with pytest.raises(Refused, match=r"--split test got no file .*there are: train, val"):
+    with pytest.raises(UsageError, match=r"--split test got no file .*there are: train, val"):
         sources.open_source("webdataset", folder, split="test")
-    with pytest.raises(Refused, match="give the path of WebDataset shards"):
+    with pytest.raises(UsageError, match="give the path of WebDataset shards"):
         sources.open_source("webdataset", tmp_path / "none")
     assert shards.expanded("a{08..10}b{x,yz}") == [
         f"a{number}b{word}" for number in ("08", "09", "10") for word in ("x", "yz")

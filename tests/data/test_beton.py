@@ -9,7 +9,7 @@ from plain_beton import write_beton
 from truth import photo
 
 from fastrot.assemble import open_loader
-from fastrot.config import RandomResized, Refused, Whole
+from fastrot.config import RandomResized, UsageError, Whole
 from fastrot.core import View
 from fastrot.data import ahead
 from fastrot.data.beton.load import Beton, DamagedRecord
@@ -152,7 +152,7 @@ def test_a_file_cut_short_is_refused(ours):
     cuts = np.random.default_rng(0).integers(0, len(whole), 60).tolist()
     for cut in [0, 1, 23, 24, 25, len(whole) - 1, len(whole) - 24, *cuts]:
         bare.write_bytes(whole[:cut])
-        with pytest.raises(Refused, match=r"cut short|empty"):
+        with pytest.raises(UsageError, match=r"cut short|empty"):
             Beton(bare)
 
 
@@ -167,7 +167,7 @@ def test_a_file_cut_short_is_refused(ours):
 def test_what_is_no_beton_is_refused(ours, start, words):
     bare = alone(ours)
     bare.write_bytes(start + ours.read_bytes()[2:])
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         Beton(bare)
 
 
@@ -177,12 +177,12 @@ def test_other_fields_are_refused(tmp_path):
         data = bytearray(path.read_bytes())
         data[24] = kind
         (tmp_path / "b.beton").write_bytes(data)
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(UsageError, match=words):
             Beton(tmp_path / "b.beton")
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(Refused, match="No such file"):
+    with pytest.raises(UsageError, match="No such file"):
         Beton(tmp_path / "none.beton")
 
 
@@ -192,7 +192,7 @@ def test_one_flipped_bit_in_a_file_of_ours_is_refused(ours, region):
     for at in draw.choice(regions(ours)[region], 20):
         bit = int(draw.integers(8))
         flip_bit(ours, at, bit)
-        with pytest.raises(Refused):
+        with pytest.raises(UsageError):
             Beton(ours)
         flip_bit(ours, at, bit)
     Beton(ours)
@@ -210,7 +210,7 @@ def test_one_flipped_bit_without_checksums_never_crashes(tmp_path, region):
         flip_bit(path, place, bit)
         try:
             read_all(path)
-        except (Refused, DamagedRecord):
+        except (UsageError, DamagedRecord):
             found += 1
         flip_bit(path, place, bit)
     assert found > tries / 3
@@ -268,7 +268,7 @@ def test_a_set_of_another_file_is_refused(ours, pictures, tmp_path, part):
         )
     )
     shutil.copy(f"{other}.{part}", f"{ours}.{part}")
-    with pytest.raises(Refused, match=r"is of another file|is not that of"):
+    with pytest.raises(UsageError, match=r"is of another file|is not that of"):
         Beton(ours)
 
 
@@ -279,7 +279,7 @@ def test_a_set_in_pieces_is_refused(ours, part, content):
     side.unlink()
     if content is not None:
         side.write_bytes(content)
-    with pytest.raises(Refused, match="missing" if content is None else "damaged|not that of"):
+    with pytest.raises(UsageError, match="missing" if content is None else "damaged|not that of"):
         Beton(ours)
 
 
@@ -322,5 +322,5 @@ def test_a_raw_picture_of_another_size_than_its_row_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[24 + 2 * 1041 + 24 * 2 + 3] += 1  # the height of row 2
     path.write_bytes(data)
-    with pytest.raises(Refused, match="raw picture is not"):
+    with pytest.raises(UsageError, match="raw picture is not"):
         Beton(path)

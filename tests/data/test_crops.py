@@ -3,7 +3,7 @@ import pytest
 import torch
 from truth import photo
 
-from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
+from fastrot.config import RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.data import crops
 
 HEIGHTS = np.array([375, 500, 64, 256, 40], np.int32)
@@ -300,5 +300,5 @@ def test_pictures_large_enough_pass(recipe, enlarge):
     ],
 )
 def test_pictures_too_small_are_refused(recipe, enlarge, words):
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         crops.check_sizes(recipe, SIZES, enlarge=enlarge)

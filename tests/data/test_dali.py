@@ -17,7 +17,7 @@ from truth import photo
 
 from fastrot import train
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted, Whole
+from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import DamagedRecord, Picks, View
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.beton.write import convert as write_beton
@@ -273,13 +273,15 @@ def test_a_run_through_dali_resumes_to_the_same_bits(written, tmp_path, capsys):
 def test_what_holds_no_jpegs_is_refused(written, tmp_path):
     pack = write_pack(tmp_path / "a.pack", [photo(1, 20, 30)])
     for data in ("synthetic:20", written["raw"], pack):
-        with pytest.raises(Refused, match=r"--loader dali decodes JPEGs, and --data .* holds none"):
+        with pytest.raises(
+            UsageError, match=r"--loader dali decodes JPEGs, and --data .* holds none"
+        ):
             open_data(data, "dali")
 
 
 def test_where_dali_is_missing_its_loader_is_refused(written, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastrot.data.dali", None)
-    with pytest.raises(Refused, match=r"cannot import DALI .* make dali"):
+    with pytest.raises(UsageError, match=r"cannot import DALI .* make dali"):
         open_data(written["tars"], "dali")
 
 
@@ -288,7 +290,7 @@ def test_a_gpu_that_dali_cannot_use_is_one_sentence(written):
         pytest.skip("there is one")
     from fastrot.data import dali
 
-    with pytest.raises(Refused, match=r"--loader dali cannot use the GPU \(.*choose another"):
+    with pytest.raises(UsageError, match=r"--loader dali cannot use the GPU \(.*choose another"):
         dali._Pipe(dali.Graph(0, 1, 4, False, (24,), 0))
 
 

@@ -23,7 +23,7 @@ from truth import photo
 
 from fastrot import train
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted, Whole
+from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import DamagedRecord, Picks, View
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
@@ -393,5 +393,5 @@ def test_a_run_through_ffcv_resumes_to_the_same_bits(written, tmp_path, capsys):
 
 
 def test_only_a_beton_is_read_through_ffcv(written):
-    with pytest.raises(Refused, match=r"is not a \.beton file"):
+    with pytest.raises(UsageError, match=r"is not a \.beton file"):
         open_data(written["jpg"].parent / "png", "ffcv")

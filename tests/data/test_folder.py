@@ -15,11 +15,11 @@ from PIL import Image
 from truth import photo
 
 from fastrot import core
-from fastrot.config import RandomResized, Refused, Shifted, Whole
+from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import Picks, View
 from fastrot.data import crops, folder, sources
-from fastrot.data.loader import Loader
 from fastrot.data import pictures as decoder
+from fastrot.data.loader import Loader
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_named_and_is_no_row(pictures, tmp_path, caplog):
 def test_a_folder_without_a_readable_picture_is_refused(tmp_path):
     (tmp_path / "root" / "a").mkdir(parents=True)
     (tmp_path / "root" / "a" / "x.jpg").write_bytes(b"text")
-    with pytest.raises(Refused, match=r"no picture that can be read; a/x.jpg: its first bytes"):
+    with pytest.raises(UsageError, match=r"no picture that can be read; a/x.jpg: its first bytes"):
         folder.Folder(tmp_path / "root")
 
 

@@ -14,7 +14,7 @@ from plain_beton import write_beton
 from truth import photo
 
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted, Whole, Within
+from fastrot.config import RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.core import Data, View
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.data.pack import write as pack
@@ -235,7 +235,9 @@ def test_an_epoch_by_blocks_visits_neighbours_and_each_picture_as_it_is(data, tm
 
 
 def test_blocks_larger_than_the_view_are_refused(data):
-    with pytest.raises(Refused, match=rf"--order-block 99 .* {data.rows} pictures .*--order full"):
+    with pytest.raises(
+        UsageError, match=rf"--order-block 99 .* {data.rows} pictures .*--order full"
+    ):
         epoch(data, View(crops=TRAINING.crops, blocks=(99, 3)))
 
 
@@ -250,7 +252,7 @@ def test_blocks_larger_than_the_view_are_refused(data):
     ],
 )
 def test_a_subset_that_cannot_be_is_refused(data, tmp_path, rows, words):
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         epoch(data, View(crops=TRAINING.crops, rows=subset(tmp_path, rows)))
 
 
@@ -378,7 +380,7 @@ def test_a_subset_in_data_order_is_its_rows(data, tmp_path):
 
 def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastrot.data.beton.load_ffcv", None)
-    with pytest.raises(Refused, match=r"cannot import FFCV .* make ffcv"):
+    with pytest.raises(UsageError, match=r"cannot import FFCV .* make ffcv"):
         open_data(prepared["beton"].path, "ffcv")
 
 
@@ -394,10 +396,10 @@ def test_an_archive_is_told_what_reads_it(tmp_path, name, way):
     (tmp_path / "shards").mkdir()
     for file in ("shards/0.tar", "x.zip"):
         (tmp_path / file).write_bytes(bytes(1024))
-    with pytest.raises(Refused, match=way):
+    with pytest.raises(UsageError, match=way):
         open_data(tmp_path / name)
 
 
 def test_a_loader_for_packs_refuses_what_is_none(pictures):
-    with pytest.raises(Refused, match=r"is not a \.pack: name"):
+    with pytest.raises(UsageError, match=r"is not a \.pack: name"):
         open_data(pictures, "pack")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from truth import DATA, photo
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import bc4, layout, read, write
@@ -277,7 +277,7 @@ def test_a_changed_byte_is_found_where_it_lies(small):
     assert 0 < len(bad) < 6
     assert [*pack.damaged("tiles.npy")] == [3]
     with pytest.raises(
-        Refused, match=r"tiles.npy is damaged: the checksum of bytes 12,288 to 16,384"
+        UsageError, match=r"tiles.npy is damaged: the checksum of bytes 12,288 to 16,384"
     ):
         pack.check()
     assert [*pack.damaged("sizes.npy")] == []
@@ -410,7 +410,7 @@ def test_what_is_no_whole_pack_is_refused_in_one_sentence(small, how):
     harm, words = BAD[how]
     open_pack(small)
     harm(small)
-    with pytest.raises(Refused, match=words) as refused:
+    with pytest.raises(UsageError, match=words) as refused:
         open_pack(small)
     assert str(small) in str(refused.value)
     assert "\n" not in str(refused.value)

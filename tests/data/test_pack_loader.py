@@ -16,7 +16,7 @@ from truth import photo
 
 from fastrot import native
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted, Whole
+from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import DamagedRecord, Picks, View
 from fastrot.data import ahead, crops
 from fastrot.data.loader import Loader
@@ -92,9 +92,9 @@ def test_a_pack_says_what_it_holds(folder):
 
 
 def test_pictures_smaller_than_the_crop_are_refused(folder):
-    with pytest.raises(Refused, match="row 0 has a short side of 24: set --image-size 24"):
+    with pytest.raises(UsageError, match="row 0 has a short side of 24: set --image-size 24"):
         open_loader(folder, View(crops=(Shifted(size=32, pad=4),)), batch=2)
-    with pytest.raises(Refused, match="half of the pictures"):
+    with pytest.raises(UsageError, match="half of the pictures"):
         open_loader(folder, View(crops=(RandomResized(size=64),)), batch=2)
 
 
@@ -157,7 +157,7 @@ def test_each_stretch_is_read_once(folder, monkeypatch):
 
 def test_damage_is_found_before_a_gpu_gets_anything(folder):
     damage(folder, 1)
-    with pytest.raises(Refused, match=r"npy is damaged: the checksum of bytes 4,096 to 8,192"):
+    with pytest.raises(UsageError, match=r"npy is damaged: the checksum of bytes 4,096 to 8,192"):
         Pack(folder).place(None, CUDA)
 
 
@@ -228,7 +228,7 @@ def test_a_gpu_too_small_is_told_with_what_is_missing():
         "--placement resident wants 88.0 GB of GPU memory for a.pack, 9.5 GB more than are free: "
         "choose --placement pinned"
     )
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         choose("resident", 88 * GB, 78 * GB + GB // 2, 80 * GB, "a.pack")
 
 
@@ -258,14 +258,14 @@ def test_a_view_is_placed_once_and_the_choice_is_said(folder, monkeypatch):
 def test_without_a_gpu_a_placement_is_refused(folder, placement):
     data = open_data(folder, placement=placement)
     words = f"--placement {placement} is for a GPU, and this runs on cpu"
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         open_loader(data, VIEW, batch=2)
 
 
 def test_other_data_has_no_placement(pictures):
-    with pytest.raises(Refused, match=r"--placement pinned is for a \.pack"):
+    with pytest.raises(UsageError, match=r"--placement pinned is for a \.pack"):
         open_data(pictures, placement="pinned")
-    with pytest.raises(Refused, match=r"--placement pinned is for a \.pack"):
+    with pytest.raises(UsageError, match=r"--placement pinned is for a \.pack"):
         open_data(pictures, "dali", placement="pinned")
 
 
@@ -295,7 +295,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(folder, placement, workers, tmp_p
 @pytest.mark.gpu
 def test_a_gpu_without_room_refuses_a_resident_pack(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 140 * GB))
-    with pytest.raises(Refused, match="more than are free"):
+    with pytest.raises(UsageError, match="more than are free"):
         open_loader(open_data(folder, placement="resident"), VIEW, batch=2, device="cuda")
 
 

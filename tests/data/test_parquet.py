@@ -12,7 +12,7 @@ from test_archives import CLASSES, convert, picture
 from test_sources import JPEG, accounted, tree
 from test_write import main
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data import parquet, prepare, sources
 from fastrot.data.beton import write
 from fastrot.data.pictures import BadPicture
@@ -73,12 +73,14 @@ def test_a_split_of_a_folder_keeps_order_labels_and_names(tmp_path):
 
 def test_splits_are_named_and_never_mixed(tmp_path):
     root = folder_of(tmp_path / "set")
-    with pytest.raises(Refused, match="holds the splits train, validation: name one with --split"):
+    with pytest.raises(
+        UsageError, match="holds the splits train, validation: name one with --split"
+    ):
         sources.open_source("parquet", root)
-    with pytest.raises(Refused, match=r"--split val got no file .*there are: train, validation"):
+    with pytest.raises(UsageError, match=r"--split val got no file .*there are: train, validation"):
         sources.open_source("parquet", root, split="val")
     file = root / "data" / "train-00000-of-00002.parquet"
-    with pytest.raises(Refused, match=r"--split train: .*is one file"):
+    with pytest.raises(UsageError, match=r"--split train: .*is one file"):
         sources.open_source("parquet", file, split="train")
     written(tmp_path / "hub" / "default" / "train" / "0000.parquet", [(JPEG, 0)])
     written(tmp_path / "hub" / "default" / "test" / "0000.parquet", [(JPEG, -1), (JPEG, None)])
@@ -191,7 +193,7 @@ def test_a_file_that_changes_underway_stops_the_conversion(tmp_path, how):
         path.unlink()
     else:
         written(path, [(JPEG, 0)] * 5)
-    with pytest.raises(Stopped, match=r"a/0 cannot be read \(.*a.parquet"):
+    with pytest.raises(RunError, match=r"a/0 cannot be read \(.*a.parquet"):
         prepare.encode_chunk(prepare.Recipe(write.Coder()), prepare.chunk_of(source, 0, 4))
 
 
@@ -212,7 +214,7 @@ def test_no_cut_makes_a_listing_short_without_a_word(tmp_path):
     data, draw = path.read_bytes(), random.Random(0)
     for cut in {draw.randrange(len(data)) for _ in range(200)}:
         path.write_bytes(data[:cut])
-        with pytest.raises(Refused, match=r"a.parquet is no parquet file, or was cut short"):
+        with pytest.raises(UsageError, match=r"a.parquet is no parquet file, or was cut short"):
             sources.open_source("parquet", path)
 
 
@@ -226,7 +228,7 @@ def test_changed_bytes_are_no_traceback(tmp_path):
         path.write_bytes(bytes(changed))
         try:
             source = sources.open_source("parquet", path)
-        except Refused:
+        except UsageError:
             refused += 1
             continue
         assert accounted(source)
@@ -277,7 +279,7 @@ def wrong(path: Path, kind: str) -> Path:
 )
 def test_what_cannot_be_used_is_one_sentence(tmp_path, kind, says):
     path = wrong(tmp_path / "a.parquet", kind)
-    with pytest.raises(Refused, match=says) as told:
+    with pytest.raises(UsageError, match=says) as told:
         sources.open_source("parquet", path)
     assert "\n" not in str(told.value)
 
@@ -285,7 +287,9 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, kind, says):
 def test_files_of_two_data_sets_are_refused(tmp_path):
     written(tmp_path / "a.parquet", [(JPEG, 0)])
     written(tmp_path / "b.parquet", [(JPEG, 0)], features=None)
-    with pytest.raises(Refused, match=r"b.parquet has other columns or class names than .*a.parq"):
+    with pytest.raises(
+        UsageError, match=r"b.parquet has other columns or class names than .*a.parq"
+    ):
         sources.open_source("parquet", tmp_path)
 
 
@@ -300,7 +304,7 @@ def test_without_pyarrow_it_says_how_to_get_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        Refused, match=r"needs the pyarrow package: pip install 'fastrot\[parquet\]'"
+        UsageError, match=r"needs the pyarrow package: pip install 'fastrot\[parquet\]'"
     ):
         sources.open_source("parquet", path)
 

@@ -12,7 +12,7 @@ import torch
 
 from fastrot import disk
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted
+from fastrot.config import RandomResized, Shifted, UsageError
 from fastrot.core import DamagedRecord, View
 from fastrot.data.beton import write
 from fastrot.data.beton.load import Beton
@@ -124,7 +124,7 @@ def replace(part: Path) -> None:
 )
 def test_a_part_that_is_not_as_it_was_is_named(four, spoil, words):
     spoil(four / PARTS[2])
-    with pytest.raises(Refused, match=rf"{PARTS[2]} {words}") as error:
+    with pytest.raises(UsageError, match=rf"{PARTS[2]} {words}") as error:
         open_data(four)
     assert "\n" not in str(error.value)
 
@@ -136,14 +136,14 @@ def test_what_lies_beside_the_parts_is_needed_whole(four, name, content):
     if content is not None:
         (four / name).write_bytes(content)
     words = f"has no {name}" if content is None else "set.json, .crc.npy or .keys.npy is damaged"
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         open_data(four)
 
 
 @pytest.mark.parametrize("name", ["set.crc.npy", "set.keys.npy"])
 def test_arrays_of_another_set_are_refused(four, name):
     np.save(four / name, np.load(four / name)[::-1][:30])
-    with pytest.raises(Refused, match="is damaged"):
+    with pytest.raises(UsageError, match="is damaged"):
         open_data(four)
 
 
@@ -153,7 +153,7 @@ def test_a_flipped_byte_of_set_json_is_refused(four):
     data[at] ^= 1
     (four / "set.json").write_bytes(data)
     assert json.loads(data)
-    with pytest.raises(Refused, match=r"set\.json"):
+    with pytest.raises(UsageError, match=r"set\.json"):
         open_data(four)
 
 
@@ -161,7 +161,9 @@ def test_an_unfinished_set_is_told_from_a_folder_of_pictures(four):
     parts = four.with_suffix(".parts")
     four.rename(parts)
     (parts / "set.json").unlink()
-    with pytest.raises(Refused, match=r"a?no set\.json: run the same dataprep/to_ffcv.py command"):
+    with pytest.raises(
+        UsageError, match=r"a?no set\.json: run the same dataprep/to_ffcv.py command"
+    ):
         open_data(parts)
 
 
@@ -211,7 +213,7 @@ def test_a_record_that_changed_in_a_kept_part_is_found_by_the_merge(four, pictur
         file.seek(6000)
         file.write(b"changed")
     merging = options(pictures, tmp_path / "four.beton", keep_parts=False)
-    with pytest.raises(Refused, match=f"{PARTS[3]} has changed"):
+    with pytest.raises(UsageError, match=f"{PARTS[3]} has changed"):
         write.convert(merging, part=10)
     told = write.convert(merging, part=10)
     assert (told.converted, told.resumed) == (7, 30)
@@ -220,7 +222,7 @@ def test_a_record_that_changed_in_a_kept_part_is_found_by_the_merge(four, pictur
 def test_a_set_of_other_options_is_refused_and_overwritten(four, pictures, tmp_path):
     out = tmp_path / "four.beton"
     for keep in (True, False):
-        with pytest.raises(Refused, match=r"four\.beton\.set is there, made with --quality 90"):
+        with pytest.raises(UsageError, match=r"four\.beton\.set is there, made with --quality 90"):
             write.convert(options(pictures, out, quality=50, keep_parts=keep), part=10)
     told = write.convert(options(pictures, out, quality=50, overwrite=True), part=10)
     assert told.converted == 37
@@ -237,6 +239,6 @@ def test_a_folder_of_something_else_is_left_alone(pictures, tmp_path):
     other.mkdir()
     (other / "mine.txt").write_text("keep")
     for overwrite in (False, True):
-        with pytest.raises(Refused, match="is no set of ours"):
+        with pytest.raises(UsageError, match="is no set of ours"):
             write.convert(options(pictures, tmp_path / "four.beton", overwrite=overwrite))
     assert (other / "mine.txt").read_text() == "keep"

@@ -6,7 +6,7 @@ from PIL import Image
 from truth import photo
 
 from fastrot.assemble import open_loader
-from fastrot.config import RandomResized, Refused
+from fastrot.config import RandomResized, UsageError
 from fastrot.core import View
 from fastrot.data import prepare, readahead, sampler
 from fastrot.data.beton.load import Beton
@@ -95,7 +95,7 @@ def test_blocks_larger_than_a_ranks_own_rows_are_refused():
     """An owned view has a rank mix its own rows alone."""
     view = View(crops=(RandomResized(size=16),), blocks=(60, 2), owned=True)
     assert open_loader("synthetic:100", view, batch=5, workers=0)
-    with pytest.raises(Refused, match=r"--order-block 60 is more than the 50 pictures"):
+    with pytest.raises(UsageError, match=r"--order-block 60 is more than the 50 pictures"):
         open_loader("synthetic:100", view, batch=5, workers=0, world=2)
 
 

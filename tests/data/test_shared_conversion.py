@@ -18,7 +18,7 @@ from PIL import Image
 from truth import photo
 
 from fastrot import entry
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data import prepare, ranks
 from fastrot.data.beton import write
 
@@ -138,7 +138,7 @@ def test_two_conversions_do_not_share_parts(pictures, tmp_path, monkeypatch):
     out = tmp_path / "a.beton"
     holder = start(sys.executable, *command(pictures, out, 0, "part"))
     assert holder.stdout.readline() == "reached\n"
-    with pytest.raises(Refused, match="another conversion writes into"):
+    with pytest.raises(UsageError, match="another conversion writes into"):
         write.convert(options(pictures, out), part=PART)
     holder.kill()
     holder.communicate()
@@ -221,7 +221,7 @@ def shared(world: int, given, part: int = PART) -> list:
             results[rank] = write.convert(given(rank), Threads(rank, world), part=part)
         except BaseException as error:
             results[rank] = error
-            if not isinstance(error, (Refused, SystemExit)):
+            if not isinstance(error, (UsageError, SystemExit)):
                 TABLE[1].abort()
 
     threads = [threading.Thread(target=work, args=(r,), name=f"rank {r}") for r in range(world)]
@@ -274,7 +274,7 @@ def test_ranks_go_on_from_whole_parts_and_keep_them(mixed, unbroken, tmp_path, m
 def test_other_pictures_on_another_machine_are_refused_once(mixed, pictures, tmp_path):
     roots = (mixed, mixed, pictures)
     first, *others = shared(3, lambda rank: options(roots[rank], tmp_path / "a.beton"))
-    assert isinstance(first, Refused)
+    assert isinstance(first, UsageError)
     assert "other pictures or labels for rank 2" in str(first)
     assert [(type(e), e.code) for e in others] == [(SystemExit, 2)] * 2  # in silence
     assert not [*tmp_path.iterdir()]
@@ -284,14 +284,14 @@ def test_what_rank_0_refuses_ends_all(mixed, tmp_path):
     out = tmp_path / "a.beton"
     write.convert(options(mixed, out))
     first, other = shared(2, lambda rank: options(mixed, out, quality=50))
-    assert isinstance(first, Refused)
+    assert isinstance(first, UsageError)
     assert (type(other), other.code) == (SystemExit, 2)
 
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "SEEN_WITHIN", 0.2)
     ranks.Sign.put_up(tmp_path).find()
-    with pytest.raises(Refused, match="not the same folder for all ranks"):
+    with pytest.raises(UsageError, match="not the same folder for all ranks"):
         ranks.Sign(tmp_path / "sign.of-another-machine").find()
 
 
@@ -307,7 +307,7 @@ def test_ranks_that_a_killed_launcher_left_stop_when_another_start_takes_over(mi
         parts = prepare.parts_of(work, 20, ".beton", {"quality": 80}, PART)
         recipe = prepare.Recipe(write.Coder())
         save = partial(write.write_part, write.Coder())
-        with pytest.raises(Stopped, match="another start has taken over"):
+        with pytest.raises(RunError, match="another start has taken over"):
             prepare.make_parts(parts, source, recipe, save, 0, lambda n: None, sign)
         assert {p.name for p in work.iterdir()} == {"plan.json", "lock"}
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from truth import DATA, photo
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import pictures, sources
 
 JPEG = io.BytesIO()
@@ -257,7 +257,7 @@ def test_a_strange_cifar_batch_is_refused_and_runs_nothing(tmp_path, monkeypatch
     cifar(tmp_path, **{})
     good = pickle.loads((tmp_path / "cifar-10-batches-py/data_batch_3").read_bytes())
     bad = tree(tmp_path, {"cifar-10-batches-py/data_batch_3": pickle.dumps(good | changes, 2)})
-    with pytest.raises(Refused, match="data_batch_3 is no CIFAR-10 batch"):
+    with pytest.raises(UsageError, match="data_batch_3 is no CIFAR-10 batch"):
         sources.open_source("cifar10", bad)
     assert not (tmp_path / "EXECUTED").exists()
 
@@ -283,7 +283,7 @@ def test_wrong_use_gets_one_sentence(tmp_path):
         ("cifar10", "", {"split": "val"}, "train, test"),
         ("cifar10", "", {}, "has no data_batch_4"),
     ]:
-        with pytest.raises(Refused, match=said) as told:
+        with pytest.raises(UsageError, match=said) as told:
             sources.open_source(kind, tmp_path / path, **options)
         assert "\n" not in str(told.value)
     assert len(sources.open_source("imagefolder", tmp_path, split="val").records) == 1

@@ -18,7 +18,7 @@ from PIL import Image
 from truth import photo
 
 from fastrot.assemble import open_data, open_loader
-from fastrot.config import RandomResized, Refused, Shifted
+from fastrot.config import RandomResized, Shifted, UsageError
 from fastrot.core import DamagedRecord, View
 from fastrot.data import conversion, prepare
 from fastrot.data import pictures as decoding
@@ -256,7 +256,7 @@ def test_a_part_whose_rows_have_changed_is_made_anew(odd, shards, tmp_path, monk
     rows = np.load(tmp_path / "again.parts" / "0000000007.npy")
     rows["crc"][2] += 1
     np.save(tmp_path / "again.parts" / "0000000007.npy", rows)
-    with pytest.raises(Refused, match=r"0000000007\.tar has changed .* made anew"):
+    with pytest.raises(UsageError, match=r"0000000007\.tar has changed .* made anew"):
         convert(options(odd, out, shard=7))
     assert convert(options(odd, out, shard=7)).resumed == 20
     assert files(out) == files(shards)
@@ -288,20 +288,20 @@ def test_estimate_writes_nothing(odd, tmp_path, shards):
     ],
 )
 def test_wrong_options_are_refused(odd, tmp_path, more, words):
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         convert(options(odd, **{"out": tmp_path / "out", **more}))
 
 
 def test_what_is_there_is_not_overwritten_unasked(odd, copied):
-    with pytest.raises(Refused, match=r"made with --quality None, not 50: add --overwrite"):
+    with pytest.raises(UsageError, match=r"made with --quality None, not 50: add --overwrite"):
         convert(options(odd, copied, shard=7, quality=50))
     (copied / "mine.txt").write_text("keep")
     for overwrite in (False, True):
-        with pytest.raises(Refused, match=r"holds mine\.txt"):
+        with pytest.raises(UsageError, match=r"holds mine\.txt"):
             convert(options(odd, copied, shard=7, overwrite=overwrite))
     (copied / "mine.txt").unlink()
     (copied / "00001.tar").unlink()
-    with pytest.raises(Refused, match=r"00001\.tar is missing or cut short"):
+    with pytest.raises(UsageError, match=r"00001\.tar is missing or cut short"):
         convert(options(odd, copied, shard=7))
     convert(options(odd, copied, shard=7, overwrite=True))
     assert Tars(copied).rows
@@ -365,7 +365,7 @@ def renamed_version(folder: Path) -> None:
 )
 def test_a_damaged_folder_is_refused(copied, harm, words):
     harm(copied)
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         open_data(copied)
 
 
@@ -385,9 +385,9 @@ def test_a_flipped_bit_is_named_and_can_be_skipped(copied):
 def test_a_folder_of_foreign_shards_is_no_format(tmp_path):
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         tar.add(__file__, "0.txt")
-    with pytest.raises(Refused, match="holds tars without an index of ours"):
+    with pytest.raises(UsageError, match="holds tars without an index of ours"):
         open_data(tmp_path)
-    with pytest.raises(Refused, match="is not a folder of tar shards with their index"):
+    with pytest.raises(UsageError, match="is not a folder of tar shards with their index"):
         open_data(tmp_path, "tars")
 
 
@@ -427,5 +427,5 @@ def test_opening_many_shards_looks_at_each_row_once(copied, monkeypatch):
 def test_rows_out_of_the_order_of_shards_are_refused(copied):
     data = Tars(copied)
     data._index = data._index[::-1].copy()
-    with pytest.raises(Refused, match="not in the order of the shards"):
+    with pytest.raises(UsageError, match="not in the order of the shards"):
         data._compare()

@@ -17,7 +17,7 @@ from plain_beton import write_beton
 from truth import photo
 
 from fastrot import entry
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import ranks
 from fastrot.data.beton import write as beton_write
 from fastrot.data.beton.load import Beton
@@ -193,7 +193,7 @@ def test_a_part_that_has_changed_is_made_anew(mixed, unbroken, tmp_path, monkeyp
     for harm in harms.values():
         file = parts / "0000000010.tiles"
         file.write_bytes(harm(file.read_bytes()))
-        with pytest.raises(Refused, match=r"0000000010.tiles has changed since it was written"):
+        with pytest.raises(UsageError, match=r"0000000010.tiles has changed since it was written"):
             convert(mixed, out)
         with monkeypatch.context() as broken:
             broken.setattr(write, "write_folder", lambda *_: 1 / 0)
@@ -366,9 +366,9 @@ def test_a_beton_without_labels(pictures, tmp_path):
     pack = open_pack(tmp_path / "a.pack")
     assert (pack.labels == -1).all()
     assert pack.classes == ()
-    with pytest.raises(Refused, match=r"--split val: a .beton has no splits"):
+    with pytest.raises(UsageError, match=r"--split val: a .beton has no splits"):
         convert(root, tmp_path / "b.pack", source="beton", split="val")
-    with pytest.raises(Refused, match=r"is no .beton of version 2"):
+    with pytest.raises(UsageError, match=r"is no .beton of version 2"):
         convert(SCRIPT, tmp_path / "b.pack", source="beton")
 
 
@@ -478,6 +478,6 @@ def test_no_picture_at_all_leaves_nothing(tmp_path):
     root = tmp_path / "in"
     root.mkdir()
     (root / "a.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
-    with pytest.raises(Refused, match="no picture of 1 could be used"):
+    with pytest.raises(UsageError, match="no picture of 1 could be used"):
         convert(root, tmp_path / "a.pack")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -21,7 +21,7 @@ from PIL import Image
 from truth import photo
 
 from fastrot import disk
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.data import prepare
 from fastrot.data.beton import layout, write
 from fastrot.data.pictures import decode, shrink
@@ -147,9 +147,9 @@ def test_an_order_depends_on_its_seed_and_on_nothing_else(pictures, tmp_path):
         write.convert(options(pictures, tmp_path / f"{name}.beton", shuffle=3, **how), part=10)
     a, b = ((tmp_path / f"{name}.beton").read_bytes() for name in "ab")
     assert a == b
-    with pytest.raises(Refused, match="made with --shuffle 3, not 4"):
+    with pytest.raises(UsageError, match="made with --shuffle 3, not 4"):
         write.convert(options(pictures, tmp_path / "a.beton", shuffle=4))
-    with pytest.raises(Refused, match="made with --shuffle 3, not None"):
+    with pytest.raises(UsageError, match="made with --shuffle 3, not None"):
         write.convert(options(pictures, tmp_path / "a.beton"))
 
 
@@ -255,7 +255,7 @@ def test_a_changed_part_is_found(pictures, tmp_path, monkeypatch):
     data = bytearray(part.read_bytes())
     data[3147 + 32 * 37 + 500] ^= 1
     part.write_bytes(data)
-    with pytest.raises(Refused, match="run again"):
+    with pytest.raises(UsageError, match="run again"):
         write.convert(options(pictures, out))
     assert write.convert(options(pictures, out)).written == 37
 
@@ -267,19 +267,19 @@ def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monke
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write.convert(options(root, out))
-    with pytest.raises(Refused, match=r"a.beton.parts was begun with --quality 90, not 80"):
+    with pytest.raises(UsageError, match=r"a.beton.parts was begun with --quality 90, not 80"):
         write.convert(options(root, out, quality=80))
     (root / "class0" / "000.jpg").unlink()
-    with pytest.raises(Refused, match="begun from other pictures"):
+    with pytest.raises(UsageError, match="begun from other pictures"):
         write.convert(options(root, out))
     assert write.convert(options(root, out, overwrite=True)).written == 36
     assert write.convert(options(root, out)).already
-    with pytest.raises(Refused, match=r"made with --encoding jpg, not raw: add --overwrite"):
+    with pytest.raises(UsageError, match=r"made with --encoding jpg, not raw: add --overwrite"):
         write.convert(options(root, out, encoding="raw"))
     assert write.convert(options(root, out, encoding="raw", overwrite=True)).written == 36
     with open(out, "r+b") as file:
         file.truncate(10_000)
-    with pytest.raises(Refused, match="no whole file of ours"):
+    with pytest.raises(UsageError, match="no whole file of ours"):
         write.convert(options(root, out, encoding="raw"))
 
 
@@ -381,7 +381,7 @@ def test_a_raising_worker_is_surfaced():
 
 
 def test_a_killed_worker_is_one_sentence():
-    with pytest.raises(Stopped, match=r"run the same command again.*--workers than 1"):
+    with pytest.raises(RunError, match=r"run the same command again.*--workers than 1"):
         list(prepare.spread(os._exit, [9], 1))
 
 
@@ -476,7 +476,7 @@ def test_a_lock_that_its_owner_removes_at_the_end_is_not_taken(tmp_path, monkeyp
         with disk.locked(folder, "taken"):
             assert (folder / "lock").read_text().startswith(f"process {os.getpid()} ")
     else:
-        with pytest.raises(Refused, match="it has ended just now"), disk.locked(folder, "taken"):
+        with pytest.raises(UsageError, match="it has ended just now"), disk.locked(folder, "taken"):
             pass
     assert holder.returncode == 0
 
@@ -521,7 +521,7 @@ def test_what_cannot_be_read_is_rejected_unless_the_machine_is_at_fault(pictures
         (reject,) = prepare.encode_chunk(recipe, chunk)
         assert (reject.record, reject.reason) == (7, f"cannot be read: {error.strerror}")
     else:
-        with pytest.raises(Stopped, match=says):
+        with pytest.raises(RunError, match=says):
             prepare.encode_chunk(recipe, chunk)
 
 

@@ -6,7 +6,7 @@ import torch
 from truth import DATA
 
 from fastrot import native
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.ops import blocks as op
@@ -338,7 +338,7 @@ def test_nothing_waits_for_the_gpu():
 def test_wrong_use_is_refused(change, words):
     unchecked = getattr(unpack_crops, "__wrapped__", unpack_crops)  # before the tests' shape checks
     right = dict(pack=random_pack("ycc"), boxes=torch.tensor([[0, 0, 0, 4, 4, 0]]), size=4)
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         unchecked(**{**right, **change})
 
 
@@ -349,7 +349,7 @@ def test_what_is_no_pack_is_refused():
         (pack.tiles, pack.first[1:], r"int64 \[N \+ 1\]"),
         (pack.tiles.repeat(1, 2)[:, :48], pack.first, "not contiguous"),
     ):
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(UsageError, match=words):
             unpack_crops(PackTensors(tiles, first, pack.sizes), boxes, 4)
 
 

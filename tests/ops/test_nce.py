@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import golden
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.ops import nce as op
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, drawn, estimate_z, nce_loss, nce_loss_and_mass
@@ -897,7 +897,7 @@ def test_wrong_use_is_refused(change, words, shapes_unchecked):
         x=unit(2, 4), rows=unit(9, 4), positive=integers(9, 2), negatives=integers(9, 2, 5),
         temperature=T, z=9.0,
     )  # fmt: skip
-    with using("reference"), pytest.raises(Refused, match=words):
+    with using("reference"), pytest.raises(UsageError, match=words):
         nce_loss(**{**right, **change})
 
 
@@ -906,9 +906,9 @@ def test_features_that_are_not_finite_stop_a_cpu_at_once(bad):
     x = unit(2, 4)
     x[1, 2] = bad
     where = (unit(9, 4), integers(9, 2), integers(9, 2, 5))
-    with pytest.raises(Stopped, match=r"features are not finite .* smaller --lr, or --precision"):
+    with pytest.raises(RunError, match=r"features are not finite .* smaller --lr, or --precision"):
         nce_loss(x, *where, temperature=T, z=9.0)
-    with pytest.raises(Stopped, match="features are not finite"):
+    with pytest.raises(RunError, match="features are not finite"):
         estimate_z(x, *where, temperature=T)
 
 
@@ -917,13 +917,18 @@ def test_what_the_kernel_does_not_take_is_refused():
     where = (integers(9, 2), integers(9, 2, 5))
     knobs = dict(temperature=T, z=9.0)
     with using("triton"):
-        with pytest.raises(Refused, match=r"up to 1024, and these are 1025: say --method.dim 128"):
+        with pytest.raises(
+            UsageError, match=r"up to 1024, and these are 1025: say --method.dim 128"
+        ):
             nce_loss(unit(2, 1025), unit(9, 1025), *where, **knobs)
-        with pytest.raises(Refused, match=r"no torch.float64: set FASTROT_OPS=reference"):
+        with pytest.raises(UsageError, match=r"no torch.float64: set FASTROT_OPS=reference"):
             nce_loss(unit(2, 4).double(), unit(9, 4), *where, **knobs)
 
 
 def test_without_triton_the_way_out_is_told(monkeypatch):
     monkeypatch.setattr("fastrot.ops.rows.triton", None)
-    with using("triton"), pytest.raises(Refused, match="came without: set FASTROT_OPS=reference"):
+    with (
+        using("triton"),
+        pytest.raises(UsageError, match="came without: set FASTROT_OPS=reference"),
+    ):
         nce_loss(unit(2, 4), unit(9, 4), integers(9, 2), integers(9, 2, 5), temperature=T, z=9.0)

@@ -5,7 +5,7 @@ import torch
 from test_nce import BOTH, interpreted, needs_cuda, shapes_unchecked
 from torch.nn import functional as F
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops import norm as op
 from fastrot.ops.choice import using
 from fastrot.ops.norm import forward_traffic, norm_relu, traffic
@@ -268,14 +268,14 @@ def test_the_operators_keep_torchs_rules(pool):
 def test_wrong_use_is_refused(change, words, shapes_unchecked):
     right = dict(y=torch.zeros(2, 16, 7, 7), pool=True)
     right |= {name: torch.zeros(16) for name in ("weight", "bias", "running_mean", "running_var")}
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         norm_relu(**{**right, **change})
 
 
 @interpreted
 def test_what_the_kernel_does_not_take_is_refused():
     y, zero = torch.zeros(2, 16, 7, 7).double(), torch.zeros(16).double()
-    with using("triton"), pytest.raises(Refused, match=r"no torch.float64: set FASTROT_OPS"):
+    with using("triton"), pytest.raises(UsageError, match=r"no torch.float64: set FASTROT_OPS"):
         norm_relu(y, zero, zero, zero, zero)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_nce import BOTH, Made, integers, interpreted, needs_cuda, shapes_unchecked, unit
 
-from fastrot.config import Refused, Stopped
+from fastrot.config import RunError, UsageError
 from fastrot.ops import rows as op
 from fastrot.ops.choice import using
 from fastrot.ops.rows import update_rows
@@ -180,19 +180,19 @@ def test_the_operator_keeps_torchs_rules():
 )
 def test_wrong_use_is_refused(change, words, shapes_unchecked):
     right = dict(rows=unit(5, 8), index=torch.tensor([1, 2]), features=unit(2, 8), momentum=0.5)
-    with using("reference"), pytest.raises(Refused, match=words):
+    with using("reference"), pytest.raises(UsageError, match=words):
         update_rows(**{**right, **change})
 
 
 def test_features_that_are_not_finite_stop_a_cpu_and_change_nothing():
     rows = unit(5, 8)
     before = rows.clone()
-    with pytest.raises(Stopped, match="features are not finite"):
+    with pytest.raises(RunError, match="features are not finite"):
         update_rows(rows, torch.tensor([1, 2]), torch.full((2, 8), float("inf")), 0.5)
     assert torch.equal(rows, before)
 
 
 @interpreted
 def test_what_the_kernel_does_not_take_is_refused():
-    with using("triton"), pytest.raises(Refused, match=r"up to 1024, .* say --method.dim 128"):
+    with using("triton"), pytest.raises(UsageError, match=r"up to 1024, .* say --method.dim 128"):
         update_rows(unit(5, 1025), torch.tensor([1]), unit(1, 1025), 0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from truth import golden
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.ops import rotate as op
 from fastrot.ops.choice import form_for, using
 from fastrot.ops.rotate import Cells, folded, turned_views
@@ -261,21 +261,21 @@ def test_the_operator_keeps_torchs_rules():
 def test_wrong_use_is_refused(change, words):
     right = dict(images=crops(1, 4), turns=ALL, mean=MEAN, std=STD, dtype=torch.float32)
     unchecked = getattr(turned_views, "__wrapped__", turned_views)  # before the tests' shape checks
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UsageError, match=words):
         unchecked(**{**right, **change})
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1), (4, -1, 1), (4, 2, 0)])
 def test_cells_that_are_none_are_refused(wrong):
-    with pytest.raises(Refused, match=r"Cells\(side=.* makes no cells"):
+    with pytest.raises(UsageError, match=r"Cells\(side=.* makes no cells"):
         Cells(*wrong)
 
 
 def test_a_wrong_form_is_refused(monkeypatch):
-    with pytest.raises(Refused, match=r"using\(\) got 'cuda'"), using("cuda"):
+    with pytest.raises(UsageError, match=r"using\(\) got 'cuda'"), using("cuda"):
         pass
     monkeypatch.setenv("FASTROT_OPS", "fast")
-    with pytest.raises(Refused, match="FASTROT_OPS got 'fast': it wants reference or triton"):
+    with pytest.raises(UsageError, match="FASTROT_OPS got 'fast': it wants reference or triton"):
         form_for(torch.zeros(1))
 
 

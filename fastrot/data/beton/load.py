@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 from torch import Tensor
 
 from fastrot import native
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, Crew, buffers, in_order
@@ -252,40 +252,40 @@ def _mapped(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise Refused(f"{path} is empty: {_AGAIN}") from None
+        raise UsageError(f"{path} is empty: {_AGAIN}") from None
     except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}): name another file") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}): name another file") from None
 
 
 def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
-    """All checks that need no decoding. Raises Refused."""
+    """All checks that need no decoding. Raises UsageError."""
     cut = f"{path} is cut short or damaged"
     if len(file) < HEADER.itemsize:
-        raise Refused(f"{cut}: it has {len(file)} bytes, less than a header; {_AGAIN}")
+        raise UsageError(f"{cut}: it has {len(file)} bytes, less than a header; {_AGAIN}")
     header = file[: HEADER.itemsize].view(HEADER)[0]
     version, fields, page, rows, at = (int(header[name]) for name in HEADER.names or ())
     if version == 0:
-        raise Refused(f"{path} was never finished (version 0): {_AGAIN}")
+        raise UsageError(f"{path} was never finished (version 0): {_AGAIN}")
     if version != VERSION:
-        raise Refused(
+        raise UsageError(
             f"{path} is no .beton of version {VERSION} (its first bytes say {version}): "
             "prepare the pictures with dataprep/to_ffcv.py"
         )
     start = HEADER.itemsize + FIELD.itemsize * fields
     if not fields or not rows or start > len(file):
-        raise Refused(f"{cut}: its header claims {fields} fields and {rows} rows; {_AGAIN}")
+        raise UsageError(f"{cut}: its header claims {fields} fields and {rows} rows; {_AGAIN}")
     described = file[HEADER.itemsize : start].view(FIELD)
     kinds = described["type"].tolist()
     types = TYPES | _OTHERS
     if unknown := sorted(set(kinds) - set(types)):
-        raise Refused(f"{path} has a field of type {unknown[0]}, which is not FFCV's: {_AGAIN}")
+        raise UsageError(f"{path} has a field of type {unknown[0]}, which is not FFCV's: {_AGAIN}")
     if IMAGE not in kinds:
-        raise Refused(f"{path} has no image field: name a .beton of pictures")
+        raise UsageError(f"{path} has no image field: name a .beton of pictures")
     row = np.dtype([(f"f{i}", types[kind]) for i, kind in enumerate(kinds)], align=True)
     end = start + row.itemsize * rows
     records = sum(kind == IMAGE or kind in _OTHERS for kind in kinds)
     if not end <= at or at + TABLE.itemsize * rows * records != len(file):
-        raise Refused(
+        raise UsageError(
             f"{cut}: {rows} rows and a table at byte {at} do not make {len(file)} bytes; {_AGAIN}"
         )
     values, table = file[start:end].view(row), file[at:].view(TABLE)
@@ -297,9 +297,11 @@ def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
     raw = image["mode"] == RAW
     inside = (ptr >= end) & (ptr < at) & (size > 0) & (size <= at - ptr)
     if not inside.all() or not sizes.all() or (image["mode"] > RAW).any():
-        raise Refused(f"{path} is damaged: its rows and its table do not agree; {_AGAIN}")
+        raise UsageError(f"{path} is damaged: its rows and its table do not agree; {_AGAIN}")
     if (size[raw] != 3 * image["height"][raw].astype(np.uint64) * image["width"][raw]).any():
-        raise Refused(f"{path} is damaged: a raw picture is not 3 x width x height bytes; {_AGAIN}")
+        raise UsageError(
+            f"{path} is damaged: a raw picture is not 3 x width x height bytes; {_AGAIN}"
+        )
     names = described["name"].tolist()
     return Contents(
         ptr=ptr,
@@ -353,18 +355,18 @@ class _Side(NamedTuple):
 
 
 def _side_files(path: Path, contents: Contents) -> _Side:
-    """Manifest, checksums and path hashes: all or none. Raises Refused where they are of another file."""
+    """Manifest, checksums and path hashes: all or none. Raises UsageError where they are of another file."""
     sides = [side(path, part) for part in ("json", "crc.npy", "keys.npy")]
     if not any(file.exists() for file in sides):
         return _Side({}, None, None)
     for file in sides:
         if not file.exists():
-            raise Refused(f"{file} is missing: copy it too, or move away all {path.name}.*")
+            raise UsageError(f"{file} is missing: copy it too, or move away all {path.name}.*")
     with_all = f"{_AGAIN}, with all {path.name}.*"
     found = _read_side(path, f"what lies beside {path} is damaged: {with_all}")
     crcs = (found.manifest.get("head_crc"), found.manifest.get("table_crc"))
     if crcs != (contents.crc_rows, contents.crc_table):
-        raise Refused(
+        raise UsageError(
             f"{path} has changed since it was written, or {path.name}.json is of another file: {with_all}"
         )
     _compare(found, contents, f"{path.name}.keys.npy or .crc.npy is not that of {path}: {with_all}")
@@ -378,30 +380,32 @@ def _read_side(base: Path, refusal: str) -> _Side:
             np.load(side(base, name), allow_pickle=False) for name in ("crc.npy", "keys.npy")
         )
     except (ValueError, EOFError):
-        raise Refused(refusal) from None
+        raise UsageError(refusal) from None
     return _Side(manifest, crc, keys)
 
 
 def _compare(found: _Side, contents: Contents, refusal: str) -> None:
-    """Raises Refused where checksums and path hashes are not those of these rows."""
+    """Raises UsageError where checksums and path hashes are not those of these rows."""
     crc, keys = found.crc, found.keys
     assert crc is not None
     assert keys is not None
     fits = crc.shape == keys.shape == contents.ptr.shape and (crc.dtype, keys.dtype) == ("u4", "u8")
     fingerprint = found.manifest.get("fingerprint")
     if not fits or order_fingerprint(keys, contents.labels) != fingerprint:
-        raise Refused(refusal)
+        raise UsageError(refusal)
 
 
 # ---- a set of parts ----
 
 
 def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
-    """The parts that set.json lists, each checked as a file is. Raises Refused, which names the part."""
+    """The parts that set.json lists, each checked as a file is. Raises UsageError, which names the part."""
     base, again = folder / "set", "run the same dataprep/to_ffcv.py command again"
     for name in ("json", "crc.npy", "keys.npy"):
         if not side(base, name).exists():
-            raise Refused(f"{folder} is no whole set of parts, since it has no set.{name}: {again}")
+            raise UsageError(
+                f"{folder} is no whole set of parts, since it has no set.{name}: {again}"
+            )
     damaged = f"{base}.json, .crc.npy or .keys.npy is damaged: copy it again, or {again}"
     found = _read_side(base, damaged)
     files, each, rows = [], [], 0
@@ -410,17 +414,17 @@ def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
     for part in listed:
         path = folder / part["file"]
         if not path.exists():
-            raise Refused(f"{path} is missing: copy it too, or {again}, which makes it anew")
+            raise UsageError(f"{path} is missing: copy it too, or {again}, which makes it anew")
         file, contents = _opened_alone(path, rows)
         if (part["head_crc"], part["table_crc"]) != (contents.crc_rows, contents.crc_table):
-            raise Refused(
+            raise UsageError(
                 f"{path} has changed since it was written: copy it again, or {again}, which makes it anew"
             )
         files.append(file)
         each.append(contents)
         rows += len(contents.ptr)
     if not files:
-        raise Refused(damaged)
+        raise UsageError(damaged)
     arrays = ("ptr", "size", "sizes", "raw", "labels")
     joined = {name: np.concatenate([getattr(c, name) for c in each]) for name in arrays}
     contents = each[0]._replace(**joined, page=max(c.page for c in each), crc_rows=0, crc_table=0)

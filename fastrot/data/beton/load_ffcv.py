@@ -35,7 +35,7 @@ import torch
 from numba.types import ExternalFunction, int32, int64, uint8, uint32, uint64, uintp, void
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data.ahead import AHEAD, buffers
 from fastrot.data.beton.layout import IMAGE
@@ -80,7 +80,7 @@ class FfcvBeton(Beton):
         manager = self._loader.memory_manager
         at = np.searchsorted(manager.ptrs, self._ptr).clip(max=len(manager.ptrs) - 1)
         if not (manager.ptrs[at] == self._ptr).all() or not (manager.sizes[at] == self._size).all():
-            raise Refused(
+            raise UsageError(
                 f"FFCV would take other bytes of {path} for its pictures: choose --loader beton"
             )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.manifest import UNKNOWN
 from fastrot.data.pictures import BadPicture
 from fastrot.data.sources import Record, Source
@@ -84,7 +84,7 @@ def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool)
     from fastrot.data.beton.load import Beton
 
     if split is not None:
-        raise Refused(f"--split {split}: a .beton has no splits; name the file of one")
+        raise UsageError(f"--split {split}: a .beton has no splits; name the file of one")
     data = Beton(root)
     labels = data.labels.tolist() if label_from == "folder" else [-1] * data.rows
     records: list[Record] = []

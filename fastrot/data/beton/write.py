@@ -37,7 +37,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import conversion, prepare
 from fastrot.data.beton import layout
 from fastrot.data.conversion import There, Work
@@ -64,11 +64,11 @@ class BetonOptions(prepare.Options):
     def check(self) -> None:
         super().check()
         if not 1 <= self.quality <= 100:
-            raise Refused(f"--quality got {self.quality}: it wants 1 to 100")
+            raise UsageError(f"--quality got {self.quality}: it wants 1 to 100")
         if self.out.suffix != ".beton":
-            raise Refused(f"--out got {self.out}: its name must end in .beton")
+            raise UsageError(f"--out got {self.out}: its name must end in .beton")
         if self.out.is_dir():
-            raise Refused(f"--out got {self.out}, a folder: it wants a file's name")
+            raise UsageError(f"--out got {self.out}, a folder: it wants a file's name")
 
     @property
     def parts(self) -> Path:
@@ -209,7 +209,7 @@ def merge(parts: list[prepare.Part], rows: int, file: BinaryIO) -> None:
 
 
 def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
-    """Row and record of every picture of a part, each checked. Raises Refused, and the part counts as not made."""
+    """Row and record of every picture of a part, each checked. Raises UsageError, and the part counts as not made."""
     crcs = part.tally().crcs
     records = read_part(part.file) if crcs else iter(())
     try:
@@ -219,7 +219,7 @@ def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
             yield row, record
     except (ValueError, IndexError):  # or the part is cut, or its rows lead elsewhere
         part.facts.unlink()
-        raise Refused(
+        raise UsageError(
             f"{part.file} has changed since it was written: run again, and that part is made anew"
         ) from None
 
@@ -257,7 +257,7 @@ class BetonForm(conversion.Form):
         with contextlib.suppress(OSError):
             options.set.rmdir()  # where it is empty: of a start that was killed at its very end
         if options.set.exists() and prepare.begun_with(options.set) is None:
-            raise Refused(
+            raise UsageError(
                 f"{options.set} is there, but is no set of ours: remove it or choose another --out"
             )
         if options.overwrite:
@@ -288,7 +288,7 @@ def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
     if not options.keep_parts and {**begun, "part": plan["part"]} == plan:
         prepare.remove(options.set)
     if options.parts.exists():
-        with contextlib.suppress(Refused), prepare.parts_folder(options.parts, plan, False):
+        with contextlib.suppress(UsageError), prepare.parts_folder(options.parts, plan, False):
             prepare.remove(options.parts)
 
 
@@ -374,9 +374,9 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         whole, facts, theirs = False, {}, {}
     ways = "add --overwrite or choose another --out"
     if not whole:
-        raise Refused(f"{out} is there, but is no whole file of ours: {ways}")
+        raise UsageError(f"{out} is there, but is no whole file of ours: {ways}")
     if differs := prepare.difference(plan, theirs):
-        raise Refused(f"{out} is there, made {differs}: {ways}")
+        raise UsageError(f"{out} is there, made {differs}: {ways}")
     return facts
 
 
@@ -390,7 +390,7 @@ def _kept(options: BetonOptions, plan: dict[str, Any]) -> dict[str, Any] | None:
         return None
     begun = prepare.begun_with(at) or {}
     if differs := prepare.difference(plan, {k: v for k, v in begun.items() if k != "part"}):
-        raise Refused(f"{at} is there, made {differs}: {ways}")
+        raise UsageError(f"{at} is there, made {differs}: {ways}")
     facts: dict[str, Any] = {"parts": []}
     with contextlib.suppress(OSError, ValueError):
         facts = unsealed((at / "set.json").read_bytes())
@@ -402,7 +402,9 @@ def _kept(options: BetonOptions, plan: dict[str, Any]) -> dict[str, Any] | None:
     if options.parts.exists() and {*os.listdir(options.parts)} <= {prepare.PLAN, prepare.LOCK}:
         prepare.remove(options.parts)  # of a merge that was broken off
     if options.parts.exists():
-        raise Refused(f"{at} lacks something, and {options.parts} is there too: remove one of them")
+        raise UsageError(
+            f"{at} lacks something, and {options.parts} is there too: remove one of them"
+        )
     for file in changed:
         file.with_suffix(".json").unlink(missing_ok=True)
     os.rename(at, options.parts)

@@ -28,7 +28,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from fastrot import native
-from fastrot.config import Placement, Refused
+from fastrot.config import Placement, UsageError
 from fastrot.core import Picks
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, Crew, buffers, finished, in_order, in_tasks, threads
@@ -83,11 +83,11 @@ class Pack:
     def place(self, rows: Int64[np.ndarray, " n"] | None, device: torch.device) -> None:
         """Say which rows (None: all) will be asked for, and where. A Loader does it, before its first epoch.
 
-        Raises Refused where the pictures do not fit into the GPU, or are damaged.
+        Raises UsageError where the pictures do not fit into the GPU, or are damaged.
         """
         if device.type != "cuda":
             if self.placement != "auto":
-                raise Refused(
+                raise UsageError(
                     f"--placement {self.placement} is for a GPU, and this runs on {device}: leave it out, "
                     "or run it with --device cuda"
                 )
@@ -207,9 +207,9 @@ PLACES = {"resident": "in GPU memory", "pinned": "in host memory, copied ahead"}
 def choose(
     asked: Placement, wanted: int, free: int, total: int, path: str
 ) -> Literal["resident", "pinned"]:
-    """Where `wanted` bytes go, with so many of the GPU's free. Raises Refused where they do not fit as asked."""
+    """Where `wanted` bytes go, with so many of the GPU's free. Raises UsageError where they do not fit as asked."""
     if asked == "resident" and wanted > free:
-        raise Refused(
+        raise UsageError(
             f"--placement resident wants {wanted / GB:.1f} GB of GPU memory for {path}, "
             f"{(wanted - free) / GB:.1f} GB more than are free: choose --placement pinned, which keeps it "
             "in host memory"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt64
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord
 from fastrot.data.manifest import Paths, unsealed
 from fastrot.data.pack import layout
@@ -26,7 +26,7 @@ _AGAIN = "copy or prepare it again"
 
 
 class PackFile:
-    """A pack of pictures, opened. Raises Refused, in one sentence, where it is none or not whole.
+    """A pack of pictures, opened. Raises UsageError, in one sentence, where it is none or not whole.
 
     encoding     "ycc" or "raw"
     array        the file that holds the pictures: tiles.npy or pixels.npy
@@ -123,12 +123,14 @@ class PackFile:
     def check(self, name: str | None = None, threads: int | None = None) -> None:
         """Read a whole array (None: the pictures') and compare its checksums.
 
-        Raises Refused, which names the first damaged stretch. `threads`: None: all cores.
+        Raises UsageError, which names the first damaged stretch. `threads`: None: all cores.
         """
         name = name or self.array
         for block in self.damaged(name, threads):
             what = f"{self.path / name} is damaged"
-            raise Refused(f"{what}: the checksum of {self._where(name, block)} differs; {_AGAIN}")
+            raise UsageError(
+                f"{what}: the checksum of {self._where(name, block)} differs; {_AGAIN}"
+            )
 
     def damaged(self, name: str, threads: int | None = None) -> Iterator[int]:
         """The blocks of 64 MB of an array whose checksums differ, in order, by `threads` (None: all cores)."""
@@ -152,24 +154,24 @@ class PackFile:
     # ---- inside ----
 
     def _opened(self, name: str) -> np.ndarray:
-        """An array, mapped, of the shape and length that meta.json asks for. Raises Refused."""
+        """An array, mapped, of the shape and length that meta.json asks for. Raises UsageError."""
         file = self.path / name
         dtype, width = layout.arrays(self.encoding)[name]
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
             size = file.stat().st_size
         except FileNotFoundError:
-            raise Refused(f"{file} is missing: copy it too, or prepare the pack again") from None
+            raise UsageError(f"{file} is missing: copy it too, or prepare the pack again") from None
         except (ValueError, EOFError):
-            raise Refused(f"{file} is cut short or damaged: {_AGAIN}") from None
+            raise UsageError(f"{file} is cut short or damaged: {_AGAIN}") from None
         except OSError as error:
-            raise Refused(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
+            raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
         if size != array.offset + array.nbytes or -(-size // BLOCK) != len(self._checksums[name]):
-            raise Refused(f"{file} has {size:,} bytes, which is not what was written: {_AGAIN}")
+            raise UsageError(f"{file} has {size:,} bytes, which is not what was written: {_AGAIN}")
         length = {self.array: self.meta[LENGTH[self.encoding]], "first.npy": self.rows + 1}
         shape = (length.get(name, self.rows), *([] if width is None else [width]))
         if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-            raise Refused(
+            raise UsageError(
                 f"{file} is {array.dtype} {list(array.shape)}, and meta.json wants {dtype} "
                 f"{list(shape)}: {_AGAIN}"
             )
@@ -179,14 +181,20 @@ class PackFile:
         return array.view(np.ndarray)
 
     def _agree(self) -> None:
-        """Raises Refused where the arrays are each whole, but not of one pack."""
+        """Raises UsageError where the arrays are each whole, but not of one pack."""
         wanted = layout.firsts(self.sizes, self.encoding)
         if (self.sizes < 1).any() or not np.array_equal(self.first, wanted):
-            raise Refused(f"{self.path} is damaged: first.npy and sizes.npy do not agree; {_AGAIN}")
+            raise UsageError(
+                f"{self.path} is damaged: first.npy and sizes.npy do not agree; {_AGAIN}"
+            )
         if wanted[-1] != len(self.tiles):
-            raise Refused(f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}")
+            raise UsageError(
+                f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}"
+            )
         if order_fingerprint(self.keys, self.labels) != self.fingerprint:
-            raise Refused(f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}")
+            raise UsageError(
+                f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}"
+            )
 
     def _agrees(self, name: str, block: int) -> bool:
         """Whether 64 MB of a file have their checksum."""
@@ -222,36 +230,36 @@ _WANTED: dict[str, Callable[[Any], bool]] = {  # of meta.json, to be read at all
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    """What meta.json says, checked. Raises Refused."""
+    """What meta.json says, checked. Raises UsageError."""
     file = path / META
     if not path.is_dir():
-        raise Refused(
+        raise UsageError(
             f"{path} is no pack: name the folder NAME.pack (dataprep/to_pack.py writes one)"
         )
     try:
         document = file.read_bytes()
     except FileNotFoundError:
-        raise Refused(
+        raise UsageError(
             f"{path} is no whole pack, since it has no {META}: copy it too, or prepare the pack again"
         ) from None
     except OSError as error:
-        raise Refused(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
+        raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
     try:
         facts = unsealed(document)
         if b'\n "crc": ' not in document:
             raise ValueError("it has no checksum of its own")
     except ValueError as error:
-        raise Refused(f"{file} has changed since it was written ({error}): {_AGAIN}") from None
+        raise UsageError(f"{file} has changed since it was written ({error}): {_AGAIN}") from None
     if facts.get("format") != "pack":
-        raise Refused(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
+        raise UsageError(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
     if facts.get("version") != VERSION:
-        raise Refused(
+        raise UsageError(
             f"{path} is a pack of version {facts.get('version')}, and this program reads version "
             f"{VERSION}: prepare it again with dataprep/to_pack.py"
         )
     for name, fits in _WANTED.items():
         if not fits(facts.get(name)):
-            raise Refused(f"{file} has no usable {name!r}: prepare the pack again")
+            raise UsageError(f"{file} has no usable {name!r}: prepare the pack again")
     if missing := layout.arrays(facts["encoding"]).keys() - facts["checksums"].keys():
-        raise Refused(f"{file} has no checksums of {min(missing)}: prepare the pack again")
+        raise UsageError(f"{file} has no checksums of {min(missing)}: prepare the pack again")
     return facts

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import conversion, prepare
 from fastrot.data.conversion import Found, Work
 from fastrot.data.manifest import sealed
@@ -45,9 +45,11 @@ class PackOptions(prepare.Options):
     def check(self) -> None:
         super().check()
         if self.out.suffix != ".pack":
-            raise Refused(f"--out got {self.out}: its name must end in .pack")
+            raise UsageError(f"--out got {self.out}: its name must end in .pack")
         if self.out.exists() and not self.out.is_dir():
-            raise Refused(f"--out got {self.out}, a file: a pack is a folder; choose another --out")
+            raise UsageError(
+                f"--out got {self.out}, a file: a pack is a folder; choose another --out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class _Checked:
 
 
 def sizes_in(parts: list[prepare.Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
-    """Heights and widths of all pictures in whole parts, in order. Raises Refused as `body_of`."""
+    """Heights and widths of all pictures in whole parts, in order. Raises UsageError as `body_of`."""
     each = [np.zeros((0, 2), np.int32)]
     for part in parts:
         sizes = np.zeros((len(part.tally().crcs), 2), np.int32)
@@ -202,7 +204,7 @@ def sizes_in(parts: list[prepare.Part], encoding: Encoding) -> Int32[np.ndarray,
 def body_of(parts: list[prepare.Part], encoding: Encoding) -> Iterator[memoryview]:
     """The tiles or pixels of all pictures in whole parts, in order, each picture checked on the way.
 
-    Raises Refused where a part has changed since it was written; it then counts as not made.
+    Raises UsageError where a part has changed since it was written; it then counts as not made.
     """
     for part in parts:
         crcs = part.tally().crcs
@@ -231,9 +233,9 @@ def _exactly(file: BinaryIO, count: int, part: prepare.Part) -> bytes:
     return data
 
 
-def _changed(part: prepare.Part) -> Refused:
+def _changed(part: prepare.Part) -> UsageError:
     part.facts.unlink(missing_ok=True)
-    return Refused(
+    return UsageError(
         f"{part.file} has changed since it was written: run again, and that part is made anew"
     )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data.manifest import unsealed
 from fastrot.data.sources import order_fingerprint
 from fastrot.data.tars import layout
@@ -22,7 +22,7 @@ class Index(NamedTuple):
 
 
 def read_index(folder: Path) -> Index:
-    """Raises Refused where a file is missing or damaged, or they are not of one conversion."""
+    """Raises UsageError where a file is missing or damaged, or they are not of one conversion."""
     rows: np.ndarray
     keys: np.ndarray
     try:
@@ -31,13 +31,13 @@ def read_index(folder: Path) -> Index:
             np.load(folder / name, allow_pickle=False) for name in (layout.ROWS, layout.KEYS)
         )
     except OSError as error:
-        raise Refused(f"{error.filename} cannot be read ({error.strerror}): {AGAIN}") from None
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}): {AGAIN}") from None
     except (ValueError, EOFError):
         manifest, rows, keys = {"version": layout.VERSION}, np.zeros(0), np.zeros(0)
     if (version := manifest.get("version")) != layout.VERSION:
-        raise Refused(f"{folder} is of version {version}, not {layout.VERSION}: {AGAIN}")
+        raise UsageError(f"{folder} is of version {version}, not {layout.VERSION}: {AGAIN}")
     whole = (rows.dtype, keys.dtype) == (layout.ROW, "u8") and rows.shape == keys.shape
     whole = whole and zlib.crc32(rows.tobytes()) == manifest["rows_crc"]
     if not whole or order_fingerprint(keys, rows["label"]) != manifest["fingerprint"]:
-        raise Refused(f"{folder / layout.MANIFEST}, or an .npy beside it, is damaged: {AGAIN}")
+        raise UsageError(f"{folder / layout.MANIFEST}, or an .npy beside it, is damaged: {AGAIN}")
     return Index(manifest, rows, keys)

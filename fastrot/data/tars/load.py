@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.core import DamagedRecord, Picks
 from fastrot.data import crops, pictures
 from fastrot.data.ahead import Begun, Crew, buffers, in_order
@@ -138,10 +138,12 @@ class Tars:
         return DamagedRecord(f"row {row} of {file} ({self.name(row)}) is damaged, {why}: {AGAIN}")
 
     def _compare(self) -> None:
-        """Raises Refused where the index leads outside of a shard, or not to its pictures."""
+        """Raises UsageError where the index leads outside of a shard, or not to its pictures."""
         index, shards = self._index, self._index["shard"]
         if (shards[1:] < shards[:-1]).any():  # never so, as it is written
-            raise Refused(f"{self.path / layout.ROWS} is not in the order of the shards: {AGAIN}")
+            raise UsageError(
+                f"{self.path / layout.ROWS} is not in the order of the shards: {AGAIN}"
+            )
         begins = np.searchsorted(shards, np.arange(len(self._shards) + 1))
         for number, shard in enumerate(self._shards):
             mine = index[begins[number] : begins[number + 1]]
@@ -152,7 +154,7 @@ class Tars:
                 block = shard.bytes[first - layout.BLOCK : first].tobytes()
                 fits = fits and layout.length_in(block) == size
             if not fits:
-                raise Refused(
+                raise UsageError(
                     f"{shard.path} is not the tar that {layout.ROWS} was made for: {AGAIN}"
                 )
 
@@ -169,10 +171,12 @@ def _mapped(folder: Path, listed: dict[str, Any]) -> _Shard:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise Refused(f"{path} is empty: {AGAIN}") from None
+        raise UsageError(f"{path} is empty: {AGAIN}") from None
     except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}): {AGAIN}") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from None
     if len(mapped) != listed["bytes"]:
         cut = "is cut short" if len(mapped) < listed["bytes"] else "has grown"
-        raise Refused(f"{path} {cut}: it has {len(mapped):,} of {listed['bytes']:,} bytes; {AGAIN}")
+        raise UsageError(
+            f"{path} {cut}: it has {len(mapped):,} of {listed['bytes']:,} bytes; {AGAIN}"
+        )
     return _Shard(path, mapped, np.frombuffer(mapped, np.uint8))

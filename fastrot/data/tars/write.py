@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from fastrot.config import Refused
+from fastrot.config import UsageError
 from fastrot.data import conversion, prepare
 from fastrot.data.beton.write import Coder as BetonCoder
 from fastrot.data.conversion import Work
@@ -44,11 +44,13 @@ class TarsOptions(prepare.Options):
     def check(self) -> None:
         super().check()
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise Refused(f"--quality got {self.quality}: it wants 1 to 100")
+            raise UsageError(f"--quality got {self.quality}: it wants 1 to 100")
         if self.shard < 1:
-            raise Refused(f"--shard got {self.shard}: it wants at least 1")
+            raise UsageError(f"--shard got {self.shard}: it wants at least 1")
         if self.out.suffix == ".tar" or self.out.is_file():
-            raise Refused(f"--out got {self.out}, a file's name: it wants a folder for the shards")
+            raise UsageError(
+                f"--out got {self.out}, a file's name: it wants a folder for the shards"
+            )
 
     @property
     def coder(self) -> "Coder":
@@ -146,7 +148,7 @@ class TarsForm(conversion.FolderForm):
         for shard in facts["shards"]:
             file = self.out / shard["file"]
             if not file.exists() or file.stat().st_size != shard["bytes"]:
-                raise Refused(f"{file} is missing or cut short")
+                raise UsageError(f"{file} is missing or cut short")
         return facts
 
     def fill(self, new: Path, work: Work) -> dict[str, Any]:
@@ -168,7 +170,7 @@ class TarsForm(conversion.FolderForm):
 
 
 def _rows_of(part: prepare.Part, shard: int) -> np.ndarray:
-    """The rows of a whole part. Raises Refused where these are not those of its shard, and it counts as not made."""
+    """The rows of a whole part. Raises UsageError where these are not those of its shard, and it counts as not made."""
     try:
         rows = np.load(part.file.with_suffix(".npy"), allow_pickle=False)
         same = rows.dtype == layout.ROW and rows["crc"].tolist() == part.tally().crcs
@@ -176,7 +178,7 @@ def _rows_of(part: prepare.Part, shard: int) -> np.ndarray:
         same, rows = False, np.zeros(0, layout.ROW)
     if not same or not part.file.with_suffix(".idx").exists():
         part.facts.unlink()
-        raise Refused(
+        raise UsageError(
             f"what lies beside {part.file} has changed since it was written: run again, and that part is "
             "made anew"
         )
