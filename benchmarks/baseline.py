@@ -313,7 +313,7 @@ def ours(cfg: Config, beton: Path, device: torch.device, bank: int) -> dict[str,
     loader = assemble.open_loader(data, assemble.training_view(cfg), **how)
     held_out = assemble.open_loader(data, assemble.evaluation_view(cfg), **how)
     torch.manual_seed(cfg.seed)
-    known = assemble.facts(cfg, loader, None, device, DTYPES[cfg.precision])
+    known = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
     method = assemble.method(cfg, known)
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(

@@ -38,7 +38,7 @@ from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.folded import cells_of
 from fastrot.config import AlexNet, RandomResized
-from fastrot.core import Facts
+from fastrot.core import DataInfo
 from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.methods.bank import Bank
@@ -682,8 +682,8 @@ def bench_saved_bank(device: str, knobs: dict[str, int], reps: int) -> Iterator[
     """Seconds to check a bank for what is not finite and write it, as a checkpoint does, and to take it back."""
     known = dict(rows=None, data_rows=knobs["pictures"], data_fingerprint="", classes=0, size=224)
     known |= dict(mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.float32, fingerprint="")
-    facts = Facts(images=knobs["pictures"], seed=0, device=torch.device(device), **known)
-    bank = Bank(facts, knobs["dim"], dtype=torch.float32, sharded=False, momentum=0.5)
+    info = DataInfo(images=knobs["pictures"], seed=0, device=torch.device(device), **known)
+    bank = Bank(info, knobs["dim"], dtype=torch.float32, sharded=False, momentum=0.5)
     saved, loaded = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "last.pt"

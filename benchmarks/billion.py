@@ -30,7 +30,7 @@ from benchmarks import contestants, measure
 from benchmarks.advice import GPU_GB, KEPT_GB
 from fastrot import assemble, entry
 from fastrot.config import RandomResized
-from fastrot.core import Facts, View
+from fastrot.core import DataInfo, View
 from fastrot.data import sampler
 from fastrot.entry import in_bytes, in_time
 from fastrot.methods.bank import Bank
@@ -157,11 +157,11 @@ def bank_rows(rows: int, work: Path) -> Iterator[dict[str, Any]]:
     """Rows a second of a bank that is made, saved as a checkpoint saves it, and taken back."""
     known: dict[str, Any] = dict(rows=None, data_rows=rows, data_fingerprint="", classes=0, size=1)
     known |= dict(mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.float32, fingerprint="")
-    facts = Facts(images=rows, seed=0, device=torch.device("cpu"), **known)
+    info = DataInfo(images=rows, seed=0, device=torch.device("cpu"), **known)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         path, took = Path(folder) / "last.pt", {}
         begun = time.perf_counter()
-        bank = Bank(facts, DIM, dtype=torch.float32, sharded=False, momentum=0.5)
+        bank = Bank(info, DIM, dtype=torch.float32, sharded=False, momentum=0.5)
         took["made"] = time.perf_counter() - begun
         begun = time.perf_counter()
         state = bank.state_dict()

@@ -97,10 +97,10 @@ def state_of(
     """What trains, as a run builds it. `bank`: rows of the memory bank; None: one a picture of the loader's data."""
     dtype = DTYPES[cfg.precision]
     torch.manual_seed(cfg.seed)
-    facts = assemble.facts(cfg, loader, None, device, dtype)
+    info = assemble.data_info(cfg, loader, None, device, dtype)
     if bank is not None and isinstance(cfg.method, Decoupling):
-        facts = dataclasses.replace(facts, images=bank, data_rows=bank)
-    method = assemble.method(cfg, facts)
+        info = dataclasses.replace(info, images=bank, data_rows=bank)
+    method = assemble.method(cfg, info)
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainState(
         method=method,

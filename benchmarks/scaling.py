@@ -155,8 +155,8 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
         workers=0,
     )
     torch.manual_seed(cfg.seed)
-    facts = assemble.facts(cfg, loader, None, device, torch.float32)
-    method, sent = assemble.method(cfg, facts), Sent()
+    info = assemble.data_info(cfg, loader, None, device, torch.float32)
+    method, sent = assemble.method(cfg, info), Sent()
     if extra:
         write = method.after_step
         method.after_step = lambda outputs, batch, losses: (  # type: ignore[method-assign]

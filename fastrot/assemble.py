@@ -19,7 +19,7 @@ from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
 from fastrot.config import Config, UsageError
-from fastrot.core import Data, Facts, Method, View
+from fastrot.core import Data, DataInfo, Method, View
 from fastrot.data import crops
 from fastrot.data.loader import Loader
 from fastrot.entry import cores
@@ -42,9 +42,9 @@ def backbone(cfg: config.Backbone, size: int) -> Staged:
     return BACKBONES[type(cfg)](cfg, size)
 
 
-def method(cfg: Config, facts: Facts) -> Method:
+def method(cfg: Config, info: DataInfo) -> Method:
     """The task and the network that it trains."""
-    return METHODS[type(cfg.method)](cfg.method, backbone(cfg.backbone, facts.size), facts)
+    return METHODS[type(cfg.method)](cfg.method, backbone(cfg.backbone, info.size), info)
 
 
 # ---- data ----
@@ -326,7 +326,7 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
     cfg = dataclasses.replace(cfg, method=METHODS[type(cfg.method)].bare(cfg.method))
     built = method(
         cfg,
-        Facts(
+        DataInfo(
             images=1,
             rows=None,
             data_rows=1,
@@ -346,9 +346,9 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
     return built
 
 
-def facts(
+def data_info(
     cfg: Config, loader: Loader, val_loader: Loader | None, device: torch.device, dtype: torch.dtype
-) -> Facts:
+) -> DataInfo:
     """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
     if METHODS[type(cfg.method)].wants_labels:
@@ -367,7 +367,7 @@ def facts(
                 f"{len(data.classes)}): both need the same class folders"
             )
     classes = len(data.classes) or int(data.labels.max()) + 1
-    return Facts(
+    return DataInfo(
         images=loader.images,
         rows=loader.rows,
         data_rows=data.rows,

@@ -1,4 +1,4 @@
-"""The nouns that all floors share: View, Picks, Batch, Facts, Losses, Data, Method.
+"""The nouns that all floors share: View, Picks, Batch, DataInfo, Losses, Data, Method.
 
 Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in the prepared data.
 """
@@ -57,7 +57,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class DataInfo:
     """What a method may know of its surroundings."""
 
     images: int  # in the training view, over all ranks

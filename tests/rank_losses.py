@@ -44,9 +44,9 @@ def main(pictures: str, out: str, name: str) -> None:
         workers=0,
         enlarge=True,
     )
-    facts = assemble.facts(cfg, loader, None, torch.device("cpu"), torch.float64)
+    info = assemble.data_info(cfg, loader, None, torch.device("cpu"), torch.float64)
     torch.manual_seed(0)
-    method = assemble.method(cfg, facts)
+    method = assemble.method(cfg, info)
     method.net.double().eval()
     bank = getattr(method, "bank", None)
     if bank is not None:

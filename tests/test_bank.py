@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_decoupling import Features, a_batch, facts, features
+from test_decoupling import Features, a_batch, features, info
 
 from fastrot import config, dist
 from fastrot.methods import bank
@@ -48,7 +48,7 @@ class Ranks:
 
 
 def a_bank(images: int, *, sharded: bool = False, seed: int = 0, dtype=torch.float32) -> Bank:
-    return Bank(facts(images, seed=seed), 6, dtype=dtype, sharded=sharded, momentum=0.5)
+    return Bank(info(images, seed=seed), 6, dtype=dtype, sharded=sharded, momentum=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -144,12 +144,12 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
     alone = []
     for rank in (0, 1):
         own = np.arange(rank, images, 2)
-        method = built(cfg, facts(len(own), rows=own, data_rows=images))
+        method = built(cfg, info(len(own), rows=own, data_rows=images))
         alone.append((method, method.bank.rows.clone()))
     ranks = Ranks(2, monkeypatch)
 
     def work(rank: int):
-        method = built(cfg, facts(images))
+        method = built(cfg, info(images))
         method.bank.rows.copy_(alone[rank][1])
         return steps(method, rank)
 
@@ -173,7 +173,7 @@ def test_each_rank_takes_its_own_z_back_and_others_their_mean(monkeypatch):
     ranks = Ranks(2, monkeypatch)
 
     def work(rank: int):
-        method = built(cfg, facts(9))
+        method = built(cfg, info(9))
         method.mean_exp = torch.tensor(float(rank + 1))
         state = method.state_dict()
         method.mean_exp = torch.tensor(0.0)
@@ -184,7 +184,7 @@ def test_each_rank_takes_its_own_z_back_and_others_their_mean(monkeypatch):
     ranks.each(lambda rank: (first, second)[rank].load_state_dict(state))
     assert (float(first.mean_exp), float(second.mean_exp)) == (1, 2)
     monkeypatch.undo()
-    one = built(cfg, facts(9))
+    one = built(cfg, info(9))
     one.load_state_dict(state)
     assert float(one.mean_exp) == 1.5
     assert torch.equal(one.bank.rows, state["bank.rows"])

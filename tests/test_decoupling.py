@@ -13,7 +13,7 @@ from fastrot import assemble, config
 from fastrot.backbones import alexnet
 from fastrot.backbones.staged import Staged
 from fastrot.config import Decoupling, UsageError
-from fastrot.core import Batch, Facts
+from fastrot.core import Batch, DataInfo
 from fastrot.methods import decoupling
 from fastrot.methods.rotation_table import TurnTable, pu_weights, write
 from fastrot.presets import PRESETS
@@ -26,7 +26,7 @@ LOSSES = golden("decoupling_losses")
 CASES = json.loads(str(LOSSES["meta_json"]))
 
 
-def facts(images: int, *, rows=None, data_rows=None, dtype=torch.float64, **other) -> Facts:
+def info(images: int, *, rows=None, data_rows=None, dtype=torch.float64, **other) -> DataInfo:
     known = dict(
         images=images,
         rows=rows,
@@ -41,7 +41,7 @@ def facts(images: int, *, rows=None, data_rows=None, dtype=torch.float64, **othe
         dtype=dtype,
         fingerprint="f",
     )
-    return Facts(**known | other)
+    return DataInfo(**known | other)
 
 
 class Given(decoupling.Decoupling):
@@ -80,7 +80,7 @@ def as_the_original(case: dict[str, np.ndarray], meta: dict) -> tuple[Given, tor
     lam = meta["lam"]
     weights = dict(lambda_cls=lam["cls"], lambda_mse=lam["mse"], lambda_nce=lam["nce"])
     cfg = Decoupling(negatives=meta["K"], temperature=T, gamma=float(meta["gamma"]), **weights)
-    method = Given(cfg, Features(4096), facts(meta["N"]))
+    method = Given(cfg, Features(4096), info(meta["N"]))
     method.net.double()
     draw = np.random.RandomState(int(case["weights_seed"]))
     draw.standard_normal((4 * meta["B"], 4096))  # made the features
@@ -164,7 +164,7 @@ def test_six_steps_are_the_originals():
     meta = json.loads(str(file["meta_json"]))
     trunk = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
     cfg = Decoupling(dim=meta["D"], negatives=meta["K"], temperature=T)
-    method = Given(cfg, trunk, facts(meta["N"], dtype=torch.float32))
+    method = Given(cfg, trunk, info(meta["N"], dtype=torch.float32))
     method.net.double()
     method.net.load_state_dict(our_names(file, "init", method.net))
     assert method.bank is not None
@@ -210,7 +210,7 @@ def test_six_steps_are_the_originals():
 
 def small(cfg: Decoupling, images: int = 9, **known) -> decoupling.Decoupling:
     torch.manual_seed(0)
-    method = decoupling.Decoupling(cfg, Features(12), facts(images, **known))
+    method = decoupling.Decoupling(cfg, Features(12), info(images, **known))
     method.net.double()
     if method.bank is not None:
         method.bank.rows = method.bank.rows.double()
@@ -361,7 +361,7 @@ def test_a_fresh_model_costs_what_the_original_does():
     """ALGORITHM: ln 4, and ln K + 1 / (2 D T^2) + 1 within a little, on unit embeddings."""
     torch.manual_seed(0)
     cfg = config.Config(method=Decoupling(), backbone=config.AlexNet(width=0.25))
-    known = dataclasses.replace(facts(5000, dtype=torch.float32), size=64)
+    known = dataclasses.replace(info(5000, dtype=torch.float32), size=64)
     method = assemble.method(cfg, known)
     crops = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
     batch = a_batch(torch.arange(8), crops=crops)
@@ -498,7 +498,7 @@ def test_half_precision_stays_inside_the_network(dtype):
         method=Decoupling(dim=16, negatives=20, z="ema", proximal=0.1),
         backbone=config.AlexNet(width=0.125, kernel=5, stride=2),
     )
-    method = assemble.method(cfg, dataclasses.replace(facts(9, dtype=dtype), size=32))
+    method = assemble.method(cfg, dataclasses.replace(info(9, dtype=dtype), size=32))
     crops = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     state = TrainState(
         method=method,
@@ -526,7 +526,7 @@ def test_a_trunk_that_ends_in_maps_is_averaged_over_places():
     cfg = config.Config(
         method=Decoupling(dim=5, negatives=4), backbone=config.Nin(width=0.125, stages=3)
     )
-    known = dataclasses.replace(facts(9, dtype=torch.float32), size=32)
+    known = dataclasses.replace(info(9, dtype=torch.float32), size=32)
     net = assemble.method(cfg, known).net.eval()
     views = torch.randn(4, 3, 32, 32)
     maps = net.get_submodule("trunk")(views)
@@ -539,7 +539,7 @@ def test_features_that_cannot_be_halved_are_refused():
     with pytest.raises(
         UsageError, match=r"7 features, which cannot be split in half.*--backbone.width"
     ):
-        decoupling.Decoupling(Decoupling(dim=5), Features(7), facts(9))
+        decoupling.Decoupling(Decoupling(dim=5), Features(7), info(9))
 
 
 def test_the_proximal_term_alone_writes_the_bank_too():

@@ -144,7 +144,7 @@ def state_of(pictures, momentum: bool) -> tuple[TrainState, config.Config, assem
     cfg = config.resolved(train.command_line([*TINY, "--data", str(pictures), "--batch", "8"]))
     loader = assemble.open_loader(pictures, assemble.training_view(cfg), batch=8, enlarge=True)
     torch.manual_seed(0)
-    method = assemble.method(cfg, assemble.facts(cfg, loader, None, CPU, torch.float32))
+    method = assemble.method(cfg, assemble.data_info(cfg, loader, None, CPU, torch.float32))
     state = TrainState(
         method=method,
         net=method.net,

@@ -36,9 +36,9 @@ def state_and_loader(data, dtype: torch.dtype, method: str = "rotnet", batch: in
     cfg = config.Config(method=METHODS[method], **knobs)
     view = assemble.training_view(cfg)
     loader = assemble.open_loader(data, view, batch=batch, device=CUDA, enlarge=True)
-    facts = assemble.facts(cfg, loader, None, CUDA, dtype)
+    info = assemble.data_info(cfg, loader, None, CUDA, dtype)
     torch.manual_seed(0)
-    task = assemble.method(cfg, facts)
+    task = assemble.method(cfg, info)
     task.net.to(CUDA).to(memory_format=torch.channels_last)
     state = TrainState(
         method=task,

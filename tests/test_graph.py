@@ -68,7 +68,7 @@ def state_of(method, *, graphed: bool, fused: bool = True) -> TrainState:
         optimizer=sgd(method.net, config.Sgd(), 0.0, fused=fused),
         rates=Rates(schedule, epochs=4, batches=EPOCH, steps=STEPS),
         device=torch.device("cpu"),
-        dtype=getattr(method.facts, "dtype", torch.float32),
+        dtype=getattr(method.info, "dtype", torch.float32),
         graphed=Graphed(TapeRecorder()) if graphed else None,
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fastrot import assemble, config
-from fastrot.core import Batch, Facts
+from fastrot.core import Batch, DataInfo
 from fastrot.ops.rotate import Cells, folded
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import Rates, sgd
@@ -30,7 +30,7 @@ def build(kind: type, dtype: torch.dtype = torch.float32, fold: bool = False):
         method=kind(**FITTING.get(kind, {})),
         backbone=config.AlexNet(width=0.125, kernel=5, stride=2, fold=fold),
     )
-    facts = Facts(
+    info = DataInfo(
         images=IMAGES,
         rows=None,
         data_rows=IMAGES,
@@ -44,7 +44,7 @@ def build(kind: type, dtype: torch.dtype = torch.float32, fold: bool = False):
         dtype=dtype,
         fingerprint="of these pictures",
     )
-    return assemble.method(cfg, facts)
+    return assemble.method(cfg, info)
 
 
 def state_of(method, lr: float = 0.02) -> TrainState:
@@ -112,7 +112,7 @@ def test_rotnet_labels_each_view_with_its_turn():
     images = batch().images.numpy()
     views = method.views(batch())
     assert views.shape == (4 * IMAGES, 3, SIZE, SIZE)
-    mean, std = np.array(method.facts.mean), np.array(method.facts.std)
+    mean, std = np.array(method.info.mean), np.array(method.info.std)
     logits = torch.randn(4 * IMAGES, 4)
     for i in range(IMAGES):
         for turn in range(4):

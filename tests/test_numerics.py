@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastrot import assemble, config
-from fastrot.core import Facts
+from fastrot.core import DataInfo
 from fastrot.data.synthetic import Synthetic
 from fastrot.training.graph import Cuda, Graphed
 from fastrot.training.loop import TrainState, train_step
@@ -52,9 +52,9 @@ def run(
         workers=1,
         enlarge=True,
     )
-    facts: Facts = assemble.facts(cfg, loader, None, device, dtype)
+    info: DataInfo = assemble.data_info(cfg, loader, None, device, dtype)
     torch.manual_seed(0)
-    task = assemble.method(cfg, facts)
+    task = assemble.method(cfg, info)
     task.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(
         method=task,

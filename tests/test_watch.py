@@ -103,7 +103,7 @@ def test_each_preset_can_be_counted(preset):
     cfg = config.resolved(train.command_line([preset]))
     view = assemble.training_view(cfg)
     loader = assemble.open_loader("synthetic:256", view, batch=cfg.batch, enlarge=True)
-    method = assemble.method(cfg, assemble.facts(cfg, loader, None, CPU, torch.bfloat16))
+    method = assemble.method(cfg, assemble.data_info(cfg, loader, None, CPU, torch.bfloat16))
     work = work_of(method, view, cfg.batch, CPU, torch.bfloat16, fused=True)
     assert work is not None
     assert work.flop > 1e9

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastrot import dist
 from fastrot.config import UsageError
-from fastrot.core import Facts
+from fastrot.core import DataInfo
 from fastrot.ops.rows import update_rows
 
 CHUNK = 2**16  # rows that are initialised or gathered at once
@@ -35,18 +35,18 @@ class Bank:
     """
 
     def __init__(
-        self, facts: Facts, dim: int, *, dtype: torch.dtype, sharded: bool, momentum: float
+        self, info: DataInfo, dim: int, *, dtype: torch.dtype, sharded: bool, momentum: float
     ):
         self.sharded, self.momentum = sharded and dist.world() > 1, momentum
-        self.images, self.fingerprint = facts.images, facts.fingerprint
+        self.images, self.fingerprint = info.images, info.fingerprint
         self._rank, self._world = (dist.rank(), dist.world()) if self.sharded else (0, 1)
-        of_data = torch.arange(facts.images) if facts.rows is None else torch.from_numpy(facts.rows)
+        of_data = torch.arange(info.images) if info.rows is None else torch.from_numpy(info.rows)
         mine = of_data[self._rank :: self._world]
-        place = torch.full((facts.data_rows,), -1, dtype=torch.int64)
+        place = torch.full((info.data_rows,), -1, dtype=torch.int64)
         place[mine] = torch.arange(len(mine))
-        self.place = place.to(facts.device)
-        self.rows = torch.empty(len(mine), dim, dtype=dtype, device=facts.device)
-        self._fill(facts.seed)
+        self.place = place.to(info.device)
+        self.rows = torch.empty(len(mine), dim, dtype=dtype, device=info.device)
+        self._fill(info.seed)
 
     @property
     def population(self) -> int:

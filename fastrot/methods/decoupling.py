@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastrot import config, dist
 from fastrot.backbones.staged import Staged
 from fastrot.config import UsageError
-from fastrot.core import DTYPES, Batch, Facts, Losses, Method
+from fastrot.core import DTYPES, Batch, DataInfo, Losses, Method
 from fastrot.methods.bank import Bank
 from fastrot.methods.rotation_table import pu_weights, read
 from fastrot.methods.rotnet import TURNS, turn_labels
@@ -67,25 +67,25 @@ class DecouplingNet(nn.Module):
 class Decoupling(Method):
     """PU-weighted rotation loss + spread of the other half over a picture's turns + NCE against the bank."""
 
-    def __init__(self, cfg: config.Decoupling, trunk: Staged, facts: Facts):
-        self.cfg, self.facts = cfg, facts
+    def __init__(self, cfg: config.Decoupling, trunk: Staged, info: DataInfo):
+        self.cfg, self.info = cfg, info
         self.net, self.cells = DecouplingNet(trunk, cfg), trunk.cells
         self.bank: Bank | None = None
         if _has_bank(cfg):
             self.bank = Bank(
-                facts,
+                info,
                 cfg.dim,
                 dtype=DTYPES[cfg.bank_dtype],
                 sharded=cfg.bank == "sharded",
                 momentum=cfg.bank_momentum,
             )
         # Z / population: mean of exp(s / T); so it does not depend on how many rows a rank holds
-        self.mean_exp = torch.full((), torch.nan, device=facts.device)
+        self.mean_exp = torch.full((), torch.nan, device=info.device)
         self.weights, self.pu_epoch, self.table_digest = None, cfg.pu_from, None
         if cfg.pu_table is not None:
-            table = read(cfg.pu_table, rows=facts.data_rows, fingerprint=facts.data_fingerprint)
+            table = read(cfg.pu_table, rows=info.data_rows, fingerprint=info.data_fingerprint)
             weights = torch.from_numpy(pu_weights(table.upright, cfg.gamma))
-            self.weights, self.table_digest = weights.float().to(facts.device), table.digest
+            self.weights, self.table_digest = weights.float().to(info.device), table.digest
 
     @staticmethod
     def owned(cfg: config.Decoupling) -> bool:
@@ -105,16 +105,16 @@ class Decoupling(Method):
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
-        facts = self.facts
+        info = self.info
         return turned_views(
-            batch.images, TURNS, facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
+            batch.images, TURNS, info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 
     def negatives(self, batch: Batch) -> Draw:
         """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
         return Draw(
             self.cfg.negatives,
-            self.facts.seed,
+            self.info.seed,
             batch.index,
             batch.clock[1],
             exclude_self=self.cfg.exclude_self,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
-from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.core import Batch, DataInfo, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.rotate import turned_views
 
@@ -18,15 +18,15 @@ TURNS = (0, 1, 2, 3)  # quarter turns counter-clockwise; the label of a view is 
 class RotNet(Method):
     """All four turns of each crop in one batch; mean cross-entropy over the 4 B views."""
 
-    def __init__(self, cfg: config.RotNet, trunk: Staged, facts: Facts):
+    def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, len(TURNS))
-        self.facts, self.cells = facts, trunk.cells
+        self.info, self.cells = info, trunk.cells
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
-        facts = self.facts
+        info = self.info
         return turned_views(
-            batch.images, TURNS, facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
+            batch.images, TURNS, info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:

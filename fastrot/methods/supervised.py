@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
-from fastrot.core import Batch, Facts, Losses, Method
+from fastrot.core import Batch, DataInfo, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.rotate import turned_views
 
@@ -18,15 +18,15 @@ class Supervised(Method):
 
     wants_labels = True
 
-    def __init__(self, cfg: config.Supervised, trunk: Staged, facts: Facts):
-        self.net = Classifier(trunk, facts.classes)
-        self.facts, self.cells = facts, trunk.cells
+    def __init__(self, cfg: config.Supervised, trunk: Staged, info: DataInfo):
+        self.net = Classifier(trunk, info.classes)
+        self.info, self.cells = info, trunk.cells
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
-        facts = self.facts
+        info = self.info
         return turned_views(
-            batch.images, (0,), facts.mean, facts.std, dtype=facts.dtype, cells=self.cells
+            batch.images, (0,), info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:

@@ -478,8 +478,8 @@ def _write_pack(path: Path, pictures: list[np.ndarray]) -> Path:
 def _state(cfg: Config, loader: Loader, device: torch.device) -> TrainState:
     """All that a run's step needs, its net not yet compiled; it learns next to nothing."""
     torch.manual_seed(cfg.seed)
-    facts = assemble.facts(cfg, loader, None, device, DTYPES[cfg.precision])
-    method = assemble.method(cfg, facts)
+    info = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
+    method = assemble.method(cfg, info)
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rates = Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=QUIET)
     method.told_length(1, rates.begins)

@@ -158,17 +158,17 @@ def _train(
     cfg = _with_statistics(cfg, data)
     loader, val_loader = _loaders(cfg, data, run, saved, here, device)
     built.loader = loader
-    run_facts = run_facts_of(cfg, data, loader, here, device)
+    run_identity = run_identity_of(cfg, data, loader, here, device)
     if saved is not None:
-        _same_data(saved["facts"], run_facts, run)
-    facts = assemble.facts(cfg, loader, val_loader, device, DTYPES[cfg.precision])
+        _same_data(saved["facts"], run_identity, run)
+    info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     torch.manual_seed(cfg.seed)
-    method = assemble.method(cfg, facts)
-    run_facts["method"] = method.agree()
-    if saved is not None and saved["facts"]["method"] != run_facts["method"]:
+    method = assemble.method(cfg, info)
+    run_identity["method"] = method.agree()
+    if saved is not None and saved["facts"]["method"] != run_identity["method"]:
         raise UsageError(
             f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
-            f"{run_facts['method']}): use --out NEW"
+            f"{run_identity['method']}): use --out NEW"
         )
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if saved is None and cfg.start_from is not None:
@@ -184,8 +184,8 @@ def _train(
     )
     built.state, built.watch = state, Watch(device)
     said = _set_length(state, cfg, saved, loader, val_loader)
-    run_facts |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
-    run_facts |= {"classes": facts.classes}
+    run_identity |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
+    run_identity |= {"classes": info.classes}
     method.told_length(state.rates.epochs, state.rates.begins)
     if here.world > 1:
         loop.settle(state, next(iter(loader.epoch(0))))
@@ -204,12 +204,12 @@ def _train(
             replace_bytes(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
             environment = json.dumps(machine.environment(device, here.world), indent=1)
             replace_bytes(run / "environment.json", environment.encode())
-        journal.say(*_greeting(cfg, state, loader, val_loader, run, run_facts, saved), *said)
-        journal.say(*_other_machine(saved, run_facts))
+        journal.say(*_greeting(cfg, state, loader, val_loader, run, run_identity, saved), *said)
+        journal.say(*_other_machine(saved, run_identity))
 
         def save(name: str, parts: dict[str, Any]) -> None:
             if dist.rank() == 0:
-                parts = {"config": config.to_plain(cfg), "facts": run_facts, **parts}
+                parts = {"config": config.to_plain(cfg), "facts": run_identity, **parts}
                 folder = run / "checkpoints"
                 previous = folder / PREVIOUS if name == LAST else None
                 checkpoint.save(folder / name, parts, previous=previous)
@@ -232,7 +232,7 @@ def _train(
         work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
         loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, preemption, watch))
         if dist.rank() == 0:
-            summary = _summary(cfg, state, facts.classes, device, time.perf_counter() - begun)
+            summary = _summary(cfg, state, info.classes, device, time.perf_counter() - begun)
             summary |= _bound(cfg, state, watch, work, loader, _before(run, state.step))
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
             _draw(run, state, shown)
@@ -416,7 +416,7 @@ def _save_rows(path: Path, rows: np.ndarray) -> None:
     write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
 
 
-def run_facts_of(
+def run_identity_of(
     cfg: Config, data: Data, loader: Loader, here: dist.Place, device: torch.device
 ) -> dict[str, Any]:
     """What decides a run's numbers beside its config; goes into checkpoints."""
@@ -559,11 +559,11 @@ def _other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[st
 _GRAPH = f"each step is one CUDA graph, recorded after {WARM_UP} steps of this start"
 
 
-def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved) -> list[str]:
+def _greeting(cfg, state: TrainState, loader, val_loader, run, run_identity, saved) -> list[str]:
     trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
     lines = [
         f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
-        f"{trained:,} parameters, {cfg.precision} on {run_facts['device']}",
+        f"{trained:,} parameters, {cfg.precision} on {run_identity['device']}",
         f"{loader.images:,} pictures of {cfg.data}, judged on "
         + (f"{val_loader.images:,}" if val_loader is not None else "none"),
         *_judged_by_what_it_learns_from(cfg, loader, val_loader),
@@ -572,11 +572,11 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
             if cfg.folds
             else []
         ),
-        f"global batch {run_facts['global_batch']} ({cfg.batch} x {run_facts['ranks']}), "
+        f"global batch {run_identity['global_batch']} ({cfg.batch} x {run_identity['ranks']}), "
         f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
         f"{_counted(loader.workers, 'worker')} for pictures"
         + (
-            f", {_counted(run_facts['threads'], 'thread')} for the network"
+            f", {_counted(run_identity['threads'], 'thread')} for the network"
             if state.device.type == "cpu"
             else ""
         ),
@@ -585,8 +585,8 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_facts, saved)
         *state.method.in_words(),
         *([_GRAPH] if cfg.graph else []),
     ]
-    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_facts["global_batch"]
-    if run_facts["global_batch"] != paper:
+    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_identity["global_batch"]
+    if run_identity["global_batch"] != paper:
         lines.append(
             f"the preset's global batch is {paper}: the learning rate does not follow by itself, set --lr"
         )
