@@ -43,7 +43,7 @@ from benchmarks.contestants import Formats, installed, originals
 from fastrot import entry
 from fastrot.assemble import open_loader
 from fastrot.config import BLOCKS, RandomResized, UsageError
-from fastrot.core import Picks, View
+from fastrot.core import CropRequest, View
 from fastrot.data import sampler
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import Packer
@@ -199,8 +199,8 @@ class LessMemory(threading.Thread):
 class Reading(Beton):
     """The reader, with a checksum of each record in the place of its crops."""
 
-    def _fill(self, picks: Picks, out: Any, start: int, stop: int) -> None:
-        for row in picks.rows[0][start:stop, 0].tolist():
+    def _fill(self, request: CropRequest, out: Any, start: int, stop: int) -> None:
+        for row in request.rows[0][start:stop, 0].tolist():
             zlib.crc32(self.record(row))
 
 
@@ -208,7 +208,7 @@ def of_ours(name: str, path: str, workers: int, mode: str, epochs: int) -> list[
     """Epochs of our reader; for a fresh process."""
     data = Reading(path) if mode != CROPS else Beton(path)
     if name == UNADVISED:
-        data._announce = lambda picks: None
+        data._announce = lambda request: None
     view = View(
         crops=(RandomResized(size=SIZE if mode == CROPS else 1),),
         shuffled=name != DATA_ORDER,

@@ -32,7 +32,7 @@ import fastrot.assemble
 from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, UsageError
-from fastrot.core import Data, Picks, View
+from fastrot.core import CropRequest, Data, View
 from fastrot.data.pack.layout import WIDTH, firsts
 from fastrot.data.pack.read import open_pack
 from fastrot.ops.blocks import PackTensors, unpack_crops
@@ -161,15 +161,15 @@ class Repeated:
         return self.data.sizes(rows % self.data.rows)
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         return self.data.pictures(map(self._once, plan), device, workers)
 
-    def _once(self, picks: Picks) -> Picks:
-        rows = [each.copy() for each in picks.rows]
+    def _once(self, request: CropRequest) -> CropRequest:
+        rows = [each.copy() for each in request.rows]
         for each in rows:
             each[:, 0] %= self.data.rows
-        return dataclasses.replace(picks, rows=tuple(rows))
+        return dataclasses.replace(request, rows=tuple(rows))
 
 
 def open_loader(data: Any, batch: int, workers: int, device: str = "cpu"):
@@ -257,18 +257,18 @@ class FullPack:
         ]
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """As a resident pack gives them: boxes are sent, crops are made on the device."""
         self.place(None, device)
         assert self.pack is not None
-        for picks in plan:
-            sent = map(torch.from_numpy, picks.rows)
+        for request in plan:
+            sent = map(torch.from_numpy, request.rows)
             if device.type == "cuda":
                 sent = (each.pin_memory().to(device, non_blocking=True) for each in sent)
             yield tuple(
                 unpack_crops(self.pack, boxes, size)
-                for boxes, size in zip(sent, picks.sizes, strict=True)
+                for boxes, size in zip(sent, request.sizes, strict=True)
             )
 
 

@@ -1,4 +1,4 @@
-"""The nouns that all floors share: View, Picks, Batch, DataInfo, Losses, Data, Method.
+"""The nouns that all floors share: View, CropRequest, Batch, DataInfo, Losses, Data, Method.
 
 Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in the prepared data.
 """
@@ -31,15 +31,15 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Picks:
+class CropRequest:
     """The work of one batch: which box of which row. One array per recipe of the view."""
 
     rows: tuple[
         Int64[np.ndarray, "b 6"], ...
     ]  # index, y, x, height, width, flip; see data/crops.py
     sizes: tuple[int, ...]  # pixels a side of the crops
-    spoilt: list[tuple[int, str]] = field(default_factory=list)  # place in the batch, one sentence
-    coming: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
+    errors: list[tuple[int, str]] = field(default_factory=list)  # place in the batch, one sentence
+    prefetch: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +128,12 @@ class Data(Protocol):
         ...
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """Boxes in, uint8 crops [b, s, s, 3] out, in order, read ahead: in host memory (pinned where
         `device` is a GPU) or on the device. Closing the iterator ends its workers.
 
-        A picture that cannot be read is noted in its `Picks.spoilt` before the crops are handed out, and
+        A picture that cannot be read is noted in its `CropRequest.errors` before the crops are handed out, and
         its crops hold anything: what follows from that is the Loader's to decide.
         """
         ...

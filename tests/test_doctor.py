@@ -149,13 +149,13 @@ def test_a_tiny_net_on_pictures_that_cost_nothing_waits_for_none():
 
 
 def test_pictures_that_are_made_are_not_decoded_however_long_it_takes(monkeypatch):
-    at_once = Loader.picks
+    at_once = Loader.request
 
     def slow(self, index, epoch):
         time.sleep(0.05)
         return at_once(self, index, epoch)
 
-    monkeypatch.setattr(Loader, "picks", slow)
+    monkeypatch.setattr(Loader, "request", slow)
     found = examined(assemble.open_data("synthetic:1000"), workers=0)
     assert found.bound not in ("read", "decode", "copy")
     assert found.measured.step > 0.05

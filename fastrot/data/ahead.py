@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from fastrot.core import Picks
+from fastrot.core import CropRequest
 from fastrot.data.ring import Ring
 
 TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
@@ -87,24 +87,27 @@ def threads(workers: int, name: str) -> Iterator[ThreadPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def buffers(ring: Ring, picks: Picks) -> tuple[Tensor, ...]:
+def buffers(ring: Ring, request: CropRequest) -> tuple[Tensor, ...]:
     """Memory for the crops of a batch."""
-    each = zip(picks.rows, picks.sizes, strict=True)
+    each = zip(request.rows, request.sizes, strict=True)
     return tuple(ring.take(len(rows), size) for rows, size in each)
 
 
 class Crew:
-    """Python threads that fill the buffers of batches: `fill(picks, out, start, stop)` for some of the pictures."""
+    """Python threads that fill the buffers of batches: `fill(request, out, start, stop)` for some of the pictures."""
 
     def __init__(
-        self, fill: Callable[[Picks, tuple[Tensor, ...], int, int], None], workers: int, name: str
+        self,
+        fill: Callable[[CropRequest, tuple[Tensor, ...], int, int], None],
+        workers: int,
+        name: str,
     ):
         self._fill, self._held = fill, contextlib.ExitStack()
         self._pool = self._held.enter_context(threads(workers, name))
 
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun[tuple[Tensor, ...]]:
-        images = len(picks.rows[0])
-        tasks = in_tasks(self._pool, images, partial(self._fill, picks, out))
+    def begin(self, request: CropRequest, out: tuple[Tensor, ...]) -> Begun[tuple[Tensor, ...]]:
+        images = len(request.rows[0])
+        tasks = in_tasks(self._pool, images, partial(self._fill, request, out))
         return Begun(images, partial(finished, out, tasks))
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord, Data, Picks
+from fastrot.core import CropRequest, DamagedRecord, Data
 from fastrot.data import crops, pictures
 from fastrot.data.ahead import begun, in_order
 from fastrot.data.ring import Ring
@@ -94,7 +94,7 @@ class ThroughDali:
         return self.data.sizes(rows)
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads of DALI's and as many of ours; 0 is taken for 1."""
         workers = max(workers, 1)
@@ -114,7 +114,7 @@ class ThroughDali:
 
     def _read(self, job: "_Job", start: int, stop: int) -> None:
         """The bytes of pictures `start` to `stop` of a batch; those that are not for DALI are decoded here."""
-        sizes = self.data.sizes(job.picks.rows[0][start:stop, 0])
+        sizes = self.data.sizes(job.request.rows[0][start:stop, 0])
         job.sizes[start:stop] = sizes
         for place, (height, width) in enumerate(sizes.tolist(), start):
             row = job.row(place)
@@ -156,7 +156,7 @@ class ThroughDali:
         if graph.gpu is not None:
             job.out = tuple(_copied(crop.as_tensor(), graph.gpu) for crop in pixels)
             return job
-        job.out = tuple(self._ring.take(len(job), size) for size in job.picks.sizes)
+        job.out = tuple(self._ring.take(len(job), size) for size in job.request.sizes)
         if graph.sizes is None:
             (job.pixels,), job.whole = pixels, graph.whole
         else:
@@ -167,7 +167,7 @@ class ThroughDali:
     def _place_ours(self, job: "_Job", start: int, stop: int) -> None:
         """Among crops that DALI made, those of pictures `start` to `stop` that it was not given."""
         for place in job.ours.keys() & {*range(start, stop)}:
-            for rows, out in zip(job.picks.rows, job.out, strict=True):
+            for rows, out in zip(job.request.rows, job.out, strict=True):
                 crop = torch.empty(out.shape[1:], dtype=torch.uint8)
                 crops.resample(job.ours[place], rows[place], crop.numpy())
                 out[place] = crop
@@ -205,7 +205,7 @@ class ThroughDali:
 def _resample(job: "_Job", start: int, stop: int) -> None:
     """The crops of pictures `start` to `stop` of a batch, out of what was decoded of them."""
     for place in range(start, stop):
-        for rows, out in zip(job.picks.rows, job.out, strict=True):
+        for rows, out in zip(job.request.rows, job.out, strict=True):
             row, into = rows[place], out[place].numpy()
             if place in job.ours:
                 crops.resample(job.ours[place], row, into)
@@ -219,7 +219,7 @@ def _resample(job: "_Job", start: int, stop: int) -> None:
 class _Job:
     """A batch under way. A place without a record of its own has the stand-in's."""
 
-    picks: Picks
+    request: CropRequest
     records: list[np.ndarray] = field(init=False)
     sizes: np.ndarray = field(init=False)  # int32 [b, 2]
     ours: dict[int, np.ndarray] = field(default_factory=dict)  # place -> the picture, by `pictures`
@@ -232,38 +232,38 @@ class _Job:
         self.sizes = np.zeros((len(self), 2), np.int32)
 
     def __len__(self) -> int:
-        return len(self.picks.rows[0])
+        return len(self.request.rows[0])
 
     def row(self, place: int) -> int:
-        return int(self.picks.rows[0][place, 0])
+        return int(self.request.rows[0][place, 0])
 
     def spoil(self, place: int, why: str) -> None:
-        self.picks.spoilt.append((place, why))
+        self.request.errors.append((place, why))
 
     def alone(self, place: int) -> "_Job":
         """One picture of it, as a batch."""
         one = slice(place, place + 1)
-        job = _Job(Picks(tuple(rows[one] for rows in self.picks.rows), self.picks.sizes))
+        job = _Job(CropRequest(tuple(rows[one] for rows in self.request.rows), self.request.sizes))
         job.records, job.sizes = self.records[one], self.sizes[one]
         return job
 
     def graph(self, gpu: int | None, threads: int, resizes: bool) -> "Graph":
         """What it takes to decode it."""
-        sizes = self.picks.sizes if resizes else None
+        sizes = self.request.sizes if resizes else None
         taps = self.taps() if resizes else [np.ones(1, int)]
         halvings = max(int(each.max()).bit_length() - 1 for each in taps)
-        whole = len(self.picks.rows) > 1 or self._over_the_border()
+        whole = len(self.request.rows) > 1 or self._over_the_border()
         return Graph(gpu, threads, len(self), whole, sizes, halvings)
 
     def taps(self) -> list[np.ndarray]:
         """`crops.taps` of each picture, for each recipe."""
         return [
             np.array([crops.taps(h, w, size) for h, w in rows[:, 3:5].tolist()])
-            for rows, size in zip(self.picks.rows, self.picks.sizes, strict=True)
+            for rows, size in zip(self.request.rows, self.request.sizes, strict=True)
         ]
 
     def _over_the_border(self) -> bool:
-        _, y, x, h, w, _ = self.picks.rows[0].T
+        _, y, x, h, w, _ = self.request.rows[0].T
         height, width = self.sizes.T
         return bool(((y < 0) | (x < 0) | (y + h > height) | (x + w > width)).any())
 
@@ -314,7 +314,7 @@ class Graph(NamedTuple):
         """What `outputs` is fed for a batch."""
         fed: list[Any] = [job.records]
         stands_in = np.array([record is STAND_IN for record in job.records])
-        for rows, taps in zip(job.picks.rows, job.taps(), strict=True):
+        for rows, taps in zip(job.request.rows, job.taps(), strict=True):
             box = np.where(stands_in[:, None], (0, 0, *2 * [8]), rows[:, 1:5]).astype(np.int32)
             if not self.whole or self.sizes is not None:
                 fed += [box[:, :2].copy(), box[:, 2:].copy()]

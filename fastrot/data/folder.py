@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord, Picks
+from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data import crops, pictures, sources
 from fastrot.disk import write_atomically
 
@@ -93,16 +93,16 @@ class Folder:
             return _read(self.root, self._paths[row], self._sizes[row].tolist())
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Crops of each Picks of `plan`, in order; `workers` processes decode, 0: this one does.
+        """Crops of each CropRequest of `plan`, in order; `workers` processes decode, 0: this one does.
 
         The plan is drawn in this process, two batches a worker ahead.
         """
-        ahead: deque[Picks] = deque()
+        ahead: deque[CropRequest] = deque()
         jobs = DataLoader(
             _Worker(str(self.root)),  # type: ignore[arg-type]  # a map from jobs, not from numbers
-            sampler=(self._job(picks, ahead) for picks in plan),
+            sampler=(self._job(request, ahead) for request in plan),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=_context() if workers else None,
@@ -114,48 +114,48 @@ class Folder:
         with entry.warnings_held_back():
             done = iter(jobs)
         try:
-            for out, spoilt in done:
-                ahead.popleft().spoilt.extend((place, reason) for place, reason in spoilt)
+            for out, errors in done:
+                ahead.popleft().errors.extend((place, reason) for place, reason in errors)
                 yield tuple(out)
         finally:
             del done  # ends the workers
 
-    def _job(self, picks: Picks, ahead: deque[Picks]) -> "_Job":
-        ahead.append(picks)
-        index = picks.rows[0][:, 0]
-        return picks, [self._paths[row] for row in index], self._sizes[index]
+    def _job(self, request: CropRequest, ahead: deque[CropRequest]) -> "_Job":
+        ahead.append(request)
+        index = request.rows[0][:, 0]
+        return request, [self._paths[row] for row in index], self._sizes[index]
 
 
 # Workers get what they need with each job, and so hold no listing.
-_Job = tuple[Picks, list[str], Int32[np.ndarray, "b 2"]]
+_Job = tuple[CropRequest, list[str], Int32[np.ndarray, "b 2"]]
 
 
 class _Worker:
-    """Lives in the worker processes: a job in; crops out, with what of them is spoilt."""
+    """Lives in the worker processes: a job in; crops out, with what of them is errors."""
 
     def __init__(self, root: str):
         self.root = root
 
     def __getitem__(self, job: _Job) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-        picks, paths, sizes = job
+        request, paths, sizes = job
         out = tuple(
-            torch.empty(len(paths), size, size, 3, dtype=torch.uint8) for size in picks.sizes
+            torch.empty(len(paths), size, size, 3, dtype=torch.uint8) for size in request.sizes
         )
-        spoilt = []
+        errors = []
         for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
-            row = int(picks.rows[0][place, 0])
+            row = int(request.rows[0][place, 0])
             try:
                 with _named(row, path):
                     picture = _read(self.root, path, size)
             except DamagedRecord as error:
-                spoilt.append((place, str(error)))
+                errors.append((place, str(error)))
                 continue
             try:
-                for box, crop in zip(picks.rows, out, strict=True):
+                for box, crop in zip(request.rows, out, strict=True):
                     crops.resample(picture, box[place], crop[place].numpy())
             except Exception as e:
                 raise RuntimeError(f"row {row}, {path!r}, cannot be cropped: {e}") from e
-        return out, spoilt
+        return out, errors
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import Batch, DamagedRecord, Data, Picks, View
+from fastrot.core import Batch, CropRequest, DamagedRecord, Data, View
 from fastrot.data import crops, sampler
 
 
@@ -109,14 +109,14 @@ class Loader:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
         steps = range(start, len(self))
         rows = self._order(number)
-        ahead: deque[Picks] = deque()  # of the batches that are read ahead, oldest first
+        ahead: deque[CropRequest] = deque()  # of the batches that are read ahead, oldest first
 
-        def plan() -> Iterator[Picks]:
+        def plan() -> Iterator[CropRequest]:
             for k in steps:
-                picks = self.picks(rows[self._places(k)], number)
+                request = self.request(rows[self._places(k)], number)
                 if isinstance(rows, sampler.Blocks):
-                    picks = dataclasses.replace(picks, coming=self._coming(rows, k, start))
-                ahead.append(picks)
+                    request = dataclasses.replace(request, prefetch=self._prefetch(rows, k, start))
+                ahead.append(request)
                 yield ahead[-1]
 
         pictures = self.data.pictures(plan(), self.device, self.workers)
@@ -133,7 +133,7 @@ class Loader:
             batches.close()
             getattr(pictures, "close", lambda: None)()
 
-    def picks(self, index: np.ndarray, epoch: int) -> Picks:
+    def request(self, index: np.ndarray, epoch: int) -> CropRequest:
         """Boxes and flips of rows in an epoch, one array for each recipe of the view."""
         sizes = self.data.sizes(index)
         each = []
@@ -150,13 +150,15 @@ class Loader:
             each.append(
                 np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
             )
-        return Picks(tuple(each), tuple(recipe.size for recipe in self.view.crops))
+        return CropRequest(tuple(each), tuple(recipe.size for recipe in self.view.crops))
 
-    def _batch(self, picks: Picks, crop: tuple[Tensor, ...], epoch: int, k: int) -> Batch | None:
+    def _batch(
+        self, request: CropRequest, crop: tuple[Tensor, ...], epoch: int, k: int
+    ) -> Batch | None:
         """None: all its pictures are skipped."""
-        index = picks.rows[0][:, 0].copy()
-        if picks.spoilt:
-            places = self._sound_places(picks)
+        index = request.rows[0][:, 0].copy()
+        if request.errors:
+            places = self._sound_places(request)
             if not len(places):
                 return None
             index = index[places]
@@ -168,17 +170,17 @@ class Loader:
             clock=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
         )
 
-    def _sound_places(self, picks: Picks) -> np.ndarray:
+    def _sound_places(self, request: CropRequest) -> np.ndarray:
         """The places of a batch that its pictures are taken from, where some are spoilt."""
-        reasons = [reason for _, reason in sorted(picks.spoilt)]
+        reasons = [reason for _, reason in sorted(request.errors)]
         if self.on_bad_record == "stop":
             raise DamagedRecord(f"{reasons[0]}, or leave it out with --on-bad-record skip")
         for reason in reasons:
             if reason not in self.skipped:
                 self.skipped.add(reason)
                 logging.getLogger("fastrot").warning("skipped: %s", reason)
-        places = np.arange(len(picks.rows[0]))
-        sound = np.setdiff1d(places, [place for place, _ in picks.spoilt])
+        places = np.arange(len(request.rows[0]))
+        sound = np.setdiff1d(places, [place for place, _ in request.errors])
         if not self.view.shuffled:
             return sound
         if not len(sound):
@@ -194,7 +196,7 @@ class Loader:
         block, window = self.view.blocks
         return sampler.Blocks(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
-    def _coming(self, rows: sampler.Blocks, k: int, start: int) -> np.ndarray:
+    def _prefetch(self, rows: sampler.Blocks, k: int, start: int) -> np.ndarray:
         rank, world = self._shared_by
         since, first, stop = (each * self.batch * world for each in (start, k, k + 1))
         return rows.ahead(first, stop, since=since, rank=rank, world=world)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from fastrot.core import Picks
+from fastrot.core import CropRequest
 
 GAP = 2**14  # bytes between two records that are read along: fewer than a seek or a request costs
 # bytes of one piece of advice: Linux silently reads no more at once than the larger of its read-ahead, 128 kB
@@ -17,7 +17,7 @@ PIECE = 2**17
 
 
 def announce(
-    picks: Picks, maps: Sequence[Any], place: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    request: CropRequest, maps: Sequence[Any], place: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 ) -> None:
     """Tell the system which bytes will be read: a slow disk gets a whole batch to sort, not one a thread.
 
@@ -26,7 +26,7 @@ def announce(
     """
     if not hasattr(mmap, "MADV_WILLNEED"):
         return
-    for rows in (picks.rows[0][:, 0], picks.coming):
+    for rows in (request.rows[0][:, 0], request.prefetch):
         if rows is None or not len(rows):
             continue
         with contextlib.suppress(OSError):  # it is only advice

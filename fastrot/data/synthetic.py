@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrot.core import Picks
+from fastrot.core import CropRequest
 from fastrot.data.sources import order_fingerprint
 
 IMAGES = 1_281_167  # as many as ImageNet's, so that an epoch costs what one of ImageNet would
@@ -42,12 +42,12 @@ class Synthetic:
         return f"noise {row}"
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         pinned = device.type == "cuda"
-        for picks in plan:
+        for request in plan:
             crops = []
-            for rows, size in zip(picks.rows, picks.sizes, strict=True):
+            for rows, size in zip(request.rows, request.sizes, strict=True):
                 out = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
                 flat = out.numpy().reshape(len(rows), -1)
                 length = flat.shape[1]

@@ -27,7 +27,7 @@ from jaxtyping import Int32, Int64, UInt8
 
 from fastrot import assemble
 from fastrot.config import Config
-from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Picks, View
+from fastrot.core import DTYPES, Batch, CropRequest, DamagedRecord, Data, View
 from fastrot.data.loader import Loader
 from fastrot.data.pack import layout
 from fastrot.speed import bounds, cost
@@ -381,10 +381,10 @@ def _rate(
     The first batch of each worker is not counted: they begin, and hand out what they have together.
     """
 
-    def plan() -> Iterator[Picks]:
+    def plan() -> Iterator[CropRequest]:
         at = np.arange(batch)
         while True:
-            yield loader.picks(rows[at % len(rows)], 0)
+            yield loader.request(rows[at % len(rows)], 0)
             at += batch
 
     drawn = loader.data.pictures(plan(), loader.device, workers)

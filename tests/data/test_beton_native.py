@@ -123,10 +123,12 @@ def test_both_forms_find_the_same_damage(files, tmp_path, kind):
     for row in damaged_copies(files[kind], tmp_path, 120):
         told = []
         for data in both(tmp_path / files[kind].name):
-            picks = load.Picks((rows[row : row + 1].copy(),) if row < 11 else (rows[:1],), (8,))
-            picks.rows[0][:, 0] = row
-            (crop,) = next(iter(data.pictures([picks], torch.device("cpu"), 0)))
-            told.append((picks.spoilt, None if picks.spoilt else crop.numpy().tobytes()))
+            request = load.CropRequest(
+                (rows[row : row + 1].copy(),) if row < 11 else (rows[:1],), (8,)
+            )
+            request.rows[0][:, 0] = row
+            (crop,) = next(iter(data.pictures([request], torch.device("cpu"), 0)))
+            told.append((request.errors, None if request.errors else crop.numpy().tobytes()))
         assert told[0] == told[1]
         found += bool(told[0][0])
     assert found == 120 if kind == "jpg" else 40 < found < 120
@@ -148,10 +150,10 @@ def test_an_epoch_that_is_broken_off_ends_its_threads(files, quick):
 
 
 def test_a_box_outside_its_picture_is_an_error_in_both_forms(files):
-    picks = load.Picks((np.array([[0, 500, 0, 4, 4, 0]], np.int64),), (8,))
+    request = load.CropRequest((np.array([[0, 500, 0, 4, 4, 0]], np.int64),), (8,))
     for data in both(files["jpg"]):
         with pytest.raises(ValueError, match="lies outside the picture"):
-            next(iter(data.pictures([picks], torch.device("cpu"), 1)))
+            next(iter(data.pictures([request], torch.device("cpu"), 1)))
 
 
 def test_which_form_runs_is_said(files, monkeypatch):

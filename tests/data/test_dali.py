@@ -18,7 +18,7 @@ from truth import photo
 from fastrot import train
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
-from fastrot.core import DamagedRecord, Picks, View
+from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.beton.write import convert as write_beton
 from fastrot.data.pack.write import write_pack
@@ -112,7 +112,7 @@ def test_dali_itself_turns_before_it_crops(odd, orientation):
     picture = pictures.decode(encoded.tobytes())
     height, width = picture.shape[:2]
     assert pictures.is_upright_jpeg(encoded, height, width) == (orientation == 1)
-    job = dali._Job(Picks((np.array([[0, 3, 5, height - 9, width - 6, 0]]),), (24,)))
+    job = dali._Job(CropRequest((np.array([[0, 3, 5, height - 9, width - 6, 0]]),), (24,)))
     job.records, job.sizes = [encoded], np.array([[height, width]], np.int32)
     pipe = dali._Pipe(job.graph(None, 1, False))
     ((_, (boxes,)),) = list(pipe.through(dali._Waiting(iter([job]))))
@@ -172,7 +172,7 @@ def test_an_error_in_the_plan_ends_the_epoch_with_that_error(written):
 
     def plan(batches: int):
         loader = open_loader(data, ONE, batch=4)
-        yield from (loader.picks(np.arange(4), k) for k in range(batches))
+        yield from (loader.request(np.arange(4), k) for k in range(batches))
         raise RuntimeError("of ours")
 
     for batches in (0, 1, 3, 12):

@@ -24,7 +24,7 @@ from truth import photo
 from fastrot import train
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
-from fastrot.core import DamagedRecord, Picks, View
+from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 
@@ -79,11 +79,11 @@ def cropped(picture: np.ndarray, row: np.ndarray, size: int) -> np.ndarray:
     return small[:, ::-1] if flip else small
 
 
-def picks_of(rows: list[int], data: Beton, size: int = 16) -> Picks:
+def request_of(rows: list[int], data: Beton, size: int = 16) -> CropRequest:
     heights, widths = data.sizes(np.array(rows)).T
     zero = np.zeros_like(heights)
     boxes = np.stack([rows, zero, zero, heights, widths, zero], 1).astype(np.int64)
-    return Picks((boxes,), (size,))
+    return CropRequest((boxes,), (size,))
 
 
 # ---- FFCV's own Reader and Loader ----
@@ -153,8 +153,8 @@ def test_pixels_are_those_of_fast_dct_and_area(written, kind):
     view = View(crops=(RandomResized(size=32), Shifted(size=40, pad=9), Whole(size=20)))
     loader = open_loader(open_data(written[kind], "ffcv"), view, batch=8, workers=2)
     for batch in loader.epoch(3):
-        picks = loader.picks(batch.index.numpy(), 3)
-        for rows, size, pixels in zip(picks.rows, picks.sizes, batch.crops, strict=True):
+        request = loader.request(batch.index.numpy(), 3)
+        for rows, size, pixels in zip(request.rows, request.sizes, batch.crops, strict=True):
             for row, crop in zip(rows, pixels.numpy(), strict=True):
                 assert np.array_equal(crop, cropped(whole(loader.data, row[0]), row, size))
 
@@ -213,13 +213,13 @@ def flip_bit_in_scan(path: Path, row: int) -> None:
 def test_a_flipped_bit_is_named_by_the_checksum(spoilt):
     flip_bit_in_scan(spoilt, 7)
     data = open_data(spoilt, "ffcv")
-    picks = picks_of([3, 7, 11, 7], data)
-    (crop,) = next(iter(data.pictures([picks], CPU, 2)))
-    assert sorted(place for place, _ in picks.spoilt) == [1, 3]
-    for _, sentence in picks.spoilt:
+    request = request_of([3, 7, 11, 7], data)
+    (crop,) = next(iter(data.pictures([request], CPU, 2)))
+    assert sorted(place for place, _ in request.errors) == [1, 3]
+    for _, sentence in request.errors:
         assert f"row 7 of {spoilt} ({data.name(7)})" in sentence
         assert "checksum" in sentence
-    assert np.array_equal(crop[2].numpy(), cropped(whole(data, 11), picks.rows[0][2], 16))
+    assert np.array_equal(crop[2].numpy(), cropped(whole(data, 11), request.rows[0][2], 16))
     with pytest.raises(DamagedRecord, match=r"row 7 of .*jpg\.beton"):
         list(open_loader(data, RANDOM, batch=4, workers=2).epoch(0))
 
@@ -236,9 +236,9 @@ def test_without_a_checksum_the_decoder_is_believed(spoilt):
         file.seek(int(data.contents.ptr[9]))
         file.write(other)
     data = open_data(bare, "ffcv")
-    picks = picks_of([0, 1, 2, 3, 4, 5, 9, 10], data)
-    list(data.pictures([picks], CPU, 1))
-    said = dict(sorted(picks.spoilt))
+    request = request_of([0, 1, 2, 3, 4, 5, 9, 10], data)
+    list(data.pictures([request], CPU, 1))
+    said = dict(sorted(request.errors))
     assert list(said) == [5, 6]
     assert "row 5" in said[5]
     assert "cannot decode" in said[5]
@@ -248,9 +248,9 @@ def test_without_a_checksum_the_decoder_is_believed(spoilt):
 def test_sound_records_without_checksums_are_read(spoilt):
     bare = Path(shutil.copy(spoilt, spoilt.with_name("alone.beton")))
     data = open_data(bare, "ffcv")
-    picks = picks_of(list(range(data.rows)), data)
-    list(data.pictures([picks], CPU, 2))
-    assert not picks.spoilt
+    request = request_of(list(range(data.rows)), data)
+    list(data.pictures([request], CPU, 2))
+    assert not request.errors
 
 
 @pytest.mark.parametrize("workers", [1, 2])

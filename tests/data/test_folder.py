@@ -16,7 +16,7 @@ from truth import photo
 
 from fastrot import core
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
-from fastrot.core import Picks, View
+from fastrot.core import CropRequest, View
 from fastrot.data import crops, folder, sources
 from fastrot.data import pictures as decoder
 from fastrot.data.loader import Loader
@@ -44,9 +44,9 @@ def headers(monkeypatch):
     return read
 
 
-def picks(data: folder.Folder, rows, *recipes, epoch: int = 0) -> Picks:
+def request(data: folder.Folder, rows, *recipes, epoch: int = 0) -> CropRequest:
     loader = Loader(data, View(crops=recipes or (Whole(size=16),)), batch=1)
-    return loader.picks(np.array(rows, np.int64), epoch)
+    return loader.request(np.array(rows, np.int64), epoch)
 
 
 # ---- what a folder says of itself ----
@@ -140,7 +140,7 @@ def test_the_cache_lies_where_the_user_wants_it(pictures, tmp_path, monkeypatch)
 def test_crops_are_the_boxes_of_the_decoded_pictures(pictures, workers):
     data = folder.Folder(pictures)
     recipes = (RandomResized(size=24), Shifted(size=16))
-    work = [picks(data, rows, *recipes) for rows in ([3, 36, 5], [0], [7, 7], list(range(9)))]
+    work = [request(data, rows, *recipes) for rows in ([3, 36, 5], [0], [7, 7], list(range(9)))]
     done = list(data.pictures(iter(work), CPU, workers))
     assert len(done) == 4
     for asked, got in zip(work, done, strict=True):
@@ -175,7 +175,7 @@ def test_epochs_are_the_same_for_any_number_of_workers(pictures):
 def test_a_long_plan_is_read_only_a_little_ahead(pictures):
     data = folder.Folder(pictures)
     drawn = itertools.count()
-    work = picks(data, [1, 2])
+    work = request(data, [1, 2])
 
     def endless():
         while True:
@@ -220,11 +220,11 @@ def test_a_picture_that_changed_is_named(pictures, tmp_path, workers, change, sa
     shutil.copytree(pictures, root)
     data = folder.Folder(root)
     change(root / "class0" / "006.jpg")
-    work = [picks(data, [0, 1]), picks(data, [5, 2])]
+    work = [request(data, [0, 1]), request(data, [5, 2])]
     done = list(data.pictures(iter(work), CPU, workers))
     assert len(done) == 2
-    assert work[0].spoilt == []
-    [(place, told)] = work[1].spoilt
+    assert work[0].errors == []
+    [(place, told)] = work[1].errors
     assert place == 1
     assert re.search(f"row 2, 'class0/006.jpg'.*{said}", told)
     assert "\n" not in told
@@ -234,7 +234,7 @@ def test_a_picture_that_changed_is_named(pictures, tmp_path, workers, change, sa
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unforeseen_error_names_the_picture_too(pictures, workers):
     data = folder.Folder(pictures)
-    outside = Picks((np.array([[4, 900, 900, 8, 8, 0]]),), (8,))
+    outside = CropRequest((np.array([[4, 900, 900, 8, 8, 0]]),), (8,))
     with pytest.raises(RuntimeError, match=r"row 4, 'class0/012.jpg'"):
         next(data.pictures(iter([outside]), CPU, workers))
 

@@ -314,7 +314,9 @@ def test_boxes_and_flips_are_equal_in_all_formats(prepared, name):
     assert other.data.classes == folder.data.classes
     assert np.array_equal(other.data.keys, folder.data.keys)
     index = np.arange(folder.images)[::-1].copy()
-    for ours, theirs in zip(folder.picks(index, 7).rows, other.picks(index, 7).rows, strict=True):
+    for ours, theirs in zip(
+        folder.request(index, 7).rows, other.request(index, 7).rows, strict=True
+    ):
         assert np.array_equal(ours, theirs)
     for ours, theirs in zip(folder.epoch(1), other.epoch(1), strict=True):
         assert torch.equal(ours.index, theirs.index)

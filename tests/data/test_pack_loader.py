@@ -17,7 +17,7 @@ from truth import photo
 from fastrot import native
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
-from fastrot.core import DamagedRecord, Picks, View
+from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data import ahead, crops
 from fastrot.data.loader import Loader
 from fastrot.data.pack import load, read, write
@@ -46,16 +46,16 @@ def batches(data, view=VIEW, *, batch=5, workers=0, **how) -> list:
     return list(open_loader(data, view, batch=batch, workers=workers, **how).epoch(2))
 
 
-def all_picks(data: Pack) -> Picks:
+def all_rows_request(data: Pack) -> CropRequest:
     """Every row once, in an order of its own, by both recipes of VIEW."""
     index = np.random.default_rng(0).permutation(ROWS)
-    return Loader(data, VIEW, batch=ROWS).picks(index, 3)
+    return Loader(data, VIEW, batch=ROWS).request(index, 3)
 
 
-def wanted(data: Pack, picks: Picks) -> list[np.ndarray]:
+def wanted(data: Pack, request: CropRequest) -> list[np.ndarray]:
     """Pictures decoded whole, then `crops.resample`."""
-    out = [np.empty((ROWS, size, size, 3), np.uint8) for size in picks.sizes]
-    for rows, pixels in zip(picks.rows, out, strict=True):
+    out = [np.empty((ROWS, size, size, 3), np.uint8) for size in request.sizes]
+    for rows, pixels in zip(request.rows, out, strict=True):
         for row, crop in zip(rows, pixels, strict=True):
             crops.resample(data.file.picture(int(row[0])), row, crop)
     return out
@@ -76,9 +76,9 @@ def test_crops_are_those_of_the_decoded_pictures(folder, form, workers, monkeypa
     elif native.load() is None:
         pytest.skip("the C++ extension is not built")
     data = Pack(folder)
-    picks = all_picks(data)
-    (found,) = data.pictures([picks], CPU, workers)
-    assert equal(found, wanted(data, picks))
+    request = all_rows_request(data)
+    (found,) = data.pictures([request], CPU, workers)
+    assert equal(found, wanted(data, request))
     words = "C++ extension" if form == "c" else "without the C++ extension: FASTROT_NATIVE=0"
     assert words in data.in_words()[0]
 
@@ -173,27 +173,27 @@ def subset() -> np.ndarray:
 def test_resident_pictures_give_the_same_crops(folder, rows, workers):
     data = Pack(folder)
     placed = load._Resident(data.file, rows, CPU)
-    picks = all_picks(data)
-    want = wanted(data, picks)
+    request = all_rows_request(data)
+    want = wanted(data, request)
     assert placed.covers(None) == (rows is None)
     assert placed.covers(np.array([3, 9])) == (rows is None)
     assert placed.covers(np.array([3, 8]))
     if rows is not None:  # no more than these
         assert len(placed.pack.tiles) == (data.file.first[rows + 1] - data.file.first[rows]).sum()
-        here = np.isin(picks.rows[0][:, 0], rows)
-        picks = Picks(tuple(each[here] for each in picks.rows), picks.sizes)
+        here = np.isin(request.rows[0][:, 0], rows)
+        request = CropRequest(tuple(each[here] for each in request.rows), request.sizes)
         want = [each[here] for each in want]
     with ahead.threads(workers, "pack") as pool:
-        assert equal(placed.begin(picks, pool).done(), want)
+        assert equal(placed.begin(request, pool).done(), want)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
-    picks = all_picks(data)
+    request = all_rows_request(data)
     with ahead.threads(workers, "pack") as pool:
-        begun = load._Pinned(data.file, None, CPU).begin(picks, pool)
-        assert equal(begun.done(), wanted(data, picks))
+        begun = load._Pinned(data.file, None, CPU).begin(request, pool)
+        assert equal(begun.done(), wanted(data, request))
 
 
 def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
@@ -203,7 +203,7 @@ def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
     asked, real = [], load.unpack_crops
     made = lambda pack, *how: asked.append(pack) or real(pack, *how)  # noqa: E731
     monkeypatch.setattr(load, "unpack_crops", made)
-    load._Pinned(data.file, None, CPU).begin(Picks((box,), (10,)), None).done()
+    load._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).done()
     rows = slice(8, 24) if data.file.encoding == "ycc" else slice(9, 19)
     heights = np.minimum(data.file.sizes[:, 0], rows.stop) - rows.start
     assert asked[0].sizes[:, 0].tolist() == heights.tolist()
@@ -307,12 +307,12 @@ def test_batches_are_waited_for_under_python_o_too(tmp_path):
     code = (
         "import numpy as np, torch\n"
         "from fastrot import native\n"
-        "from fastrot.core import Picks\n"
+        "from fastrot.core import CropRequest\n"
         "from fastrot.data.pack.load import Pack\n"
         "waited, plain = [], native.Work.wait\n"
         "native.Work.wait = lambda work: waited.append(1) or plain(work)\n"
-        "picks = Picks((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"
-        f"list(Pack({str(folder)!r}).pictures([picks], torch.device('cpu'), 1))\n"
+        "request = CropRequest((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"
+        f"list(Pack({str(folder)!r}).pictures([request], torch.device('cpu'), 1))\n"
         "raise SystemExit(waited != [1])\n"
     )
     assert subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT).returncode == 0

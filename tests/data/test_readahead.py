@@ -82,7 +82,9 @@ def test_a_loader_tells_of_each_block_once(start, monkeypatch):
     told, plain = [], loader.data.pictures
 
     def heard(plan, device, workers):
-        return plain((told.append(picks.coming) or picks for picks in plan), device, workers)
+        return plain(
+            (told.append(request.prefetch) or request for request in plan), device, workers
+        )
 
     monkeypatch.setattr(loader.data, "pictures", heard)
     drawn = np.concatenate([batch.index.numpy() for batch in loader.epoch(0, start)])
@@ -106,7 +108,7 @@ def test_a_loader_tells_of_its_own_ranks_blocks_alone():
         loader = open_loader("synthetic:192", view, batch=4, workers=0, rank=rank, world=2)
         rows = loader._order(0)
         assert isinstance(rows, sampler.Blocks)
-        each = [loader._coming(rows, k, 0) for k in range(len(loader))]
+        each = [loader._prefetch(rows, k, 0) for k in range(len(loader))]
         drawn = [rows[loader._places(k)] for k in range(len(loader))]
         assert np.isin(np.concatenate(drawn), np.concatenate(each)).all()
         told.append(np.concatenate(each))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastrot import native
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord, Picks
+from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
@@ -109,22 +109,22 @@ class Beton:
         return self._decode(row, None)
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
         crew = _InC(self, workers) if self.native else Crew(self.fill, workers, "beton")
         try:
-            yield from in_order((self._begin(crew, picks, ring) for picks in plan), workers)
+            yield from in_order((self._begin(crew, request, ring) for request in plan), workers)
         finally:
             crew.close()
 
-    def _begin(self, crew: "_InC | Crew", picks: Picks, ring: Ring) -> Begun:
-        self._announce(picks)
-        return crew.begin(picks, buffers(ring, picks))
+    def _begin(self, crew: "_InC | Crew", request: CropRequest, ring: Ring) -> Begun:
+        self._announce(request)
+        return crew.begin(request, buffers(ring, request))
 
-    def _announce(self, picks: Picks) -> None:
-        announce(picks, [file.map for file in self._files], self._places)
+    def _announce(self, request: CropRequest) -> None:
+        announce(request, [file.map for file in self._files], self._places)
 
     def in_words(self) -> list[str]:
         """For the beginning of a run: which form of the reader it is."""
@@ -145,16 +145,16 @@ class Beton:
             self._records_in, which, start, size, self._sizes[rows], self._raw[rows], crcs
         )
 
-    def fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+    def fill(self, request: CropRequest, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
         into = [crop.numpy() for crop in out]
         for i in range(start, stop):
             try:
-                picture = self._decode(int(picks.rows[0][i, 0]), self._scratch)
+                picture = self._decode(int(request.rows[0][i, 0]), self._scratch)
             except DamagedRecord as error:
-                picks.spoilt.append((i, str(error)))
+                request.errors.append((i, str(error)))
                 continue
-            for rows, pixels in zip(picks.rows, into, strict=True):
+            for rows, pixels in zip(request.rows, into, strict=True):
                 crops.resample(picture, rows[i], pixels[i])
 
     def _decode(self, row: int, scratch: threading.local | None) -> np.ndarray:
@@ -195,16 +195,16 @@ class _InC:
     def __init__(self, data: Beton, workers: int):
         self._data, self._pool = data, native.Pool(workers)
 
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
-        records = self._data.records(picks.rows[0][:, 0])
-        work = self._pool.jpeg_crops(records, picks.rows, [crop.numpy() for crop in out])
+    def begin(self, request: CropRequest, out: tuple[Tensor, ...]) -> Begun:
+        records = self._data.records(request.rows[0][:, 0])
+        work = self._pool.jpeg_crops(records, request.rows, [crop.numpy() for crop in out])
 
         def done() -> tuple[Tensor, ...]:
             for place in np.flatnonzero(work.wait() != native.FINE).tolist():
-                self._data.fill(picks, out, place, place + 1)
+                self._data.fill(request, out, place, place + 1)
             return out
 
-        return Begun(len(picks.rows[0]), done)
+        return Begun(len(request.rows[0]), done)
 
     def close(self) -> None:
         self._pool.close()

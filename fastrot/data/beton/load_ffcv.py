@@ -36,7 +36,7 @@ from numba.types import ExternalFunction, int32, int64, uint8, uint32, uint64, u
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord, Picks
+from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data.ahead import AHEAD, buffers
 from fastrot.data.beton.layout import IMAGE
 from fastrot.data.beton.load import Beton
@@ -89,16 +89,16 @@ class FfcvBeton(Beton):
         return [f"crops are decoded by {self.decoder}, in our order"]
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads decode, FFCV's own among them; 0 is taken for 1."""
         ring = self._ring[device.type == "cuda"]
         epoch = _Epoch(self._loader, max(workers, 1))
         ahead = 0
         try:
-            for picks in plan:
-                self._announce(picks)
-                epoch.feed.put(_Work(picks, buffers(ring, picks), epoch.together))
+            for request in plan:
+                self._announce(request)
+                epoch.feed.put(_Work(request, buffers(ring, request), epoch.together))
                 ahead += 1
                 if ahead > AHEAD:
                     ahead -= 1
@@ -110,37 +110,42 @@ class FfcvBeton(Beton):
 
     def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> tuple[Tensor, ...]:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""
-        jobs = _jobs(metadata[work.picks.rows[0][:, 0]], *storage)
-        spare = max(_spare(boxes, jobs) for boxes in work.picks.rows)
+        jobs = _jobs(metadata[work.request.rows[0][:, 0]], *storage)
+        spare = max(_spare(boxes, jobs) for boxes in work.request.rows)
         into = [crop.numpy() for crop in work.out]
         starts = iter(range(0, len(jobs), TASK))
 
         def share() -> None:
             for start in starts:  # all threads draw from the same
-                self._decode_part(work.picks, jobs, into, slice(start, start + TASK), spare)
+                self._decode_part(work.request, jobs, into, slice(start, start + TASK), spare)
 
         work.together(share)
         return work.out
 
     def _decode_part(
-        self, picks: Picks, jobs: np.ndarray, into: list[np.ndarray], part: slice, spare: int
+        self,
+        request: CropRequest,
+        jobs: np.ndarray,
+        into: list[np.ndarray],
+        part: slice,
+        spare: int,
     ) -> None:
         """Whole pictures into this thread's own memory, then from there the box of each recipe."""
-        rows, jobs = picks.rows[0][part, 0].tolist(), jobs[part]
+        rows, jobs = request.rows[0][part, 0].tolist(), jobs[part]
         for place, (row, job) in enumerate(zip(rows, jobs, strict=True), part.start):
             try:
                 self._check(row, job)
             except DamagedRecord as error:
                 job[SIZE] = 0  # passed over below
-                picks.spoilt.append((place, str(error)))
+                request.errors.append((place, str(error)))
         memory = self._memory(spare + 3 * int(jobs[:, HEIGHT] @ jobs[:, WIDTH]))
         _decode(jobs, memory.ctypes.data + spare)
         for place in np.flatnonzero(jobs[:, FAILED]).tolist():
             try:
                 self._damaged(rows[place], "libjpeg-turbo cannot decode all of it")
             except DamagedRecord as error:
-                picks.spoilt.append((part.start + place, str(error)))
-        for boxes, pixels in zip(picks.rows, into, strict=True):
+                request.errors.append((part.start + place, str(error)))
+        for boxes, pixels in zip(request.rows, into, strict=True):
             _crop(jobs, boxes[part], pixels[part], memory[None, :spare])
             for place in np.flatnonzero(boxes[part, 5]).tolist():
                 cv2.flip(pixels[part][place], 1, dst=pixels[part][place])
@@ -169,7 +174,7 @@ class FfcvBeton(Beton):
 class _Work(NamedTuple):
     """A batch, as FFCV carries it to its decoder in the place of row numbers."""
 
-    picks: Picks
+    request: CropRequest
     out: tuple[Tensor, ...]
     together: Callable[[Callable[[], None]], None]  # runs a function on all threads of the epoch
 

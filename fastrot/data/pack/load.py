@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastrot import native
 from fastrot.config import Placement, UsageError
-from fastrot.core import Picks
+from fastrot.core import CropRequest
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, Crew, buffers, finished, in_order, in_tasks, threads
 from fastrot.data.pack import layout
@@ -123,7 +123,7 @@ class Pack:
         return [f"tiles are decoded by PyTorch, without the C++ extension: {native.why()}"]
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         if device.type == "cuda":
@@ -133,22 +133,22 @@ class Pack:
         fill = functools.partial(_fill, _tensors(self.file))
         crew = _InC(self.file, workers) if self.native else Crew(fill, workers, "pack")
         try:
-            yield from in_order((self._begin(crew, picks, workers) for picks in plan), workers)
+            yield from in_order((self._begin(crew, request, workers) for request in plan), workers)
         finally:
             crew.close()
 
-    def _announce(self, picks: Picks) -> None:
-        announce(picks, [self.file.map], self.file.places)
+    def _announce(self, request: CropRequest) -> None:
+        announce(request, [self.file.map], self.file.places)
 
-    def _begin(self, crew: "_InC | Crew", picks: Picks, workers: int) -> Begun:
-        self._announce(picks)
-        picks.spoilt.extend(self.file.damage(picks.rows[0][:, 0], max(1, workers)).items())
-        return crew.begin(picks, buffers(self._ring, picks))
+    def _begin(self, crew: "_InC | Crew", request: CropRequest, workers: int) -> Begun:
+        self._announce(request)
+        request.errors.extend(self.file.damage(request.rows[0][:, 0], max(1, workers)).items())
+        return crew.begin(request, buffers(self._ring, request))
 
     def _begin_on(
-        self, device: torch.device, picks: Picks, pool: ThreadPoolExecutor | None
+        self, device: torch.device, request: CropRequest, pool: ThreadPoolExecutor | None
     ) -> Begun:
-        rows = picks.rows[0][:, 0]
+        rows = request.rows[0][:, 0]
         for placed in self._placed:
             if placed.device == device and placed.covers(rows):
                 break
@@ -156,8 +156,8 @@ class Pack:
             self.place(None, device)
             placed = self._placed[-1]
         if isinstance(placed, _Pinned):
-            self._announce(picks)
-        return placed.begin(picks, pool)
+            self._announce(request)
+        return placed.begin(request, pool)
 
 
 # ---- on a CPU ----
@@ -169,12 +169,12 @@ class _InC:
     def __init__(self, file: PackFile, workers: int):
         self._file, self._pool = file, native.Pool(workers)
 
-    def begin(self, picks: Picks, out: tuple[Tensor, ...]) -> Begun:
+    def begin(self, request: CropRequest, out: tuple[Tensor, ...]) -> Begun:
         file = self._file
         arrays = file.tiles, file.first, file.sizes, file.encoding
         works = [
             self._pool.pack_crops(*arrays, boxes, crop.numpy())
-            for boxes, crop in zip(picks.rows, out, strict=True)
+            for boxes, crop in zip(request.rows, out, strict=True)
         ]
 
         def done() -> tuple[Tensor, ...]:
@@ -183,15 +183,17 @@ class _InC:
                 raise MemoryError("no memory for the tiles of a batch")
             return out
 
-        return Begun(len(picks.rows[0]), done)
+        return Begun(len(request.rows[0]), done)
 
     def close(self) -> None:
         self._pool.close()
 
 
-def _fill(pack: PackTensors, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+def _fill(
+    pack: PackTensors, request: CropRequest, out: tuple[Tensor, ...], start: int, stop: int
+) -> None:
     """Pictures `start` to `stop` of a batch: decoded by PyTorch, resampled by OpenCV."""
-    for rows, crop in zip(picks.rows, out, strict=True):
+    for rows, crop in zip(request.rows, out, strict=True):
         for row, pixels in zip(rows[start:stop], crop.numpy()[start:stop], strict=True):
             index, y, x, height, width, flip = row.tolist()
             box = decoded_box(pack, index, y, x, height, width)
@@ -250,14 +252,14 @@ class _Resident:
         """Whether all these pictures (None: of the data) are here."""
         return self.index is None or (rows is not None and bool((self.index[rows] >= 0).all()))
 
-    def begin(self, picks: Picks, pool: ThreadPoolExecutor | None) -> Begun:
+    def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Begun:
         def done() -> tuple[Tensor, ...]:
             return tuple(
                 unpack_crops(self.pack, _sent(self._boxes(rows), self.device), size)
-                for rows, size in zip(picks.rows, picks.sizes, strict=True)
+                for rows, size in zip(request.rows, request.sizes, strict=True)
             )
 
-        return Begun(len(picks.rows[0]), done)
+        return Begun(len(request.rows[0]), done)
 
     def _boxes(self, rows: Int64[np.ndarray, "b 6"]) -> Int64[np.ndarray, "b 6"]:
         if self.index is None:
@@ -274,13 +276,13 @@ class _Pinned:
     def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
         return True
 
-    def begin(self, picks: Picks, pool: ThreadPoolExecutor | None) -> Begun:
+    def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Begun:
         """Gather what lies under the boxes, whole rows of tiles: of a batch, a pack of its own."""
-        file, images = self._file, len(picks.rows[0])
-        index = picks.rows[0][:, 0]
+        file, images = self._file, len(request.rows[0])
+        index = request.rows[0][:, 0]
         edge = layout.SIDE if file.encoding == "ycc" else 1
-        tops = np.min([rows[:, 1] for rows in picks.rows], axis=0)
-        ends = np.max([rows[:, 1] + rows[:, 3] for rows in picks.rows], axis=0)
+        tops = np.min([rows[:, 1] for rows in request.rows], axis=0)
+        ends = np.max([rows[:, 1] + rows[:, 3] for rows in request.rows], axis=0)
         heights, widths = file.sizes[index].astype(np.int64).T
         tops = np.clip(tops, 0, heights - 1) // edge * edge
         ends = np.minimum(-(-np.clip(ends, 1, heights) // edge) * edge, heights)
@@ -303,7 +305,7 @@ class _Pinned:
             np.concatenate(
                 [np.arange(images)[:, None], (rows[:, 1] - tops)[:, None], rows[:, 2:]], axis=1
             )
-            for rows in picks.rows
+            for rows in request.rows
         ]
 
         def done() -> tuple[Tensor, ...]:
@@ -312,7 +314,7 @@ class _Pinned:
             pack = PackTensors(tiles.to(self.device, non_blocking=True), *arrays)
             return tuple(
                 unpack_crops(pack, _sent(rows, self.device), size)
-                for rows, size in zip(boxes, picks.sizes, strict=True)
+                for rows, size in zip(boxes, request.sizes, strict=True)
             )
 
         return Begun(images, done)

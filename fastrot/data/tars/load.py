@@ -19,7 +19,7 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord, Picks
+from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data import crops, pictures
 from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.manifest import Paths
@@ -99,19 +99,19 @@ class Tars:
         return picture
 
     def pictures(
-        self, plan: Iterable[Picks], device: torch.device, workers: int
+        self, plan: Iterable[CropRequest], device: torch.device, workers: int
     ) -> Iterator[tuple[Tensor, ...]]:
         """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
         ring = self._ring[device.type == "cuda"]
         crew = Crew(self._fill, workers, "tars")
         try:
-            yield from in_order((self._begin(crew, picks, ring) for picks in plan), workers)
+            yield from in_order((self._begin(crew, request, ring) for request in plan), workers)
         finally:
             crew.close()
 
-    def _begin(self, crew: Crew, picks: Picks, ring: Ring) -> Begun:
-        announce(picks, [shard.map for shard in self._shards], self._places)
-        return crew.begin(picks, buffers(ring, picks))
+    def _begin(self, crew: Crew, request: CropRequest, ring: Ring) -> Begun:
+        announce(request, [shard.map for shard in self._shards], self._places)
+        return crew.begin(request, buffers(ring, request))
 
     def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
         """Shard, first byte and bytes of pictures."""
@@ -122,15 +122,15 @@ class Tars:
             index["bytes"].astype(np.uint64),
         )
 
-    def _fill(self, picks: Picks, out: tuple[Tensor, ...], start: int, stop: int) -> None:
+    def _fill(self, request: CropRequest, out: tuple[Tensor, ...], start: int, stop: int) -> None:
         """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
         for place in range(start, stop):
             try:
-                picture = self._decoded(int(picks.rows[0][place, 0]), self._scratch)
+                picture = self._decoded(int(request.rows[0][place, 0]), self._scratch)
             except DamagedRecord as error:
-                picks.spoilt.append((place, str(error)))
+                request.errors.append((place, str(error)))
                 continue
-            for rows, crop in zip(picks.rows, out, strict=True):
+            for rows, crop in zip(request.rows, out, strict=True):
                 crops.resample(picture, rows[place], crop[place].numpy())
 
     def _damaged(self, row: int, why: str) -> DamagedRecord:
