@@ -333,9 +333,9 @@ def mixing_rows(batch: int = 256, ranks: int = 8, samples: int = 400) -> Iterato
     """Entropy of labels per batch, of the global one and of a rank's own, on sorted classes of ImageNet's size."""
     images, classes = IMAGENET
     labels = np.arange(images) * classes // images
-    orders: dict[str, Any] = {FULL: sampler.Shuffled(images, seed=0, epoch=0)}
+    orders: dict[str, Any] = {FULL: sampler.ShuffledSampler(images, seed=0, epoch=0)}
     for block, window in (BLOCKS, SMALL, (4 * BLOCKS[0], BLOCKS[1] // 4)):
-        one = sampler.Blocks(images, seed=0, epoch=0, block=block, window=window)
+        one = sampler.BlockSampler(images, seed=0, epoch=0, block=block, window=window)
         orders[blocks_name((block, window))] = one
     for name, rows in orders.items():
         for what, rank, world in (("a batch", 0, 1), (f"a rank of {ranks}", 3, ranks)):

@@ -109,7 +109,7 @@ def decode_jpeg(data: bytes, height: int, width: int) -> Picture:
 
 
 def encode_bc7(picture: Picture) -> bytes:
-    """Blocks of mode 6, for the least squared error of RGB."""
+    """BlockSampler of mode 6, for the least squared error of RGB."""
     import etcpak
 
     knobs = etcpak.BC7CompressBlockParams()

@@ -53,7 +53,7 @@ def order_rows(seconds: float) -> Iterator[dict[str, Any]]:
     for images in (IMAGENET, PICTURES):
         tracemalloc.start()
         begun = time.perf_counter()
-        made = sampler.Shuffled(images, seed=0, epoch=0)
+        made = sampler.ShuffledSampler(images, seed=0, epoch=0)
         built = time.perf_counter() - begun
         held, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()

@@ -114,7 +114,7 @@ class Loader:
         def plan() -> Iterator[CropRequest]:
             for k in steps:
                 request = self.request(rows[self._places(k)], number)
-                if isinstance(rows, sampler.Blocks):
+                if isinstance(rows, sampler.BlockSampler):
                     request = dataclasses.replace(request, prefetch=self._prefetch(rows, k, start))
                 ahead.append(request)
                 yield ahead[-1]
@@ -187,16 +187,18 @@ class Loader:
             raise DamagedRecord(f"no picture of a whole batch can be read; the first, {reasons[0]}")
         return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
 
-    def _order(self, epoch: int) -> sampler.InOrder | sampler.Shuffled | sampler.Blocks:
+    def _order(
+        self, epoch: int
+    ) -> sampler.SequentialSampler | sampler.ShuffledSampler | sampler.BlockSampler:
         of = self._share if self._share is not None else self.data.rows
         if not self.view.shuffled:
-            return sampler.InOrder(of)
+            return sampler.SequentialSampler(of)
         if self.view.blocks is None:
-            return sampler.Shuffled(of, seed=self.seed, epoch=epoch)
+            return sampler.ShuffledSampler(of, seed=self.seed, epoch=epoch)
         block, window = self.view.blocks
-        return sampler.Blocks(of, seed=self.seed, epoch=epoch, block=block, window=window)
+        return sampler.BlockSampler(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
-    def _prefetch(self, rows: sampler.Blocks, k: int, start: int) -> np.ndarray:
+    def _prefetch(self, rows: sampler.BlockSampler, k: int, start: int) -> np.ndarray:
         rank, world = self._shared_by
         since, first, stop = (each * self.batch * world for each in (start, k, k + 1))
         return rows.ahead(first, stop, since=since, rank=rank, world=world)

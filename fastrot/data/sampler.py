@@ -1,7 +1,7 @@
 """Which rows, this epoch, this rank, from where: a pure function of (seed, epoch, rank, start).
 
 Order is ours in every loader. Up to 2**26 rows an epoch is an argsort of a 64-bit hash of (seed, epoch, row);
-above, a four-round Feistel permutation with cycle walking, which needs no memory. `Blocks` is for data larger
+above, a four-round Feistel permutation with cycle walking, which needs no memory. `BlockSampler` is for data larger
 than memory. Golden values of all stand in tests/data/test_order.py, so that a checkpoint resumed under another
 torch or numpy keeps its epoch.
 """
@@ -46,7 +46,7 @@ def _hashed_on(
     return state
 
 
-class Shuffled:
+class ShuffledSampler:
     """One epoch's permutation, addressed by place: `order[places]` gives rows."""
 
     def __init__(self, rows: Int64[np.ndarray, " n"] | int, *, seed: int, epoch: int):
@@ -65,7 +65,7 @@ class Shuffled:
         return rows if self._rows is None else self._rows[rows]
 
 
-class Blocks:
+class BlockSampler:
     """One epoch's permutation for data larger than memory: blocks of neighbours, dealt out in windows.
 
     block   pictures in a block, which lie side by side in the data
@@ -158,7 +158,7 @@ class Blocks:
 
     @property
     def _slots(self) -> int:
-        """Blocks of an epoch, small ones included, numbered as they are dealt."""
+        """BlockSampler of an epoch, small ones included, numbered as they are dealt."""
         return (self._windows + 1) * self.window
 
     def _open_by(self, place: int, since: int) -> int:
@@ -197,7 +197,7 @@ class Blocks:
         return rows if self._rows is None else self._rows[rows]
 
 
-class InOrder:
+class SequentialSampler:
     """Data order, addressed the same way."""
 
     def __init__(self, rows: Int64[np.ndarray, " n"] | int):

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Int8, Int64, UInt8, UInt64
 
 from fastrot.config import UsageError
-from fastrot.data.sampler import Shuffled, hash64
+from fastrot.data.sampler import ShuffledSampler, hash64
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
@@ -79,7 +79,7 @@ class Source:
     def shuffled(self, seed: int) -> "Source":
         """The same pictures in a random order, which `seed` and their number alone decide."""
         places = np.arange(len(self.records))
-        return self.taken(Shuffled(len(places), seed=seed, epoch=0)[places])
+        return self.taken(ShuffledSampler(len(places), seed=seed, epoch=0)[places])
 
     def part(self, first: int, stop: int) -> "Source | None":
         """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""

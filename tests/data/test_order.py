@@ -31,7 +31,7 @@ def test_hash_is_as_ever():
     ids=["first-epoch", "second-epoch", "another-seed", "some-rows", "imagenet"],
 )
 def test_sorted_order_is_as_ever(rows, seed, epoch, golden):
-    shuffled = sampler.Shuffled(rows, seed=seed, epoch=epoch)
+    shuffled = sampler.ShuffledSampler(rows, seed=seed, epoch=epoch)
     assert shuffled[np.arange(len(golden))].tolist() == golden
 
 
@@ -71,8 +71,8 @@ def test_order_by_blocks_is_as_ever(rows, seed, epoch, shape, golden):
     assert shuffled[np.arange(len(golden))].tolist() == golden
 
 
-def by_blocks(rows, block, window, *, seed=1, epoch=2) -> sampler.Blocks:
-    return sampler.Blocks(rows, seed=seed, epoch=epoch, block=block, window=window)
+def by_blocks(rows, block, window, *, seed=1, epoch=2) -> sampler.BlockSampler:
+    return sampler.BlockSampler(rows, seed=seed, epoch=epoch, block=block, window=window)
 
 
 # ---- what holds for every size ----
@@ -92,9 +92,9 @@ def test_feistel_scatters_neighbours():
 
 def test_both_orders_visit_each_row_of_a_subset_once(monkeypatch):
     rows = np.arange(5, 300, 3)
-    by_hash = sampler.Shuffled(rows, seed=1, epoch=2)
+    by_hash = sampler.ShuffledSampler(rows, seed=1, epoch=2)
     monkeypatch.setattr(sampler, "SORTED_UP_TO", 10)
-    walked = sampler.Shuffled(rows, seed=1, epoch=2)
+    walked = sampler.ShuffledSampler(rows, seed=1, epoch=2)
     everywhere = np.arange(len(rows))
     assert not np.array_equal(by_hash[everywhere], walked[everywhere])
     for shuffled in (by_hash, walked):
@@ -103,7 +103,7 @@ def test_both_orders_visit_each_row_of_a_subset_once(monkeypatch):
 
 def test_places_of_an_order_are_addressable_one_by_one(monkeypatch):
     monkeypatch.setattr(sampler, "SORTED_UP_TO", 10)
-    shuffled = sampler.Shuffled(1000, seed=1, epoch=2)
+    shuffled = sampler.ShuffledSampler(1000, seed=1, epoch=2)
     some = np.array([999, 0, 17, 17])
     assert np.array_equal(shuffled[some], shuffled[np.arange(1000)][some])
 
@@ -126,8 +126,8 @@ def test_ranks_share_an_epoch(images, batch, world, ragged):
 
 
 def test_in_order_is_data_order():
-    assert sampler.InOrder(12)[TWELVE].tolist() == TWELVE.tolist()
-    assert sampler.InOrder(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
+    assert sampler.SequentialSampler(12)[TWELVE].tolist() == TWELVE.tolist()
+    assert sampler.SequentialSampler(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
 
 
 # ---- by blocks ----

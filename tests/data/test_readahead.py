@@ -107,7 +107,7 @@ def test_a_loader_tells_of_its_own_ranks_blocks_alone():
     for rank in (0, 1):
         loader = open_loader("synthetic:192", view, batch=4, workers=0, rank=rank, world=2)
         rows = loader._order(0)
-        assert isinstance(rows, sampler.Blocks)
+        assert isinstance(rows, sampler.BlockSampler)
         each = [loader._prefetch(rows, k, 0) for k in range(len(loader))]
         drawn = [rows[loader._places(k)] for k in range(len(loader))]
         assert np.isin(np.concatenate(drawn), np.concatenate(each)).all()
