@@ -161,7 +161,7 @@ def row(
         **measure.middle([train + validation], "s"),
         split={"train": train, "validation": validation},
         images_per_s=roofline.IMAGENET / train,
-        wait_share=state.story.wait_share(),
+        wait_share=state.progress.wait_share(),
         steps=steps,
         judged=looked,
         different_pictures=data.few.rows,

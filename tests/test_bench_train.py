@@ -208,7 +208,7 @@ def test_the_epochs_row_says_what_was_done(tmp_path, pack, monkeypatch):
 
     def timed(state, *of):
         assert min(real(state, *of)) > 0
-        assert state.story.images == 3 * 8
+        assert state.progress.images == 3 * 8
         return 6.0, 1.0
 
     monkeypatch.setattr(full_epoch, "timed", timed)
@@ -229,7 +229,7 @@ def test_the_epochs_row_says_what_was_done(tmp_path, pack, monkeypatch):
 def test_a_whole_epoch_is_told_as_it_was_timed(pack):
     cfg = full_epoch.sized(PRESET, "eager", CPU, quick=True)
     data = contestants.FullPack(pack, 24)
-    state = argparse.Namespace(story=argparse.Namespace(wait_share=lambda: 0.5))
+    state = argparse.Namespace(progress=argparse.Namespace(wait_share=lambda: 0.5))
     row = full_epoch.row(cfg, "eager", data, state, 60.0, 2.0, steps=3, looked=16, whole=True)
     assert (row["p50"], row["split"]) == (62.0, {"train": 60.0, "validation": 2.0})
     assert not row["extrapolated"]

@@ -198,7 +198,7 @@ def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_pat
     go(pictures, tmp_path, *more)
     assert checkpoint.load(folder / "step_8.pt")["step"] == 8
     best = checkpoint.load(folder / "best.pt")
-    assert best["story"]["best"] == best["story"]["val"]["accuracy"]
+    assert best["progress"]["best"] == best["progress"]["val"]["accuracy"]
 
 
 def test_ranks_that_read_different_checkpoints_are_refused(pictures, tmp_path, monkeypatch):

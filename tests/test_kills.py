@@ -113,7 +113,7 @@ ALTERED = {
     "meter": lambda state: state["meter"].update(count=state["meter"]["count"] + 1),
     "order": lambda state: state.update(step=state["step"] + 1),
     "rate": lambda state: state["optimizer"]["param_groups"][0].update(lr=0.123),
-    "missing": lambda state: state["story"].pop("images"),
+    "missing": lambda state: state["progress"].pop("images"),
 }
 
 

@@ -13,7 +13,7 @@ from truth import photo
 
 from fastrot.evals import page, picture
 from fastrot.evals.filters import first_filters
-from fastrot.evals.page import Story, draw
+from fastrot.evals.page import RunLog, draw
 from fastrot.evals.picture import said, turned_sheet
 
 HOSTILE = "<script>alert('x')</script> & \"quote\" $\\frac$ 漢 {brace}"
@@ -144,7 +144,7 @@ def test_a_summary_older_than_the_lines_is_left_out(tmp_path):
 def test_long_runs_are_thinned_and_keep_their_shape(tmp_path):
     lines = [training(i, loss=float("nan") if i < 900 else i) for i in range(1, 4001)]
     run = folder(tmp_path, *lines, summary=SUMMARY | {"steps": 4000})
-    steps, loss = Story(run).curve("loss")
+    steps, loss = RunLog(run).curve("loss")
     assert len(steps) == len(loss) == page.POINTS
     assert steps[-1] == 4000
     assert np.isnan(loss[:89]).all()
@@ -250,9 +250,9 @@ def test_decoupling_is_drawn_with_its_other_half_and_the_chance_of_turns(tmp_pat
         judged(10, 0.5) | other,
         config=ROTNET.replace("RotNet", "Decoupling"),
     )
-    story = page.Story(run)
-    assert story.chance == 0.25
-    (axes,) = page._accuracy(story).axes
+    log = page.RunLog(run)
+    assert log.chance == 0.25
+    (axes,) = page._accuracy(log).axes
     assert "held-out, other half" in axes.get_legend_handles_labels()[1]
-    (axes,) = page._loss(story).axes
+    (axes,) = page._loss(log).axes
     assert "held-out, rotation alone" in axes.get_legend_handles_labels()[1]

@@ -328,9 +328,9 @@ def test_budgets_are_times(text, seconds):
 def test_story_is_plain(straight):
     """A checkpoint holds tensors and plain values only."""
     state = checkpoint.load(straight / "checkpoints" / "last.pt")
-    assert set(state["story"]) == {f.name for f in dataclasses.fields(loop.Story)}
+    assert set(state["progress"]) == {f.name for f in dataclasses.fields(loop.Progress)}
     validated = [line["val_accuracy"] for line in told(straight) if "val_accuracy" in line]
-    assert state["story"]["best"] == max(validated[1:])  # the first is before training
+    assert state["progress"]["best"] == max(validated[1:])  # the first is before training
 
 
 def test_each_step_runs_at_its_own_rate_and_logs_it(pictures, tmp_path, monkeypatch):

@@ -40,21 +40,21 @@ def draw(
     `guesses[i, t]` are the probabilities of the four turns for picture i, shown with turn t. Without `net`
     or `images`, their plots of an earlier call stay.
     """
-    story, plots = Story(run), run / "plots"
+    log, plots = RunLog(run), run / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    _save(plots / "accuracy.png", _accuracy(story))
-    _save(plots / "loss.png", _loss(story))
-    _save(plots / "throughput.png", _throughput(story))
+    _save(plots / "accuracy.png", _accuracy(log))
+    _save(plots / "loss.png", _loss(log))
+    _save(plots / "throughput.png", _throughput(log))
     if net is not None and (filters := first_filters(net)) is not None:
-        _save(plots / "filters.png", _filters(story, filters))
+        _save(plots / "filters.png", _filters(log, filters))
     if images is not None and len(images):
-        known = {"overall": story.after, "chance": story.chance, "footer": story.footer}
+        known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
         turned_sheet(images, guesses, plots / "turned.png", **known)
-    replace_bytes(run / "index.html", _page(story).encode("utf-8", "replace"))
+    replace_bytes(run / "index.html", _page(log).encode("utf-8", "replace"))
     return run / "index.html"
 
 
-class Story:
+class RunLog:
     """What the files of a run's folder tell; each may be missing."""
 
     def __init__(self, run: Path):
@@ -126,15 +126,15 @@ def _number(value: Any) -> float | None:
 # ---- curves ----
 
 
-def _accuracy(story: Story) -> "Figure":
-    figure, (axes,) = _figure("Accuracy", story)
-    _curve(axes, story, "accuracy", "training", BLUE, scale=100.0)
-    _curve(axes, story, "val_accuracy", "held-out", RED, scale=100.0, marker="o")
+def _accuracy(log: RunLog) -> "Figure":
+    figure, (axes,) = _figure("Accuracy", log)
+    _curve(axes, log, "accuracy", "training", BLUE, scale=100.0)
+    _curve(axes, log, "val_accuracy", "held-out", RED, scale=100.0, marker="o")
     inv = {"scale": 100.0, "marker": "o", "width": 1.0}
-    _curve(axes, story, "val_prec_inv", "held-out, other half", TERMS[0], **inv)
-    if story.chance is not None:
-        axes.axhline(100 * story.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
-        place = (0.995, 100 * story.chance - 2.5)
+    _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], **inv)
+    if log.chance is not None:
+        axes.axhline(100 * log.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+        place = (0.995, 100 * log.chance - 2.5)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
         axes.text(*place, "chance", color=GREY, size=8, **right)
     axes.set_ylim(0, 100)
@@ -143,35 +143,35 @@ def _accuracy(story: Story) -> "Figure":
     return figure
 
 
-def _loss(story: Story) -> "Figure":
-    figure, (axes,) = _figure("Loss", story)
-    names = dict.fromkeys(name for line in story.lines for name in line if name.startswith("loss_"))
+def _loss(log: RunLog) -> "Figure":
+    figure, (axes,) = _figure("Loss", log)
+    names = dict.fromkeys(name for line in log.lines for name in line if name.startswith("loss_"))
     if len(names) > 1:  # a single term is the loss
         axes.set_yscale("log")  # a spread of .001 beside an NCE of 20
         for name, colour in zip(names, TERMS * len(names), strict=False):
-            _curve(axes, story, name, name.removeprefix("loss_"), colour, width=1.0)
-    _curve(axes, story, "loss", "training", BLUE)
-    several = any("val_prec_inv" in line for line in story.lines)
+            _curve(axes, log, name, name.removeprefix("loss_"), colour, width=1.0)
+    _curve(axes, log, "loss", "training", BLUE)
+    several = any("val_prec_inv" in line for line in log.lines)
     judged = "held-out, rotation alone" if several else "held-out"
-    _curve(axes, story, "val_loss", judged, RED, marker="o")
+    _curve(axes, log, "val_loss", judged, RED, marker="o")
     _legend(axes)
     return figure
 
 
-def _throughput(story: Story) -> "Figure":
+def _throughput(log: RunLog) -> "Figure":
     title = "Images per second, and share of time waiting for data"
-    figure, (speed, waiting) = _figure(title, story, panels=2)
-    _curve(speed, story, "images_per_s", "", BLUE)
+    figure, (speed, waiting) = _figure(title, log, panels=2)
+    _curve(speed, log, "images_per_s", "", BLUE)
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
-    _curve(waiting, story, "wait_share", "", RED, scale=100.0)
+    _curve(waiting, log, "wait_share", "", RED, scale=100.0)
     waiting.set(ylim=(0, 100), yticks=(0, 50, 100))
     waiting.yaxis.set_major_formatter("{x:.0f}%")
     return figure
 
 
-def _filters(story: Story, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
-    figure, (axes,) = _figure("Filters of the first layer", story)
+def _filters(log: RunLog, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
+    figure, (axes,) = _figure("Filters of the first layer", log)
     axes.axis("off")
     axes.autoscale()  # _figure fixed the limits
     axes.set_position((0.018, 0.09, 0.94, 0.8))
@@ -180,7 +180,7 @@ def _filters(story: Story, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
     return figure
 
 
-def _figure(title: str, story: Story, *, panels: int = 1) -> "tuple[Figure, list[Axes]]":
+def _figure(title: str, log: RunLog, *, panels: int = 1) -> "tuple[Figure, list[Axes]]":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -188,7 +188,7 @@ def _figure(title: str, story: Story, *, panels: int = 1) -> "tuple[Figure, list
     grid = figure.subplots(panels, 1, sharex=True, squeeze=False)
     figure.subplots_adjust(left=0.115, right=0.95, top=0.87, bottom=0.18, hspace=0.2)
     figure.text(0.018, 0.935, title, size=11, weight="bold", color=INK)
-    figure.text(0.018, 0.022, story.footer, size=5.5, color=FAINT, parse_math=False)
+    figure.text(0.018, 0.022, log.footer, size=5.5, color=FAINT, parse_math=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#c4c9d0")
@@ -197,14 +197,14 @@ def _figure(title: str, story: Story, *, panels: int = 1) -> "tuple[Figure, list
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_locator(MaxNLocator(7 - 2 * panels))
-        axes.set_xlim(0, max(1, story.step))
+        axes.set_xlim(0, max(1, log.step))
     grid[-1, 0].set_xlabel("step", size=8, color=GREY)
     return figure, list(grid.flat)
 
 
 def _curve(
     axes: "Axes",
-    story: Story,
+    log: RunLog,
     name: str,
     label: str,
     colour: str,
@@ -213,7 +213,7 @@ def _curve(
     width: float = 1.6,
     marker: str = "",
 ) -> None:
-    steps, values = story.curve(name)
+    steps, values = log.curve(name)
     if np.isnan(values).all():  # nothing yet
         return
     marker = (marker or "." * (len(steps) < 3)) if len(steps) <= 60 else ""
@@ -245,42 +245,42 @@ def _save(path: Path, figure: "Figure") -> None:
 # ---- the page ----
 
 
-def _page(story: Story) -> str:
-    text, plots = html.escape, story.run / "plots"
-    state = f"step {story.step:,} · epoch {story.last('epoch') or 0:g}"
-    accuracy = f"{_percent(story.before)} <i>→</i> {_percent(story.after)}"
-    note = f"held-out pictures, before training → {'after' if story.summary else 'so far'}"
-    if story.after is None:  # nothing is held out
-        accuracy, note = _percent(story.last("accuracy")), "pictures that it trains on"
-    elif not any("val_accuracy" in line for line in story.lines[1:]):
-        accuracy, note = _percent(story.before), "held-out pictures, before training"
-    note += "" if story.chance is None else f" · chance {_percent(story.chance)}"
-    speed, seconds = story.figure("images_per_s"), _number(story.summary.get("seconds"))
+def _page(log: RunLog) -> str:
+    text, plots = html.escape, log.run / "plots"
+    state = f"step {log.step:,} · epoch {log.last('epoch') or 0:g}"
+    accuracy = f"{_percent(log.before)} <i>→</i> {_percent(log.after)}"
+    note = f"held-out pictures, before training → {'after' if log.summary else 'so far'}"
+    if log.after is None:  # nothing is held out
+        accuracy, note = _percent(log.last("accuracy")), "pictures that it trains on"
+    elif not any("val_accuracy" in line for line in log.lines[1:]):
+        accuracy, note = _percent(log.before), "held-out pictures, before training"
+    note += "" if log.chance is None else f" · chance {_percent(log.chance)}"
+    speed, seconds = log.figure("images_per_s"), _number(log.summary.get("seconds"))
     tiles = [
-        ("Rotation accuracy" if story.turns else "Accuracy", accuracy, note),
+        ("Rotation accuracy" if log.turns else "Accuracy", accuracy, note),
         ("Images per second", "-" if speed is None else f"{speed:,.0f}", "in training"),
-        ("Waiting for data", _percent(story.figure("wait_share")), "share of training time"),
+        ("Waiting for data", _percent(log.figure("wait_share")), "share of training time"),
     ]
     if seconds is not None:
         tiles.append(("Training time", _duration(seconds), "without validation"))
-    verdict = story.summary.get("verdict")
-    backbone = story.config.get("backbone")
+    verdict = log.summary.get("verdict")
+    backbone = log.config.get("backbone")
     deep = (
         isinstance(backbone, dict) and backbone.get("type") == "Nin"
     )  # best before its last blocks
     return PAGE.format(
-        name=text(str(story.config.get("preset", story.run.name))),
-        state=state if story.summary else f"{state} · still training",
+        name=text(str(log.config.get("preset", log.run.name))),
+        state=state if log.summary else f"{state} · still training",
         tiles="".join(f"<div><h2>{k}</h2><b>{v}</b><p>{note}</p></div>" for k, v, note in tiles),
         verdict="" if verdict is None else f'<p class="verdict">{text(str(verdict))}</p>',
         curves="".join(_picture(plots / f"{name}.png") for name in CURVES),
         turned=_picture(plots / "turned.png"),
-        run=text(str(story.run)),
-        quoted=text(json.dumps(str(story.run), ensure_ascii=False)),
+        run=text(str(log.run)),
+        quoted=text(json.dumps(str(log.run), ensure_ascii=False)),
         stage="conv2" if deep else "conv5",
-        config=_table("Configuration", story.config),
-        environment=_table("Environment", story.environment),
-        footer=text(story.footer),
+        config=_table("Configuration", log.config),
+        environment=_table("Environment", log.environment),
+        footer=text(log.footer),
     )
 
 

@@ -31,7 +31,7 @@ AGREE = 20  # steps between two questions to all ranks whether one of them was w
 
 
 @dataclass
-class Story:
+class Progress:
     """What a run has been through, over all its starts; goes into checkpoints and the summary."""
 
     images: int = 0  # seen in training, over all ranks
@@ -65,7 +65,7 @@ class TrainState:
     )
     fresh: bool = True  # no step taken yet in this run
     meter: Meter = field(default_factory=Meter)
-    story: Story = field(default_factory=Story)
+    progress: Progress = field(default_factory=Progress)
     graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "method": self.method.state_dict(),
             "meter": self.meter.state_dict(),
-            "story": vars(self.story),
+            "progress": vars(self.progress),
             "rng": checkpoint.random_state(self.device),
         }
 
@@ -105,7 +105,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         self.meter.load_state_dict(state["meter"], self.device)
-        self.story = Story(**state["story"])
+        self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["rng"], self.device)
         self._put_elsewhere()
 
@@ -203,7 +203,7 @@ def fit(state: TrainState, run: Run) -> None:
     cfg = run.cfg
     end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
     if run.val_loader is not None and state.step == 0:
-        state.story.val_first = _validated(state, run, {"step": 0, "epoch": 0})
+        state.progress.val_first = _validated(state, run, {"step": 0, "epoch": 0})
     run.at_epoch()
     state.method.net.train()
     if state.step > state.judged and (state.step == end or state.step % len(run.loader) == 0):
@@ -243,7 +243,7 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
     """The steps that are left of an epoch, up to `end`; behind step `first` all is compiled."""
     cfg, batches = run.cfg, len(run.loader)
     number, start = divmod(state.step, batches)
-    timer = _Timer(state.story, state.device)
+    timer = _Timer(state.progress, state.device)
     with contextlib.closing(timer.waits(run.loader.epoch(number, start))) as drawn:
         for batch in drawn:
             try:
@@ -253,7 +253,7 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
                 _go_on_only_if_finite(False, state, run.journal.run)
                 raise
             state.step += 1
-            state.story.images += len(batch.index) * dist.world()
+            state.progress.images += len(batch.index) * dist.world()
             state.meter.add(losses)
             run.journal.advance(state.step)
             if state.step == first:
@@ -284,10 +284,10 @@ def _end_epoch(state: TrainState, run: Run, end: int) -> None:
     due = state.step == state.rates.steps or (inside == 0 and epochs % run.cfg.validate_every == 0)
     if run.val_loader is not None and (due or state.step == end):
         line = {"step": state.step, "epoch": epochs - (inside == 0)}
-        state.story.val = _validated(state, run, line | ({} if due else {"partial": True}))
-    best = due and run.val_loader is not None and _merit(state.story.val) > state.story.best
+        state.progress.val = _validated(state, run, line | ({} if due else {"partial": True}))
+    best = due and run.val_loader is not None and _merit(state.progress.val) > state.progress.best
     if best:
-        state.story.best = _merit(state.story.val)
+        state.progress.best = _merit(state.progress.val)
     state.judged = state.step
     _save(state, run, best=best)
     if state.step < end:
@@ -339,7 +339,7 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
 
     In this order, so that a run that is killed between two of them makes both again.
     """
-    _count_skipped(state.story, run)
+    _count_skipped(state.progress, run)
     parts = state.state_dict()
     since = state.meter.sums  # over all steps since the last log line; the loss is their first
     kept = [*parts["net"].values(), *parts["method"].values()]
@@ -353,11 +353,11 @@ def _save(state: TrainState, run: Run, *, best: bool = False) -> None:
     run.save("last.pt", parts)
 
 
-def _count_skipped(story: Story, run: Run) -> None:
+def _count_skipped(progress: Progress, run: Run) -> None:
     """Add the damaged records that any rank has skipped since the last time."""
     mine = run.loader.skipped | (run.val_loader.skipped if run.val_loader else set())
-    if dist.highest(int(not mine <= set(story.skipped))):
-        story.skipped = sorted(dist.together(mine | set(story.skipped)))
+    if dist.highest(int(not mine <= set(progress.skipped))):
+        progress.skipped = sorted(dist.together(mine | set(progress.skipped)))
 
 
 def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
@@ -398,15 +398,15 @@ def pulled(outputs: Any) -> Tensor:
 
 
 class _Timer:
-    """Training seconds and the share of them spent waiting for data; adds both to the story."""
+    """Training seconds and the share of them spent waiting for data; adds both to the progress."""
 
-    def __init__(self, story: Story, device: torch.device):
-        self.story, self.device = story, device
+    def __init__(self, progress: Progress, device: torch.device):
+        self.progress, self.device = progress, device
         self.begin()
 
     def begin(self) -> None:
         """Forget what went by since the last lap: a checkpoint, a validation."""
-        self.since, self.waited, self.images = time.perf_counter(), 0.0, self.story.images
+        self.since, self.waited, self.images = time.perf_counter(), 0.0, self.progress.images
 
     def waits(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """The same batches, timed: how long each kept the loop waiting. Closes them at the end."""
@@ -425,9 +425,9 @@ class _Timer:
         """images/s and wait share since the last lap, the steps under way included."""
         _wait_for(self.device)
         seconds, waited = time.perf_counter() - self.since, self.waited
-        images = self.story.images - self.images
-        self.story.seconds += seconds
-        self.story.waited += waited
+        images = self.progress.images - self.images
+        self.progress.seconds += seconds
+        self.progress.waited += waited
         self.begin()
         return {"images_per_s": images / seconds, "wait_share": waited / seconds}
 

@@ -653,24 +653,24 @@ def _draw(run: Path, state: TrainState, shown: Batch | None) -> None:
 def _summary(
     cfg: Config, state: TrainState, classes: int, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    story = state.story
+    progress = state.progress
     answers = classes if state.method.wants_labels else 4
     return {
         "preset": cfg.preset,
         "steps": state.step,
         "epochs": state.step / state.rates.batches,
-        "images": story.images,
-        "seconds": round(story.seconds, 3),
+        "images": progress.images,
+        "seconds": round(progress.seconds, 3),
         "seconds_in_all": round(seconds, 3),
-        "images_per_s": story.images_per_s(),
-        "wait_share": story.wait_share(),
-        "val_accuracy_first": story.val_first.get("accuracy"),
-        "val_accuracy": story.val.get("accuracy"),
-        "val_loss": story.val.get("loss"),
-        "val": story.val,
+        "images_per_s": progress.images_per_s(),
+        "wait_share": progress.wait_share(),
+        "val_accuracy_first": progress.val_first.get("accuracy"),
+        "val_accuracy": progress.val.get("accuracy"),
+        "val_loss": progress.val.get("loss"),
+        "val": progress.val,
         "chance": 1 / answers,
         "method": state.method.in_words(),
-        "skipped_records": story.skipped,
+        "skipped_records": progress.skipped,
         "device": machine.device_name(device),
         "versions": machine.versions(),
     }
@@ -684,8 +684,8 @@ def _bound(
     if m is None:  # no step was taken
         if {"bound", "verdict"} <= before.keys():
             return {name: before[name] for name in ("bound", "verdict")}
-        step = state.story.seconds / max(1, state.step)
-        m = Measured(step=step or 1.0, wait=step * state.story.wait_share())
+        step = state.progress.seconds / max(1, state.step)
+        m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
     m = completed(m, work, loader.view, cfg.batch, state.device, state.dtype)
     setting = bounds.Setting(
         workers=loader.workers,
@@ -696,7 +696,7 @@ def _bound(
         graphed=cfg.graph if dist.world() == 1 else None,
         fused=getattr(cfg.backbone, "fuse", None),
     )
-    said = bounds.verdict(m, state.device, state.story.images_per_s(), setting)
+    said = bounds.verdict(m, state.device, state.progress.images_per_s(), setting)
     return {"bound": bounds.bound(m), "verdict": said}
 
 
