@@ -28,7 +28,7 @@ from fastrot import assemble, entry
 from fastrot.config import Config, UsageError
 from fastrot.data.loader import Loader
 from fastrot.entry import PreemptionSignal
-from fastrot.speed.timer import Watch
+from fastrot.speed.timer import StepTimer
 from fastrot.training import loop
 from fastrot.training.journal import Journal
 from fastrot.training.loop import Run, TrainState
@@ -115,7 +115,7 @@ def timed(
         until_the_end.callback(journal.close)
         preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
         journal.say(*loader.data.in_words())  # type: ignore[attr-defined]
-        run = Run(loader, None, journal, cfg, nothing, nothing, preemption, Watch(state.device))
+        run = Run(loader, None, journal, cfg, nothing, nothing, preemption, StepTimer(state.device))
         train = seconds(lambda: loop.fit(state, run))
         assert state.step == len(loader)
         validation = seconds(lambda: loop.validate(state, val_loader))

@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     val = None if cfg.val is None else assemble.open_data(cfg.val, knob="--val")
     workers = entry.cores() if cfg.workers is None else cfg.workers
     with _bar(wanted.seconds) as told:
-        watch = probe.Watch(wanted.seconds, told)
-        found = probe.examine(cfg, data, device, workers=workers, watch=watch, val=val)
+        budget = probe.TimeBudget(wanted.seconds, told)
+        found = probe.examine(cfg, data, device, workers=workers, budget=budget, val=val)
     found = dataclasses.replace(found, opened=opened + found.opened)
     subject = Subject(cfg, str(getattr(data, "format", "")), surroundings(device))
     print("\n".join(entry.printable(line) for line in in_words(found, subject)))

@@ -53,8 +53,8 @@ def cfg_of(*, size=32, batch=8, backbone=TINY) -> config.Config:
 
 def examined(data, *, cfg=None, workers=1, seconds=1.0, **more) -> Findings:
     cfg = cfg_of() if cfg is None else cfg
-    watch = probe.Watch(seconds)
-    return probe.examine(cfg, data, CPU, workers=workers, watch=watch, **more)
+    budget = probe.TimeBudget(seconds)
+    return probe.examine(cfg, data, CPU, workers=workers, budget=budget, **more)
 
 
 @pytest.fixture(scope="module")
@@ -284,18 +284,18 @@ def test_the_watch_shares_the_seconds_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
     heard = []
-    watch = probe.Watch(20.0, lambda stage, so_far: heard.append((stage, so_far)))
-    assert watch.begin("a", 0.1) == 2.0
+    budget = probe.TimeBudget(20.0, lambda stage, so_far: heard.append((stage, so_far)))
+    assert budget.begin("a", 0.1) == 2.0
     now[0] += 1.9
-    assert watch.goes_on()
+    assert budget.goes_on()
     now[0] += 0.2
-    assert not watch.goes_on()
-    with watch.stopped():
+    assert not budget.goes_on()
+    with budget.stopped():
         now[0] += 1000
-    assert watch.so_far == pytest.approx(2.1)
-    assert watch.begin("rest") == pytest.approx(17.9)
+    assert budget.so_far == pytest.approx(2.1)
+    assert budget.begin("rest") == pytest.approx(17.9)
     now[0] += 50
-    assert watch.begin("late") == pytest.approx(probe.LEAST * 20)
+    assert budget.begin("late") == pytest.approx(probe.LEAST * 20)
     assert heard[0] == ("a", 0.0)
     assert heard[-1] == ("late", pytest.approx(52.1))
 

@@ -12,14 +12,14 @@ from fastrot import assemble, config, train
 from fastrot.data.synthetic import Synthetic
 from fastrot.speed import timer
 from fastrot.speed.bounds import Ceilings, Measured, flop_of
-from fastrot.speed.timer import WARM, Watch, Work, completed, work_of
+from fastrot.speed.timer import WARM, StepTimer, Work, completed, work_of
 from fastrot.training.loop import train_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_step_is_told_by_the_log_lines_but_for_the_first():
-    seen = Watch(CPU)
+    seen = StepTimer(CPU)
     assert seen.measured(100) is None
     seen.line(10.0, 0.9)
     only = seen.measured(100)
@@ -53,7 +53,7 @@ class Event:
 def test_a_gpus_step_is_timed_where_it_finds_the_device_idle(monkeypatch):
     made = []
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: made.append(Event()) or made[-1])
-    seen = Watch(GPU)
+    seen = StepTimer(GPU)
     for _ in range(3):
         for _ in range(10):
             with seen.step():
@@ -74,7 +74,7 @@ def test_a_gpus_step_is_timed_where_it_finds_the_device_idle(monkeypatch):
 
 
 def test_watching_costs_next_to_nothing():
-    seen = Watch(CPU)
+    seen = StepTimer(CPU)
     begun = time.process_time()
     for _ in range(1000):
         with seen.step():
@@ -143,8 +143,8 @@ def test_a_run_with_a_slow_loader_is_bound_by_decode(tmp_path, monkeypatch, caps
 @pytest.fixture
 def waits_for_nothing(monkeypatch):
     """A run that never waited for its data, whatever else this machine does."""
-    line = Watch.line
-    monkeypatch.setattr(Watch, "line", lambda self, rate, _: line(self, rate, 0.0))
+    line = StepTimer.line
+    monkeypatch.setattr(StepTimer, "line", lambda self, rate, _: line(self, rate, 0.0))
 
 
 def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, waits_for_nothing):

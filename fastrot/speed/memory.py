@@ -10,7 +10,7 @@ from fastrot import config, dist, machine
 from fastrot.config import Config, RunError, UsageError
 from fastrot.core import View
 from fastrot.data.loader import Loader
-from fastrot.speed.timer import Watch, blank
+from fastrot.speed.timer import StepTimer, blank
 from fastrot.training.loop import TrainState, pulled
 
 GB = 2**30
@@ -22,7 +22,7 @@ class Built:
 
     loader: Loader | None = None  # whose data may lie in the device's memory
     state: TrainState | None = None
-    watch: Watch | None = None  # knows whether a log line was told
+    step_timer: StepTimer | None = None  # knows whether a log line was told
 
 
 FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
@@ -58,7 +58,7 @@ def sentence(cfg: Config, device: torch.device, built: Built) -> UsageError | Ru
         return UsageError(
             f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}"
         )
-    if built.watch is not None and built.watch.lines:
+    if built.step_timer is not None and built.step_timer.lines:
         return RunError(
             f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
             "memory there, and the same command goes on from the last checkpoint"

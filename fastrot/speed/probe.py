@@ -106,7 +106,7 @@ class Findings:
         return "read" if reads else kind
 
 
-class Watch:
+class TimeBudget:
     """The time that there is, and whoever wants to hear how it goes."""
 
     def __init__(self, seconds: float, told: Told = lambda stage, so_far: None):
@@ -148,35 +148,35 @@ def examine(
     device: torch.device,
     *,
     workers: int,
-    watch: Watch,
+    budget: TimeBudget,
     val: Data | None = None,
 ) -> Findings:
     """Time every stage. `cfg`: resolved, its precision chosen. Raises UsageError for data that cannot train it.
 
-    Placing the data, building and compiling the net are not counted in the watch's seconds.
+    Placing the data, building and compiling the net are not counted in the budget's seconds.
     """
-    watch.begin("opening")
+    budget.begin("opening")
     begun = time.perf_counter()
-    with watch.stopped():
+    with budget.stopped():
         loader = _opened(cfg, data, device, workers, cfg.batch)
     opened = time.perf_counter() - begun
-    looked = _loading(loader, workers, watch)
-    watch.begin("building the net")
-    with watch.stopped():  # torch imports its compiler with the first optimiser
+    looked = _loading(loader, workers, budget)
+    budget.begin("building the net")
+    with budget.stopped():  # torch imports its compiler with the first optimiser
         state = _state(cfg, loader, device)
-    watch.begin("ceilings")
-    ceilings = bounds.ceilings(device, state.dtype, SHARES["ceilings"] * watch.seconds)
-    steps = _step(state, data, cfg, ceilings, watch)
-    copy = _copy(steps.held, device, watch)
+    budget.begin("ceilings")
+    ceilings = bounds.ceilings(device, state.dtype, SHARES["ceilings"] * budget.seconds)
+    steps = _step(state, data, cfg, ceilings, budget)
+    copy = _copy(steps.held, device, budget)
     fit = len(steps.held.index)
-    judged = None if val is None else _validation(cfg, val, state, fit, workers, watch)
+    judged = None if val is None else _validation(cfg, val, state, fit, workers, budget)
     load = 1 / looked["loading"]
-    seconds = watch.begin("all together")
+    seconds = budget.begin("all together")
     fit = min(fit, _in_time(cfg.batch, seconds, load * max(1, workers)))
     loader = _opened(cfg, data, device, workers, fit)
     lead = 2 if steps.seconds(fit) < seconds / TIMES / 2 else 1
-    if (lead + 1) * steps.seconds(fit) < seconds + LATE * watch.seconds:
-        together = _together(state, loader, lead, watch)
+    if (lead + 1) * steps.seconds(fit) < seconds + LATE * budget.seconds:
+        together = _together(state, loader, lead, budget)
     else:
         together = _foretold(steps.seconds(fit), load * fit)
     if looked["read"] is None:  # pictures that are made: that is calls, as a step's own
@@ -205,18 +205,18 @@ def examine(
         pack_bytes=pack_bytes(data, sizes, looked["short"]),
         ceilings=ceilings,
         measured=measured,
-        seconds=watch.so_far,
+        seconds=budget.so_far,
     )
 
 
-def _loading(loader: Loader, workers: int, watch: Watch) -> dict[str, Any]:
+def _loading(loader: Loader, workers: int, budget: TimeBudget) -> dict[str, Any]:
     """What Findings knows of loading, by its names: pictures read, decoded, and tried in other formats."""
     data, draw = loader.data, np.random.default_rng(loader.seed)
     rows = draw.choice(data.rows, min(data.rows, SAMPLE), replace=False).astype(np.int64)
-    reading = _read(data, rows, workers, watch)
-    one, every = _decoding(loader, reading.rows, workers, watch)
+    reading = _read(data, rows, workers, budget)
+    one, every = _decoding(loader, reading.rows, workers, budget)
     short = short_side(loader.view)
-    forms = _formats(data, reading.rows, short, loader.view, watch)
+    forms = _formats(data, reading.rows, short, loader.view, budget)
     decoding = decoding_alone(every, reading.reread)
     read = 0 if reading.read is None else 1 / reading.read
     return {
@@ -289,16 +289,16 @@ def record_of(data: Any, row: int) -> UInt8[np.ndarray, " n"]:
     return data.record(row)
 
 
-def _read(data: Any, rows: Int64[np.ndarray, " n"], workers: int, watch: Watch) -> _Reading:
+def _read(data: Any, rows: Int64[np.ndarray, " n"], workers: int, budget: TimeBudget) -> _Reading:
     """Read what time allows of these rows, and then the same again."""
-    watch.begin("reading", SHARES["read"])
+    budget.begin("reading", SHARES["read"])
     if data.format == "synthetic":
         return _Reading(rows, set())
     before, damaged = _bytes_from_disk(), set[str]()
-    done, seconds, size = _touched(data, rows, workers, watch, damaged)
+    done, seconds, size = _touched(data, rows, workers, budget, damaged)
     after = _bytes_from_disk()
-    watch.begin("reading again", SHARES["read"] / 2)
-    again, less, _ = _touched(data, rows[:done], workers, watch, set())
+    budget.begin("reading again", SHARES["read"] / 2)
+    again, less, _ = _touched(data, rows[:done], workers, budget, set())
     share = None if before is None or after is None else min(1.0, (after - before) / max(size, 1))
     return _Reading(
         rows[:done], damaged, size / done, share, read=done / seconds, reread=again / less
@@ -306,7 +306,7 @@ def _read(data: Any, rows: Int64[np.ndarray, " n"], workers: int, watch: Watch) 
 
 
 def _touched(
-    data: Any, rows: Int64[np.ndarray, " n"], workers: int, watch: Watch, damaged: set[str]
+    data: Any, rows: Int64[np.ndarray, " n"], workers: int, budget: TimeBudget, damaged: set[str]
 ) -> tuple[int, float, int]:
     """Read rows until the stage ends: how many, in how many seconds, how many bytes."""
 
@@ -327,7 +327,7 @@ def _touched(
     task = min(64, max(1, int(1e-3 / (time.perf_counter() - begun))))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         wave = task * max(workers, 1) * 4
-        while done < len(rows) and watch.goes_on():
+        while done < len(rows) and budget.goes_on():
             some = rows[done : done + (wave if task > 1 else max(workers, 1))]
             size += sum(pool.map(touch, (some[at : at + task] for at in range(0, len(some), task))))
             done += len(some)
@@ -353,19 +353,19 @@ def decoding_alone(every: float, reread: float | None) -> float:
 
 
 def _decoding(
-    loader: Loader, rows: Int64[np.ndarray, " n"], workers: int, watch: Watch
+    loader: Loader, rows: Int64[np.ndarray, " n"], workers: int, budget: TimeBudget
 ) -> tuple[float, float]:
     """images/s of one worker and of all, of pictures that were just read."""
-    seconds = watch.begin("decoding, one worker", SHARES["decode_one"])
+    seconds = budget.begin("decoding, one worker", SHARES["decode_one"])
     begun = time.perf_counter()
-    _rate(loader, rows, FEW, 0, watch, most=2)
+    _rate(loader, rows, FEW, 0, budget, most=2)
     each = (time.perf_counter() - begun) / (3 * FEW)
-    one = _rate(loader, rows, _in_time(loader.batch, seconds, each), 0, watch)
+    one = _rate(loader, rows, _in_time(loader.batch, seconds, each), 0, budget)
     if not workers:
         return one, one
     name = f"decoding, {workers} worker{'s'[: workers > 1]}"
-    seconds = watch.begin(name, SHARES["decode_all"])
-    return one, _rate(loader, rows, _in_time(loader.batch, seconds, 1 / one), workers, watch)
+    seconds = budget.begin(name, SHARES["decode_all"])
+    return one, _rate(loader, rows, _in_time(loader.batch, seconds, 1 / one), workers, budget)
 
 
 def _rate(
@@ -373,7 +373,7 @@ def _rate(
     rows: Int64[np.ndarray, " n"],
     batch: int,
     workers: int,
-    watch: Watch,
+    budget: TimeBudget,
     most: int | None = None,
 ) -> float:
     """images/s of the data alone, on the device that the loader is for, rows again and again until the stage ends.
@@ -395,7 +395,7 @@ def _rate(
             if done == lead:
                 wait_for(loader.device)
                 begun = time.perf_counter()
-            elif done > lead and (done - lead == most or not watch.goes_on()):
+            elif done > lead and (done - lead == most or not budget.goes_on()):
                 break
         wait_for(loader.device)
         return batch * (done - lead) / (time.perf_counter() - begun)
@@ -419,10 +419,10 @@ def pack_bytes(data: Any, sizes: Int32[np.ndarray, "n 2"], short: int) -> int:
 
 
 def _formats(
-    data: Any, rows: Int64[np.ndarray, " n"], short: int, view: View, watch: Watch
+    data: Any, rows: Int64[np.ndarray, " n"], short: int, view: View, budget: TimeBudget
 ) -> dict[str, Form]:
     """What some of the pictures are as a .beton and as a .pack; nothing of data that has no pictures."""
-    seconds = watch.begin("other formats", SHARES["formats"])
+    seconds = budget.begin("other formats", SHARES["formats"])
     if data.format in ("synthetic", "pack"):
         return {}
     from fastrot.data.pictures import BadPicture, shrink
@@ -446,8 +446,8 @@ def _formats(
             loader = assemble.open_loader(tried, view, batch=1, workers=0, enlarge=True)
             everyone = np.arange(tried.rows)
             size = sum(record_of(tried, row).nbytes for row in everyone.tolist()) / tried.rows
-            watch.begin(f"decoding as a .{name}", SHARES["formats"] / 4)
-            rate = _rate(loader, everyone, min(16, tried.rows), 0, watch)
+            budget.begin(f"decoding as a .{name}", SHARES["formats"] / 4)
+            rate = _rate(loader, everyone, min(16, tried.rows), 0, budget)
             forms[name] = Form(bytes=size, decode_one=rate, convert=convert)
     return forms
 
@@ -523,44 +523,44 @@ class _Steps:
 
 
 def _step(
-    state: TrainState, data: Data, cfg: Config, ceilings: bounds.Ceilings, watch: Watch
+    state: TrainState, data: Data, cfg: Config, ceilings: bounds.Ceilings, budget: TimeBudget
 ) -> _Steps:
     """Steps of a run's own batch; on a CPU of as many pictures as fit into the time, and of FEW."""
     view, device = assemble.training_view(cfg), state.device
-    seconds = watch.begin("steps on held pictures", SHARES["step"])
+    seconds = budget.begin("steps on held pictures", SHARES["step"])
     state.method.net.train()
     if device.type == "cuda":
         held = _held(data, view, cfg.batch, device)
-        _wrap(state, cfg, held, watch)
-        step, issue = _timed(state, held, watch)
+        _wrap(state, cfg, held, budget)
+        step, issue = _timed(state, held, budget)
         return _Steps(held, 0.0, step / cfg.batch, issue)
     small = _held(data, view, min(FEW, cfg.batch), device)
-    first, _ = _timed(state, small, watch, most=1)
+    first, _ = _timed(state, small, budget, most=1)
     least = sum(_floors(state, small, ceilings)) / len(small.index)
     batch = min(cfg.batch, max(MORE, int(seconds / TIMES / (SLOWER * least))))
     if batch == len(small.index):
         return _Steps(small, 0.0, first / batch, None)
-    if first > watch.seconds / 2:  # no time for another
+    if first > budget.seconds / 2:  # no time for another
         each = min(first / batch, SLOWER * least)
         return _Steps(small, first - each * len(small.index), each, None)
-    few = first if first > seconds / TIMES else _timed(state, small, watch, most=1)[0]
+    few = first if first > seconds / TIMES else _timed(state, small, budget, most=1)[0]
     held = _held(data, view, batch, device)
-    _wrap(state, cfg, held, watch)
-    step, _ = _timed(state, held, watch)
+    _wrap(state, cfg, held, budget)
+    step, _ = _timed(state, held, budget)
     each = max(least, (step - few) / (batch - len(small.index)))
     return _Steps(held, max(0.0, step - each * batch), each, None)
 
 
-def _wrap(state: TrainState, cfg: Config, held: Batch, watch: Watch) -> None:
+def _wrap(state: TrainState, cfg: Config, held: Batch, budget: TimeBudget) -> None:
     """The net as a run calls it, compiled where asked; warm, where that is quick."""
     state.net = assemble.wrapped(state.method.net, cfg, state.device)
     if cfg.compile or state.device.type == "cuda":
-        with watch.stopped():
-            _timed(state, held, watch, most=3)
+        with budget.stopped():
+            _timed(state, held, budget, most=3)
 
 
 def _timed(
-    state: TrainState, held: Batch, watch: Watch, most: int | None = None
+    state: TrainState, held: Batch, budget: TimeBudget, most: int | None = None
 ) -> tuple[float, float]:
     """Seconds of a step (the median), and those in which the host issued it. Until the stage ends, once at least.
 
@@ -568,7 +568,7 @@ def _timed(
     """
     each, issued = [], []
     at_once = 4 if state.device.type == "cuda" else 1
-    while not each or (len(each) != most and watch.goes_on()):
+    while not each or (len(each) != most and budget.goes_on()):
         begun = time.perf_counter()
         for _ in range(at_once):
             train_step(state, held)
@@ -578,14 +578,14 @@ def _timed(
     return float(np.median(each)), float(np.median(issued))
 
 
-def _copy(held: Batch, device: torch.device, watch: Watch) -> float | None:
+def _copy(held: Batch, device: torch.device, budget: TimeBudget) -> float | None:
     """Seconds in which a picture's crops cross to the GPU from pinned memory; None: there is none."""
     if device.type != "cuda":
         return None
-    watch.begin("copying", SHARES["copy"])
+    budget.begin("copying", SHARES["copy"])
     host = [crop.cpu().pin_memory() for crop in held.crops]
     done, begun = 0, time.perf_counter()
-    while done < 3 or watch.goes_on():
+    while done < 3 or budget.goes_on():
         for crop in host:
             crop.to(device, non_blocking=True)
         wait_for(device)
@@ -619,7 +619,7 @@ class _Together:
     wait: float  # of these, for data
 
 
-def _together(state: TrainState, loader: Loader, lead: int, watch: Watch) -> _Together:
+def _together(state: TrainState, loader: Loader, lead: int, budget: TimeBudget) -> _Together:
     """Train on the data until the stage ends, one step at least beyond the first `lead`, which are not counted."""
     done, waited, begun = 0, 0.0, time.perf_counter()
     with _closed(_epochs(loader)) as batches:
@@ -631,7 +631,7 @@ def _together(state: TrainState, loader: Loader, lead: int, watch: Watch) -> _To
             if done == lead:
                 wait_for(state.device)
                 waited, begun = 0.0, time.perf_counter()
-            elif done > lead and not watch.goes_on():
+            elif done > lead and not budget.goes_on():
                 break
             asked = time.perf_counter()
         wait_for(state.device)
@@ -689,10 +689,10 @@ def _epochs(loader: Loader) -> Iterator[Batch]:
 
 @torch.no_grad()
 def _validation(
-    cfg: Config, val: Data, state: TrainState, size: int, workers: int, watch: Watch
+    cfg: Config, val: Data, state: TrainState, size: int, workers: int, budget: TimeBudget
 ) -> float:
     """Seconds of a validation pass over `val`, from some of its batches."""
-    watch.begin("validation", SHARES["val"])
+    budget.begin("validation", SHARES["val"])
     view = assemble.evaluation_view(cfg)
     loader = _opened(cfg, val, state.device, workers, size, view=view)
     method = state.method
@@ -708,7 +708,7 @@ def _validation(
                 begun = time.perf_counter()
                 continue
             images += len(batch.index)
-            if not watch.goes_on():
+            if not budget.goes_on():
                 break
         wait_for(state.device)
     method.net.train()

@@ -22,7 +22,7 @@ WARM = 12  # steps of a start in which kernels are chosen and graphs captured
 KEPT = 100  # single steps that are timed
 
 
-class Watch:
+class StepTimer:
     """One start of a run. `around(k)` is entered for the start's k-th step, from 0: a profile."""
 
     def __init__(

@@ -21,7 +21,7 @@ from fastrot.config import Config, NotFinite, RunError
 from fastrot.core import Batch, Losses, Method
 from fastrot.data.loader import Loader
 from fastrot.entry import Preempted, PreemptionSignal
-from fastrot.speed.timer import Watch
+from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP, Graphed
 from fastrot.training.journal import Journal, Meter
@@ -191,7 +191,7 @@ class Run:
     save: Callable[[str, dict[str, Any]], None]  # writes checkpoints/NAME
     at_epoch: Callable[[], None]  # draws the run's page
     preemption: PreemptionSignal  # of this process
-    watch: Watch  # times it
+    step_timer: StepTimer  # times it
 
 
 def fit(state: TrainState, run: Run) -> None:
@@ -247,7 +247,7 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
     with contextlib.closing(timer.waits(run.loader.epoch(number, start))) as drawn:
         for batch in drawn:
             try:
-                with run.watch.step():
+                with run.step_timer.step():
                     losses = train_step(state, batch)
             except NotFinite:  # a CPU sees it at once; a GPU at the next log line
                 _go_on_only_if_finite(False, state, run.journal.run)
@@ -264,7 +264,7 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
                 line = {"step": state.step, "epoch": number, **means, **timer.lap()}
                 line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
                 run.journal.write(line)
-                run.watch.line(line["images_per_s"], line["wait_share"])
+                run.step_timer.line(line["images_per_s"], line["wait_share"])
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
                 gc.collect()
             if state.step == end or state.step % batches == 0:

@@ -28,7 +28,7 @@ from fastrot.presets import PRESETS
 from fastrot.speed import bounds, memory
 from fastrot.speed.bounds import Measured
 from fastrot.speed.profile import Profile
-from fastrot.speed.timer import Watch, Work, completed, work_of
+from fastrot.speed.timer import StepTimer, Work, completed, work_of
 from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.journal import Journal, table
@@ -182,7 +182,7 @@ def _train(
         dtype=DTYPES[cfg.precision],
         graphed=Graphed(Cuda(device)) if cfg.graph else None,
     )
-    built.state, built.watch = state, Watch(device)
+    built.state, built.step_timer = state, StepTimer(device)
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_identity |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
     run_identity |= {"classes": info.classes}
@@ -225,15 +225,17 @@ def _train(
                 _draw(run, state, shown)
                 drawn, cost = time.perf_counter(), time.perf_counter() - now
 
-        watch = built.watch
+        step_timer = built.step_timer
         if cfg.profile and dist.rank() == 0 and state.step < end:
-            watch.around = Profile(state, run / "profile", end - state.step, journal.say)
+            step_timer.around = Profile(state, run / "profile", end - state.step, journal.say)
         fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
         work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
-        loop.fit(state, Run(loader, val_loader, journal, cfg, save, at_epoch, preemption, watch))
+        loop.fit(
+            state, Run(loader, val_loader, journal, cfg, save, at_epoch, preemption, step_timer)
+        )
         if dist.rank() == 0:
             summary = _summary(cfg, state, info.classes, device, time.perf_counter() - begun)
-            summary |= _bound(cfg, state, watch, work, loader, _before(run, state.step))
+            summary |= _bound(cfg, state, step_timer, work, loader, _before(run, state.step))
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
             _draw(run, state, shown)
             journal.say(*_in_words(summary, run))
@@ -677,10 +679,15 @@ def _summary(
 
 
 def _bound(
-    cfg: Config, state: TrainState, watch: Watch, work: Work | None, loader: Loader, before: dict
+    cfg: Config,
+    state: TrainState,
+    step_timer: StepTimer,
+    work: Work | None,
+    loader: Loader,
+    before: dict,
 ) -> dict[str, str]:
     """What bound the run, and the sentence on it. `before`: the summary of a run that had ended already."""
-    m = watch.measured(cfg.batch)
+    m = step_timer.measured(cfg.batch)
     if m is None:  # no step was taken
         if {"bound", "verdict"} <= before.keys():
             return {name: before[name] for name in ("bound", "verdict")}
