@@ -28,7 +28,7 @@ from fastrot.presets import PRESETS
 if TYPE_CHECKING:
     import torch
 
-    from fastrot.speed.probe import Findings, Told
+    from fastrot.speed.probe import Measurements, Told
 
 SPARE = (
     1.1  # times what the step takes: so much should loading give, for it is not always at its best
@@ -173,7 +173,7 @@ def surroundings(device: "torch.device") -> Surroundings:
 # ---- advice ----
 
 
-def advice(found: "Findings", subject: Subject) -> dict[str, str]:
+def advice(found: "Measurements", subject: Subject) -> dict[str, str]:
     """A sentence for each thing to know, by its name."""
     return {
         "verdict": verdict(found, subject),
@@ -184,7 +184,7 @@ def advice(found: "Findings", subject: Subject) -> dict[str, str]:
     }
 
 
-def verdict(found: "Findings", subject: Subject) -> str:
+def verdict(found: "Measurements", subject: Subject) -> str:
     """What binds, by how much, what to change."""
     from fastrot.speed import bounds
 
@@ -214,7 +214,7 @@ def verdict(found: "Findings", subject: Subject) -> str:
     )
 
 
-def which_format(found: "Findings", subject: Subject) -> str:
+def which_format(found: "Measurements", subject: Subject) -> str:
     """The one to choose, with the command that makes it."""
     if subject.format == "synthetic":
         return MADE
@@ -253,12 +253,12 @@ def which_format(found: "Findings", subject: Subject) -> str:
     return "; ".join(pieces)
 
 
-def _with_all_cores(found: "Findings", cores: int) -> float:
+def _with_all_cores(found: "Measurements", cores: int) -> float:
     """images/s that the data would give with a worker a core, as far as one may scale what was measured."""
     return found.loading * max(1, cores / max(1, found.workers))
 
 
-def expected(found: "Findings", name: str, cores: int) -> float:
+def expected(found: "Measurements", name: str, cores: int) -> float:
     """images/s of another format: its bytes at the rate at which bytes were read, its decoder on all cores."""
     form = found.forms[name]
     decode = (
@@ -270,7 +270,7 @@ def expected(found: "Findings", name: str, cores: int) -> float:
     return 1 / (1 / decode + read)
 
 
-def _best_other(found: "Findings", subject: Subject) -> tuple[str, float] | None:
+def _best_other(found: "Measurements", subject: Subject) -> tuple[str, float] | None:
     """The format to convert to, and its images/s: one that stays in the GPU's memory, else the first that is fast
     enough, else the fastest; None: none is worth it.
     """
@@ -300,7 +300,7 @@ def _conversion(name: str, subject: Subject, short: int) -> list[str]:
     return [*command, "--root", str(path), "--out", str(out), "--short-side", str(short)]
 
 
-def how_many_workers(found: "Findings", subject: Subject) -> str:
+def how_many_workers(found: "Measurements", subject: Subject) -> str:
     """How many keep up with the step."""
     here = subject.here
     if subject.format == "synthetic":
@@ -322,14 +322,14 @@ def how_many_workers(found: "Findings", subject: Subject) -> str:
     return f"{found_out} ({said}){several}"
 
 
-def _fits(found: "Findings", here: Surroundings) -> str:
+def _fits(found: "Measurements", here: Surroundings) -> str:
     from fastrot.data.pack.load import choose
 
     assert here.gpu is not None
     return choose("auto", found.pack_bytes, *here.gpu, "")
 
 
-def whether_a_pack_fits(found: "Findings", subject: Subject) -> str:
+def whether_a_pack_fits(found: "Measurements", subject: Subject) -> str:
     """Into this GPU's memory."""
     from fastrot.data.pack.load import KEPT_FOR_TRAINING
 
@@ -349,12 +349,12 @@ def whether_a_pack_fits(found: "Findings", subject: Subject) -> str:
     return f"{what}, more than {gpu}, and more than host memory, which has {entry.in_bytes(subject.here.memory)}"
 
 
-def epoch_seconds(found: "Findings") -> float:
+def epoch_seconds(found: "Measurements") -> float:
     """Of one process; with the validation pass, where there is one."""
     return found.images / found.together + (found.val_seconds or 0)
 
 
-def what_an_epoch_costs(found: "Findings", subject: Subject) -> str:
+def what_an_epoch_costs(found: "Measurements", subject: Subject) -> str:
     """Extrapolated from the steps that were taken together."""
     said = f"{entry.in_time(epoch_seconds(found))} for {found.images:,} pictures, {_taken(found)}"
     if found.val_seconds is None:
@@ -362,7 +362,7 @@ def what_an_epoch_costs(found: "Findings", subject: Subject) -> str:
     return f"{said}; {entry.in_time(found.val_seconds)} of it are the validation pass"
 
 
-def _taken(found: "Findings") -> str:
+def _taken(found: "Measurements") -> str:
     if not found.steps:
         return "foretold: there was no time for steps on the data"
     fewer = f" of {found.together_batch} pictures" if found.together_batch != found.batch else ""
@@ -372,7 +372,7 @@ def _taken(found: "Findings") -> str:
 # ---- in words ----
 
 
-def in_words(found: "Findings", subject: Subject) -> list[str]:
+def in_words(found: "Measurements", subject: Subject) -> list[str]:
     """All of it, as lines."""
     from fastrot import machine
     from fastrot.training.journal import table
@@ -397,7 +397,7 @@ def in_words(found: "Findings", subject: Subject) -> list[str]:
     return [*table(about.items()), "", *lines, "", *table(advice(found, subject).items())]
 
 
-def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]]:
+def stages(found: "Measurements", subject: Subject) -> Iterator[tuple[str, str, str]]:
     """Name, images/s, and what there is to say of it."""
     if found.read is None or found.bytes is None:
         yield "read", "-", "they are made, not read"
@@ -431,13 +431,13 @@ def stages(found: "Findings", subject: Subject) -> Iterator[tuple[str, str, str]
     )
 
 
-def _of_batch(found: "Findings", timed: int) -> str:
+def _of_batch(found: "Measurements", timed: int) -> str:
     return f"batches of {found.batch}" + (
         "" if timed == found.batch else f", from steps of {timed}"
     )
 
 
-def in_json(found: "Findings", subject: Subject) -> dict[str, Any]:
+def in_json(found: "Measurements", subject: Subject) -> dict[str, Any]:
     """All of it, in plain data; images/s, seconds and bytes."""
     derived = {name: getattr(found, name) for name in ("decoding", "loading", "bound")}
     here = dataclasses.asdict(subject.here) | {"device": str(subject.here.device)}

@@ -32,7 +32,7 @@ from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, probe
-from fastrot.speed.probe import Findings, Form
+from fastrot.speed.probe import FormatTrial, Measurements
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def cfg_of(*, size=32, batch=8, backbone=TINY) -> config.Config:
     return config.resolved(cfg)
 
 
-def examined(data, *, cfg=None, workers=1, seconds=1.0, **more) -> Findings:
+def examined(data, *, cfg=None, workers=1, seconds=1.0, **more) -> Measurements:
     cfg = cfg_of() if cfg is None else cfg
     budget = probe.TimeBudget(seconds)
     return probe.examine(cfg, data, CPU, workers=workers, budget=budget, **more)
@@ -303,7 +303,7 @@ def test_the_watch_shares_the_seconds_out(monkeypatch):
 # ---- advice from figures ----
 
 
-def findings(**changed) -> Findings:
+def findings(**changed) -> Measurements:
     """A folder of large originals on 4 of 8 cores: 100 images/s a worker, a step that takes 2,000."""
     measured = bounds.Measured(
         step=0.5, wait=0.4, decode=0.5, busy=0.1, arithmetic=0.05, memory=0.02
@@ -315,14 +315,14 @@ def findings(**changed) -> Findings:
         **{"together": 400.0, "together_batch": 192, "steps": 30, "val_seconds": None},
         **{"short": 256, "median_short": 375, "pack_bytes": 88 * 10**9, "damaged": ()},
         forms={
-            "beton": Form(bytes=30e3, decode_one=500.0, convert=0.01),
-            "pack": Form(bytes=65e3, decode_one=5000.0, convert=0.02),
+            "beton": FormatTrial(bytes=30e3, decode_one=500.0, convert=0.01),
+            "pack": FormatTrial(bytes=65e3, decode_one=5000.0, convert=0.02),
         },
         ceilings=bounds.Ceilings(tflops=1.0, gb_per_s=10.0),
         measured=measured,
         seconds=20.0,
     )
-    return Findings(**(known | changed))  # type: ignore[arg-type]
+    return Measurements(**(known | changed))  # type: ignore[arg-type]
 
 
 def subject(format: str, *, data="some/train", gpu=None, memory=200 * 10**9, cores=8, workers=4):
@@ -370,7 +370,7 @@ def test_a_faster_format_is_chosen_where_the_smaller_one_does_not_keep_up():
     said = doctor.which_format(findings(step=20_000.0), subject("folder"))
     assert said.startswith("a .pack of short side 256: about 39,076 images/s")
     none = findings(
-        step=20_000.0, forms={"beton": Form(bytes=30e3, decode_one=101.0, convert=0.01)}
+        step=20_000.0, forms={"beton": FormatTrial(bytes=30e3, decode_one=101.0, convert=0.01)}
     )
     assert doctor.which_format(none, subject("folder")).startswith("keep the folder: no other")
 

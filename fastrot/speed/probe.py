@@ -56,7 +56,7 @@ Told = Callable[[str, float], None]  # the stage that goes on, and the seconds s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class FormatTrial:
     """The pictures as another format would hold them."""
 
     bytes: float  # a picture
@@ -65,7 +65,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class Measurements:
     """What was measured. Rates are images/s; None: there is no such stage, or it was not measured."""
 
     images: int  # of the data
@@ -92,7 +92,7 @@ class Findings:
     short: int  # pixels that a converted picture's short side has at most
     median_short: int  # pixels, of the data's pictures
     pack_bytes: int  # of the whole data as a .pack of that short side
-    forms: dict[str, Form]
+    forms: dict[str, FormatTrial]
     damaged: tuple[str, ...]  # pictures that could not be read, a sentence each
     ceilings: bounds.Ceilings
     measured: bounds.Measured
@@ -150,7 +150,7 @@ def examine(
     workers: int,
     budget: TimeBudget,
     val: Data | None = None,
-) -> Findings:
+) -> Measurements:
     """Time every stage. `cfg`: resolved, its precision chosen. Raises UsageError for data that cannot train it.
 
     Placing the data, building and compiling the net are not counted in the budget's seconds.
@@ -188,7 +188,7 @@ def examine(
     measured = _measured(together, *whole)
     sizes = data.sizes(np.arange(data.rows))
     looked["damaged"] = tuple(sorted(looked["damaged"] | loader.skipped))
-    return Findings(
+    return Measurements(
         images=data.rows,
         workers=workers,
         batch=cfg.batch,
@@ -210,7 +210,7 @@ def examine(
 
 
 def _loading(loader: Loader, workers: int, budget: TimeBudget) -> dict[str, Any]:
-    """What Findings knows of loading, by its names: pictures read, decoded, and tried in other formats."""
+    """What Measurements knows of loading, by its names: pictures read, decoded, and tried in other formats."""
     data, draw = loader.data, np.random.default_rng(loader.seed)
     rows = draw.choice(data.rows, min(data.rows, SAMPLE), replace=False).astype(np.int64)
     reading = _read(data, rows, workers, budget)
@@ -420,7 +420,7 @@ def pack_bytes(data: Any, sizes: Int32[np.ndarray, "n 2"], short: int) -> int:
 
 def _formats(
     data: Any, rows: Int64[np.ndarray, " n"], short: int, view: View, budget: TimeBudget
-) -> dict[str, Form]:
+) -> dict[str, FormatTrial]:
     """What some of the pictures are as a .beton and as a .pack; nothing of data that has no pictures."""
     seconds = budget.begin("other formats", SHARES["formats"])
     if data.format in ("synthetic", "pack"):
@@ -448,7 +448,7 @@ def _formats(
             size = sum(record_of(tried, row).nbytes for row in everyone.tolist()) / tried.rows
             budget.begin(f"decoding as a .{name}", SHARES["formats"] / 4)
             rate = _rate(loader, everyone, min(16, tried.rows), 0, budget)
-            forms[name] = Form(bytes=size, decode_one=rate, convert=convert)
+            forms[name] = FormatTrial(bytes=size, decode_one=rate, convert=convert)
     return forms
 
 
