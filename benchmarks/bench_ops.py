@@ -763,7 +763,7 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_norm(device, seconds / 4, peak, *few, dtype)
 
 
-def in_words(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any]) -> str:
     """What `measure.say` leaves out."""
     of = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
     told = [f" of {of}, {row['dtype']}"]
@@ -788,7 +788,7 @@ def main() -> int:
         try:
             for each in part:
                 measure.append(out, each)
-                measure.say(each, in_words(each))
+                measure.say(each, describe(each))
         except Exception:  # the other parts are wanted all the same
             traceback.print_exc()
             failed = 1

@@ -250,7 +250,7 @@ class FullPack:
     def nbytes(self) -> int:
         return int(self._first[-1]) * WIDTH[self.few.encoding]
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         return [
             f"{self.rows:,} pictures, {self.few.rows:,} different ones, each a copy of its own: "
             f"{self.nbytes / 1e9:.1f} GB in the device's memory"

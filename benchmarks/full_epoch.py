@@ -114,7 +114,7 @@ def timed(
         journal = Journal(folder, steps=len(loader), resumed_at=0, judged=0, tensorboard=False)
         until_the_end.callback(journal.close)
         preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
-        journal.say(*loader.data.in_words())  # type: ignore[attr-defined]
+        journal.say(*loader.data.describe())  # type: ignore[attr-defined]
         run = Run(loader, None, journal, cfg, nothing, nothing, preemption, StepTimer(state.device))
         train = seconds(lambda: loop.fit(state, run))
         assert state.step == len(loader)

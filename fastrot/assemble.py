@@ -323,7 +323,7 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
     path = checkpoint.of_run(run)
     state = checkpoint.load(path)
     cfg, known = config.from_plain(state["config"]), state["facts"]
-    cfg = dataclasses.replace(cfg, method=METHODS[type(cfg.method)].bare(cfg.method))
+    cfg = dataclasses.replace(cfg, method=METHODS[type(cfg.method)].for_inference(cfg.method))
     built = method(
         cfg,
         DataInfo(

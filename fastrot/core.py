@@ -112,7 +112,7 @@ class Data(Protocol):
     """Prepared pictures, opened once per process; knows its format and nothing of order or boxes.
 
     It may have `place(rows, device)`, which a Loader calls with the rows (None: all) that it will ask for, and
-    `in_words()`, lines for the beginning of a run, and `decoder`, who decodes where that is not fastrot itself.
+    `describe()`, lines for the beginning of a run, and `decoder`, who decodes where that is not fastrot itself.
     """
 
     rows: int
@@ -158,7 +158,7 @@ class Method(ABC):
         return False
 
     @staticmethod
-    def bare(cfg: Any) -> Any:  # *
+    def for_inference(cfg: Any) -> Any:  # *
         """The config without what training alone needs: for a net that is asked, not trained."""
         return cfg
 
@@ -186,10 +186,10 @@ class Method(ABC):
         """What the net says of the four turns, [4 b, 4] image-major; None: it is not asked."""
         return None
 
-    def told_length(self, epochs: int, begins: Callable[[int], int]) -> None:  # noqa: B027
+    def set_schedule(self, epochs: int, begins: Callable[[int], int]) -> None:  # noqa: B027
         """Once, before the first step: the run's epochs, and `begins(E)`, that in which the paper's E begins."""
 
-    def first(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 (a default that does nothing)
+    def before_first_step(self, outputs: Any, batch: Batch) -> None:  # noqa: B027 (a default that does nothing)
         """Once, before the first loss of a run."""
 
     def after_step(self, outputs: Any, batch: Batch, losses: Losses) -> None:  # noqa: B027
@@ -202,10 +202,10 @@ class Method(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027
         """What `state_dict` gave."""
 
-    def agree(self) -> dict[str, Any]:
+    def resume_contract(self) -> dict[str, Any]:
         """What a resumed run must agree with, beyond the config."""
         return {}
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Lines for the beginning of a run: what people should know of it."""
         return []

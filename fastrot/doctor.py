@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         found = probe.examine(cfg, data, device, workers=workers, budget=budget, val=val)
     found = dataclasses.replace(found, opened=opened + found.opened)
     subject = Subject(cfg, str(getattr(data, "format", "")), surroundings(device))
-    print("\n".join(entry.printable(line) for line in in_words(found, subject)))
+    print("\n".join(entry.printable(line) for line in describe(found, subject)))
     if wanted.json is not None:
         from fastrot.disk import replace_bytes
 
@@ -372,7 +372,7 @@ def _taken(found: "Measurements") -> str:
 # ---- in words ----
 
 
-def in_words(found: "Measurements", subject: Subject) -> list[str]:
+def describe(found: "Measurements", subject: Subject) -> list[str]:
     """All of it, as lines."""
     from fastrot import machine
     from fastrot.training.journal import table

@@ -46,7 +46,7 @@ def status(main: Callable[[], int | None]) -> int:
     except (UsageError, RunError, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
-        complain(in_words(error), last=isinstance(error, PeerLost))
+        complain(describe(error), last=isinstance(error, PeerLost))
         code = 2 if isinstance(error, UsageError) else 1
     except Preempted as warned:  # who saved has said so
         code = 128 + warned.signal
@@ -58,7 +58,7 @@ def status(main: Callable[[], int | None]) -> int:
     return code
 
 
-def in_words(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """One sentence for people."""
     if not isinstance(error, OSError):
         return str(error)

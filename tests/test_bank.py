@@ -133,7 +133,7 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
 
     def steps(method: Decoupling, rank: int, first=None):
         batch, outputs = a_batch(index[rank], step=6), method.net.heads(seen[rank])
-        method.first(outputs, batch)
+        method.before_first_step(outputs, batch)
         of_first = method.mean_exp.clone()
         if first is not None:
             method.mean_exp = first.clone()

@@ -111,7 +111,7 @@ def test_losses_and_gradients_are_the_originals(name):
     batch = a_batch(case["index"], meta["epoch"])
     outputs = method.net.heads(feature)
     if meta["Z_in"] < 0:
-        method.first(outputs, batch)
+        method.before_first_step(outputs, batch)
     losses = method.losses(outputs, batch)
     losses.total.backward()
     exact = dict(rtol=1e-12, atol=1e-14)
@@ -179,7 +179,7 @@ def test_six_steps_are_the_originals():
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64
     )
-    method.told_length(245, state.rates.begins)
+    method.set_schedule(245, state.rates.begins)
     exact = dict(rtol=1e-11, atol=1e-12)
     for step, epoch in enumerate(file["epochs"].tolist()):
         state.step = epoch
@@ -298,7 +298,7 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
     )
     method = small(cfg)
     schedule = PRESETS["decoupling-alexnet"]().schedule
-    method.told_length(49, Rates(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
+    method.set_schedule(49, Rates(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
     outputs = method.net.heads(features(3))
     index = torch.tensor([2, 8, 5])
     each = torch.nn.functional.cross_entropy(
@@ -314,11 +314,11 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
         torch.testing.assert_close(
             found[epoch], (weights.flatten() * each).mean(), rtol=1e-6, atol=0
         )
-    assert method.agree()["pu_table"] == table.digest
+    assert method.resume_contract()["pu_table"] == table.digest
     with pytest.raises(
         UsageError, match=r"--method.pu-from 210 is epoch 3 of this run, which ends"
     ):
-        method.told_length(3, Rates(schedule, epochs=3, batches=1, steps=3).begins)
+        method.set_schedule(3, Rates(schedule, epochs=3, batches=1, steps=3).begins)
 
 
 def test_a_moving_z_follows_the_batches():
@@ -328,14 +328,14 @@ def test_a_moving_z_follows_the_batches():
     before, now = method.mean_exp.clone(), losses.metrics["z"] / 9
     method.after_step(outputs, batch, losses)
     torch.testing.assert_close(method.mean_exp, 0.99 * before + 0.01 * now)
-    method.first(outputs, batch)  # the same rows no more: the bank has been written
+    method.before_first_step(outputs, batch)  # the same rows no more: the bank has been written
 
 
 def test_z_of_the_first_batch_is_the_mean_over_positives_and_negatives():
     method = small(Decoupling(dim=5, negatives=40))
     outputs, batch = method.net.heads(features(3)), a_batch([1, 2, 3])
     expected = method.losses(outputs, batch).metrics["z"] / 9
-    method.first(outputs, batch)
+    method.before_first_step(outputs, batch)
     torch.testing.assert_close(method.mean_exp, expected)
 
 
@@ -367,7 +367,7 @@ def test_a_fresh_model_costs_what_the_original_does():
     batch = a_batch(torch.arange(8), crops=crops)
     with torch.no_grad():
         outputs = method.net(method.views(batch))
-        method.first(outputs, batch)
+        method.before_first_step(outputs, batch)
         losses = method.losses(outputs, batch)
     assert losses.terms["loss_cls"].item() == pytest.approx(np.log(4), abs=0.15)
     expected = np.log(4096) + 1 / (2 * 128 * 0.07**2) + 1
@@ -436,7 +436,7 @@ def test_the_knobs_of_the_instance_term_reach_it():
     def value(**knobs) -> tuple[float, torch.Tensor]:
         method = small(Decoupling(**(dict(dim=5, negatives=40) | knobs)))
         outputs = method.net.heads(features(3))
-        method.first(outputs, batch)
+        method.before_first_step(outputs, batch)
         losses = method.losses(outputs, batch)
         method.after_step(outputs, batch, losses)
         assert method.bank is not None
@@ -467,7 +467,7 @@ def test_pu_from_is_scaled_too_and_as_published_is_not():
     schedule = PRESETS["decoupling-alexnet"]().schedule
     rates = Rates(schedule, epochs=49, batches=1, steps=49)
     method = small(Decoupling(dim=5, pu_from=100))
-    method.told_length(49, rates.begins)
+    method.set_schedule(49, rates.begins)
     assert method.pu_epoch == 20
     printed = dataclasses.replace(schedule, as_published=True)
     assert Rates(printed, epochs=49, batches=1, steps=49).begins(210) == 210

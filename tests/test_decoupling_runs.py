@@ -149,11 +149,11 @@ def test_terms_are_shown_where_there_are_several():
         "z": 9,
     }
     shown = "loss 3.0000  loss_cls 1.0000  loss_nce 2.0000  prec_cls 50.0%"
-    assert journal._in_words(line) == shown
+    assert journal._describe(line) == shown
     alone = {"step": 3, "loss": 3.0, "accuracy": 0.5, "loss_cls": 3.0}
-    assert journal._in_words(alone) == "loss 3.0000  accuracy 50.0%"
+    assert journal._describe(alone) == "loss 3.0000  accuracy 50.0%"
     judged = {"loss": 7.0, "val_loss": 1.0, "val_prec_inv": 0.25, "val_loss_inv": 1.4}
-    assert journal._in_words(judged, "val_") == "loss 1.0000  prec_inv 25.0%  loss_inv 1.4000"
+    assert journal._describe(judged, "val_") == "loss 1.0000  prec_inv 25.0%  loss_inv 1.4000"
 
 
 def test_a_validation_without_accuracy_comes_again_too(tmp_path):

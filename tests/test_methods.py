@@ -74,7 +74,7 @@ def test_loss_falls_on_one_batch(kind):
 def test_losses_write_nothing(kind):
     method = build(kind)
     outputs = method.net(method.views(batch()))
-    method.first(outputs, batch())
+    method.before_first_step(outputs, batch())
     before = {k: v.clone() for k, v in everything(method).items()}
     first = method.losses(outputs, batch())
     again = method.losses(outputs, batch())

@@ -69,7 +69,7 @@ def test_warm_up_rises_step_by_step():
 
 
 def test_words_name_each_change():
-    words = list(Rates(Schedule(), epochs=10, batches=3, steps=30).in_words())
+    words = list(Rates(Schedule(), epochs=10, batches=3, steps=30).describe())
     assert words[0] == "learning rate 0.01 in epochs 0 to 2"
     assert len(words) == 4
 

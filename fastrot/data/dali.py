@@ -86,7 +86,7 @@ class ThroughDali:
             raise AttributeError(name)
         return getattr(self.data, name)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """For the beginning of a run: what decodes."""
         return [f"pictures are decoded by {self.decoder}, in our order"]
 

@@ -105,11 +105,11 @@ class Bank:
             )
         self.rows.copy_(rows[self._rank :: self._world])
 
-    def agree(self) -> dict[str, Any]:
+    def resume_contract(self) -> dict[str, Any]:
         """What a resumed run's bank must be like."""
         return {"rows": self.images, "dim": self.rows.shape[1]}
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         bytes_each = self.rows.numel() * self.rows.element_size()
         what = f"{len(self.rows):,} x {self.rows.shape[1]} {str(self.rows.dtype).removeprefix('torch.')}"
         if not self.sharded:

@@ -92,10 +92,10 @@ class Decoupling(Method):
         return cfg.bank == "sharded" and _has_bank(cfg)
 
     @staticmethod
-    def bare(cfg: config.Decoupling) -> config.Decoupling:
+    def for_inference(cfg: config.Decoupling) -> config.Decoupling:
         return dataclasses.replace(cfg, pu_table=None, bank="replicated")
 
-    def told_length(self, epochs: int, begins: Callable[[int], int]) -> None:
+    def set_schedule(self, epochs: int, begins: Callable[[int], int]) -> None:
         self.pu_epoch = begins(self.cfg.pu_from)
         if self.weights is not None and self.pu_epoch >= epochs:
             raise UsageError(
@@ -120,7 +120,7 @@ class Decoupling(Method):
             exclude_self=self.cfg.exclude_self,
         )
 
-    def first(self, outputs: Parts, batch: Batch) -> None:
+    def before_first_step(self, outputs: Parts, batch: Batch) -> None:
         """Z, from the first batch of all ranks."""
         if self._wants_z():
             assert self.bank is not None
@@ -208,12 +208,12 @@ class Decoupling(Method):
             own = each[dist.rank()] if len(each) == dist.world() else each.mean()
             self.mean_exp = own.clone()
 
-    def agree(self) -> dict[str, Any]:
-        found: dict[str, Any] = {} if self.bank is None else {"bank": self.bank.agree()}
+    def resume_contract(self) -> dict[str, Any]:
+        found: dict[str, Any] = {} if self.bank is None else {"bank": self.bank.resume_contract()}
         return found if self.table_digest is None else found | {"pu_table": self.table_digest}
 
-    def in_words(self) -> list[str]:
-        lines = [] if self.bank is None else [self.bank.in_words()]
+    def describe(self) -> list[str]:
+        lines = [] if self.bank is None else [self.bank.describe()]
         if self.weights is not None:
             lines.append(f"PU weights from epoch {self.pu_epoch} on, of {self.cfg.pu_table}")
         return lines

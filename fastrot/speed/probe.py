@@ -482,7 +482,7 @@ def _state(cfg: Config, loader: Loader, device: torch.device) -> TrainState:
     method = assemble.method(cfg, info)
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rates = Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=QUIET)
-    method.told_length(1, rates.begins)
+    method.set_schedule(1, rates.begins)
     return TrainState(
         method=method,
         net=method.net,

@@ -141,11 +141,11 @@ class Journal:
 
     def _show(self, line: dict[str, Any]) -> None:
         if "val_loss" in line:
-            text = f"validation {_in_words(line, 'val_')}"
+            text = f"validation {_describe(line, 'val_')}"
             self.say(f"step {line['step']}  epoch {line['epoch']}  {text}")
             return
         figures = (
-            f"{_in_words(line)}  {line['images_per_s']:.0f} images/s  "
+            f"{_describe(line)}  {line['images_per_s']:.0f} images/s  "
             f"waiting for data {line['wait_share']:.1%}"
         )
         if self._bar is not None:
@@ -160,7 +160,7 @@ class Journal:
             self._log.flush()
 
 
-def _in_words(line: dict[str, Any], prefix: str = "") -> str:
+def _describe(line: dict[str, Any], prefix: str = "") -> str:
     """Loss and accuracy, then the terms and other precisions as the method names them."""
     values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     terms = [k for k in values if k.startswith(("loss_", "prec_"))]

@@ -132,7 +132,7 @@ def _step(state: TrainState, batch: Batch) -> Losses:
     with state.autocast():
         outputs = state.net(views)
     if state.fresh:
-        state.method.first(outputs, batch)
+        state.method.before_first_step(outputs, batch)
         state.fresh = False
     losses = state.method.losses(outputs, batch)
     state.descend(losses.total)

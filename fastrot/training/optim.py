@@ -145,7 +145,7 @@ class Rates:
         paper, length = self._lengths()
         return -(-published * length // paper)
 
-    def in_words(self) -> Iterable[str]:
+    def describe(self) -> Iterable[str]:
         """The schedule as it will run, a line a change."""
         if self.schedule.kind != "table":
             shape = {"constant": "stays there"}.get(

@@ -164,7 +164,7 @@ def _train(
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     torch.manual_seed(cfg.seed)
     method = assemble.method(cfg, info)
-    run_identity["method"] = method.agree()
+    run_identity["method"] = method.resume_contract()
     if saved is not None and saved["facts"]["method"] != run_identity["method"]:
         raise UsageError(
             f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
@@ -186,7 +186,7 @@ def _train(
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_identity |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
     run_identity |= {"classes": info.classes}
-    method.told_length(state.rates.epochs, state.rates.begins)
+    method.set_schedule(state.rates.epochs, state.rates.begins)
     if here.world > 1:
         loop.settle(state, next(iter(loader.epoch(0))))
     if saved is not None:
@@ -238,7 +238,7 @@ def _train(
             summary |= _bound(cfg, state, step_timer, work, loader, _before(run, state.step))
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
             _draw(run, state, shown)
-            journal.say(*_in_words(summary, run))
+            journal.say(*_describe(summary, run))
     finally:
         journal.close()
 
@@ -582,9 +582,9 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_identity, sav
             if state.device.type == "cpu"
             else ""
         ),
-        *getattr(loader.data, "in_words", list)(),
-        *state.rates.in_words(),
-        *state.method.in_words(),
+        *getattr(loader.data, "describe", list)(),
+        *state.rates.describe(),
+        *state.method.describe(),
         *([_GRAPH] if cfg.graph else []),
     ]
     paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else run_identity["global_batch"]
@@ -671,7 +671,7 @@ def _summary(
         "val_loss": progress.val.get("loss"),
         "val": progress.val,
         "chance": 1 / answers,
-        "method": state.method.in_words(),
+        "method": state.method.describe(),
         "skipped_records": progress.skipped,
         "device": machine.device_name(device),
         "versions": machine.versions(),
@@ -714,7 +714,7 @@ def _before(run: Path, step: int) -> dict[str, Any]:
     return summary if summary.get("steps") == step else {}
 
 
-def _in_words(summary: dict[str, Any], run: Path) -> list[str]:
+def _describe(summary: dict[str, Any], run: Path) -> list[str]:
     def share(value: float | None) -> str:
         return "not measured" if value is None else f"{value:.1%}"
 

@@ -157,8 +157,8 @@ def test_a_box_outside_its_picture_is_an_error_in_both_forms(files):
 
 
 def test_which_form_runs_is_said(files, monkeypatch):
-    assert "C++ extension, built with libjpeg-turbo" in open_data(files["jpg"]).in_words()[0]
+    assert "C++ extension, built with libjpeg-turbo" in open_data(files["jpg"]).describe()[0]
     monkeypatch.setenv(native.SETTING, "0")
-    (line,) = open_data(files["jpg"]).in_words()
+    (line,) = open_data(files["jpg"]).describe()
     assert "simplejpeg" in line
     assert "FASTROT_NATIVE=0" in line

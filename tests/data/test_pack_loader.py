@@ -80,7 +80,7 @@ def test_crops_are_those_of_the_decoded_pictures(folder, form, workers, monkeypa
     (found,) = data.pictures([request], CPU, workers)
     assert equal(found, wanted(data, request))
     words = "C++ extension" if form == "c" else "without the C++ extension: FASTROT_NATIVE=0"
-    assert words in data.in_words()[0]
+    assert words in data.describe()[0]
 
 
 def test_a_pack_says_what_it_holds(folder):
@@ -248,10 +248,10 @@ def test_a_view_is_placed_once_and_the_choice_is_said(folder, monkeypatch):
     assert "are in GPU memory (--placement resident); the GPU had 130.0 of 140.0 GB" in str(
         data._said
     )
-    assert data.in_words() == data._said
+    assert data.describe() == data._said
     data = Pack(folder, "pinned")
     data.place(None, CUDA)
-    assert "are in host memory, copied ahead (--placement pinned)" in data.in_words()[0]
+    assert "are in host memory, copied ahead (--placement pinned)" in data.describe()[0]
 
 
 @pytest.mark.parametrize("placement", ["resident", "pinned"])

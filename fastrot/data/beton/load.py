@@ -126,7 +126,7 @@ class Beton:
     def _announce(self, request: CropRequest) -> None:
         announce(request, [file.map for file in self._files], self._places)
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """For the beginning of a run: which form of the reader it is."""
         if self.native:
             return [f"crops are decoded by the C++ extension, {native.why()}"]

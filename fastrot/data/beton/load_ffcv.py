@@ -84,7 +84,7 @@ class FfcvBeton(Beton):
                 f"FFCV would take other bytes of {path} for its pictures: choose --loader beton"
             )
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """For the beginning of a run: what decodes."""
         return [f"crops are decoded by {self.decoder}, in our order"]
 

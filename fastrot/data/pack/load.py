@@ -114,7 +114,7 @@ class Pack:
             * self.file.tiles.shape[1]
         )
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """For the beginning of a run: where the pictures are, and what decodes them."""
         if self._said:
             return self._said
