@@ -49,7 +49,7 @@ class Batch:
     crops: tuple[UInt8[Tensor, "b _s _s 3"], ...]  # one per recipe of the view; sizes may differ
     index: Int64[Tensor, " b"]  # row of the prepared data, the same every epoch
     label: Int64[Tensor, " b"]  # -1 where the data has none
-    clock: Int64[Tensor, " 2"]  # (epoch, step) on the device: a captured graph reads today's
+    epoch_step: Int64[Tensor, " 2"]  # (epoch, step) on the device: a captured graph reads today's
 
     @property
     def images(self) -> UInt8[Tensor, "b _s _s 3"]:

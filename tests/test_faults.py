@@ -466,7 +466,7 @@ def test_a_net_gone_bad_leaves_a_checkpoint_that_loads(straight, pictures, tmp_p
 
     def poisoned(self, batch):
         pixels = views(self, batch)
-        return pixels * math.nan if batch.clock[1] == 12 else pixels
+        return pixels * math.nan if batch.epoch_step[1] == 12 else pixels
 
     monkeypatch.setattr(RotNet, "views", poisoned)
     with pytest.raises(

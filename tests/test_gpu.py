@@ -152,7 +152,7 @@ def test_crops_on_the_gpu_are_those_of_the_cpu(pictures):
     for host, device in zip(*both, strict=True):
         assert torch.equal(host.images, device.images.cpu())
         assert torch.equal(host.index, device.index.cpu())
-        assert torch.equal(host.clock, device.clock.cpu())
+        assert torch.equal(host.epoch_step, device.epoch_step.cpu())
 
 
 TASKS = {

@@ -148,8 +148,8 @@ def test_a_recorded_step_keeps_nothing_of_the_callers_batch():
     train_step(state, given)
     assert state.graphed is not None
     assert state.graphed.batch is not None
-    mine = [*state.graphed.batch.crops, state.graphed.batch.index, state.graphed.batch.clock]
-    others = [*given.crops, given.index, given.clock]
+    mine = [*state.graphed.batch.crops, state.graphed.batch.index, state.graphed.batch.epoch_step]
+    others = [*given.crops, given.index, given.epoch_step]
     for held, new in zip(mine, others, strict=True):
         assert torch.equal(held, new)
         assert held.data_ptr() != new.data_ptr()

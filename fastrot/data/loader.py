@@ -167,7 +167,7 @@ class Loader:
             crops=crop,
             index=torch.from_numpy(index),
             label=torch.from_numpy(self.data.labels[index]),
-            clock=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
+            epoch_step=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
         )
 
     def _sound_places(self, request: CropRequest) -> np.ndarray:
@@ -274,13 +274,13 @@ def _to(batch: Batch, device: torch.device) -> Batch:
         tuple(send(crop) for crop in batch.crops),
         send(batch.index),
         send(batch.label),
-        send(batch.clock),
+        send(batch.epoch_step),
     )
 
 
 def _joined(batch: Batch, copied: torch.cuda.Event) -> Batch:
     main = torch.cuda.current_stream(batch.index.device)
     main.wait_event(copied)
-    for tensor in (*batch.crops, batch.index, batch.label, batch.clock):
+    for tensor in (*batch.crops, batch.index, batch.label, batch.epoch_step):
         tensor.record_stream(main)  # its memory is not handed out again before main is done with it
     return batch

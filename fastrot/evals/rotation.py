@@ -93,5 +93,5 @@ def _filled(batch: Batch, size: int) -> Batch:
         tuple(crop[places.to(crop.device)] for crop in batch.crops),
         batch.index[places],
         batch.label[places],
-        batch.clock,
+        batch.epoch_step,
     )

@@ -116,7 +116,7 @@ class Decoupling(Method):
             self.cfg.negatives,
             self.info.seed,
             batch.index,
-            batch.clock[1],
+            batch.epoch_step[1],
             exclude_self=self.cfg.exclude_self,
         )
 
@@ -228,7 +228,7 @@ class Decoupling(Method):
         if self.weights is None:
             return 1.0
         weights = self.weights[batch.index].flatten().to(like.dtype)
-        return torch.where(batch.clock[0] >= self.pu_epoch, weights, torch.ones_like(weights))
+        return torch.where(batch.epoch_step[0] >= self.pu_epoch, weights, torch.ones_like(weights))
 
     def _contrasted(
         self, embedding: Tensor, batch: Batch

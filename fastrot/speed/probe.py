@@ -505,7 +505,7 @@ def _held(data: Data, view: View, batch: int, device: torch.device) -> Batch:
         crops=tuple(crop.to(device) for crop in crops),
         index=torch.from_numpy(index).to(device),
         label=torch.from_numpy(data.labels[index]).to(device),
-        clock=torch.zeros(2, dtype=torch.int64, device=device),
+        epoch_step=torch.zeros(2, dtype=torch.int64, device=device),
     )
 
 

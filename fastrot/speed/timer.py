@@ -133,7 +133,7 @@ def blank(view: View, images: int, device: torch.device) -> Batch:
         ),
         index=torch.arange(images, device=device),
         label=torch.zeros(images, dtype=torch.int64, device=device),
-        clock=torch.zeros(2, dtype=torch.int64, device=device),
+        epoch_step=torch.zeros(2, dtype=torch.int64, device=device),
     )
 
 

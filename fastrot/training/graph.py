@@ -100,7 +100,7 @@ class Graphed:
 
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
-    return (*batch.crops, batch.index, batch.label, batch.clock)
+    return (*batch.crops, batch.index, batch.label, batch.epoch_step)
 
 
 def _room_for(batch: Batch) -> Batch:
@@ -108,7 +108,7 @@ def _room_for(batch: Batch) -> Batch:
         tuple(torch.empty_like(crop) for crop in batch.crops),
         torch.empty_like(batch.index),
         torch.empty_like(batch.label),
-        torch.empty_like(batch.clock),
+        torch.empty_like(batch.epoch_step),
     )
 
 

@@ -78,7 +78,7 @@ def test_in_training_a_neighbour_stands_in(pair, workers, caplog):
                 places[place] = places[place - 1]  # none of its neighbours is damaged too
         assert torch.equal(other.index, sound.index[places])
         assert torch.equal(other.label, sound.label[places])
-        assert torch.equal(other.clock, sound.clock)
+        assert torch.equal(other.epoch_step, sound.epoch_step)
         for a, b in zip(other.crops, sound.crops, strict=True):
             assert torch.equal(a, b[places])
     assert met == len(loader.skipped) > 0

@@ -167,7 +167,7 @@ def test_batches_are_those_of_our_reader_but_for_the_resampler(written, kind):
         open_loader(written[kind], RANDOM, batch=8, workers=2, loader="ffcv").epoch(1),
         strict=True,
     ):
-        for name in ("index", "label", "clock"):
+        for name in ("index", "label", "epoch_step"):
             assert torch.equal(getattr(a, name), getattr(b, name))
         apart.append((a.images.float() - b.images.float()).abs())
     assert torch.cat(apart).mean() < 3  # grey levels; another box or flip is over 20 apart

@@ -113,7 +113,7 @@ def same(a, b) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x.index, y.index)
         and torch.equal(x.label, y.label)
-        and torch.equal(x.clock, y.clock)
+        and torch.equal(x.epoch_step, y.epoch_step)
         and all(torch.equal(s, t) for s, t in zip(x.crops, y.crops, strict=True))
         for x, y in zip(a, b, strict=True)
     )
@@ -147,7 +147,7 @@ def test_an_epoch_in_training(data):
         assert batch.images.shape == (BATCH, 24, 24, 3)
         assert batch.images.dtype == torch.uint8
         assert batch.label.tolist() == data.labels[batch.index.numpy()].tolist()
-        assert batch.clock.tolist() == [3, 3 * len(batches) + k]
+        assert batch.epoch_step.tolist() == [3, 3 * len(batches) + k]
     seen = [i for batch in batches for i in batch.index.tolist()]
     assert len(set(seen)) == len(seen)
     assert seen != sorted(seen)
@@ -362,7 +362,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
             apart = (a.images.int() - b.images.cpu().int()).abs().float()
             assert not apart.any() if same_pixels else apart.mean() < 3
             assert torch.equal(a.index, b.index.cpu())
-            assert torch.equal(a.clock, b.clock.cpu())
+            assert torch.equal(a.epoch_step, b.epoch_step.cpu())
 
 
 def test_the_fingerprint_knows_the_rows(data, tmp_path):
