@@ -45,7 +45,7 @@ from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES, Batch
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.session import choose_precision
 
 PICTURES, HELD_OUT, BATCH = 1_281_167, 50_000, 192  # ImageNet's, and the paper's
@@ -320,7 +320,7 @@ def ours(cfg: Config, beton: Path, device: torch.device, bank: int) -> dict[str,
         method=method,
         net=assemble.wrapped(method.net, cfg, device),
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=1, batches=1, steps=10**9, lr=cfg.lr),
+        schedule=LRSchedule(cfg.schedule, epochs=1, batches=1, steps=10**9, lr=cfg.lr),
         device=device,
         dtype=known.dtype,
     )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_conversion [--root FOLDER] [--out FILE.jsonl or FOLDER] [--quick]
 
-The originals are linked several times over and converted at short side 256 and quality 90. Rates are per CPU-second of
+The originals are linked several times over and converted at short side 256 and quality 90. LRSchedule are per CPU-second of
 the process and its workers: busy neighbours change them little.
 """
 

@@ -5,7 +5,7 @@
 The originals are prepared once in each format (contestants.py), at short side 256 and quality 90, into --work. All
 loaders then make 224-pixel random-resized, mirrored crops with as many workers as there are cores, in turns (A B C A B
 C ...), each as one long epoch over the same pictures again and again, so that starting workers is not what is measured.
-Rates are per CPU-second of the process and its workers: busy neighbours change them little. Pictures lie in the page cache.
+LRSchedule are per CPU-second of the process and its workers: busy neighbours change them little. Pictures lie in the page cache.
 
 Beside a training step: after each batch a stand-in for the step keeps the device busy, a matrix product on one core
 (on a GPU as many operations as AlexNet's step takes). What it costs by itself is subtracted from nothing: images/s

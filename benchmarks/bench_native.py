@@ -4,7 +4,7 @@
 
 The originals are converted twice, at short side 256 and at long side 400, quality 90, into --work. All readers make
 224-pixel random-resized, mirrored crops with as many workers as there are cores, in turns (A B C A B C ...), each as
-one long epoch: FFCV allocates its buffers anew for each, which would weigh in a short one. Rates are per
+one long epoch: FFCV allocates its buffers anew for each, which would weigh in a short one. LRSchedule are per
 CPU-second of the process and its workers. Pictures lie in the page cache.
 
 A pack's crops are made of random tiles and pixels, of the sizes that the pictures have at short side 256: what their

@@ -16,7 +16,7 @@ from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import TrainState
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.session import choose_precision
 
 WORDS: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ def state_of(
         method=method,
         net=assemble.wrapped(method.net, cfg, device),
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr),
+        schedule=LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr),
         device=device,
         dtype=dtype,
         graphed=Graphed(Cuda(device)) if cfg.graph else None,

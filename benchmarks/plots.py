@@ -111,7 +111,7 @@ def _decoupling(rows: list[dict[str, Any]]):
 
 
 def _cold(rows: list[dict[str, Any]]):
-    """Rates of each order in each mode, and how its batches mix the sorted file's classes."""
+    """LRSchedule of each order in each mode, and how its batches mix the sorted file's classes."""
     found = [row for row in rows if row["what"] == "cold epoch"]
     if not found:
         return None

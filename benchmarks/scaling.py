@@ -44,7 +44,7 @@ from fastrot import assemble, dist, entry
 from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 PICTURES, BATCH = 1_281_167, 192  # ImageNet's, and the paper's
 EXTRA = "one collective more"
@@ -171,7 +171,9 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
         method=method,
         net=net,
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=cfg.lr),
+        schedule=LRSchedule(
+            cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=cfg.lr
+        ),
         device=device,
         dtype=torch.float32,
     )

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fastrot import assemble, config, dist
 from fastrot.ops.nce import drawn
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 STEPS, GLOBAL_BATCH, SIZE = 12, 8, 32
 CROP = config.RandomResized(size=SIZE)
@@ -51,12 +51,12 @@ def main(pictures: str, out: str, name: str) -> None:
     bank = getattr(method, "bank", None)
     if bank is not None:
         bank.rows = bank.rows.double()
-    rates = Rates(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=RATES[name])
+    rates = LRSchedule(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=RATES[name])
     state = TrainState(
         method=method,
         net=assemble.wrapped(method.net, cfg, torch.device("cpu")),
         optimizer=sgd(method.net, cfg.optim, RATES[name]),
-        rates=rates,
+        schedule=rates,
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64
     )

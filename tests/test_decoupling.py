@@ -18,7 +18,7 @@ from fastrot.methods import decoupling
 from fastrot.methods.rotation_table import TurnTable, pu_weights, write
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 T = float(np.float32(0.07))  # what the original's float32 buffer makes of it
 MEAN, STD = config.Config().mean, config.Config().std
@@ -175,15 +175,15 @@ def test_six_steps_are_the_originals():
         method=method,
         net=lambda views: method.net(views.double()),  # the original's images are float32
         optimizer=sgd(method.net, preset.optim, 0.0),
-        rates=Rates(preset.schedule, epochs=245, batches=1, steps=245),
+        schedule=LRSchedule(preset.schedule, epochs=245, batches=1, steps=245),
         device=torch.device("cpu"),
         dtype=torch.float32,  # no autocast: the weights are float64
     )
-    method.set_schedule(245, state.rates.begins)
+    method.set_schedule(245, state.schedule.begins)
     exact = dict(rtol=1e-11, atol=1e-12)
     for step, epoch in enumerate(file["epochs"].tolist()):
         state.step = epoch
-        assert state.rates(epoch) == file["lr"][step]
+        assert state.schedule(epoch) == file["lr"][step]
         method.idx = torch.from_numpy(file[f"idx_step{step}"][:, 1:]).long()
         crops = torch.from_numpy(file["image_u8"][step])
         losses = train_step(state, a_batch(file["index"][step], epoch, step, crops))
@@ -298,7 +298,7 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
     )
     method = small(cfg)
     schedule = PRESETS["decoupling-alexnet"]().schedule
-    method.set_schedule(49, Rates(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
+    method.set_schedule(49, LRSchedule(schedule, epochs=49, batches=1, steps=49).begins)  # a fifth
     outputs = method.net.heads(features(3))
     index = torch.tensor([2, 8, 5])
     each = torch.nn.functional.cross_entropy(
@@ -318,7 +318,7 @@ def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
     with pytest.raises(
         UsageError, match=r"--method.pu-from 210 is epoch 3 of this run, which ends"
     ):
-        method.set_schedule(3, Rates(schedule, epochs=3, batches=1, steps=3).begins)
+        method.set_schedule(3, LRSchedule(schedule, epochs=3, batches=1, steps=3).begins)
 
 
 def test_a_moving_z_follows_the_batches():
@@ -465,14 +465,14 @@ def test_the_weights_of_the_terms_scale_them():
 
 def test_pu_from_is_scaled_too_and_as_published_is_not():
     schedule = PRESETS["decoupling-alexnet"]().schedule
-    rates = Rates(schedule, epochs=49, batches=1, steps=49)
+    rates = LRSchedule(schedule, epochs=49, batches=1, steps=49)
     method = small(Decoupling(dim=5, pu_from=100))
     method.set_schedule(49, rates.begins)
     assert method.pu_epoch == 20
     printed = dataclasses.replace(schedule, as_published=True)
-    assert Rates(printed, epochs=49, batches=1, steps=49).begins(210) == 210
+    assert LRSchedule(printed, epochs=49, batches=1, steps=49).begins(210) == 210
     for epochs in (49, 50, 100, 245, 300):  # the switch comes with the rate's restart, never apart
-        rates = Rates(schedule, epochs=epochs, batches=1, steps=epochs)
+        rates = LRSchedule(schedule, epochs=epochs, batches=1, steps=epochs)
         at = rates.begins(210)
         assert [rates.of_epoch(at - 1), rates.of_epoch(at)] == [1e-5, 1e-4]
 
@@ -504,7 +504,7 @@ def test_half_precision_stays_inside_the_network(dtype):
         method=method,
         net=method.net,
         optimizer=sgd(method.net, cfg.optim, 0.01),
-        rates=Rates(cfg.schedule, epochs=1, batches=9, steps=9),
+        schedule=LRSchedule(cfg.schedule, epochs=1, batches=9, steps=9),
         device=torch.device("cpu"),
         dtype=dtype,
     )

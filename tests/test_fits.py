@@ -16,7 +16,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.speed import memory
 from fastrot.training import loop
 from fastrot.training.loop import TrainState
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 ROOT = Path(__file__).parents[1]
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -149,7 +149,7 @@ def state_of(pictures, momentum: bool) -> tuple[TrainState, config.Config, assem
         method=method,
         net=method.net,
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=1, batches=9, steps=9, lr=0.1),
+        schedule=LRSchedule(cfg.schedule, epochs=1, batches=9, steps=9, lr=0.1),
         device=CPU,
         dtype=torch.float32,
     )

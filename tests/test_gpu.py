@@ -18,7 +18,7 @@ from fastrot.speed import bounds
 from fastrot.training import checkpoint, loop, session
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import TrainState, train_step, validate
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -44,7 +44,9 @@ def state_and_loader(data, dtype: torch.dtype, method: str = "rotnet", batch: in
         method=task,
         net=assemble.wrapped(task.net, cfg, CUDA),
         optimizer=sgd(task.net, cfg.optim, 0.05),
-        rates=Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=0.05),
+        schedule=LRSchedule(
+            cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=0.05
+        ),
         device=CUDA,
         dtype=dtype,
         graphed=Graphed(Cuda(CUDA)) if cfg.graph else None,
@@ -308,7 +310,7 @@ def of_fifty(
     table = ((1, 0.01), (3, 0.005))
     schedule = config.Schedule(table=table, epochs=3)
     state, loader = state_and_loader("synthetic:400", dtype, method, schedule=schedule, **knobs)
-    state.rates = Rates(schedule, epochs=3, batches=len(loader), steps=50)
+    state.schedule = LRSchedule(schedule, epochs=3, batches=len(loader), steps=50)
     begun = weights(state)
     losses = fifty(state, loader)
     return losses, weights(state) - begun, begun

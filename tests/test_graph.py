@@ -16,7 +16,7 @@ from fastrot.methods.decoupling import EMA, Decoupling
 from fastrot.training import session
 from fastrot.training.graph import WARM_UP, Graphed, Recorder
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 STEPS, EPOCH = 30, 8  # steps in all, and of an epoch
 MOVING = dict(dim=16, negatives=5, z="ema", proximal=0.1)
@@ -66,7 +66,7 @@ def state_of(method, *, graphed: bool, fused: bool = True) -> TrainState:
         method=method,
         net=method.net,
         optimizer=sgd(method.net, config.Sgd(), 0.0, fused=fused),
-        rates=Rates(schedule, epochs=4, batches=EPOCH, steps=STEPS),
+        schedule=LRSchedule(schedule, epochs=4, batches=EPOCH, steps=STEPS),
         device=torch.device("cpu"),
         dtype=getattr(method.info, "dtype", torch.float32),
         graphed=Graphed(TapeRecorder()) if graphed else None,

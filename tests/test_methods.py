@@ -9,7 +9,7 @@ from fastrot import assemble, config
 from fastrot.core import Batch, DataInfo
 from fastrot.ops.rotate import Cells, folded
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 SIZE, IMAGES, CLASSES = 32, 6, 3
 FITTING = {config.Decoupling: dict(dim=16, negatives=5, contrast="infonce")}  # six pictures
@@ -53,7 +53,7 @@ def state_of(method, lr: float = 0.02) -> TrainState:
         method=method,
         net=method.net,
         optimizer=sgd(method.net, config.Sgd(), lr),
-        rates=Rates(schedule, epochs=1, batches=100, steps=100),
+        schedule=LRSchedule(schedule, epochs=1, batches=100, steps=100),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

@@ -9,7 +9,7 @@ from fastrot.core import DataInfo
 from fastrot.data.synthetic import Synthetic
 from fastrot.training.graph import Cuda, Graphed
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 STEPS, RATE = 50, 0.01
 CROP = config.RandomResized(size=32)
@@ -60,7 +60,7 @@ def run(
         method=task,
         net=assemble.wrapped(task.net, cfg, device),
         optimizer=sgd(task.net, cfg.optim, 0.0),
-        rates=Rates(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=RATE),
+        schedule=LRSchedule(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=RATE),
         device=device,
         dtype=dtype,
         graphed=Graphed(Cuda(device)) if graphed else None,

@@ -11,7 +11,7 @@ from truth import golden
 from fastrot import presets
 from fastrot.config import Schedule, Sgd, UsageError
 from fastrot.training import optim
-from fastrot.training.optim import Rates, load_state, parameter_groups, set_rate, sgd, state_of
+from fastrot.training.optim import LRSchedule, load_state, parameter_groups, set_lr, sgd, state_of
 
 ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",
@@ -26,7 +26,7 @@ def test_rates_are_the_originals(preset):
     schedule = presets.PRESETS[preset]().schedule
     epochs = int(arrays[f"{ORIGINALS[preset]}__epochs"])
     assert schedule.epochs == epochs
-    rates = Rates(schedule, epochs=epochs, batches=10, steps=epochs * 10)
+    rates = LRSchedule(schedule, epochs=epochs, batches=10, steps=epochs * 10)
     mine = [rates(epoch * 10 + k) for epoch in range(epochs + 10) for k in (0, 9)]
     np.testing.assert_array_equal(mine, np.repeat(arrays[f"{ORIGINALS[preset]}__lr"], 2))
 
@@ -34,7 +34,7 @@ def test_rates_are_the_originals(preset):
 @pytest.mark.parametrize("epochs", [1, 7, 10, 25, 49, 50, 51, 100, 333])
 def test_a_table_keeps_its_shape_in_whole_numbers(epochs):
     schedule = presets.PRESETS["rotnet-alexnet"]().schedule
-    rates = Rates(schedule, epochs=epochs, batches=1, steps=epochs)
+    rates = LRSchedule(schedule, epochs=epochs, batches=1, steps=epochs)
     for epoch in range(epochs):
         at = next((r for end, r in schedule.table if epoch * 50 < end * epochs), 1e-5)
         assert rates(epoch) == at
@@ -43,14 +43,14 @@ def test_a_table_keeps_its_shape_in_whole_numbers(epochs):
 
 def test_as_published_keeps_the_tables_epochs():
     schedule = Schedule(as_published=True)
-    rates = Rates(schedule, epochs=20, batches=1, steps=20)
+    rates = LRSchedule(schedule, epochs=20, batches=1, steps=20)
     assert [rates(14), rates(15), rates(19)] == [0.01, 0.001, 0.001]
 
 
 @pytest.mark.parametrize("kind", ["table", "cosine", "linear", "constant"])
 def test_lr_scales_the_schedule_so_that_it_begins_with_it(kind):
-    plain = Rates(Schedule(kind=kind), epochs=50, batches=4, steps=200)
-    scaled = Rates(Schedule(kind=kind), epochs=50, batches=4, steps=200, lr=0.3)
+    plain = LRSchedule(Schedule(kind=kind), epochs=50, batches=4, steps=200)
+    scaled = LRSchedule(Schedule(kind=kind), epochs=50, batches=4, steps=200, lr=0.3)
     assert scaled(0) == pytest.approx(0.3)
     for step in (1, 60, 150, 199):
         assert scaled(step) == pytest.approx(30 * plain(step))
@@ -58,18 +58,18 @@ def test_lr_scales_the_schedule_so_that_it_begins_with_it(kind):
 
 def test_cosine_and_linear_end_at_last():
     for kind in ("cosine", "linear"):
-        rates = Rates(Schedule(kind=kind, last=0.1), epochs=1, batches=100, steps=100)
+        rates = LRSchedule(Schedule(kind=kind, last=0.1), epochs=1, batches=100, steps=100)
         assert rates(100) == pytest.approx(0.001)
         assert rates(50) == pytest.approx(0.01 * 0.55)
 
 
 def test_warm_up_rises_step_by_step():
-    rates = Rates(Schedule(kind="constant", warmup=2.0), epochs=5, batches=10, steps=50)
+    rates = LRSchedule(Schedule(kind="constant", warmup=2.0), epochs=5, batches=10, steps=50)
     assert [rates(0), rates(9), rates(19), rates(40)] == pytest.approx([0.0005, 0.005, 0.01, 0.01])
 
 
 def test_words_name_each_change():
-    words = list(Rates(Schedule(), epochs=10, batches=3, steps=30).describe())
+    words = list(LRSchedule(Schedule(), epochs=10, batches=3, steps=30).describe())
     assert words[0] == "learning rate 0.01 in epochs 0 to 2"
     assert len(words) == 4
 
@@ -107,7 +107,7 @@ def a_net(seed: int = 0) -> nn.Module:
 
 
 def descend(net: nn.Module, optimizer, rate: float, seed: int) -> None:
-    set_rate(optimizer, rate)
+    set_lr(optimizer, rate)
     optimizer.zero_grad()
     draw = torch.Generator().manual_seed(seed)
     net(torch.randn(8, 3, generator=draw)).square().sum().backward()

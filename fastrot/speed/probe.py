@@ -33,7 +33,7 @@ from fastrot.data.pack import layout
 from fastrot.speed import bounds, cost
 from fastrot.speed.bounds import wait_for
 from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import Rates, sgd
+from fastrot.training.optim import LRSchedule, sgd
 
 SHARES = {  # of the seconds; what is left is for all together
     **{"read": 0.08, "decode_one": 0.08, "decode_all": 0.15, "formats": 0.14},
@@ -66,7 +66,7 @@ class FormatTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What was measured. Rates are images/s; None: there is no such stage, or it was not measured."""
+    """What was measured. LRSchedule are images/s; None: there is no such stage, or it was not measured."""
 
     images: int  # of the data
     workers: int  # threads or processes that decode; 0: the one that trains
@@ -481,13 +481,13 @@ def _state(cfg: Config, loader: Loader, device: torch.device) -> TrainState:
     info = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
     method = assemble.method(cfg, info)
     method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rates = Rates(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=QUIET)
-    method.set_schedule(1, rates.begins)
+    schedule = LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=QUIET)
+    method.set_schedule(1, schedule.begins)
     return TrainState(
         method=method,
         net=method.net,
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=rates,
+        schedule=schedule,
         device=device,
         dtype=DTYPES[cfg.precision],
     )

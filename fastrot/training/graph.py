@@ -3,7 +3,7 @@
 Idea.    The host launches a graph at once instead of its hundreds of kernels one by one, so that it cannot fall behind
          the GPU. What is recorded is kernels and addresses, nothing of Python: whatever changes from step to step must
          lie in tensors that are written in place. So the batch and its clock are copied into buffers, the rate is
-         written into its tensor before the graph is played (`optim.set_rate`), and a method's state is updated in place.
+         written into its tensor before the graph is played (`optim.set_lr`), and a method's state is updated in place.
          Gradients and all that a step makes on its way lie in the graph's own memory.
 Bytes.   The batch once more, read and written: B S S 3 and 16 B + 16.
 Order.   Before it is recorded some steps run one by one, on a stream beside the main one, as capture wants it: kernels are

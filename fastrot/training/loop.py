@@ -25,7 +25,7 @@ from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP, Graphed
 from fastrot.training.journal import Journal, Meter
-from fastrot.training.optim import Rates, load_state, set_rate, state_of
+from fastrot.training.optim import LRSchedule, load_state, set_lr, state_of
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 
@@ -56,7 +56,7 @@ class TrainState:
     method: Method
     net: Callable[[Any], Any]  # method.net, perhaps compiled, perhaps wrapped by DDP
     optimizer: torch.optim.Optimizer
-    rates: Rates
+    schedule: LRSchedule
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     step: int = 0  # the optimiser's steps so far
@@ -120,7 +120,7 @@ def train_step(state: TrainState, batch: Batch) -> Losses:
 
     Its numbers hold until the next step.
     """
-    set_rate(state.optimizer, state.rates(state.step))
+    set_lr(state.optimizer, state.schedule(state.step))
     if state.graphed is None:
         return _step(state, batch)
     return state.graphed(functools.partial(_step, state), batch)
@@ -195,13 +195,15 @@ class Run:
 
 
 def fit(state: TrainState, run: Run) -> None:
-    """Train from `state.step` to the end, which is `state.rates.steps` or --max-steps.
+    """Train from `state.step` to the end, which is `state.schedule.steps` or --max-steps.
 
     Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on. Raises
     Preempted when a rank was warned and all is saved, RunError where a number is not finite.
     """
     cfg = run.cfg
-    end = state.rates.steps if cfg.max_steps is None else min(state.rates.steps, cfg.max_steps)
+    end = (
+        state.schedule.steps if cfg.max_steps is None else min(state.schedule.steps, cfg.max_steps)
+    )
     if run.val_loader is not None and state.step == 0:
         state.progress.val_first = _validated(state, run, {"step": 0, "epoch": 0})
     run.at_epoch()
@@ -258,11 +260,11 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
             run.journal.advance(state.step)
             if state.step == first:
                 _collect_for_good()
-            due = state.step % cfg.log_every == 0 or state.step == state.rates.steps
+            due = state.step % cfg.log_every == 0 or state.step == state.schedule.steps
             if due or state.step == end:
                 means = state.meter.read(keep=not due)
                 line = {"step": state.step, "epoch": number, **means, **timer.lap()}
-                line |= {"lr": state.rates(state.step - 1)} | ({} if due else {"partial": True})
+                line |= {"lr": state.schedule(state.step - 1)} | ({} if due else {"partial": True})
                 run.journal.write(line)
                 run.step_timer.line(line["images_per_s"], line["wait_share"])
                 _go_on_only_if_finite(math.isfinite(means["loss"]), state, run.journal.run)
@@ -281,7 +283,9 @@ def _train_epoch(state: TrainState, run: Run, end: int, first: int) -> None:
 def _end_epoch(state: TrainState, run: Run, end: int) -> None:
     """Validation, checkpoint, page."""
     epochs, inside = divmod(state.step, len(run.loader))
-    due = state.step == state.rates.steps or (inside == 0 and epochs % run.cfg.validate_every == 0)
+    due = state.step == state.schedule.steps or (
+        inside == 0 and epochs % run.cfg.validate_every == 0
+    )
     if run.val_loader is not None and (due or state.step == end):
         line = {"step": state.step, "epoch": epochs - (inside == 0)}
         state.progress.val = _validated(state, run, line | ({} if due else {"partial": True}))
@@ -325,7 +329,7 @@ def _end_if_warned(state: TrainState, run: Run) -> None:
         return
     name = signal.Signals(number).name
     where = f"saved at step {state.step}" if state.step else "ended before the first step"
-    sentence = f"{name}: {where} of {state.rates.steps}; the same command goes on there"
+    sentence = f"{name}: {where} of {state.schedule.steps}; the same command goes on there"
     run.journal.say(sentence)
     raise Preempted(number, sentence)
 
@@ -372,7 +376,7 @@ def _go_on_only_if_finite(finite: bool, state: TrainState, run: Path) -> None:
         )
 
 
-def settle(state: TrainState, batch: Batch) -> None:
+def warm_up_ddp(state: TrainState, batch: Batch) -> None:
     """One forward and backward through DDP, forgotten again; before the first step of every start.
 
     DDP puts its gradients into other buckets after its first backward. The order of a sum over three or

@@ -45,7 +45,7 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
     return torch.optim.SGD(groups, lr=lr, fused=fused, **rule)
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
+def set_lr(optimizer: Optimizer, rate: float) -> None:
     """The learning rate of the steps to come. Waits for nothing; not to be recorded in a graph."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -73,7 +73,7 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
-    set_rate(optimizer, float(state["param_groups"][0]["lr"]))
+    set_lr(optimizer, float(state["param_groups"][0]["lr"]))
 
 
 def check_apex() -> Callable[..., Optimizer]:
@@ -102,7 +102,7 @@ def _of_apex(groups: list[dict], **settings: Any) -> Optimizer:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LRSchedule:
     """The learning rate of each step of a run.
 
     A table's pair (E, rate) holds while `epoch * published < E * epochs`, in whole numbers: a run of other

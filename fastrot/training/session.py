@@ -33,7 +33,7 @@ from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.journal import Journal, table
 from fastrot.training.loop import Run, TrainState
-from fastrot.training.optim import Rates, check_apex, sgd
+from fastrot.training.optim import LRSchedule, check_apex, sgd
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
@@ -177,30 +177,30 @@ def _train(
         method=method,
         net=assemble.wrapped(method.net, cfg, device),
         optimizer=sgd(method.net, cfg.optim, 0.0),
-        rates=_rates(cfg, cfg.epochs or 1, len(loader)),
+        schedule=_schedule(cfg, cfg.epochs or 1, len(loader)),
         device=device,
         dtype=DTYPES[cfg.precision],
         graphed=Graphed(Cuda(device)) if cfg.graph else None,
     )
     built.state, built.step_timer = state, StepTimer(device)
     said = _set_length(state, cfg, saved, loader, val_loader)
-    run_identity |= {"epochs": state.rates.epochs, "steps": state.rates.steps}
+    run_identity |= {"epochs": state.schedule.epochs, "steps": state.schedule.steps}
     run_identity |= {"classes": info.classes}
-    method.set_schedule(state.rates.epochs, state.rates.begins)
+    method.set_schedule(state.schedule.epochs, state.schedule.begins)
     if here.world > 1:
-        loop.settle(state, next(iter(loader.epoch(0))))
+        loop.warm_up_ddp(state, next(iter(loader.epoch(0))))
     if saved is not None:
         state.load_state_dict(saved)
         for part in ("net", "optimizer", "method"):
             del saved[part]  # or a second bank would stay in host memory to the end
-    end = min(state.rates.steps, cfg.max_steps or state.rates.steps)
+    end = min(state.schedule.steps, cfg.max_steps or state.schedule.steps)
     begun_at = {"resumed_at": state.step, "judged": state.judged}
     journal = Journal(run, steps=end, **begun_at, tensorboard=cfg.tensorboard)
     try:
         if dist.rank() == 0:
             plain = config.to_plain(cfg)
             if cfg.budget is not None:  # what it came to, so that a replay is the same run
-                plain |= {"budget": None, "epochs": state.rates.epochs}
+                plain |= {"budget": None, "epochs": state.schedule.epochs}
             replace_bytes(run / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
             environment = json.dumps(machine.environment(device, here.world), indent=1)
             replace_bytes(run / "environment.json", environment.encode())
@@ -436,12 +436,12 @@ def run_identity_of(
     }
 
 
-def _rates(cfg: Config, epochs: int, batches: int) -> Rates:
+def _schedule(cfg: Config, epochs: int, batches: int) -> LRSchedule:
     steps = epochs * batches
     if cfg.schedule.steps is not None:
         steps = cfg.schedule.steps
         epochs = math.ceil(steps / batches)
-    return Rates(cfg.schedule, epochs=epochs, batches=batches, steps=steps, lr=cfg.lr)
+    return LRSchedule(cfg.schedule, epochs=epochs, batches=batches, steps=steps, lr=cfg.lr)
 
 
 def _set_length(
@@ -455,11 +455,11 @@ def _set_length(
     if cfg.budget is None:
         return []
     if saved is not None:
-        state.rates = _rates(cfg, saved["facts"]["epochs"], len(loader))
-        return [f"--budget {cfg.budget}: {state.rates.epochs} epochs, as first chosen"]
+        state.schedule = _schedule(cfg, saved["facts"]["epochs"], len(loader))
+        return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
     seconds = seconds_of(cfg.budget)
     epochs, epoch = loop.epochs_within(seconds, state, loader, val_loader)
-    state.rates = _rates(cfg, epochs, len(loader))
+    state.schedule = _schedule(cfg, epochs, len(loader))
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
     return [line + (", which is longer than the budget" if epoch > seconds else "")]
 
@@ -575,7 +575,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_identity, sav
             else []
         ),
         f"global batch {run_identity['global_batch']} ({cfg.batch} x {run_identity['ranks']}), "
-        f"{state.rates.epochs} epochs of {len(loader)} steps, {state.rates.steps} steps in all",
+        f"{state.schedule.epochs} epochs of {len(loader)} steps, {state.schedule.steps} steps in all",
         f"{_counted(loader.workers, 'worker')} for pictures"
         + (
             f", {_counted(run_identity['threads'], 'thread')} for the network"
@@ -583,7 +583,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_identity, sav
             else ""
         ),
         *getattr(loader.data, "describe", list)(),
-        *state.rates.describe(),
+        *state.schedule.describe(),
         *state.method.describe(),
         *([_GRAPH] if cfg.graph else []),
     ]
@@ -660,7 +660,7 @@ def _summary(
     return {
         "preset": cfg.preset,
         "steps": state.step,
-        "epochs": state.step / state.rates.batches,
+        "epochs": state.step / state.schedule.batches,
         "images": progress.images,
         "seconds": round(progress.seconds, 3),
         "seconds_in_all": round(seconds, 3),
