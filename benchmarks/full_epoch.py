@@ -111,7 +111,9 @@ def timed(
 
     with contextlib.ExitStack() as until_the_end:
         folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
-        journal = Journal(folder, steps=len(loader), resumed_at=0, judged=0, tensorboard=False)
+        journal = Journal(
+            folder, steps=len(loader), resumed_at=0, validated_step=0, tensorboard=False
+        )
         until_the_end.callback(journal.close)
         preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
         journal.say(*loader.data.describe())  # type: ignore[attr-defined]

@@ -96,7 +96,7 @@ class Loader:
         )
 
     @property
-    def shared(self) -> int:
+    def min_batches(self) -> int:
         """Batches per epoch that every rank draws: the last rank has the fewest."""
         last = {"batch": self.batch, "rank": self.world - 1, "world": self.world}
         return (

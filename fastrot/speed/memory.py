@@ -1,4 +1,4 @@
-"""Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
+"""Out of memory at the first steps: one out_of_memory_error with the batch that fits, found by halving."""
 
 import gc
 import traceback
@@ -47,7 +47,7 @@ def forget(error: BaseException) -> None:
             forget(earlier)
 
 
-def sentence(cfg: Config, device: torch.device, built: Built) -> UsageError | RunError:
+def out_of_memory_error(cfg: Config, device: torch.device, built: Built) -> UsageError | RunError:
     """What to tell where memory is full. What the failed step held must have been let go: see `forget`.
 
     A batch that fits is looked for before the first log line; behind it, others have taken the memory.

@@ -13,7 +13,7 @@ from fastrot import dist
 from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
-VERSION = 2  # 2: `judged`
+VERSION = 2  # 2: `validated_step`
 
 
 def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:

@@ -71,7 +71,13 @@ class Journal:
     """Writes a run's lines: on rank 0 to its folder and the screen, elsewhere nowhere."""
 
     def __init__(
-        self, run: Path, *, steps: int, resumed_at: int, judged: int, tensorboard: bool = True
+        self,
+        run: Path,
+        *,
+        steps: int,
+        resumed_at: int,
+        validated_step: int,
+        tensorboard: bool = True,
     ):
         self.speaks = dist.rank() == 0
         self.run = run
@@ -79,7 +85,7 @@ class Journal:
         self._bar = self._board = None
         if not self.speaks:
             return
-        self._metrics = _cut_back(run / "metrics.jsonl", resumed_at, judged)
+        self._metrics = _cut_back(run / "metrics.jsonl", resumed_at, validated_step)
         self._log = (run / "log.txt").open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 1 s: only where it is wanted
@@ -187,8 +193,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut_back(path: Path, step: int, judged: int):
-    """Keep the lines up to `step`, and of validations up to `judged`: what a killed run wrote behind its last
+def _cut_back(path: Path, step: int, validated_step: int):
+    """Keep the lines up to `step`, and of validations up to `validated_step`: what a killed run wrote behind its last
     checkpoint comes again.
 
     A line that --max-steps alone brought about is marked `partial`, and goes when the run goes on.
@@ -196,7 +202,7 @@ def _cut_back(path: Path, step: int, judged: int):
     kept = [
         line
         for line in read_lines(path)
-        if step and line["step"] <= (judged if "val_loss" in line else step)
+        if step and line["step"] <= (validated_step if "val_loss" in line else step)
     ]
     kept = [line for line in kept if not line.get("partial")]
     replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

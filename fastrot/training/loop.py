@@ -60,7 +60,7 @@ class TrainState:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     step: int = 0  # the optimiser's steps so far
-    judged: int = (
+    validated_step: int = (
         0  # the step at which an epoch's end was last seen through, its validation included
     )
     fresh: bool = True  # no step taken yet in this run
@@ -88,7 +88,7 @@ class TrainState:
         """Called on all ranks."""
         return {
             "step": self.step,
-            "judged": self.judged,
+            "validated_step": self.validated_step,
             "net": self.method.net.state_dict(),
             "optimizer": state_of(self.optimizer),
             "scaler": self.scaler.state_dict(),
@@ -99,7 +99,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.judged, self.fresh = state["step"], state["judged"], False
+        self.step, self.validated_step, self.fresh = state["step"], state["validated_step"], False
         self.method.net.load_state_dict(state["net"])
         load_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -155,7 +155,7 @@ def validate(
     sums: dict[str, Tensor] = {}
     often = 1 if dist.world() == 1 else AGREE
     questions = -(
-        -loader.shared // often
+        -loader.min_batches // often
     )  # as many on each rank, though one may skip whole batches
     for k, batch in enumerate(loader.epoch(0)):
         with state.autocast():
@@ -208,7 +208,9 @@ def fit(state: TrainState, run: Run) -> None:
         state.progress.val_first = _validated(state, run, {"step": 0, "epoch": 0})
     run.at_epoch()
     state.method.net.train()
-    if state.step > state.judged and (state.step == end or state.step % len(run.loader) == 0):
+    if state.step > state.validated_step and (
+        state.step == end or state.step % len(run.loader) == 0
+    ):
         _end_epoch(state, run, end)  # a warning came in its middle
     first = state.step + 1
     with _collector_on_call():
@@ -292,7 +294,7 @@ def _end_epoch(state: TrainState, run: Run, end: int) -> None:
     best = due and run.val_loader is not None and _merit(state.progress.val) > state.progress.best
     if best:
         state.progress.best = _merit(state.progress.val)
-    state.judged = state.step
+    state.validated_step = state.step
     _save(state, run, best=best)
     if state.step < end:
         _end_if_warned(state, run)

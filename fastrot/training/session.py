@@ -125,7 +125,7 @@ def _train_one(
         begun = time.perf_counter()
         dist.barrier()  # all meet here: nobody writes while they read the checkpoint
         saved = _last_checkpoint(run)
-        places = dist.everyones(saved and (saved["step"], saved["judged"]))
+        places = dist.everyones(saved and (saved["step"], saved["validated_step"]))
         if any(place != places[0] for place in places):
             raise UsageError(
                 f"--out {run} is not the same folder for all ranks: choose one on a file system "
@@ -141,7 +141,7 @@ def _train_one(
             if not memory.is_full(error):
                 raise
             memory.forget(error)
-            raise memory.sentence(cfg, device, built) from None
+            raise memory.out_of_memory_error(cfg, device, built) from None
 
 
 def _train(
@@ -194,7 +194,7 @@ def _train(
         for part in ("net", "optimizer", "method"):
             del saved[part]  # or a second bank would stay in host memory to the end
     end = min(state.schedule.steps, cfg.max_steps or state.schedule.steps)
-    begun_at = {"resumed_at": state.step, "judged": state.judged}
+    begun_at = {"resumed_at": state.step, "validated_step": state.validated_step}
     journal = Journal(run, steps=end, **begun_at, tensorboard=cfg.tensorboard)
     try:
         if dist.rank() == 0:
