@@ -4,7 +4,7 @@
 
 Written anew from what that code does (philiptheother/FeatureDecoupling; none of it is copied), on today's torch:
 ImageFolder, Pillow and torchvision's transforms in a DataLoader, with the original's default of 0 workers and with 8;
-float32 pictures over the bus, turned there by flips and transposes, NCHW; rows of the bank as [B, K + 1, D], gathered,
+float32 pictures over the bus, rotated there by flips and transposes, NCHW; rows of the bank as [B, K + 1, D], gathered,
 kept for backward and read twice; the constants of the contrast in a tensor that is read back number by number; the bank
 written inside backward; the PU weights of all pictures made an array of a Python list in every step; three optimisers;
 `.item()` of each loss and of the precision in every step. tests/test_baseline.py holds six of its steps to the
@@ -147,16 +147,18 @@ class Original:
         self.nets = (self.feature, self.classifier, self.norm)
         self.optimisers = [torch.optim.SGD(net.parameters(), **how) for net in self.nets]  # type: ignore[arg-type]
 
-    def step(self, images: Tensor, turn: Tensor, index: Tensor, epoch: int = 0) -> dict[str, float]:
-        """One step: pictures [B, 3, s, s] in host memory or on the device; turn and index [B, 4], each picture's fourfold."""
-        weight = self.weights(index, turn)
-        views, turn = self.turned(images.to(self.device)), turn.flatten().to(self.device)
+    def step(
+        self, images: Tensor, rotation: Tensor, index: Tensor, epoch: int = 0
+    ) -> dict[str, float]:
+        """One step: pictures [B, 3, s, s] in host memory or on the device; rotation and index [B, 4], each picture's fourfold."""
+        weight = self.weights(index, rotation)
+        views, rotation = self.rotated(images.to(self.device)), rotation.flatten().to(self.device)
         for optimiser in self.optimisers:
             optimiser.zero_grad()
         features = self.feature(views)
         told, other = features[:, : self.half], features[:, self.half :]
         logits = self.classifier(told)
-        each = F.cross_entropy(logits, turn, reduction="none")
+        each = F.cross_entropy(logits, rotation, reduction="none")
         weighted = torch.dot(each, weight.to(each)) if epoch >= PU_FROM else each.sum()
         mean = 0.25 * (other[0::4] + other[1::4] + other[2::4] + other[3::4])
         embedding = self.norm(mean)
@@ -167,7 +169,7 @@ class Original:
             "loss_nce": self.contrast(embedding, index[:, 0].to(self.device)),
         }
         loss = terms["loss_cls"] + terms["loss_mse"] + terms["loss_nce"]
-        right = (logits.argmax(dim=1) == turn).float().mean() * 100
+        right = (logits.argmax(dim=1) == rotation).float().mean() * 100
         record = {"prec_cls": right.item(), "loss": loss.item()}
         record |= {name: term.item() for name, term in terms.items()}
         loss.backward()
@@ -176,24 +178,24 @@ class Original:
         return record
 
     @torch.no_grad()
-    def judge(self, images: Tensor, turn: Tensor) -> dict[str, float]:
+    def judge(self, images: Tensor, rotation: Tensor) -> dict[str, float]:
         """Held-out pictures: the same head asked of both halves, by nets in eval mode."""
-        views, turn = self.turned(images.to(self.device)), turn.flatten().to(self.device)
+        views, rotation = self.rotated(images.to(self.device)), rotation.flatten().to(self.device)
         for net in self.nets:
             net.eval()
         features = self.feature(views)
         record = {}
         for name, half in zip(("rot", "inv"), features.split(self.half, dim=1), strict=True):
             logits = self.classifier(half)
-            right = (logits.argmax(dim=1) == turn).float().mean() * 100
+            right = (logits.argmax(dim=1) == rotation).float().mean() * 100
             record[f"prec_{name}"] = right.item()
-            record[f"loss_{name}"] = F.cross_entropy(logits, turn).item()
+            record[f"loss_{name}"] = F.cross_entropy(logits, rotation).item()
         for net in self.nets:
             net.train()
         return record
 
-    def turned(self, images: Tensor) -> Tensor:
-        """Four turns of each picture, image-major: [B, 3, s, s] -> [4 B, 3, s, s]."""
+    def rotated(self, images: Tensor) -> Tensor:
+        """Four rotations of each picture, image-major: [B, 3, s, s] -> [4 B, 3, s, s]."""
         quarter = images.transpose(2, 3).flip([2])
         half = images.flip([2]).flip([3])
         back = images.flip([2]).transpose(2, 3)
@@ -205,13 +207,13 @@ class Original:
         p = Contrast.apply(embedding, self.bank, y, picked, self.constants)
         return nce(p, len(self.bank))  # type: ignore[arg-type]
 
-    def weights(self, index: Tensor, turn: Tensor) -> Tensor:
+    def weights(self, index: Tensor, rotation: Tensor) -> Tensor:
         """The PU weights of a batch: float64 [4 B], by way of an array of all pictures'."""
-        return torch.from_numpy(np.array(self.listed)[(4 * index + turn).flatten().numpy()])
+        return torch.from_numpy(np.array(self.listed)[(4 * index + rotation).flatten().numpy()])
 
 
 def pu_weights(prob: np.ndarray, gamma: float = 2.0) -> list[float]:
-    """1 of each picture that is not turned, 1 - p ** gamma of its turned copies: a list, as the original holds it."""
+    """1 of each picture that is not rotated, 1 - p ** gamma of its rotated copies: a list, as the original holds it."""
     weights = 1 - prob.reshape(-1, 4) ** gamma
     weights[:, 0] = 1
     return weights.flatten().tolist()
@@ -291,8 +293,8 @@ def the_original(cfg: Config, root: Path, device: torch.device, bank: int) -> di
         dim=cfg.method.dim,
         negatives=cfg.method.negatives,
     )
-    images, turn, index = next(batches(pictures, cfg.batch, 0))
-    held = [images.to(device), turn, index]
+    images, rotation, index = next(batches(pictures, cfg.batch, 0))
+    held = [images.to(device), rotation, index]
     sides = {"step alone": Side(lambda: itertools.repeat(held), lambda batch: made.step(*batch))}
     for workers in WORKERS:
         name, warm = f"num_workers {workers}", max(1, AHEAD * workers)
@@ -379,9 +381,9 @@ def rows(
     """Rows of all sides, measured in turns, and what ours is to the original's."""
     sides = the_original(cfg, root, device, bank) | ours(cfg, beton, device, bank)
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(reps):
+    for rotation in range(reps):
         for name, side in sides.items():
-            if turn and name.endswith("validation"):
+            if rotation and name.endswith("validation"):
                 continue  # a small part of an epoch: once is enough
             found[name].append(images_per_s(side, cfg.batch, device, seconds))
     assert isinstance(cfg.method, Decoupling)

@@ -23,7 +23,7 @@ from fastrot import entry
 from fastrot.config import UsageError
 
 PRESET, WIDTH, BATCH, STEPS, RATE, JUDGED = "rotnet-nin-cifar10", 0.25, 64, 150, 0.1, 1000
-TARGET = 0.5  # of the turns right, on JUDGED test pictures
+TARGET = 0.5  # of the rotations right, on JUDGED test pictures
 LOG_EVERY = 10  # steps
 CHOSEN = "the number of steps was chosen after seeing what others gave on the same test pictures, one seed (LOG.md)"
 COPIES = "the pictures are copies of JPEG quality 95 (39.9 dB against the originals)"

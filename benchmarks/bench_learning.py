@@ -1,4 +1,4 @@
-"""Whether quick forms of a step learn as well as the plain one: held-out turns told right, and their loss, over steps.
+"""Whether quick forms of a step learn as well as the plain one: held-out rotations predicted right, and their loss, over steps.
 
     python -m benchmarks.bench_learning [--root FOLDER] [--seeds N] [--forms FORM ...] [--device cpu|cuda] [--quick]
 
@@ -130,7 +130,7 @@ def learn(task: str, form: str, seed: int, asked: Asked) -> tuple[dict, list[dic
 
 
 def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out accuracy and loss of the turns at each validation, and the mean of the training loss since the last one."""
+    """Held-out accuracy and loss of the rotations at each validation, and the mean of the training loss since the last one."""
     points: list[dict[str, Any]] = []
     since: list[float] = []
     for line in lines:
@@ -165,7 +165,7 @@ def row_of(
         variant=form if task == "rotnet" else f"{task}, {form}",
         preset=summary["preset"],
         form=form,
-        mode="held-out turns told right at the end, by the real train entry",
+        mode="held-out rotations predicted right at the end, by the real train entry",
         shape={**shape, "width": NET["--backbone.width"], "seeds": len(runs)},
         dtype=form.split()[0],
         **measure.middle(last, "share"),

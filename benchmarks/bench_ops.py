@@ -46,7 +46,7 @@ from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
-from fastrot.ops.rotate import Cells, turned_views, turned_views_reference
+from fastrot.ops.rotate import Cells, rotated_views, rotated_views_reference
 from fastrot.ops.rows import update_rows
 from fastrot.training import checkpoint
 
@@ -57,7 +57,7 @@ except ModuleNotFoundError:  # torch's builds for the CPU come without it
     triton = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TURNS = (0, 1, 2, 3)
+ROTATIONS = (0, 1, 2, 3)
 BATCH, NEGATIVES, DIM, PICTURES = 192, 4096, 128, 1_281_167  # of decoupling-alexnet on ImageNet
 FEW = 100_000  # pictures of a quick look; their bank is still larger than a CPU's cache
 RANKS = 64  # whose features a replicated bank takes in, in one step
@@ -94,36 +94,36 @@ def copy_bandwidth(device: str, seconds: float) -> float:
 # ---- turned views ----
 
 
-def bench_turns(device: str, seconds: float, peak: float, shapes: list[tuple], dtype: torch.dtype):
+def bench_rotate(device: str, seconds: float, peak: float, shapes: list[tuple], dtype: torch.dtype):
     """Rows for each shape (images, pixels a side) and form."""
     for images, size in shapes:
         crops = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device)
 
         def run(form: str, cells: Cells | None = None, crops=crops):
             with using(form):
-                turned_views(crops, TURNS, MEAN, STD, dtype, cells)
+                rotated_views(crops, ROTATIONS, MEAN, STD, dtype, cells)
 
         cells = cells_of(size, *FIRST)
         assert cells is not None
         runs = {"reference": functools.partial(run, "reference")}
         runs[f"reference, {IN_CELLS}"] = functools.partial(run, "reference", cells)
         if device == "cuda":
-            compiled = torch.compile(turned_views_reference)
+            compiled = torch.compile(rotated_views_reference)
             runs["compiled reference"] = lambda crops=crops, compiled=compiled: compiled(
-                crops, TURNS, MEAN, STD, dtype
+                crops, ROTATIONS, MEAN, STD, dtype
             )
             runs["kernel"] = functools.partial(run, "triton")
             runs[f"kernel, {IN_CELLS}"] = functools.partial(run, "triton", cells)
-        written = len(TURNS) * dtype.itemsize * images
+        written = len(ROTATIONS) * dtype.itemsize * images
         for form, times in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(times)
             view = cells.channels * cells.count**2 if form.endswith(IN_CELLS) else 3 * size**2
             moved = crops.numel() + written * view
             yield row(
-                "turned_views",
+                "rotated_views",
                 form,
                 mode="forward",
-                shape={"images": images, "size": size, "turns": len(TURNS)},
+                shape={"images": images, "size": size, "turns": len(ROTATIONS)},
                 dtype=_name(dtype),
                 **spread,
                 **rates(moved, spread, copy=peak),
@@ -158,7 +158,7 @@ def bench_first_convolution(
             fold = form == "folded"
             layer = first_convolution(size, width, device, dtype, fold)
             cells = cells_of(size, *FIRST) if fold else None
-            views = turned_views(crops, TURNS, MEAN, STD, dtype, cells)
+            views = rotated_views(crops, ROTATIONS, MEAN, STD, dtype, cells)
             runs[form] = functools.partial(there_and_back, layer, views)
             results[form] = runs[form]()
         for mine, other in zip(*results.values(), strict=True):
@@ -168,7 +168,7 @@ def bench_first_convolution(
         out, _ = results["plain"]
         # two products of the matrices that the plain form has; the folded form's zeros are no work done
         flop = 2 * 2 * out.numel() * 3 * kernel**2
-        shape = {"images": images, "size": size, "turns": len(TURNS), "width": width}
+        shape = {"images": images, "size": size, "turns": len(ROTATIONS), "width": width}
         for form, times in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(times)
             yield row(
@@ -269,7 +269,7 @@ def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], 
         boxes = torch.from_numpy(rows).to(device)
         ends = -(-(box[:, :2] + box[:, 2:]) // layout.SIDE)
         read = 48 * int((ends - box[:, :2] // layout.SIDE).prod(axis=1).sum())
-        crop, rest = 3 * images * size**2, (TURNS, MEAN, STD, dtype)
+        crop, rest = 3 * images * size**2, (ROTATIONS, MEAN, STD, dtype)
 
         def unpacked(boxes=boxes, size=size):
             return unpack_crops(pack, boxes, size)
@@ -278,8 +278,8 @@ def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], 
         if gpu:
             runs["crops"] = unpacked
             runs["views, one kernel"] = functools.partial(unpack_views, pack, boxes, size, *rest)
-            runs["views, two kernels"] = lambda run=unpacked, rest=rest: turned_views(run(), *rest)
-            views = read + len(TURNS) * dtype.itemsize * crop
+            runs["views, two kernels"] = lambda run=unpacked, rest=rest: rotated_views(run(), *rest)
+            views = read + len(ROTATIONS) * dtype.itemsize * crop
             moved = {"views, one kernel": views, "views, two kernels": views + 2 * crop}
         else:
             runs["crops, reference"] = functools.partial(unpack_crops_reference, pack, boxes, size)
@@ -754,11 +754,11 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
     yield bench_memory(device, knobs)
     yield bench_saved_bank(device, knobs, 1 if quick else 3)
     of_views = torch.bfloat16 if gpu else torch.float32
-    yield bench_turns(device, seconds, peak, shapes, of_views)
+    yield bench_rotate(device, seconds, peak, shapes, of_views)
     firsts = [shapes[0] if gpu else (4, shapes[0][1])] if quick else [(BATCH if gpu else 4, 224)]
     yield bench_first_convolution(device, seconds, firsts, of_views)
     yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
-    views, dtype = (BATCH * len(TURNS), torch.bfloat16) if gpu else (16, torch.float32)
+    views, dtype = (BATCH * len(ROTATIONS), torch.bfloat16) if gpu else (16, torch.float32)
     few = (4, 15) if quick else (views, 55)
     yield bench_norm(device, seconds / 4, peak, *few, dtype)
 

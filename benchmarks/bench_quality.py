@@ -48,7 +48,7 @@ from fastrot.data.sources import Source, image_folder
 SHORT_SIDE = 256
 PRESET, BATCH, STEPS, RATE, SCALE, SEEDS = "demo", 32, 1200, 0.05, (0.5, 1.0), 3
 CHANCE = 0.25
-LEAST = 0.55  # of the held-out turns told right, from the originals: below, the comparison is void
+LEAST = 0.55  # of the held-out rotations predicted right, from the originals: below, the comparison is void
 CANDIDATES, ORIGINALS = ("bc7", "ycc"), "originals"
 SMOOTHED, BY_ETCPAK = "ycc, chroma smoothed", "ycc by etcpak"  # looked at, not learnt from
 QUALITY, TIME, LEARNT = "picture quality", "encoding", "held-out rotation accuracy"
@@ -408,7 +408,7 @@ def decision(rows: list[dict[str, Any]]) -> list[str]:
         return [RULE, f"Nothing is chosen ({why})."]
     told = [
         f"{each}: {size[each]['bytes_a_pixel']:.3f} bytes a pixel, {size[each]['mean_db']:.1f} dB, "
-        f"{learnt[each]['mean']:.1%} of held-out turns told right ({learnt[each]['lowest']:.1%} to "
+        f"{learnt[each]['mean']:.1%} of held-out rotations predicted right ({learnt[each]['lowest']:.1%} to "
         f"{learnt[each]['highest']:.1%}, {learnt[each]['reps']} seeds)."
         for each in CANDIDATES
     ]
@@ -426,7 +426,7 @@ def decision(rows: list[dict[str, Any]]) -> list[str]:
         f"and the seeds of one alone within up to {100 * widest:.1f}: smaller differences decide nothing. "
         "All were trained from raw pixels: images/s tell of the machine's neighbours, not of the encodings.",
         f"Seed by seed, {CANDIDATES[1]} less {CANDIDATES[0]}: "
-        f"{', '.join(f'{each:+.1%}' for each in apart)} of the turns.",
+        f"{', '.join(f'{each:+.1%}' for each in apart)} of the rotations.",
         f"Chosen: {name}.",
         f"In {name} ImageNet's {IMAGENET:,} training pictures take {square:.0f} GB as squares of {SHORT_SIDE}, and "
         f"{whole:.0f} GB at short side {SHORT_SIDE} with their mean aspect of {ASPECT}.",

@@ -74,7 +74,7 @@ def _curve(rows: list[dict[str, Any]]):
     axes.axhline(row["chance"], color="grey", linestyle=":", label="chance")
     axes.axhline(row["target"], color="grey", linestyle="--", label="target")
     axes.set_xlabel("seconds of training")
-    axes.set_ylabel("share of turns told right")
+    axes.set_ylabel("share of rotations predicted right")
     axes.legend(loc="lower right")
     return figure
 
@@ -99,11 +99,15 @@ def _decoupling(rows: list[dict[str, Any]]):
     line(others, losses, "loss_cls", "#1b6ca8")
     line(others, losses, "loss_mse", "#7a7a7a")
     others.set_yscale("log")
-    line(judged, seen, "prec_rot", "#1b6ca8", "o-", ": of the half that tells turns")
+    line(judged, seen, "prec_rot", "#1b6ca8", "o-", ": of the half that predicts the rotation")
     line(judged, seen, "prec_inv", "#d95f02", "o-", ": of the other half")
     judged.axhline(found[0]["chance"], color="grey", linestyle=":", label="chance")
     judged.set_xlabel("epochs")
-    titles = ("loss against the memory bank", "the other losses", "held-out turns told right")
+    titles = (
+        "loss against the memory bank",
+        "the other losses",
+        "held-out rotations predicted right",
+    )
     for axes, title in zip((contrast, others, judged), titles, strict=True):
         axes.set_ylabel(title)
         axes.legend(loc="best", fontsize="small")
@@ -158,7 +162,7 @@ def _quality(rows: list[dict[str, Any]]):
         right.axhline(originals["mean"], color="grey", lw=1)
         right.legend(loc="best", fontsize="small")
     db.set_ylabel("PSNR, dB: mean, down to p5")
-    right.set_ylabel("held-out turns told right, by seed")
+    right.set_ylabel("held-out rotations predicted right, by seed")
     right.set_xlabel("bytes a pixel")
     right.set_ylim(bottom=min([0.5, *(row["lowest"] for row in learnt.values())]))
     db.set_xlim(0, 1.2 * max(row["bytes_a_pixel"] for row in kept))

@@ -262,7 +262,7 @@ def parts(found: Machines, drawn: dict[str, Path], scale: list[Path]) -> list[tu
         *section(
             "Learning curves",
             "learning",
-            "Held-out turns told right, and their loss, by step; each line a seed.",
+            "Held-out rotations predicted right, and their loss, by step; each line a seed.",
             *_notes(found, "learning"),
         ),
         ("heading", "Every figure"),

@@ -27,7 +27,7 @@ OF_PART: dict[str, str] = {
 }
 DARK = (BLACK, BLUE, RED)  # white letters stand on them
 MARKERS, LINES = "osD^vP*X", (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
-CHANCE = 1 / 4  # of four turns
+CHANCE = 1 / 4  # of four rotations
 ALONE, BESIDE = "crops", "crops, beside a stand-in for the step"
 
 
@@ -439,7 +439,7 @@ def _learning(found: Machines):
             _seeds(accuracy, row, "accuracy", colour, mark)
             _seeds(loss, row, "loss", colour, mark)
         accuracy.axhline(CHANCE, color=GREY, ls=":", lw=1, label="chance")
-        accuracy.set_ylabel("share of held-out turns told right")
+        accuracy.set_ylabel("share of held-out rotations predicted right")
         accuracy.set_title(name, loc="left", fontsize="medium")
         loss.set_ylabel("held-out loss")
         for axes in (accuracy, loss):

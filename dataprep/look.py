@@ -1,4 +1,4 @@
-"""What is in prepared data: `python dataprep/look.py FILE.beton` prints it, and draws crops turned four ways.
+"""What is in prepared data: `python dataprep/look.py FILE.beton` prints it, and draws crops rotated four ways.
 
     --verify    read and decode every record; each bad one is named, and the exit status is 1
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from fastrot.core import Batch, Data
     from fastrot.data.pack.read import PackFile
 
-TURNS = ("upright", "90°", "180°", "270°")
+ROTATIONS = ("upright", "90°", "180°", "270°")
 INK, FAINT = "#1f2328", "#7a828c"
 GAP, MARGIN, LINE = 6, 28, 26  # pixels; LINE: for the class name under a row
 TASK = 64  # pictures a thread verifies at once
@@ -36,7 +36,7 @@ TASK = 64  # pictures a thread verifies at once
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is in prepared data or an image folder: facts, checks, and a sheet of crops turned four ways."""
+    """What is in prepared data or an image folder: facts, checks, and a sheet of crops rotated four ways."""
 
     data: tyro.conf.Positional[Path]  # FILE.beton, FILE.beton.set, NAME.pack or an image folder
     out: Path | None = None  # PNG of the crops; default: NAME-look.png beside the data, or here
@@ -237,7 +237,7 @@ def beside(path: Path) -> Path:
 
 
 def draw(data: "Data", options: Look, out: Path) -> None:
-    """The crops that the first step of a training run would see, each turned four ways."""
+    """The crops that the first step of a training run would see, each rotated four ways."""
     import io
 
     from fastrot.assemble import open_loader
@@ -257,7 +257,7 @@ def draw(data: "Data", options: Look, out: Path) -> None:
 
 
 def sheet(data: "Data", batch: "Batch", options: Look) -> "Image.Image":
-    """Two pictures side by side, four turns each (numpy.rot90), the class name under them."""
+    """Two pictures side by side, four rotations each (numpy.rot90), the class name under them."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, bold = ImageFont.load_default(13), ImageFont.load_default(20)
@@ -273,15 +273,15 @@ def sheet(data: "Data", batch: "Batch", options: Look) -> "Image.Image":
     if width > 900:  # else it would meet the name
         pen.text((width - MARGIN, 22), words, fill=FAINT, font=font, anchor="ra")
     for column in range(beside_each_other):
-        for turn, heading in enumerate(TURNS):
-            at = MARGIN + column * (block + MARGIN) + turn * (size + GAP)
+        for rotation, heading in enumerate(ROTATIONS):
+            at = MARGIN + column * (block + MARGIN) + rotation * (size + GAP)
             pen.text((at, top - 24), heading, fill=FAINT, font=font)
     for i, crop in enumerate(batch.images.numpy()):
         x = MARGIN + i % beside_each_other * (block + MARGIN)
         y = top + i // beside_each_other * (size + LINE + GAP)
-        for turn in range(4):
-            turned = Image.fromarray(np.ascontiguousarray(np.rot90(crop, turn)))
-            page.paste(turned, (x + turn * (size + GAP), y))
+        for rotation in range(4):
+            rotated = Image.fromarray(np.ascontiguousarray(np.rot90(crop, rotation)))
+            page.paste(rotated, (x + rotation * (size + GAP), y))
         row, label = int(batch.index[i]), int(batch.label[i])
         pen.text((x, y + size + 5), legible(name_of(data, label)), fill=INK, font=font)
         pen.text((x + block, y + size + 5), f"row {row:,}", fill=FAINT, font=font, anchor="ra")

@@ -26,7 +26,7 @@ from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 from fastrot.training import checkpoint
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
@@ -296,7 +296,7 @@ class Trunk(nn.Module):
         if stage not in self.stages:
             raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
         images = images.to(next(self.net.parameters()).device)
-        views = turned_views(images, (0,), self.mean, self.std, dtype=torch.float32)
+        views = rotated_views(images, (0,), self.mean, self.std, dtype=torch.float32)
         return self.net.outputs(views, (stage,))[0].contiguous()
 
 

@@ -113,7 +113,7 @@ Backbone = AlexNet | Nin
 
 @dataclass(frozen=True, kw_only=True)
 class RotNet:
-    """Tell which of four quarter turns a picture has been given (Gidaris 2018)."""
+    """Tell which of four quarter rotations a picture has been given (Gidaris 2018)."""
 
     crop: Crop = RandomResized()
 
@@ -127,7 +127,7 @@ class Supervised:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoupling:
-    """Tell turns by half of the features and pictures by the other half (Feng 2019)."""
+    """Tell rotations by half of the features and pictures by the other half (Feng 2019)."""
 
     crop: Crop = RandomResized()
     dim: int = 128  # numbers in a picture's embedding, and in its row of the memory bank
@@ -135,7 +135,9 @@ class Decoupling:
     temperature: float = 0.07  # T
     bank_momentum: float = 0.5  # share of the old row in a new one
     lambda_cls: float = 1.0  # weight of the rotation loss; a term at 0 is not built
-    lambda_mse: float = 1.0  # weight of the spread of the other half over a picture's four turns
+    lambda_mse: float = (
+        1.0  # weight of the spread of the other half over a picture's four rotations
+    )
     lambda_nce: float = 1.0  # weight of telling pictures apart
     proximal: float = 0.0  # weight of |embedding - row|^2 (Wu 2018, eq 9); no original code has it
     contrast: Literal["nce", "infonce"] = "nce"  # nce: the original; infonce: a softmax over K + 1
@@ -143,9 +145,9 @@ class Decoupling:
     exclude_self: bool = False  # never draw a picture's own row among its negatives
     bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of its rows; bf16 takes half the memory
-    pu_table: str | None = None  # turn probabilities that evaluate.py wrote, or a prob.dat
+    pu_table: str | None = None  # rotation probabilities that evaluate.py wrote, or a prob.dat
     pu_from: int = 210  # epoch of the paper from which they weigh the rotation loss
-    gamma: float = 2.0  # a turned copy weighs 1 - p ** gamma, p: how upright it looks
+    gamma: float = 2.0  # a rotated copy weighs 1 - p ** gamma, p: how upright it looks
 
 
 MethodConfig = RotNet | Supervised | Decoupling

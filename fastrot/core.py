@@ -178,12 +178,12 @@ class Method(ABC):
         """
 
     @staticmethod
-    def tells_turns(cfg: Any) -> bool:  # *
-        """Whether `turn_logits` has an answer."""
+    def predicts_rotation(cfg: Any) -> bool:  # *
+        """Whether `rotation_logits` has an answer."""
         return False
 
-    def turn_logits(self, outputs: Any) -> Tensor | None:  # *
-        """What the net says of the four turns, [4 b, 4] image-major; None: it is not asked."""
+    def rotation_logits(self, outputs: Any) -> Tensor | None:  # *
+        """What the net says of the four rotations, [4 b, 4] image-major; None: it is not asked."""
         return None
 
     def set_schedule(self, epochs: int, begins: Callable[[int], int]) -> None:  # noqa: B027

@@ -113,7 +113,7 @@ def _trained(source: Path) -> Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Ask which way up each picture is, turned four ways; a folder of folds: the net that never saw it."""
+    """Ask which way up each picture is, rotated four ways; a folder of folds: the net that never saw it."""
 
     data: str | None = None  # pictures to ask about; default: all that the run's data holds
     table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
@@ -138,9 +138,9 @@ def rotation(run: str, knobs: Rotation) -> int:
         rotation_table.check_name(knobs.table, "--table")
     nets = nets_of(run)
     for net in nets:
-        if not assemble.METHODS[type(net.cfg.method)].tells_turns(net.cfg.method):
+        if not assemble.METHODS[type(net.cfg.method)].predicts_rotation(net.cfg.method):
             raise UsageError(
-                f"{net.source} tells no turns ({type(net.cfg.method).__name__}): name a run of rotnet or "
+                f"{net.source} predicts no rotations ({type(net.cfg.method).__name__}): name a run of rotnet or "
                 "decoupling"
             )
     here = dist.place()
@@ -154,13 +154,13 @@ def rotation(run: str, knobs: Rotation) -> int:
         return 0
     if not answers.asked.any():
         raise RunError(f"no picture of {name} can be read: prepare it anew")
-    print(f"{run}: {data.rows:,} pictures of {name}, each turned four ways")
+    print(f"{run}: {data.rows:,} pictures of {name}, each rotated four ways")
     print(*_shares_right(answers, fold, nets), sep="\n")
     for line in _cautions(answers, nets, data):
         print(line)
     if knobs.table is not None:
         rotation_table.write(
-            knobs.table, rotation_table.TurnTable(answers.probabilities, fold, data.fingerprint)
+            knobs.table, rotation_table.RotationTable(answers.probabilities, fold, data.fingerprint)
         )
         print(f"written to {knobs.table}")
     return 0
@@ -239,9 +239,9 @@ def _shares_right(answers: "Answers", fold: "np.ndarray", nets: list[Trained]) -
 
     asked = answers.asked > 0
     right = answers.right[asked]
-    rows = [("all turns", f"{right.mean():.2%}")]
-    for turn, share in enumerate(right.mean(axis=0)):
-        rows.append((f"turned {90 * turn} degrees" if turn else "upright", f"{share:.2%}"))
+    rows = [("all rotations", f"{right.mean():.2%}")]
+    for rotation, share in enumerate(right.mean(axis=0)):
+        rows.append((f"rotated {90 * rotation} degrees" if rotation else "upright", f"{share:.2%}"))
     for number, net in enumerate(nets if len(nets) > 1 else ()):
         mine = answers.right[asked & (fold == number)]
         share = f"{mine.mean():.2%}" if len(mine) else "nothing"

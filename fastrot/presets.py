@@ -17,12 +17,12 @@ from fastrot.config import (
 
 
 def rotnet_alexnet() -> Config:
-    """RotNet with AlexNet on ImageNet: 50 epochs, 192 pictures x 4 turns (Gidaris 2018, released code)."""
+    """RotNet with AlexNet on ImageNet: 50 epochs, 192 pictures x 4 rotations (Gidaris 2018, released code)."""
     return Config(preset="rotnet-alexnet")
 
 
 def rotnet_nin_cifar10() -> Config:
-    """RotNet with a 4-block NIN on CIFAR-10: 200 epochs, 128 pictures x 4 turns (Gidaris 2018)."""
+    """RotNet with a 4-block NIN on CIFAR-10: 200 epochs, 128 pictures x 4 rotations (Gidaris 2018)."""
     return Config(
         preset="rotnet-nin-cifar10",
         batch=128,
@@ -35,7 +35,7 @@ def rotnet_nin_cifar10() -> Config:
 
 
 def decoupling_alexnet() -> Config:
-    """Rotation Feature Decoupling with AlexNet on ImageNet: 245 epochs, 192 pictures x 4 turns (Feng 2019)."""
+    """Rotation Feature Decoupling with AlexNet on ImageNet: 245 epochs, 192 pictures x 4 rotations (Feng 2019)."""
     return Config(
         preset="decoupling-alexnet",
         method=Decoupling(),

@@ -1,7 +1,7 @@
 """Run by test_end_to_end under torchrun, or alone: the losses of some steps of a method, in float64.
 
 BatchNorm stays in eval mode: its batch statistics are each rank's own, so that in training mode two ranks
-are not one process by construction. All else (order, crops, turns, gradients, SGD) must agree.
+are not one process by construction. All else (order, crops, rotations, gradients, SGD) must agree.
 """
 
 import json

@@ -16,7 +16,7 @@ from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
 from fastrot.backbones.heads import Classifier
 from fastrot.config import UsageError
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
@@ -30,7 +30,7 @@ def weights(file: dict, prefix: str) -> dict[str, torch.Tensor]:
 
 def views(file: dict, kind: str) -> torch.Tensor:
     images = torch.tensor(file["image_u8"])
-    return turned_views(images, (0, 1, 2, 3), MEAN, STD, torch.float32).to(DTYPES[kind])
+    return rotated_views(images, (0, 1, 2, 3), MEAN, STD, torch.float32).to(DTYPES[kind])
 
 
 def compare(got: torch.Tensor, want: np.ndarray, kind: str) -> None:
@@ -316,13 +316,13 @@ TRACE = """
 import torch
 from fastrot import assemble, config
 from fastrot.backbones.heads import Classifier
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 for cfg, size in ((config.AlexNet(width=0.05), 64), (config.Nin(width=0.05), 32)):
     net = Classifier(assemble.backbone(cfg, size), 4).eval()
 
     def step(crops):
-        return net(turned_views(crops, (0, 1, 2, 3), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.float32))
+        return net(rotated_views(crops, (0, 1, 2, 3), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), torch.float32))
 
     crops = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(crops), step(crops))

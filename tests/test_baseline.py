@@ -53,14 +53,14 @@ def test_six_steps_are_the_originals():
         net.load_state_dict(loaded)
         net.double()
     made.bank, made.constants = torch.from_numpy(file["bank"]).double(), made.constants.double()
-    turn = torch.arange(4).expand(4, 4)
+    rotation = torch.arange(4).expand(4, 4)
     exact = dict(rtol=1e-11, atol=1e-12)
     for step, epoch in enumerate(file["epochs"].tolist()):
         for optimiser in made.optimisers:
             optimiser.param_groups[0]["lr"] = file["lr"][step]
         made.alias.draw = lambda _, step=step: torch.from_numpy(file[f"idx_step{step}"]).long()
         index = torch.from_numpy(file["index"][step])[:, None].expand(4, 4)
-        record = made.step(pictures(file["image_u8"][step]), turn, index, epoch)
+        record = made.step(pictures(file["image_u8"][step]), rotation, index, epoch)
         seen = [record[name] for name in meta["record_names"]]
         np.testing.assert_allclose(seen, file["f64_records"][step], **exact)
         np.testing.assert_allclose(made.bank, file[f"f64_step{step}_bank_after"], **exact)
@@ -70,7 +70,7 @@ def test_six_steps_are_the_originals():
                 for name, value in net.state_dict().items():
                     np.testing.assert_allclose(value, expected[name], **exact, err_msg=name)
     np.testing.assert_allclose(made.constants[2].item(), file["f64_Z"], rtol=1e-12)
-    judged = made.judge(pictures(file["image_u8"][0]), turn)
+    judged = made.judge(pictures(file["image_u8"][0]), rotation)
     np.testing.assert_allclose(
         [judged[name] for name in meta["eval_names"]], file["f64_eval"], rtol=1e-6
     )

@@ -203,8 +203,10 @@ def test_the_page_ends_its_figures_with_the_decision(tmp_path):
     assert "Chosen" not in figures
     # 1,281,167 pictures of 256 x 256 at 0.75 bytes, and 1.39 times as many pixels
     assert "63 GB as squares of 256, and 88 GB at short side 256" in decision
-    assert "ycc: 0.750 bytes a pixel, 38.6 dB, 59.0% of held-out turns told right" in decision
-    assert "ycc less bc7: +1.0%, +1.0%, +0.0% of the turns." in decision
+    assert (
+        "ycc: 0.750 bytes a pixel, 38.6 dB, 59.0% of held-out rotations predicted right" in decision
+    )
+    assert "ycc less bc7: +1.0%, +1.0%, +0.0% of the rotations." in decision
     assert "The means of all 3 that were learnt from lie within 1.7 points" in decision
     assert "the seeds of one alone within up to 3.0" in decision
     assert "_encodings.png)" in figures

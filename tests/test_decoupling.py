@@ -15,7 +15,7 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import Decoupling, UsageError
 from fastrot.core import Batch, DataInfo
 from fastrot.methods import decoupling
-from fastrot.methods.rotation_table import TurnTable, pu_weights, write
+from fastrot.methods.rotation_table import RotationTable, pu_weights, write
 from fastrot.presets import PRESETS
 from fastrot.training.loop import TrainState, train_step
 from fastrot.training.optim import LRSchedule, sgd
@@ -291,7 +291,7 @@ def test_row_and_feature_that_cancel_out_leave_a_row_that_recovers():
 def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
     draw = np.random.default_rng(0)
     raw = draw.random((9, 4, 4)).astype(np.float32)
-    table = TurnTable(raw / raw.sum(-1, keepdims=True), np.full(9, -1, np.int8), "d")
+    table = RotationTable(raw / raw.sum(-1, keepdims=True), np.full(9, -1, np.int8), "d")
     write(tmp_path / "t.npz", table)
     cfg = Decoupling(
         dim=5, pu_table=str(tmp_path / "t.npz"), gamma=3.0, lambda_nce=0.0, lambda_mse=0.0

@@ -131,8 +131,10 @@ def test_pu_weights_are_told_of(pictures, tmp_path, capsys):
     """With the epoch of this run that they begin at."""
     data = assemble.open_data(pictures)
     table = np.full((data.rows, 4, 4), 0.25, np.float32)
-    turns = rotation_table.TurnTable(table, np.full(data.rows, -1, np.int8), data.fingerprint)
-    rotation_table.write(tmp_path / "t.npz", turns)
+    rotations = rotation_table.RotationTable(
+        table, np.full(data.rows, -1, np.int8), data.fingerprint
+    )
+    rotation_table.write(tmp_path / "t.npz", rotations)
     more = ["--method.pu-table", str(tmp_path / "t.npz"), "--method.pu-from", "100"]
     go(pictures, tmp_path / "run", *more, "--max-steps", "1")
     assert f"PU weights from epoch 2 on, of {tmp_path / 't.npz'}" in capsys.readouterr().out

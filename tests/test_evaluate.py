@@ -1,4 +1,4 @@
-"""`evaluate.py RUN rotation`: what is said of each picture and turn, by which net, and what is refused."""
+"""`evaluate.py RUN rotation`: what is said of each picture and rotation, by which net, and what is refused."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.data.sources import fold_of, held_out
 from fastrot.methods import rotation_table
 from fastrot.methods.rotnet import RotNet
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 from fastrot.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def ask(run, *more: str) -> int:
     return evaluate.main([str(run), "rotation", "--device", "cpu", "--workers", "1", *more])
 
 
-def table_of(run, data, path: Path, *more: str) -> rotation_table.TurnTable:
+def table_of(run, data, path: Path, *more: str) -> rotation_table.RotationTable:
     """What evaluate.py writes of some pictures."""
     assert ask(run, "--data", str(data), "--table", str(path), *more) == 0
     opened = assemble.open_data(data)
@@ -61,8 +61,8 @@ def test_accuracy_is_that_of_the_runs_own_validation(trained, pictures, tmp_path
     table = table_of(trained, pictures, tmp_path / "a.npz")
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     shares = {" ".join(words[:-1]): words[-1] for words in said}
-    assert shares["all turns"] == f"{summary['val_accuracy']:.2%}"
-    each = [shares["upright"], *(shares[f"turned {90 * r} degrees"] for r in (1, 2, 3))]
+    assert shares["all rotations"] == f"{summary['val_accuracy']:.2%}"
+    each = [shares["upright"], *(shares[f"rotated {90 * r} degrees"] for r in (1, 2, 3))]
     right = (table.probabilities.argmax(axis=2) == np.arange(4)).mean(axis=0)
     assert each == [f"{share:.2%}" for share in right]
     assert right.mean() == pytest.approx(summary["val_accuracy"])
@@ -70,7 +70,7 @@ def test_accuracy_is_that_of_the_runs_own_validation(trained, pictures, tmp_path
 
 
 def test_each_number_is_what_the_net_says_of_that_picture_and_turn(trained, pictures, tmp_path):
-    """Derived again: each picture alone, turned by numpy.rot90 on the uint8 crop."""
+    """Derived again: each picture alone, rotated by numpy.rot90 on the uint8 crop."""
     table = table_of(trained, pictures, tmp_path / "a.npz")
     state = checkpoint.load(trained / "checkpoints" / "last.pt")
     cfg = config.from_plain(state["config"])
@@ -80,13 +80,13 @@ def test_each_number_is_what_the_net_says_of_that_picture_and_turn(trained, pict
     )
     for row, batch in enumerate(loader.epoch(0)):
         assert batch.index.tolist() == [row]
-        for turn in range(4):
-            crop = np.rot90(batch.images[0].numpy(), turn).copy()
+        for rotation in range(4):
+            crop = np.rot90(batch.images[0].numpy(), rotation).copy()
             pixels = torch.from_numpy(crop)[None]
-            view = turned_views(pixels, (0,), cfg.mean, cfg.std, dtype=torch.float32)
+            view = rotated_views(pixels, (0,), cfg.mean, cfg.std, dtype=torch.float32)
             with torch.no_grad():
                 said = net(view).softmax(dim=1)[0].numpy()
-            np.testing.assert_allclose(table.probabilities[row, turn], said, atol=1e-5)
+            np.testing.assert_allclose(table.probabilities[row, rotation], said, atol=1e-5)
     assert np.ptp(table.upright, axis=0).max() > 0.01  # it tells pictures apart
     assert (table.fold == -1).all()
 
@@ -285,13 +285,13 @@ def test_a_task_without_turns_is_refused(pictures, tmp_path):
     args += ["--enlarge", "--device", "cpu", "--no-tensorboard", "--backbone.kernel", "5"]
     args += ["--backbone.stride", "2", "--data", str(pictures), "--out", str(tmp_path)]
     train.main([*args, "--max-steps", "1", "--workers", "0"])
-    with pytest.raises(UsageError, match=r"tells no turns \(Supervised\)"):
+    with pytest.raises(UsageError, match=r"predicts no rotations \(Supervised\)"):
         ask(tmp_path)
 
 
 def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, capsys):
     """The way of the README: a table of folds, and a decoupling that it weighs, which can be asked too."""
-    file = tmp_path / "turns.npz"
+    file = tmp_path / "rotations.npz"
     table = table_of(folds, pictures, file)
     args = ["decoupling-alexnet", "--batch", "4", "--image-size", "64", "--backbone.width", "0.1"]
     args += ["--enlarge", "--device", "cpu", "--no-tensorboard", "--method.negatives", "8"]
@@ -308,12 +308,12 @@ def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, cap
     file.unlink()
     capsys.readouterr()
     assert ask(tmp_path / "run") == 0  # without bank and table
-    assert "all turns" in capsys.readouterr().out
+    assert "all rotations" in capsys.readouterr().out
     altered(
         tmp_path / "run" / "checkpoints" / "last.pt",
         lambda state: state["config"]["method"].update(lambda_cls=0.0, pu_table=None),
     )
-    with pytest.raises(UsageError, match=r"tells no turns \(Decoupling\)"):
+    with pytest.raises(UsageError, match=r"predicts no rotations \(Decoupling\)"):
         ask(tmp_path / "run")
 
 

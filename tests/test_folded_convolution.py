@@ -19,8 +19,8 @@ from fastrot.backbones.folded import FoldedConv2d, cells_of, folded_weight
 from fastrot.config import UsageError
 from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
-from fastrot.evals.rotation import turn_guesses
-from fastrot.ops.rotate import Cells, folded, turned_views
+from fastrot.evals.rotation import rotation_guesses
+from fastrot.ops.rotate import Cells, folded, rotated_views
 from fastrot.training import checkpoint
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
@@ -151,8 +151,8 @@ def test_alexnet_takes_turned_views_in_its_cells(size, kernel, stride):
     images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     rest = ((0, 1, 2, 3), MEAN, STD, torch.float64)
     with torch.no_grad():
-        want = plain(turned_views(images, *rest))
-        mine = fold(turned_views(images, *rest, cells=fold.cells))
+        want = plain(rotated_views(images, *rest))
+        mine = fold(rotated_views(images, *rest, cells=fold.cells))
     torch.testing.assert_close(mine, want, **TOLERANCE["f64"])
 
 
@@ -164,7 +164,7 @@ def test_it_trains_as_the_plain_one_within_rounding(precision, device, monkeypat
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, device=device)
     grads = []
     for net in nets:
-        views = turned_views(images, (0, 1, 2, 3), MEAN, STD, precision, net.cells)
+        views = rotated_views(images, (0, 1, 2, 3), MEAN, STD, precision, net.cells)
         with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
             out = net.outputs(views, ("conv1",))[0]
         out.float().square().mean().backward()
@@ -233,7 +233,7 @@ def test_its_evaluation_runs(pictures, tmp_path):
     assert method.net.get_submodule("trunk").cells is not None
     crops = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
     nothing = torch.zeros(2, dtype=torch.int64)
-    guesses = turn_guesses(method, Batch(crops, nothing, nothing, nothing))
+    guesses = rotation_guesses(method, Batch(crops, nothing, nothing, nothing))
     assert guesses is not None
 
 
@@ -243,13 +243,13 @@ TRACE = """
 import torch
 from fastrot import assemble, config
 from fastrot.backbones.heads import Classifier
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 trunk = assemble.backbone(config.AlexNet(width=0.05, fold=True), 64)
 net = Classifier(trunk, 4)
 
 def step(crops):
-    views = turned_views(crops, (0, 1, 2, 3), (0.5,) * 3, (0.2,) * 3, torch.float32, trunk.cells)
+    views = rotated_views(crops, (0, 1, 2, 3), (0.5,) * 3, (0.2,) * 3, torch.float32, trunk.cells)
     return net(views)
 
 def gradient(out):

@@ -245,7 +245,7 @@ def test_two_ranks_train_folds_resume_and_score(pictures, tmp_path):
     assert run(*command).count("resumed at step 3") == 2
     asked = [str(tmp_path / "run"), "rotation", "--device", "cpu", "--table"]
     said = run(*two, "fastrot/evaluate.py", *asked, tmp_path / "two.npz")
-    assert (said.count("all turns"), said.count("fold 1")) == (1, 1)
+    assert (said.count("all rotations"), said.count("fold 1")) == (1, 1)
     assert evaluate.main([*asked, str(tmp_path / "one.npz")]) == 0
     one, both = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
     for name in one.files:

@@ -87,7 +87,7 @@ def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     assert re.search(r"\d+ skipped", done.stdout), "the GPU's tests were not looked at"
     rows = rows_in(out)
     kinds = {row["what"] for row in rows}
-    assert kinds >= {"turned_views", "unpack", "loader", "first batch", "memory"}
+    assert kinds >= {"rotated_views", "unpack", "loader", "first batch", "memory"}
     assert {"beton", "pack"} <= values(rows, "loader")
     assert kinds >= {"nce_loss", "random gather", "update_rows", "extra memory"}
     assert kinds >= {"matrix product", "copy", "roofline", "bank's share of a step", "step", "run"}

@@ -42,7 +42,7 @@ def build(kind: type, dtype: torch.dtype = torch.float32, more: dict | None = No
 
 
 def moving() -> Decoupling:
-    """Everything that changes from step to step: Z, and weights of the turns that hold from an epoch on."""
+    """Everything that changes from step to step: Z, and weights of the rotations that hold from an epoch on."""
     method = build(config.Decoupling, more=MOVING)
     method.weights = torch.rand(test_methods.IMAGES, 4, generator=torch.Generator().manual_seed(5))
     method.pu_epoch = 2

@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parents[1] / "fastrot"
 FLOORS = [
     {"config"},
     {"core", "presets", "disk", "entry", "native", "cost"},
-    {"ops", "bounds", "dist", "machine", "turn_table"},
+    {"ops", "bounds", "dist", "machine", "rotation_table"},
     {"journal", "bank", "backbones", "data", "optim"},
     {"methods", "checkpoint", "watch", "graph"},
     {"loop", "evals"},

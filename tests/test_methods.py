@@ -115,16 +115,16 @@ def test_rotnet_labels_each_view_with_its_turn():
     mean, std = np.array(method.info.mean), np.array(method.info.std)
     logits = torch.randn(4 * IMAGES, 4)
     for i in range(IMAGES):
-        for turn in range(4):
-            turned = (np.rot90(images[i], turn) / 255 - mean) / std
+        for rotation in range(4):
+            rotated = (np.rot90(images[i], rotation) / 255 - mean) / std
             np.testing.assert_allclose(
-                views[4 * i + turn].permute(1, 2, 0).numpy(), turned, atol=1e-5
+                views[4 * i + rotation].permute(1, 2, 0).numpy(), rotated, atol=1e-5
             )
-    turn = torch.tensor([0, 1, 2, 3] * IMAGES)
+    rotation = torch.tensor([0, 1, 2, 3] * IMAGES)
     losses = method.losses(logits, batch())
-    torch.testing.assert_close(losses.total, F.cross_entropy(logits, turn))
+    torch.testing.assert_close(losses.total, F.cross_entropy(logits, rotation))
     assert losses.metrics["accuracy"].item() == pytest.approx(
-        (logits.argmax(1) == turn).float().mean().item()
+        (logits.argmax(1) == rotation).float().mean().item()
     )
 
 

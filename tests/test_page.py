@@ -14,7 +14,7 @@ from truth import photo
 from fastrot.evals import page, picture
 from fastrot.evals.filters import first_filters
 from fastrot.evals.page import RunLog, draw
-from fastrot.evals.picture import said, turned_sheet
+from fastrot.evals.picture import rotated_sheet, said
 
 HOSTILE = "<script>alert('x')</script> & \"quote\" $\\frac$ 漢 {brace}"
 ROTNET = "method:\n  type: RotNet\nbackbone:\n  type: AlexNet\npreset: demo\n"
@@ -50,9 +50,9 @@ def photos(n=3, size=48):
     return torch.from_numpy(np.stack([photo(i, size, size) for i in range(n)]))
 
 
-def sure_of(turns):
-    """Probabilities of a net that says `turns` [n, 4]."""
-    return nn.functional.one_hot(torch.tensor(turns), 4) * 0.6 + 0.1
+def sure_of(rotations):
+    """Probabilities of a net that says `rotations` [n, 4]."""
+    return nn.functional.one_hot(torch.tensor(rotations), 4) * 0.6 + 0.1
 
 
 SUMMARY = {
@@ -84,7 +84,7 @@ def test_the_page_shows_the_summarys_figures_and_needs_no_other_file(tmp_path):
     assert all(s.startswith("data:image/png;base64,") for s in sources)
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     names = {p.name for p in (run / "plots").iterdir()}
-    assert names == {f"{n}.png" for n in ("accuracy", "loss", "throughput", "filters", "turned")}
+    assert names == {f"{n}.png" for n in ("accuracy", "loss", "throughput", "filters", "rotated")}
     assert {p.name for p in run.iterdir() if p.suffix == ".tmp"} == set()
 
 
@@ -157,25 +157,27 @@ def test_long_runs_are_thinned_and_keep_their_shape(tmp_path):
 
 def test_said_marks_right_and_wrong():
     answer = said(sure_of([[0, 1, 2, 3], [1, 1, 0, 2]]))
-    assert answer.turn.tolist() == [[0, 1, 2, 3], [1, 1, 0, 2]]
+    assert answer.rotation.tolist() == [[0, 1, 2, 3], [1, 1, 0, 2]]
     assert answer.right.tolist() == [[True] * 4, [False, True, False, False]]
     torch.testing.assert_close(answer.sure, torch.full((2, 4), 0.7))
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_up_is_where_a_turned_pictures_top_is(turn):
+@pytest.mark.parametrize("rotation", range(4))
+def test_up_is_where_a_turned_pictures_top_is(rotation):
     top = np.zeros((9, 9), np.uint8)
     top[0] = 1
-    x, y = picture.UP[turn]
-    assert np.rot90(top, turn)[4 + 4 * y, 4 + 4 * x] == 1
+    x, y = picture.UP[rotation]
+    assert np.rot90(top, rotation)[4 + 4 * y, 4 + 4 * x] == 1
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_the_arrow_points_up_as_guessed(turn):
-    pixels = np.asarray(picture._badge(turn, "#000000").convert("RGB")).astype(float)[6:34, 6:34]
+@pytest.mark.parametrize("rotation", range(4))
+def test_the_arrow_points_up_as_guessed(rotation):
+    pixels = np.asarray(picture._badge(rotation, "#000000").convert("RGB")).astype(float)[
+        6:34, 6:34
+    ]
     white = pixels.mean(-1)
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
-    right, down = picture.UP[turn]
+    right, down = picture.UP[rotation]
     # head broader than shaft: white far to the sides lies on the head's half
     sides = np.abs(x * down - y * right) > 0.35
     along = (x * right + y * down)[sides]
@@ -184,27 +186,27 @@ def test_the_arrow_points_up_as_guessed(turn):
 
 def test_frames_say_right_or_wrong_and_badges_sit_at_the_guessed_top(tmp_path):
     guesses = [[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 0, 0]]
-    turned_sheet(photos(), sure_of(guesses), tmp_path / "a.png", overall=0.5, footer="Abacus")
+    rotated_sheet(photos(), sure_of(guesses), tmp_path / "a.png", overall=0.5, footer="Abacus")
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     blue, red = (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
     side, frame = picture.SIDE, picture.FRAME
     for i, row in enumerate(guesses):
-        for turn, guess in enumerate(row):
-            x = picture.MARGIN + turn * (side + picture.GAP)
+        for rotation, guess in enumerate(row):
+            x = picture.MARGIN + rotation * (side + picture.GAP)
             y = 112 + 30 + i * (side + 36)
-            colour = blue if guess == turn else red
+            colour = blue if guess == rotation else red
             assert tuple(pixels[y + 2, x + 2]) == colour
             inner = pixels[y + frame : y + side - frame, x + frame : x + side - frame]
             small = np.asarray(Image.fromarray(inner).resize((48, 48))).astype(float)
             apart = [np.abs(small - np.rot90(photo(i, 48, 48), t)).mean() for t in range(4)]
-            assert np.argmin(apart) == turn
+            assert np.argmin(apart) == rotation
             down, right = np.argwhere((inner == colour).all(-1)).mean(axis=0) / len(inner) * 2 - 1
             np.testing.assert_allclose((right, down), 0.8 * np.array(picture.UP[guess]), atol=0.1)
 
 
 @pytest.mark.parametrize("n", [1, 4, 9])
 def test_a_sheet_without_guesses_is_the_pictures_alone(tmp_path, n):
-    turned_sheet(photos(n), None, tmp_path / "a.png")
+    rotated_sheet(photos(n), None, tmp_path / "a.png")
     width, height = Image.open(tmp_path / "a.png").size
     assert width > 4 * picture.SIDE
     assert height > -(-n // 4) * picture.SIDE

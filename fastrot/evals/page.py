@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastrot.disk import replace_bytes
 from fastrot.evals.filters import first_filters
-from fastrot.evals.picture import FAINT, INK, legible, turned_sheet
+from fastrot.evals.picture import FAINT, INK, legible, rotated_sheet
 from fastrot.training.journal import read_lines
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def draw(
 ) -> Path:
     """Draw the run as it stands, from its first line on, and return its index.html.
 
-    `guesses[i, t]` are the probabilities of the four turns for picture i, shown with turn t. Without `net`
+    `guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t. Without `net`
     or `images`, their plots of an earlier call stay.
     """
     log, plots = RunLog(run), run / "plots"
@@ -49,7 +49,7 @@ def draw(
         _save(plots / "filters.png", _filters(log, filters))
     if images is not None and len(images):
         known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
-        turned_sheet(images, guesses, plots / "turned.png", **known)
+        rotated_sheet(images, guesses, plots / "turned.png", **known)
     replace_bytes(run / "index.html", _page(log).encode("utf-8", "replace"))
     return run / "index.html"
 
@@ -68,8 +68,8 @@ class RunLog:
 
         method, first = self.config.get("method"), self.lines[0] if self.lines else {}
         kind = method.get("type") if isinstance(method, dict) else None
-        self.turns = kind in ("RotNet", "Decoupling")
-        self.chance = _number(self.summary.get("chance", 0.25 if self.turns else None))
+        self.rotations = kind in ("RotNet", "Decoupling")
+        self.chance = _number(self.summary.get("chance", 0.25 if self.rotations else None))
         self.before = _number(self.summary.get("val_accuracy_first", first.get("val_accuracy")))
         self.after = self.figure("val_accuracy")
         self.footer = self._machine_and_versions()
@@ -257,7 +257,7 @@ def _page(log: RunLog) -> str:
     note += "" if log.chance is None else f" · chance {_percent(log.chance)}"
     speed, seconds = log.figure("images_per_s"), _number(log.summary.get("seconds"))
     tiles = [
-        ("Rotation accuracy" if log.turns else "Accuracy", accuracy, note),
+        ("Rotation accuracy" if log.rotations else "Accuracy", accuracy, note),
         ("Images per second", "-" if speed is None else f"{speed:,.0f}", "in training"),
         ("Waiting for data", _percent(log.figure("wait_share")), "share of training time"),
     ]
@@ -274,7 +274,7 @@ def _page(log: RunLog) -> str:
         tiles="".join(f"<div><h2>{k}</h2><b>{v}</b><p>{note}</p></div>" for k, v, note in tiles),
         verdict="" if verdict is None else f'<p class="verdict">{text(str(verdict))}</p>',
         curves="".join(_picture(plots / f"{name}.png") for name in CURVES),
-        turned=_picture(plots / "turned.png"),
+        rotated=_picture(plots / "turned.png"),
         run=text(str(log.run)),
         quoted=text(json.dumps(str(log.run), ensure_ascii=False)),
         stage="conv2" if deep else "conv5",
@@ -340,7 +340,7 @@ footer {{ margin-top: 36px }}
 <div class="tiles">{tiles}</div>
 {verdict}
 <div class="curves">{curves}</div>
-{turned}
+{rotated}
 <h3>Go on from here</h3>
 <p>The command that began this run, typed again, goes on from its last checkpoint. The trained net, in Python:</p>
 <pre>import fastrot

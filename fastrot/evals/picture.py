@@ -1,6 +1,6 @@
-"""A picture to enjoy: photographs turned four ways, with what the net said of each.
+"""A picture to enjoy: photographs rotated four ways, with what the net said of each.
 
-A turn is a number of quarter turns counter-clockwise (numpy.rot90). Blue is right and vermilion wrong,
+A rotation is a number of quarter rotations counter-clockwise (numpy.rot90). Blue is right and vermilion wrong,
 the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross says it again.
 """
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
-UP = ((0, -1), (-1, 0), (0, 1), (1, 0))  # right and down: where a picture's top is, by its turn
+UP = ((0, -1), (-1, 0), (0, 1), (1, 0))  # right and down: where a picture's top is, by its rotation
 
 
 class Said(NamedTuple):
-    """The net's answers on n pictures, each shown turned four ways."""
+    """The net's answers on n pictures, each shown rotated four ways."""
 
-    turn: Int64[Tensor, "n 4"]
-    sure: Float[Tensor, "n 4"]  # probability of that turn
+    rotation: Int64[Tensor, "n 4"]
+    sure: Float[Tensor, "n 4"]  # probability of that rotation
     right: Bool[Tensor, "n 4"]
 
 
 def said(guesses: Float[Tensor, "n 4 4"]) -> Said:
-    """`guesses[i, t]` are the probabilities of the four turns for picture i, shown with turn t."""
-    sure, turn = guesses.detach().float().cpu().nan_to_num(0.0).max(dim=-1)
-    return Said(turn, sure, turn == torch.arange(4))
+    """`guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t."""
+    sure, rotation = guesses.detach().float().cpu().nan_to_num(0.0).max(dim=-1)
+    return Said(rotation, sure, rotation == torch.arange(4))
 
 
-def turned_sheet(
+def rotated_sheet(
     images: UInt8[Tensor, "n s s 3"],
     guesses: Float[Tensor, "n 4 4"] | None,
     path: Path,
@@ -46,7 +46,7 @@ def turned_sheet(
     chance: float | None = 0.25,
     footer: str = "",
 ) -> None:
-    """Write a PNG: a row per picture, its four turns, the net's answers. Without guesses: the pictures alone.
+    """Write a PNG: a row per picture, its four rotations, the net's answers. Without guesses: the pictures alone.
 
     `overall` is the accuracy on the whole hold-out.
     """
@@ -85,20 +85,20 @@ def _turned(images: UInt8[Tensor, "n s s 3"], answer: Said) -> "Image.Image":
     plain, bold, high = _font(15), _font(15, bold=True), SIDE + 36
     sheet = Image.new("RGB", (4 * (SIDE + GAP) - GAP, 30 + len(images) * high), "white")
     draw = ImageDraw.Draw(sheet)
-    for turn, heading in enumerate(("upright", "turned 90°", "turned 180°", "turned 270°")):
-        draw.text((turn * (SIDE + GAP), 4), heading, fill=FAINT, font=plain)
+    for rotation, heading in enumerate(("upright", "rotated 90°", "rotated 180°", "rotated 270°")):
+        draw.text((rotation * (SIDE + GAP), 4), heading, fill=FAINT, font=plain)
     for i, image in enumerate(images.cpu().numpy()):
-        for turn in range(4):
-            x, y, guess = turn * (SIDE + GAP), 30 + i * high, int(answer.turn[i, turn])
-            colour, mark = (RIGHT, "✓ ") if answer.right[i, turn] else (WRONG, "✗ ")
+        for rotation in range(4):
+            x, y, guess = rotation * (SIDE + GAP), 30 + i * high, int(answer.rotation[i, rotation])
+            colour, mark = (RIGHT, "✓ ") if answer.right[i, rotation] else (WRONG, "✗ ")
             draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=colour)
-            sheet.paste(_sized(np.rot90(image, turn), SIDE - 2 * FRAME), (x + FRAME, y + FRAME))
+            sheet.paste(_sized(np.rot90(image, rotation), SIDE - 2 * FRAME), (x + FRAME, y + FRAME))
             badge, reach = _badge(guess, colour), SIDE // 2 - 20
             middle = x + SIDE // 2 + UP[guess][0] * reach, y + SIDE // 2 + UP[guess][1] * reach
             sheet.paste(badge, (middle[0] - 20, middle[1] - 20), badge)
             words = f"{90 * guess}°" if guess else "upright"
             draw.text((x, y + SIDE + 4), mark + words, fill=colour, font=bold)
-            share = f"{answer.sure[i, turn]:.0%}"
+            share = f"{answer.sure[i, rotation]:.0%}"
             draw.text((x + SIDE, y + SIDE + 4), share, fill=INK, font=plain, anchor="ra")
     return sheet
 
@@ -114,7 +114,7 @@ def _contact(images: UInt8[Tensor, "n s s 3"]) -> "Image.Image":
 
 
 def _badge(guess: int, colour: str) -> "Image.Image":
-    """A disc of 40 pixels with an arrow: drawn upright, four times as large, turned as a picture is."""
+    """A disc of 40 pixels with an arrow: drawn upright, four times as large, rotated as a picture is."""
     from PIL import Image, ImageDraw
 
     large = Image.new("RGBA", (160, 160))

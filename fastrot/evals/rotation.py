@@ -1,4 +1,4 @@
-"""What a network says of pictures' turns: probabilities of the four, and how often it is right."""
+"""What a network says of pictures' rotations: probabilities of the four, and how often it is right."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_map
 from fastrot import dist
 from fastrot.core import Batch, Method
 from fastrot.data.loader import Loader
-from fastrot.methods.rotation_table import TURNS
+from fastrot.methods.rotation_table import ROTATIONS
 
 
 @torch.no_grad()
-def turn_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
-    """Probabilities [picture, turn it was given, turn the net says], on the CPU in float32.
+def rotation_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
+    """Probabilities [picture, rotation it was given, rotation the net says], on the CPU in float32.
 
-    None for a method that does not guess turns. The net is left in the mode that it was in.
+    None for a method that does not guess rotations. The net is left in the mode that it was in.
     """
     logits = _logits(method, batch)
     return None if logits is None else logits.softmax(dim=2).cpu()
@@ -31,15 +31,17 @@ def turn_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
 class Answers:
     """What nets said of the rows of a data set; zeros where nothing was asked, or a picture cannot be read."""
 
-    probabilities: Float32[np.ndarray, "rows 4 4"]  # row, turn it was given, turn the net says
-    right: UInt8[np.ndarray, "rows 4"]  # 1: the likeliest is the turn that it was given
+    probabilities: Float32[
+        np.ndarray, "rows 4 4"
+    ]  # row, rotation it was given, rotation the net says
+    right: UInt8[np.ndarray, "rows 4"]  # 1: the likeliest is the rotation that it was given
     asked: UInt8[np.ndarray, " rows"]
 
     @classmethod
     def none_yet(cls, rows: int) -> "Answers":
         return cls(
-            np.zeros((rows, TURNS, TURNS), np.float32),
-            np.zeros((rows, TURNS), np.uint8),
+            np.zeros((rows, ROTATIONS, ROTATIONS), np.float32),
+            np.zeros((rows, ROTATIONS), np.uint8),
             np.zeros(rows, np.uint8),
         )
 
@@ -53,7 +55,7 @@ class Answers:
 def ask(
     method: Method, loader: Loader, answers: Answers, asked: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Ask a method that tells turns about this rank's share of a view in data order.
+    """Ask a method that tells rotations about this rank's share of a view in data order.
 
     `asked` hears how many pictures a batch had.
     """
@@ -61,7 +63,7 @@ def ask(
         logits = _logits(method, _filled(batch, loader.batch))
         assert logits is not None
         logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
-        right = logits.argmax(dim=2) == torch.arange(TURNS, device=logits.device)
+        right = logits.argmax(dim=2) == torch.arange(ROTATIONS, device=logits.device)
         answers.probabilities[rows] = logits.softmax(dim=2).cpu().numpy()
         answers.right[rows] = right.cpu().numpy()
         answers.asked[rows] = 1
@@ -82,8 +84,8 @@ def _logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
     method.net.eval()
     outputs = method.net(tree_map(Tensor.float, method.views(batch)))
     method.net.train(training)
-    logits = method.turn_logits(outputs)
-    return None if logits is None else logits.float().unflatten(0, (-1, TURNS))
+    logits = method.rotation_logits(outputs)
+    return None if logits is None else logits.float().unflatten(0, (-1, ROTATIONS))
 
 
 def _filled(batch: Batch, size: int) -> Batch:

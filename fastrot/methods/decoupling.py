@@ -1,4 +1,4 @@
-"""Rotation Feature Decoupling: half of the features tell turns, the other half tells pictures (Feng 2019, CVPR).
+"""Rotation Feature Decoupling: half of the features tell rotations, the other half tells pictures (Feng 2019, CVPR).
 
 As the authors' code computes it (philiptheother/FeatureDecoupling), but for its faults: README.md names them.
 """
@@ -18,10 +18,10 @@ from fastrot.config import UsageError
 from fastrot.core import DTYPES, Batch, DataInfo, Losses, Method
 from fastrot.methods.bank import Bank
 from fastrot.methods.rotation_table import pu_weights, read
-from fastrot.methods.rotnet import TURNS, turn_labels
+from fastrot.methods.rotnet import ROTATIONS, rotation_labels
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 
@@ -29,13 +29,17 @@ EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, iss
 class Parts(NamedTuple):
     """What the net makes of 4 B views; None: nothing asks for it."""
 
-    logits: Float[Tensor, "v 4"] | None  # of the four turns, from the first half of the features
+    logits: (
+        Float[Tensor, "v 4"] | None
+    )  # of the four rotations, from the first half of the features
     other: Float[Tensor, "v h"]  # the second half
-    embedding: Float[Tensor, "b d"] | None  # unit length, of the other half's mean over the turns
+    embedding: (
+        Float[Tensor, "b d"] | None
+    )  # unit length, of the other half's mean over the rotations
 
 
 class DecouplingNet(nn.Module):
-    """A trunk whose features are split in half; a head that tells turns, and one that embeds pictures."""
+    """A trunk whose features are split in half; a head that tells rotations, and one that embeds pictures."""
 
     def __init__(self, trunk: Staged, cfg: config.Decoupling):
         super().__init__()
@@ -47,7 +51,7 @@ class DecouplingNet(nn.Module):
             )
         self.trunk, self.each = trunk, width // 2
         # a head without a loss would have no gradient, which DDP refuses
-        self.rotation = nn.Linear(self.each, len(TURNS)) if cfg.lambda_cls else None
+        self.rotation = nn.Linear(self.each, len(ROTATIONS)) if cfg.lambda_cls else None
         self.embed = nn.Linear(self.each, cfg.dim) if _has_bank(cfg) else None
 
     def forward(self, x: Float[Tensor, "v c s s"]) -> Parts:
@@ -60,12 +64,12 @@ class DecouplingNet(nn.Module):
         embedding = None
         if self.embed is not None:
             # guarded: the original divides a zero vector by its length of zero
-            embedding = F.normalize(wide(self.embed(_mean_over_turns(other))), dim=1, eps=1e-12)
+            embedding = F.normalize(wide(self.embed(_mean_over_rotations(other))), dim=1, eps=1e-12)
         return Parts(logits, other, embedding)
 
 
 class Decoupling(Method):
-    """PU-weighted rotation loss + spread of the other half over a picture's turns + NCE against the bank."""
+    """PU-weighted rotation loss + spread of the other half over a picture's rotations + NCE against the bank."""
 
     def __init__(self, cfg: config.Decoupling, trunk: Staged, info: DataInfo):
         self.cfg, self.info = cfg, info
@@ -106,8 +110,8 @@ class Decoupling(Method):
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info = self.info
-        return turned_views(
-            batch.images, TURNS, info.mean, info.std, dtype=info.dtype, cells=self.cells
+        return rotated_views(
+            batch.images, ROTATIONS, info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 
     def negatives(self, batch: Batch) -> Draw:
@@ -135,10 +139,10 @@ class Decoupling(Method):
     def losses(self, outputs: Parts, batch: Batch) -> Losses:
         terms, metrics = {}, {}
         if outputs.logits is not None:
-            turn = turn_labels(outputs.logits)
-            each = F.cross_entropy(wide(outputs.logits), turn, reduction="none")
+            rotation = rotation_labels(outputs.logits)
+            each = F.cross_entropy(wide(outputs.logits), rotation, reduction="none")
             terms["loss_cls"] = self.cfg.lambda_cls * (self._weight(batch, each) * each).mean()
-            right = (outputs.logits.argmax(dim=1) == turn).float().mean()
+            right = (outputs.logits.argmax(dim=1) == rotation).float().mean()
             metrics |= {"accuracy": right, "prec_cls": right}
         if self.cfg.lambda_mse:
             terms["loss_mse"] = self.cfg.lambda_mse * _spread(outputs.other).mean()
@@ -156,10 +160,10 @@ class Decoupling(Method):
         if outputs.logits is None:
             spread = _spread(outputs.other)
             return {"loss": (spread.sum(), torch.full_like(spread.sum(), len(spread)))}
-        turn = turn_labels(outputs.logits)
-        rotation = classification_scores(outputs.logits, turn)
+        rotation = rotation_labels(outputs.logits)
+        rotation = classification_scores(outputs.logits, rotation)
         head = self.net.get_submodule("rotation")
-        invariant = classification_scores(head(outputs.other), turn)
+        invariant = classification_scores(head(outputs.other), rotation)
         return rotation | {
             "prec_rot": rotation["accuracy"],
             "loss_rot": rotation["loss"],
@@ -168,10 +172,10 @@ class Decoupling(Method):
         }
 
     @staticmethod
-    def tells_turns(cfg: config.Decoupling) -> bool:
+    def predicts_rotation(cfg: config.Decoupling) -> bool:
         return cfg.lambda_cls > 0
 
-    def turn_logits(self, outputs: Parts) -> Tensor | None:
+    def rotation_logits(self, outputs: Parts) -> Tensor | None:
         return outputs.logits
 
     @torch.no_grad()
@@ -224,7 +228,7 @@ class Decoupling(Method):
         return self.cfg.lambda_nce > 0 and self.cfg.contrast == "nce"
 
     def _weight(self, batch: Batch, like: Tensor) -> Float[Tensor, " v"] | float:
-        """1, or 1 - p ** gamma of each turned copy: one that looks upright may be a wrong label."""
+        """1, or 1 - p ** gamma of each rotated copy: one that looks upright may be a wrong label."""
         if self.weights is None:
             return 1.0
         weights = self.weights[batch.index].flatten().to(like.dtype)
@@ -263,12 +267,12 @@ def _has_bank(cfg: config.Decoupling) -> bool:
     return cfg.lambda_nce > 0 or cfg.proximal > 0
 
 
-def _mean_over_turns(other: Float[Tensor, "v h"]) -> Float[Tensor, "b h"]:
-    return wide(other).unflatten(0, (-1, len(TURNS))).mean(dim=1)
+def _mean_over_rotations(other: Float[Tensor, "v h"]) -> Float[Tensor, "b h"]:
+    return wide(other).unflatten(0, (-1, len(ROTATIONS))).mean(dim=1)
 
 
 def _spread(other: Float[Tensor, "v h"]) -> Float[Tensor, " b"]:
     """Mean square distance of each picture's four copies from their mean, over copies and features."""
-    each = wide(other).unflatten(0, (-1, len(TURNS)))
+    each = wide(other).unflatten(0, (-1, len(ROTATIONS)))
     # the mean is held: its own gradient is zero anyway
     return (each - each.mean(dim=1, keepdim=True).detach()).square().mean(dim=(1, 2))

@@ -1,8 +1,8 @@
-"""Turn probabilities of every picture of a data set, as a file: what PU weights are made of.
+"""Rotation probabilities of every picture of a data set, as a file: what PU weights are made of.
 
-Two formats. `.npz` holds plain arrays: `probabilities` float32 [rows, 4, 4] by (picture, turn that it was shown,
-turn that the net says), `fold` int8 [rows], `fingerprint` of the data. `.dat` and `.txt` hold the text of the
-original code, one number a line: line 4 i + r is the probability that picture i, turned r times, is upright.
+Two formats. `.npz` holds plain arrays: `probabilities` float32 [rows, 4, 4] by (picture, rotation that it was shown,
+rotation that the net says), `fold` int8 [rows], `fingerprint` of the data. `.dat` and `.txt` hold the text of the
+original code, one number a line: line 4 i + r is the probability that picture i, rotated r times, is upright.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
 SUFFIXES = (".npz", ".dat", ".txt")
-TURNS = 4
+ROTATIONS = 4
 WRITTEN_BY = "fastrot/evaluate.py RUN rotation --table FILE"
 _ZIP = b"PK\x03\x04"  # the first bytes of an .npz
 _LINES = 2**16  # that are written or read at once
 
 
 @dataclass(frozen=True)
-class TurnTable:
-    """What a net says of the four turns of each picture."""
+class RotationTable:
+    """What a net says of the four rotations of each picture."""
 
-    # by (picture, turn that it was shown, turn that the net says); of the last a text holds only turn 0
+    # by (picture, rotation that it was shown, rotation that the net says); of the last a text holds only rotation 0
     probabilities: Float32[np.ndarray, "rows 4 k"]
     fold: Int8[np.ndarray, " rows"]  # whose net said it; -1: there were no folds
     fingerprint: str | None  # of the data; None: a text holds none
@@ -46,7 +46,7 @@ class TurnTable:
 
 
 def pu_weights(upright: Float[np.ndarray, "rows 4"], gamma: float) -> Float[np.ndarray, "rows 4"]:
-    """1 for the picture as it is, 1 - p ** gamma for a turned copy: one that looks upright may be a wrong label."""
+    """1 for the picture as it is, 1 - p ** gamma for a rotated copy: one that looks upright may be a wrong label."""
     weights = 1 - upright**gamma
     weights[:, 0] = 1
     return weights
@@ -55,7 +55,7 @@ def pu_weights(upright: Float[np.ndarray, "rows 4"], gamma: float) -> Float[np.n
 # ---- writing ----
 
 
-def write(path: str | Path, table: TurnTable) -> None:
+def write(path: str | Path, table: RotationTable) -> None:
     """An .npz, or by its name the original's text, which holds `upright` alone. Appears whole or not at all."""
     if Path(path).suffix != ".npz":
         return write_atomically(path, lambda file: _write_text(file, table.upright.reshape(-1)))
@@ -90,7 +90,7 @@ def _write_text(file: BinaryIO, numbers: Float32[np.ndarray, " n"]) -> None:
 
 def read(
     path: str | Path, *, rows: int, fingerprint: str, knob: str = "--method.pu-table"
-) -> TurnTable:
+) -> RotationTable:
     """The table of a data set of so many rows, in either format. Nothing in it is ever unpickled.
 
     Raises UsageError, naming `knob`, for a file that is not there, is no table, is another data set's, or holds
@@ -121,11 +121,11 @@ def read(
 
 def _no_table(name: str) -> UsageError:
     return UsageError(
-        f"{name} is no table of turns: name one that {WRITTEN_BY} wrote, or a prob.dat"
+        f"{name} is no table of rotations: name one that {WRITTEN_BY} wrote, or a prob.dat"
     )
 
 
-def _read_npz(path: Path, name: str) -> TurnTable:
+def _read_npz(path: Path, name: str) -> RotationTable:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("probabilities", "fold", "fingerprint")}
@@ -138,7 +138,7 @@ def _read_npz(path: Path, name: str) -> TurnTable:
     probabilities, fold, fingerprint = arrays.values()
     if (
         probabilities.dtype != np.float32
-        or probabilities.shape != (len(fold) if fold.ndim else -1, TURNS, TURNS)
+        or probabilities.shape != (len(fold) if fold.ndim else -1, ROTATIONS, ROTATIONS)
         or (fold.dtype, fold.ndim) != (np.int8, 1)
         or (fingerprint.dtype.kind, fingerprint.ndim) != ("U", 0)
     ):
@@ -147,11 +147,11 @@ def _read_npz(path: Path, name: str) -> TurnTable:
     if len(bad):
         row = probabilities[bad[0]]
         raise _no_share(name, f"row {bad[0]}", row[~_shares(row)][0])
-    return TurnTable(probabilities, fold, str(fingerprint) or None)
+    return RotationTable(probabilities, fold, str(fingerprint) or None)
 
 
-def _read_text(path: Path, rows: int, name: str) -> TurnTable:
-    wanted = rows * TURNS
+def _read_text(path: Path, rows: int, name: str) -> RotationTable:
+    wanted = rows * ROTATIONS
     upright, lines = np.empty(wanted, np.float32), 0
     with open(path, "rb") as file:
         for part in _numbers(file, name):
@@ -163,7 +163,7 @@ def _read_text(path: Path, rows: int, name: str) -> TurnTable:
             f"{name} has {lines:,} lines, but the data's {rows:,} pictures want {wanted:,}, four each: write it "
             f"from this data, by {WRITTEN_BY}"
         )
-    return TurnTable(upright.reshape(rows, TURNS, 1), np.full(rows, -1, np.int8), None)
+    return RotationTable(upright.reshape(rows, ROTATIONS, 1), np.full(rows, -1, np.int8), None)
 
 
 def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:

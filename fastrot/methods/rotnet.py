@@ -1,4 +1,4 @@
-"""RotNet: tell which of four quarter turns a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
+"""RotNet: tell which of four quarter rotations a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
 
 import torch
 from jaxtyping import Float
@@ -10,43 +10,43 @@ from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, DataInfo, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
-TURNS = (0, 1, 2, 3)  # quarter turns counter-clockwise; the label of a view is its turn
+ROTATIONS = (0, 1, 2, 3)  # quarter rotations counter-clockwise; the label of a view is its rotation
 
 
 class RotNet(Method):
-    """All four turns of each crop in one batch; mean cross-entropy over the 4 B views."""
+    """All four rotations of each crop in one batch; mean cross-entropy over the 4 B views."""
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
-        self.net = Classifier(trunk, len(TURNS))
+        self.net = Classifier(trunk, len(ROTATIONS))
         self.info, self.cells = info, trunk.cells
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info = self.info
-        return turned_views(
-            batch.images, TURNS, info.mean, info.std, dtype=info.dtype, cells=self.cells
+        return rotated_views(
+            batch.images, ROTATIONS, info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
-        turn = turn_labels(outputs)
-        right = (outputs.argmax(dim=1) == turn).float().mean()
-        return Losses({"loss_cls": F.cross_entropy(wide(outputs), turn)}, {"accuracy": right})
+        rotation = rotation_labels(outputs)
+        right = (outputs.argmax(dim=1) == rotation).float().mean()
+        return Losses({"loss_cls": F.cross_entropy(wide(outputs), rotation)}, {"accuracy": right})
 
     def score(
         self, outputs: Float[Tensor, "v 4"], batch: Batch
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        return classification_scores(outputs, turn_labels(outputs))
+        return classification_scores(outputs, rotation_labels(outputs))
 
     @staticmethod
-    def tells_turns(cfg: config.RotNet) -> bool:
+    def predicts_rotation(cfg: config.RotNet) -> bool:
         return True
 
-    def turn_logits(self, outputs: Float[Tensor, "v 4"]) -> Float[Tensor, "v 4"]:
+    def rotation_logits(self, outputs: Float[Tensor, "v 4"]) -> Float[Tensor, "v 4"]:
         return outputs
 
 
-def turn_labels(outputs: Tensor) -> Tensor:
+def rotation_labels(outputs: Tensor) -> Tensor:
     """Labels of image-major views: 0 1 2 3 0 1 2 3 ..."""
-    return torch.arange(len(outputs), device=outputs.device) % len(TURNS)
+    return torch.arange(len(outputs), device=outputs.device) % len(ROTATIONS)

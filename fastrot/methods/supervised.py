@@ -10,7 +10,7 @@ from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, DataInfo, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 
 class Supervised(Method):
@@ -25,7 +25,7 @@ class Supervised(Method):
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
         info = self.info
-        return turned_views(
+        return rotated_views(
             batch.images, (0,), info.mean, info.std, dtype=info.dtype, cells=self.cells
         )
 

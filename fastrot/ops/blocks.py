@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
-"""Boxes of packed pictures -> crops, and on to their turned, normalised, channels-last views in the same kernel.
+"""Boxes of packed pictures -> crops, and on to their rotated, normalised, channels-last views in the same kernel.
 
 Shapes.  A pack's pictures one after the other (data/pack): tiles uint8 [T, 48], one row for 8x8 pixels, or pixels uint8
          [T, 3]; first int64 [N + 1]; sizes int32 [N, 2]. boxes int64 [B, 6], rows (index, y, x, height, width, flip);
-         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of turns.py.
+         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of rotations.py.
 Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr. Sample k of a block is entry
          i = bits 16+3k to 18+3k of the palette between its first two bytes: e0, e1, then (7-j) e0 + j e1 over 7,
          j = 1 to 6, where e0 > e1; else over 5, j = 1 to 4, and 0 and 255; rounded down. R = Y + (91881 Cr' + 2**15 >> 16),
@@ -38,7 +38,7 @@ from torch import Tensor
 from fastrot import native
 from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
-from fastrot.ops.rotate import check_views, turned_views
+from fastrot.ops.rotate import check_views, rotated_views
 from fastrot.ops.rows import check_device
 
 try:
@@ -213,7 +213,7 @@ if triton is not None:
     @triton.jit
     @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
     def _unpack_kernel(
-        tiles, first, sizes, boxes, turns, out, size, mean0, mean1, mean2, std0, std1, std2,
+        tiles, first, sizes, boxes, rotations, out, size, mean0, mean1, mean2, std0, std1, std2,
         PACKED: tl.constexpr,  # ycc: `tiles` are words of 8 bytes
         NORMALISED: tl.constexpr, VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as in turns.py
         FUSED: tl.constexpr, SIDE: tl.constexpr,
@@ -251,14 +251,14 @@ if triton is not None:
         line = place // SIDE
         for view in tl.static_range(VIEWS):
             if PATTERN == -1:
-                turn = tl.load(turns + image * VIEWS + view).to(tl.int32) & 3
+                rotation = tl.load(rotations + image * VIEWS + view).to(tl.int32) & 3
             else:
-                turn = (PATTERN >> 2 * view) & 3
-            above, beside = _turned_corner(top, left, size - SIDE, turn)
+                rotation = (PATTERN >> 2 * view) & 3
+            above, beside = _rotated_corner(top, left, size - SIDE, rotation)
             for third in tl.static_range(3):  # of the square's 3 * SIDE elements a line
                 element = third * SIDE + place % SIDE
                 pixel, channel = element // 3, element % 3
-                source = _source_pixel(line, pixel, SIDE, turn) * WORDS + channel // IN_ONE
+                source = _source_pixel(line, pixel, SIDE, rotation) * WORDS + channel // IN_ONE
                 value = tl.gather(square, source, 0) >> (channel % IN_ONE * BITS)
                 target_row, target_element = above + line, 3 * beside + element
                 inside = (target_row >= 0) & (target_row < size)
@@ -293,13 +293,13 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _turned_corner(top, left, last, turn):
-        """Where the square at (top, left) of the crop begins in the crop turned `turn` times; last = size - SIDE."""
-        if turn == 0:
+    def _rotated_corner(top, left, last, rotation):
+        """Where the square at (top, left) of the crop begins in the crop rotated `rotation` times; last = size - SIDE."""
+        if rotation == 0:
             above, beside = top, left
-        elif turn == 1:
+        elif rotation == 1:
             above, beside = last - left, top
-        elif turn == 2:
+        elif rotation == 2:
             above, beside = last - top, last - left
         else:
             above, beside = left, last - top
@@ -441,7 +441,7 @@ def _launch(
     boxes: Tensor,
     size: int,
     dtype: torch.dtype,
-    turns: Sequence[int] | Tensor = (0,),
+    rotations: Sequence[int] | Tensor = (0,),
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
     out: Tensor | None = None,
@@ -454,17 +454,21 @@ def _launch(
     if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
         raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
-    if isinstance(turns, Tensor):
-        views, pattern, turns = turns.shape[1], -1, turns.contiguous()
+    if isinstance(rotations, Tensor):
+        views, pattern, rotations = rotations.shape[1], -1, rotations.contiguous()
     else:
-        views, pattern, turns = len(turns), sum(t << 2 * v for v, t in enumerate(turns)), boxes
+        views, pattern, rotations = (
+            len(rotations),
+            sum(t << 2 * v for v, t in enumerate(rotations)),
+            boxes,
+        )
     if out is None:
         out = torch.empty(len(boxes) * views, size, size, 3, dtype=dtype, device=boxes.device)
     programs = len(boxes) * triton.cdiv(size, SIDE) ** 2
     if out.numel():
         with torch.cuda.device_of(boxes):
             _unpack_kernel[(programs,)](
-                tiles, pack.first, pack.sizes, boxes.contiguous(), turns, out, size, *mean, *std,
+                tiles, pack.first, pack.sizes, boxes.contiguous(), rotations, out, size, *mean, *std,
                 PACKED=pack.encoding == "ycc", NORMALISED=dtype != torch.uint8,
                 VIEWS=views, PATTERN=pattern, FUSED=boxes.is_cuda, SIDE=SIDE,
                 num_warps=WARPS, **EXACT,
@@ -510,17 +514,17 @@ def unpack_views(
     pack: PackTensors,
     boxes: Int64[Tensor, "b 6"],
     size: int,
-    turns: Sequence[int] | Int64[Tensor, "b v"],
+    rotations: Sequence[int] | Int64[Tensor, "b v"],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "w 3 s s"]:
-    """`turned_views(unpack_crops(pack, boxes, size), turns, mean, std, dtype)`, to the bit; on a GPU in one kernel."""
+    """`rotated_views(unpack_crops(pack, boxes, size), rotations, mean, std, dtype)`, to the bit; on a GPU in one kernel."""
     if form_for(boxes) != "triton":
-        return turned_views(unpack_crops(pack, boxes, size), turns, mean, std, dtype)
+        return rotated_views(unpack_crops(pack, boxes, size), rotations, mean, std, dtype)
     _check(pack, boxes, size)
-    mean, std = check_views(turns, mean, std, dtype, len(boxes))
-    return _launch(pack, boxes, size, dtype, turns, mean, std).permute(0, 3, 1, 2)
+    mean, std = check_views(rotations, mean, std, dtype, len(boxes))
+    return _launch(pack, boxes, size, dtype, rotations, mean, std).permute(0, 3, 1, 2)
 
 
 def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
@@ -574,14 +578,14 @@ def variants() -> list[dict]:
             name=name.format(encoding),
             kernel=_unpack_kernel,
             signature={
-                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "turns": "*i64",
+                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "rotations": "*i64",
                 "out": f"*{out}", "size": "i32", **floats,
             },
             constants=dict(
                 PACKED=encoding == "ycc", NORMALISED=out != "u8", VIEWS=views, PATTERN=pattern,
                 FUSED=True, SIDE=SIDE,
             ),
-            aligned=("tiles", "first", "sizes", "boxes", "turns", "out", "size"),
+            aligned=("tiles", "first", "sizes", "boxes", "rotations", "out", "size"),
             warps=WARPS,
             options=EXACT,
         )

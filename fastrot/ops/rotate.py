@@ -1,26 +1,26 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
-"""uint8 crops -> quarter-turned, normalised, channels-last views.
+"""uint8 crops -> quarter-rotated, normalised, channels-last views.
 
-Shapes.  images uint8 [B, S, S, 3]; V turns of each image; out [B*V, 3, S, S] channels_last, that is [B*V, S, S, 3]
-         in memory. Row V*i + v is image i turned turns[v] * 90 degrees counter-clockwise, as numpy.rot90 does it.
+Shapes.  images uint8 [B, S, S, 3]; V rotations of each image; out [B*V, 3, S, S] channels_last, that is [B*V, S, S, 3]
+         in memory. Row V*i + v is image i rotated rotations[v] * 90 degrees counter-clockwise, as numpy.rot90 does it.
          In cells of D x D pixels, n a side, the first begun P pixels before the view: out [B*V, D*D*3, n, n] channels_last,
          that is [B*V, n, n, D, D, 3] in memory.
 Maths.   out[i, j, c] = ((u / 255) - mean[c]) / std[c] in float32, in this order, then cast to the dtype, where u is
-         pixel [i, j], [j, S-1-i], [S-1-i, S-1-j] or [S-1-j, i] of channel c for 0, 1, 2, 3 turns.
-         In cells: cell [i, j], channel (y D + x) 3 + c is out[D i - P + y, D j - P + x, c] of the turned view, and 0 beside
+         pixel [i, j], [j, S-1-i], [S-1-i, S-1-j] or [S-1-j, i] of channel c for 0, 1, 2, 3 rotations.
+         In cells: cell [i, j], channel (y D + x) 3 + c is out[D i - P + y, D j - P + x, c] of the rotated view, and 0 beside
          it, as a convolution pads it; what the cells do not reach is left out.
-Idea.    A turn is an address: source = first + i * down + j * right, three numbers per turn. Each program owns a tile
+Idea.    A rotation is an address: source = first + i * down + j * right, three numbers per rotation. Each program owns a tile
          of the output, 32 rows of 32 elements (channels are elements too, so rows are contiguous), and writes it for
-         every turn; the transposition happens in the addresses of the byte loads, which the L1 and L2 caches serve.
+         every rotation; the transposition happens in the addresses of the byte loads, which the L1 and L2 caches serve.
 Bytes.   3 B S S (1 + V * itemsize): the crop is read from memory once, each view is written once.
          B * ceil(S / 32) * ceil(3 S / 32) programs of 128 threads. In bfloat16 a thread's share of a view is 8 elements:
-         one 8-byte load where it is not turned and 8 single bytes where it is, and one 16-byte store; a warp writes
-         8 rows of 64 bytes. Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`): four turns in
+         one 8-byte load where it is not rotated and 8 single bytes where it is, and one 16-byte store; a warp writes
+         8 rows of 64 bytes. Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`): four rotations in
          792 instructions, 72 registers, no spills, no shared memory. Not yet timed on a GPU.
-         In cells: 3 B (S S + V itemsize (D n)**2), for 224 pixels in 57 cells of 4 and four turns in bfloat16 1.03 times
+         In cells: 3 B (S S + V itemsize (D n)**2), for 224 pixels in 57 cells of 4 and four rotations in bfloat16 1.03 times
          those above, by B * ceil(n / 4) * ceil(3 D D n / 256) programs of 128 threads. All 8 bytes of a thread's share of a
          view are loaded one by one, since cells do not begin where words do; it stores 16 bytes where D is 4, a warp 512 in a
-         row. Two addresses serve four turns: two turns more mirror one. Machine code for sm_90: four turns in 1,088
+         row. Two addresses serve four rotations: two rotations more mirror one. Machine code for sm_90: four rotations in 1,088
          instructions, 80 registers, no spills, no shared memory. Not timed either.
 Digits.  Reference and kernel give the same bits on every device: u / 255 is written as u * HI + u * LO, where u * HI
          is exact, so that a compiler may or may not contract it into a fused multiply-add; the second
@@ -75,9 +75,9 @@ class Cells:
 # ---- reference ----
 
 
-def turned_views_reference(
+def rotated_views_reference(
     images: UInt8[Tensor, "b s s 3"],
-    turns: Sequence[int] | Int64[Tensor, "b v"],
+    rotations: Sequence[int] | Int64[Tensor, "b v"],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
@@ -94,22 +94,22 @@ def turned_views_reference(
     shape, edge = (s, s, 3), 0
     if cells is not None:
         shape = (cells.count, cells.count, cells.side, cells.side, 3)
-        edge = max(cells.pad, cells.beyond(s), 0)  # all round, before the turns: once an image
+        edge = max(cells.pad, cells.beyond(s), 0)  # all round, before the rotations: once an image
         values = F.pad(values, (0, 0, edge, edge, edge, edge))
 
-    def turned(values: Tensor, turn: int) -> Tensor:
-        view = torch.rot90(values, turn, (1, 2))
+    def rotated(values: Tensor, rotation: int) -> Tensor:
+        view = torch.rot90(values, rotation, (1, 2))
         return view if cells is None else _cut(view, cells, edge - cells.pad)
 
-    if isinstance(turns, Tensor):
-        out = values.new_empty(b, turns.shape[1], *shape)
-        for turn in range(4):
-            image, view = (turns == turn).nonzero(as_tuple=True)
-            out[image, view] = turned(values[image], turn)
+    if isinstance(rotations, Tensor):
+        out = values.new_empty(b, rotations.shape[1], *shape)
+        for rotation in range(4):
+            image, view = (rotations == rotation).nonzero(as_tuple=True)
+            out[image, view] = rotated(values[image], rotation)
     else:
-        out = values.new_empty(b, len(turns), *shape)
-        for view, turn in enumerate(turns):
-            out[:, view] = turned(values, turn)
+        out = values.new_empty(b, len(rotations), *shape)
+        for view, rotation in enumerate(rotations):
+            out[:, view] = rotated(values, rotation)
     return out.flatten(0, 1).flatten(3)
 
 
@@ -121,7 +121,7 @@ def _cut(padded: Tensor, cells: Cells, first: int) -> Float[Tensor, "w n n d d c
 
 
 def folded(views: Float[Tensor, "w c s s"], cells: Cells) -> Float[Tensor, "w d n n"]:
-    """Views of any kind in cells, channels_last: what `turned_views` with cells writes at once. With gradient."""
+    """Views of any kind in cells, channels_last: what `rotated_views` with cells writes at once. With gradient."""
     before, behind = cells.pad, cells.beyond(views.shape[-1])
     padded = F.pad(views.permute(0, 2, 3, 1), (0, 0, before, behind, before, behind))
     return _cut(padded, cells, 0).flatten(3).permute(0, 3, 1, 2)
@@ -138,9 +138,9 @@ if triton is not None:
 
     @triton.jit
     @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
-    def _turned_views_kernel(
-        images, turns, out, size, mean0, mean1, mean2, std0, std1, std2,
-        VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # turns as digits to base 4, the first lowest; -1: read `turns`
+    def _rotated_views_kernel(
+        images, rotations, out, size, mean0, mean1, mean2, std0, std1, std2,
+        VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # rotations as digits to base 4, the first lowest; -1: read `rotations`
         FUSED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         width = 3 * size
@@ -159,8 +159,8 @@ if triton is not None:
         source = images + image * width * size
         for view in tl.static_range(VIEWS):
             if PATTERN == -1:
-                turn = tl.load(turns + image * VIEWS + view).to(tl.int32) & 3
-                pixel = _source_pixel(row, column, size, turn)
+                rotation = tl.load(rotations + image * VIEWS + view).to(tl.int32) & 3
+                pixel = _source_pixel(row, column, size, rotation)
                 offset = 3 * pixel + channel
             elif (PATTERN >> 2 * view) & 3 == 0:
                 offset = row * width + element  # the same, in a form that is seen to be contiguous
@@ -174,7 +174,7 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _folded_views_kernel(
-        images, turns, out, size, count, mean0, mean1, mean2, std0, std1, std2,
+        images, rotations, out, size, count, mean0, mean1, mean2, std0, std1, std2,
         VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as above
         SIDE: tl.constexpr, PAD: tl.constexpr, FUSED: tl.constexpr,
         ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -189,7 +189,7 @@ if triton is not None:
         element = (tile % across * WIDTH + tl.arange(0, WIDTH))[None, :]
         written = (cell_row < count) & (element < width)
         channel = element % 3
-        row = cell_row * SIDE - PAD + element % CELL // (3 * SIDE)  # in the turned view
+        row = cell_row * SIDE - PAD + element % CELL // (3 * SIDE)  # in the rotated view
         column = element // CELL * SIDE - PAD + element % (3 * SIDE) // 3
         inside = written & (row >= 0) & (row < size) & (column >= 0) & (column < size)
         mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
@@ -198,15 +198,15 @@ if triton is not None:
         inverse = tl.where(channel == 0, over0, tl.where(channel == 1, over1, over2))
         source = images + image * size * size * 3
         upright = 3 * (row * size + column) + channel
-        turned = 3 * (column * size + size - 1 - row) + channel  # once
-        mirror = 3 * (size * size - 1) + 2 * channel  # less an element: that of two turns more
+        rotated = 3 * (column * size + size - 1 - row) + channel  # once
+        mirror = 3 * (size * size - 1) + 2 * channel  # less an element: that of two rotations more
         for view in tl.static_range(VIEWS):
             if PATTERN == -1:
-                turn = tl.load(turns + image * VIEWS + view).to(tl.int32) & 3
-                offset = tl.where(turn % 2 == 0, upright, turned)
-                offset = tl.where(turn < 2, offset, mirror - offset)
+                rotation = tl.load(rotations + image * VIEWS + view).to(tl.int32) & 3
+                offset = tl.where(rotation % 2 == 0, upright, rotated)
+                offset = tl.where(rotation < 2, offset, mirror - offset)
             else:
-                offset = upright if (PATTERN >> 2 * view) % 2 == 0 else turned
+                offset = upright if (PATTERN >> 2 * view) % 2 == 0 else rotated
                 offset = offset if (PATTERN >> 2 * view) % 4 < 2 else mirror - offset
             byte = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
             value = tl.where(inside, _normalised(byte, mean, std, inverse, FUSED), 0.0)
@@ -227,14 +227,14 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _source_pixel(row, column, size, turn):
-        """Which pixel of the crop is pixel [row, column] of the crop turned `turn` times."""
+    def _source_pixel(row, column, size, rotation):
+        """Which pixel of the crop is pixel [row, column] of the crop rotated `rotation` times."""
         last = size - 1
-        if turn == 0:
+        if rotation == 0:
             pixel = row * size + column
-        elif turn == 1:
+        elif rotation == 1:
             pixel = column * size + last - row
-        elif turn == 2:
+        elif rotation == 2:
             pixel = (last - row) * size + last - column
         else:
             pixel = (last - column) * size + row
@@ -246,7 +246,7 @@ if triton is not None:
 
 def _launch(
     images: Tensor,
-    turns: Sequence[int] | Tensor,
+    rotations: Sequence[int] | Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
@@ -260,10 +260,14 @@ def _launch(
         raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
     images = images.contiguous()
     b, s = images.shape[:2]
-    if isinstance(turns, Tensor):
-        views, pattern, turns = turns.shape[1], -1, turns.contiguous()
+    if isinstance(rotations, Tensor):
+        views, pattern, rotations = rotations.shape[1], -1, rotations.contiguous()
     else:
-        views, pattern, turns = len(turns), sum(t << 2 * v for v, t in enumerate(turns)), images
+        views, pattern, rotations = (
+            len(rotations),
+            sum(t << 2 * v for v, t in enumerate(rotations)),
+            images,
+        )
     out = torch.empty(b * views, *_shape(s, cells), dtype=dtype, device=images.device)
     if not out.numel():
         return out
@@ -271,14 +275,14 @@ def _launch(
     with torch.cuda.device_of(images):
         if cells is None:
             programs = b * triton.cdiv(s, ROWS) * triton.cdiv(3 * s, WIDTH)
-            _turned_views_kernel[(programs,)](
-                images, turns, out, s, *mean, *std, ROWS=ROWS, WIDTH=WIDTH, **known
+            _rotated_views_kernel[(programs,)](
+                images, rotations, out, s, *mean, *std, ROWS=ROWS, WIDTH=WIDTH, **known
             )
         else:
             n, width = cells.count, cells.count * cells.channels
             programs = b * triton.cdiv(n, CELL_ROWS) * triton.cdiv(width, CELL_WIDTH)
             _folded_views_kernel[(programs,)](
-                images, turns, out, s, n, *mean, *std,
+                images, rotations, out, s, n, *mean, *std,
                 SIDE=cells.side, PAD=cells.pad, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH, **known,
             )  # fmt: skip
     return out
@@ -289,8 +293,8 @@ def _shape(size, cells: Cells | None):
     return (size, size, 3) if cells is None else (cells.count, cells.count, cells.channels)
 
 
-@torch.library.custom_op("fastrot::turned_views", mutates_args=())
-def _turned_views(
+@torch.library.custom_op("fastrot::rotated_views", mutates_args=())
+def _rotated_views(
     images: Tensor,
     per_image: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
     for_all: Sequence[int],
@@ -299,15 +303,15 @@ def _turned_views(
     dtype: torch.dtype,
     cells: Optional[Sequence[int]] = None,  # noqa: UP045 (side, pad, count)
 ) -> Tensor:
-    turns = for_all if per_image is None else per_image
+    rotations = for_all if per_image is None else per_image
     if per_image is not None and not per_image.is_cuda and bool((per_image & 3 != per_image).any()):
-        raise UsageError("turns of each image got a number outside 0, 1, 2 and 3")
-    run = _launch if form_for(images) == "triton" else turned_views_reference
+        raise UsageError("rotations of each image got a number outside 0, 1, 2 and 3")
+    run = _launch if form_for(images) == "triton" else rotated_views_reference
     cut = None if cells is None else Cells(*cells)
-    return run(images, turns, mean, std, dtype, cut).permute(0, 3, 1, 2)
+    return run(images, rotations, mean, std, dtype, cut).permute(0, 3, 1, 2)
 
 
-@_turned_views.register_fake
+@_rotated_views.register_fake
 def _(images, per_image, for_all, mean, std, dtype, cells=None):
     b, s = images.shape[:2]
     views = len(for_all) if per_image is None else per_image.shape[1]
@@ -318,34 +322,34 @@ def _(images, per_image, for_all, mean, std, dtype, cells=None):
 # ---- public name ----
 
 
-def turned_views(
+def rotated_views(
     images: UInt8[Tensor, "b s s 3"],
-    turns: Sequence[int] | Int64[Tensor, "b v"],
+    rotations: Sequence[int] | Int64[Tensor, "b v"],
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.bfloat16,
     cells: Cells | None = None,
 ) -> Float[Tensor, "w c n n"]:
-    """Every asked turn of every crop, normalised: image-major, channels_last. No gradient.
+    """Every asked rotation of every crop, normalised: image-major, channels_last. No gradient.
 
-    `turns` is one tuple for all images, or one row per image (kept modulo 4 on a GPU, where looking would wait).
+    `rotations` is one tuple for all images, or one row per image (kept modulo 4 on a GPU, where looking would wait).
     [B*V, 3, S, S]; with `cells` [B*V, side * side * 3, count, count], for a convolution that takes its views folded.
     """
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise UsageError(
-            f"images are {tuple(images.shape)}: turned_views wants square ones, [B, S, S, 3]"
+            f"images are {tuple(images.shape)}: rotated_views wants square ones, [B, S, S, 3]"
         )
     if images.dtype != torch.uint8:
-        raise UsageError(f"images are {images.dtype}: turned_views wants torch.uint8")
-    mean, std = check_views(turns, mean, std, dtype, len(images))
+        raise UsageError(f"images are {images.dtype}: rotated_views wants torch.uint8")
+    mean, std = check_views(rotations, mean, std, dtype, len(images))
     cut = None if cells is None else [cells.side, cells.pad, cells.count]
-    if isinstance(turns, Tensor):
-        return _turned_views(images, turns, [], mean, std, dtype, cut)
-    return _turned_views(images, None, list(turns), mean, std, dtype, cut)
+    if isinstance(rotations, Tensor):
+        return _rotated_views(images, rotations, [], mean, std, dtype, cut)
+    return _rotated_views(images, None, list(rotations), mean, std, dtype, cut)
 
 
 def check_views(
-    turns: Sequence[int] | Tensor,
+    rotations: Sequence[int] | Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
@@ -353,17 +357,17 @@ def check_views(
 ) -> tuple[list[float], list[float]]:
     """Refuse what no views can be made with; mean and std as plain numbers."""
     if dtype not in DTYPES:
-        raise UsageError(f"dtype got {dtype}: turned_views wants one of {DTYPES}")
+        raise UsageError(f"dtype got {dtype}: rotated_views wants one of {DTYPES}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise UsageError(
             f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0"
         )
-    if not isinstance(turns, Tensor):
-        if not turns or any(t not in (0, 1, 2, 3) for t in turns):
-            raise UsageError(f"turns got {turns}: they want at least one of 0, 1, 2 and 3")
-    elif turns.ndim != 2 or len(turns) != images or turns.dtype != torch.int64:
+    if not isinstance(rotations, Tensor):
+        if not rotations or any(t not in (0, 1, 2, 3) for t in turns):
+            raise UsageError(f"rotations got {rotations}: they want at least one of 0, 1, 2 and 3")
+    elif rotations.ndim != 2 or len(rotations) != images or rotations.dtype != torch.int64:
         raise UsageError(
-            f"turns are {turns.dtype} {tuple(turns.shape)}: they want torch.int64 [{images}, V]"
+            f"rotations are {rotations.dtype} {tuple(rotations.shape)}: they want torch.int64 [{images}, V]"
         )
     return [float(m) for m in mean], [float(s) for s in std]
 
@@ -372,30 +376,30 @@ def check_views(
 
 
 def variants() -> list[dict]:
-    """The kernels as training uses them: all four turns, one turn, a turn of each image's own; at 224 pixels."""
+    """The kernels as training uses them: all four rotations, one rotation, a rotation of each image's own; at 224 pixels."""
     rest = {
         "size": "i32",
         **dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32"),
     }
     plain = dict(
-        kernel=_turned_views_kernel,
+        kernel=_rotated_views_kernel,
         constants=dict(ROWS=ROWS, WIDTH=WIDTH),
-        aligned=("images", "turns", "out", "size"),
+        aligned=("images", "rotations", "out", "size"),
         more={},
     )
     in_cells = dict(
         kernel=_folded_views_kernel,
         constants=dict(SIDE=4, PAD=2, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH),
-        aligned=("images", "turns", "out", "size"),
+        aligned=("images", "rotations", "out", "size"),
         more={"count": "i32"},
     )
-    turns = {"0123": (4, 0b11100100), "0": (1, 0), "per image": (2, -1)}
+    rotations = {"0123": (4, 0b11100100), "0": (1, 0), "per image": (2, -1)}
     return [
         dict(
             name=f"{name} {form} {out}",
             kernel=each["kernel"],
             signature={
-                **{"images": "*u8", "turns": "*i64", "out": f"*{out}"},
+                **{"images": "*u8", "rotations": "*i64", "out": f"*{out}"},
                 **rest,
                 **each["more"],
             },
@@ -403,7 +407,7 @@ def variants() -> list[dict]:
             aligned=each["aligned"],
             warps=WARPS,
         )
-        for name, each in {"turned_views": plain, "folded_views": in_cells}.items()
+        for name, each in {"rotated_views": plain, "folded_views": in_cells}.items()
         for out in ("bf16", "fp32")
         for form, (views, pattern) in turns.items()
     ]

@@ -23,7 +23,7 @@ from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Preempted, PreemptionSignal, share_of_cores
 from fastrot.evals import page
-from fastrot.evals.rotation import turn_guesses
+from fastrot.evals.rotation import rotation_guesses
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, memory
 from fastrot.speed.bounds import Measured
@@ -41,7 +41,7 @@ SHOWN = 8  # held-out pictures in the run's contact sheet
 
 def train(cfg: Config) -> int:
     """Train as the config says, from the folder's last checkpoint where there is one; with --folds each
-    fold's net in turn.
+    fold's net one by one.
 
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
@@ -647,7 +647,7 @@ def _shown(cfg: Config, run: Path, val_loader: Loader | None, device: torch.devi
 
 
 def _draw(run: Path, state: TrainState, shown: Batch | None) -> None:
-    guesses = None if shown is None else turn_guesses(state.method, shown)
+    guesses = None if shown is None else rotation_guesses(state.method, shown)
     images = None if shown is None else shown.images.cpu()
     page.draw(run, net=state.method.net, images=images, guesses=guesses)
 

@@ -175,7 +175,7 @@ ODD = {  # file -> bytes, pixels, mean difference that its encoding may cost
 }
 
 
-def nearest_turn(picture: np.ndarray, truth: np.ndarray) -> tuple[int, bool]:
+def nearest_rotation(picture: np.ndarray, truth: np.ndarray) -> tuple[int, bool]:
     """The quarter-turns and the flip of the truth that come nearest."""
     apart, step = {}, max(1, min(truth.shape[:2]) // 200)
     picture, truth = picture[::step, ::step], truth[::step, ::step]
@@ -199,7 +199,7 @@ def test_odd_pictures_are_converted_right_and_broken_ones_named(tmp_path, capsys
     for name, (_, truth, bound) in ODD.items():
         picture = made.picture(f"a/{name}")
         assert picture.shape == truth.shape, name
-        assert nearest_turn(picture, truth) == (0, False), name
+        assert nearest_rotation(picture, truth) == (0, False), name
         assert np.abs(picture.astype(int) - truth).mean() <= bound, name
     said = {f"b/{name}": reason for name, (_, reason) in BROKEN.items()}
     said |= {"b/loop.jpg": "broken link", "b/pool.jpg": "broken link"}
@@ -551,7 +551,7 @@ def test_odd_pictures_of_the_hostile_tree_are_converted_right(hostile, made):
             continue
         assert np.abs(picture.astype(np.int16) - truth).mean() <= bound, path
         if min(truth.shape[:2]) > 4:
-            assert nearest_turn(picture, truth) == (0, False), path
+            assert nearest_rotation(picture, truth) == (0, False), path
     plain = made.picture("images/ok/baseline.jpg")
     for path, entry in manifest.items():
         if path.startswith(("names/", "tree/")) and entry["expect"] == "ok" and "w" in entry:

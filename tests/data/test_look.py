@@ -64,10 +64,10 @@ def test_the_sheet_turns_counter_clockwise(look, tmp_path):
     assert look.main([str(path), "--size", "40"]) == 0
     sheet = np.asarray(Image.open(tmp_path / "a-look.png"))
     top, left, size, step = 84, look.MARGIN, 40, 40 + look.GAP
-    turned = [sheet[top : top + size, left + t * step :][:, :size, 0] for t in range(4)]
-    for turn in range(4):
-        assert np.array_equal(turned[turn], np.rot90(turned[0], turn))
-    assert not np.array_equal(turned[1], turned[3])
+    rotated = [sheet[top : top + size, left + t * step :][:, :size, 0] for t in range(4)]
+    for rotation in range(4):
+        assert np.array_equal(rotated[rotation], np.rot90(rotated[0], rotation))
+    assert not np.array_equal(rotated[1], rotated[3])
 
 
 def test_every_damaged_record_is_named(look, beton, capsys):

@@ -12,7 +12,7 @@ from fastrot.data.pack import layout
 from fastrot.ops import blocks as op
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
-from fastrot.ops.rotate import turned_views
+from fastrot.ops.rotate import rotated_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODINGS: tuple[layout.Encoding, ...] = ("ycc", "raw")
@@ -41,7 +41,7 @@ SQUARES = {  # several programs a crop; ragged, and whole
     "ragged": ([(0, 1, 2, 44, 52, 1), (3, -2, 4, 60, 30, 0)], 43),
     "four-squares": ([(3, 20, 1, 50, 40, 0)], 64),
 }
-TURNS = {
+ROTATIONS = {
     "all": (0, 1, 2, 3),
     "some-again": (3, 1, 1),
     "per-image": torch.tensor([[0, 1], [3, 2]]),
@@ -202,15 +202,15 @@ def test_interpreted_kernel_over_several_squares(case):
     assert torch.equal(kernel_gives("cpu", pack, boxes, size), want)
 
 
-def views_equal(device: str, boxes: torch.Tensor, size: int, turns, dtype) -> None:
+def views_equal(device: str, boxes: torch.Tensor, size: int, rotations, dtype) -> None:
     pack = random_pack("ycc")
     there = PackTensors(*(each.to(device) for each in (pack.tiles, pack.first, pack.sizes)))
-    turns = turns.to(device) if isinstance(turns, torch.Tensor) else turns
-    rest = (turns, MEAN, STD, dtype)
+    rotations = rotations.to(device) if isinstance(rotations, torch.Tensor) else rotations
+    rest = (rotations, MEAN, STD, dtype)
     with using("triton"):
         found = unpack_views(there, boxes.to(device), size, *rest)
         crop = decoded_then_cropped(pack, boxes, size).to(device)
-        want = turned_views(crop, *rest)
+        want = rotated_views(crop, *rest)
     assert found.stride() == want.stride()
     assert torch.equal(found, want)
 
@@ -218,10 +218,10 @@ def views_equal(device: str, boxes: torch.Tensor, size: int, turns, dtype) -> No
 # the interpreter cuts bfloat16 off instead of rounding it
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
-def test_interpreted_views_are_the_turned_crops(turns, dtype):
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
+def test_interpreted_views_are_the_turned_crops(rotations, dtype):
     boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
-    views_equal("cpu", boxes, 19, turns, dtype)
+    views_equal("cpu", boxes, 19, rotations, dtype)
 
 
 @interpreted
@@ -231,9 +231,9 @@ def test_interpreted_views_of_several_squares():
 
 def test_views_on_a_cpu_are_the_turned_crops():
     pack, boxes = random_pack("raw"), torch.tensor([CASES["enlarged"][0], CASES["shrunk"][0]])
-    for turns in ((0, 3), TURNS["per-image"]):
-        want = turned_views(decoded_then_cropped(pack, boxes, 20), turns, MEAN, STD)
-        assert torch.equal(unpack_views(pack, boxes, 20, turns, MEAN, STD), want)
+    for rotations in ((0, 3), ROTATIONS["per-image"]):
+        want = rotated_views(decoded_then_cropped(pack, boxes, 20), rotations, MEAN, STD)
+        assert torch.equal(unpack_views(pack, boxes, 20, rotations, MEAN, STD), want)
 
 
 def behind_two_to_the_31_bytes() -> tuple[PackTensors, PackTensors]:
@@ -287,11 +287,11 @@ def test_every_place_of_a_tap_is_opencvs_on_a_gpu():
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize("size", [1, 19, 32, 43, 64, 224])
-def test_views_are_the_turned_crops_on_a_gpu(size, turns, dtype):
+def test_views_are_the_turned_crops_on_a_gpu(size, rotations, dtype):
     boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
-    views_equal("cuda", boxes, size, turns, dtype)
+    views_equal("cuda", boxes, size, rotations, dtype)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from fastrot.ops import compile as compiler
 
 WIDE = {  # bytes a thread loads or stores at once
-    "turned_views": dict(store=16),
+    "rotated_views": dict(store=16),
     "folded_views": dict(store=16),
     "nce": dict(load=16),
     "infonce": dict(load=16),

@@ -1,4 +1,4 @@
-"""Turn tables: both formats come back bit by bit, what is none is refused in a sentence, weights are the original's."""
+"""Rotation tables: both formats come back bit by bit, what is none is refused in a sentence, weights are the original's."""
 
 import dataclasses
 import zipfile
@@ -9,18 +9,18 @@ from truth import golden
 
 from fastrot.config import UsageError
 from fastrot.methods import rotation_table
-from fastrot.methods.rotation_table import TurnTable, pu_weights, read, write
+from fastrot.methods.rotation_table import RotationTable, pu_weights, read, write
 
 ROWS, OURS = 37, "fingerprint of our data"
 GAMMAS = ["0", "0.5", "1", "2", "3", "5"]
 
 
 @pytest.fixture(scope="module")
-def table() -> TurnTable:
+def table() -> RotationTable:
     draw = np.random.default_rng(0)
     said = draw.dirichlet(np.full(4, 0.2), (ROWS, 4)).astype(np.float32)
     said[0, :, 0] = [0.0, 1.0, 1e-42, np.nextafter(np.float32(0.1), np.float32(1))]
-    return TurnTable(said, draw.integers(0, 2, ROWS).astype(np.int8), OURS)
+    return RotationTable(said, draw.integers(0, 2, ROWS).astype(np.int8), OURS)
 
 
 # ---- weights ----
@@ -123,9 +123,9 @@ def arrays(**changed):
     return make
 
 
-def shares(row: int, turn: int, value: float) -> np.ndarray:
+def shares(row: int, rotation: int, value: float) -> np.ndarray:
     said = np.full((2, 4, 4), 0.25, np.float32)
-    said[row, turn, 3] = value
+    said[row, rotation, 3] = value
     return said
 
 
@@ -163,7 +163,10 @@ WRONG = {
     "below-0": (text(*E[:7], "-0.25"), "line 8 holds -0.25"),
     "nan": (text("nan", *E[:7]), "line 1 holds nan"),
     "infinite": (text("0.5", "inf", *E[:6]), "line 2 holds inf"),
-    "binary": (lambda path: path.write_bytes(bytes(range(11, 256)) * 40), "is no table of turns"),
+    "binary": (
+        lambda path: path.write_bytes(bytes(range(11, 256)) * 40),
+        "is no table of rotations",
+    ),
     "other-length": (
         arrays(probabilities=np.full((3, 4, 4), 0.25, np.float32), fold=np.zeros(3, np.int8)),
         "holds 3 pictures, but the data has 2",
@@ -174,14 +177,17 @@ WRONG = {
     ),
     "npz-above-1": (arrays(probabilities=shares(1, 2, 1.5)), "row 1 holds 1.5"),
     "npz-nan": (arrays(probabilities=shares(0, 3, np.nan)), "row 0 holds nan"),
-    "no-fold": (arrays(fold=None), "is no table of turns"),
-    "pickle": (arrays(fingerprint=EVIL), "is no table of turns"),
-    "another-shape": (arrays(probabilities=np.zeros((2, 4), np.float32)), "is no table of turns"),
-    "another-type": (arrays(probabilities=np.zeros((2, 4, 4))), "is no table of turns"),
-    "folds-of-others": (arrays(fold=np.zeros(3, np.int8)), "is no table of turns"),
-    "flipped": (flipped, "is no table of turns"),
-    "torn": (torn, "is no table of turns"),
-    "zip": (foreign_zip, "is no table of turns"),
+    "no-fold": (arrays(fold=None), "is no table of rotations"),
+    "pickle": (arrays(fingerprint=EVIL), "is no table of rotations"),
+    "another-shape": (
+        arrays(probabilities=np.zeros((2, 4), np.float32)),
+        "is no table of rotations",
+    ),
+    "another-type": (arrays(probabilities=np.zeros((2, 4, 4))), "is no table of rotations"),
+    "folds-of-others": (arrays(fold=np.zeros(3, np.int8)), "is no table of rotations"),
+    "flipped": (flipped, "is no table of rotations"),
+    "torn": (torn, "is no table of rotations"),
+    "zip": (foreign_zip, "is no table of rotations"),
 }
 
 

@@ -1,4 +1,4 @@
-"""turned_views: the reference is numpy's rot90 and the originals' float32 steps; the kernel is the reference, bit for bit."""
+"""rotated_views: the reference is numpy's rot90 and the originals' float32 steps; the kernel is the reference, bit for bit."""
 
 from fractions import Fraction
 
@@ -10,7 +10,7 @@ from truth import golden
 from fastrot.config import UsageError
 from fastrot.ops import rotate as op
 from fastrot.ops.choice import form_for, using
-from fastrot.ops.rotate import Cells, folded, turned_views
+from fastrot.ops.rotate import Cells, folded, rotated_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {
@@ -19,7 +19,7 @@ STATISTICS = {
     "plain": ((0.0, 0.5, 1.0), (1.0, 0.5, 0.3)),
 }
 ALL = (0, 1, 2, 3)
-TURNS = {
+ROTATIONS = {
     "all": ALL,
     "upright": (0,),
     "some-again": (3, 1, 1),
@@ -55,11 +55,11 @@ def crops(images: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=draw)
 
 
-def by_numpy(images: torch.Tensor, turns, mean, std) -> np.ndarray:
+def by_numpy(images: torch.Tensor, rotations, mean, std) -> np.ndarray:
     """Views [B*V, S, S, 3] in float32, as the originals take their steps."""
-    each = turns.tolist() if isinstance(turns, torch.Tensor) else [turns] * len(images)
-    turned = [np.rot90(i, t) for i, row in zip(images.numpy(), each, strict=True) for t in row]
-    values = np.stack(turned).astype(np.float32) / np.float32(255)
+    each = rotations.tolist() if isinstance(rotations, torch.Tensor) else [rotations] * len(images)
+    rotated = [np.rot90(i, t) for i, row in zip(images.numpy(), each, strict=True) for t in row]
+    values = np.stack(rotated).astype(np.float32) / np.float32(255)
     return (values - np.array(mean, np.float32)) / np.array(std, np.float32)
 
 
@@ -80,33 +80,35 @@ def cut_by_numpy(views: np.ndarray, cells: Cells) -> np.ndarray:
 
 def test_turns_are_those_of_the_original_code():
     file = golden("rotation")
-    views = turned_views(torch.tensor(file["sq"])[None], ALL, (0.0,) * 3, (1.0,) * 3, torch.float32)
+    views = rotated_views(
+        torch.tensor(file["sq"])[None], ALL, (0.0,) * 3, (1.0,) * 3, torch.float32
+    )
     for view, degrees in zip(views, (0, 90, 180, 270), strict=True):
         bytes_back = (view.permute(1, 2, 0) * 255).round().to(torch.uint8)
         assert (bytes_back.numpy() == file[f"sq_rot{degrees}"]).all()
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_reference_equals_numpy_bit_for_bit(turns, dtype, statistics):
+def test_reference_equals_numpy_bit_for_bit(rotations, dtype, statistics):
     images = crops(3, 20)
-    views = turned_views(images, turns, *STATISTICS[statistics], dtype)
+    views = rotated_views(images, rotations, *STATISTICS[statistics], dtype)
     assert views.dtype == dtype
     assert views.is_contiguous(memory_format=torch.channels_last)
-    want = torch.from_numpy(by_numpy(images, turns, *STATISTICS[statistics])).to(dtype)
+    want = torch.from_numpy(by_numpy(images, rotations, *STATISTICS[statistics])).to(dtype)
     assert torch.equal(views.permute(0, 2, 3, 1), want)
 
 
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize(("size", "cells"), CELLS)
-def test_reference_in_cells_is_numpys_turn_cut_up(size, cells, turns):
+def test_reference_in_cells_is_numpys_turn_cut_up(size, cells, rotations):
     images = crops(3, size)
-    views = turned_views(images, turns, MEAN, STD, torch.float32, cells)
+    views = rotated_views(images, rotations, MEAN, STD, torch.float32, cells)
     assert views.is_contiguous(memory_format=torch.channels_last)
-    want = torch.from_numpy(cut_by_numpy(by_numpy(images, turns, MEAN, STD), cells))
+    want = torch.from_numpy(cut_by_numpy(by_numpy(images, rotations, MEAN, STD), cells))
     assert torch.equal(views, want)
-    plain = turned_views(images, turns, MEAN, STD, torch.float32)
+    plain = rotated_views(images, rotations, MEAN, STD, torch.float32)
     assert torch.equal(folded(plain, cells), want)
     assert folded(plain, cells).is_contiguous(memory_format=torch.channels_last)
 
@@ -114,12 +116,12 @@ def test_reference_in_cells_is_numpys_turn_cut_up(size, cells, turns):
 # ---- kernel ----
 
 
-def kernel_equals_reference(images, turns, statistics, dtype, cells=None):
+def kernel_equals_reference(images, rotations, statistics, dtype, cells=None):
     with using("reference"):
-        turns_here = turns if isinstance(turns, tuple) else turns.cpu()
-        want = turned_views(images.cpu(), turns_here, *statistics, dtype, cells)
+        rotations_here = rotations if isinstance(rotations, tuple) else rotations.cpu()
+        want = rotated_views(images.cpu(), rotations_here, *statistics, dtype, cells)
     with using("triton"):
-        got = turned_views(images, turns, *statistics, dtype, cells)
+        got = rotated_views(images, rotations, *statistics, dtype, cells)
     assert got.stride() == want.stride()
     assert torch.equal(got.cpu(), want)
 
@@ -127,10 +129,10 @@ def kernel_equals_reference(images, turns, statistics, dtype, cells=None):
 # the interpreter cuts bfloat16 off instead of rounding it, hence the other two
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_interpreted_kernel_equals_the_reference(size, turns, dtype):
-    kernel_equals_reference(crops(3, size), turns, STATISTICS["imagenet"], dtype)
+def test_interpreted_kernel_equals_the_reference(size, rotations, dtype):
+    kernel_equals_reference(crops(3, size), rotations, STATISTICS["imagenet"], dtype)
 
 
 @interpreted
@@ -139,10 +141,10 @@ def test_interpreted_kernel_at_the_papers_size():
 
 
 @interpreted
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize(("size", "cells"), CELLS)
-def test_interpreted_kernel_in_cells_equals_the_reference(size, cells, turns):
-    kernel_equals_reference(crops(3, size), turns, STATISTICS["imagenet"], torch.float32, cells)
+def test_interpreted_kernel_in_cells_equals_the_reference(size, cells, rotations):
+    kernel_equals_reference(crops(3, size), rotations, STATISTICS["imagenet"], torch.float32, cells)
 
 
 @interpreted
@@ -154,43 +156,43 @@ def test_interpreted_kernel_in_the_papers_cells():
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize(
     ("size", "cells"), [*CELLS, pytest.param(224, Cells(4, 2, 57), id="paper")]
 )
-def test_kernel_in_cells_equals_the_reference_on_a_gpu(size, cells, turns, dtype):
-    turns = turns.cuda() if isinstance(turns, torch.Tensor) else turns
-    kernel_equals_reference(crops(3, size).cuda(), turns, STATISTICS["imagenet"], dtype, cells)
+def test_kernel_in_cells_equals_the_reference_on_a_gpu(size, cells, rotations, dtype):
+    rotations = rotations.cuda() if isinstance(rotations, torch.Tensor) else rotations
+    kernel_equals_reference(crops(3, size).cuda(), rotations, STATISTICS["imagenet"], dtype, cells)
 
 
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize("size", [*SIZES, pytest.param(224, id="paper")])
-def test_kernel_equals_the_reference_on_a_gpu(size, turns, dtype):
-    turns = turns.cuda() if isinstance(turns, torch.Tensor) else turns
+def test_kernel_equals_the_reference_on_a_gpu(size, rotations, dtype):
+    rotations = rotations.cuda() if isinstance(rotations, torch.Tensor) else rotations
     for statistics in STATISTICS.values():
-        kernel_equals_reference(crops(3, size).cuda(), turns, statistics, dtype)
+        kernel_equals_reference(crops(3, size).cuda(), rotations, statistics, dtype)
 
 
 @pytest.mark.gpu
 @needs_cuda
 def test_kernel_writes_past_two_to_the_31_elements():
     images = crops(3, 64).cuda().repeat(60_000, 1, 1, 1)  # 2.2e9 bytes of crops
-    last = turned_views(images, (1,), MEAN, STD, torch.bfloat16)[-3:]
-    assert torch.equal(last, turned_views(images[-3:], (1,), MEAN, STD, torch.bfloat16))
+    last = rotated_views(images, (1,), MEAN, STD, torch.bfloat16)[-3:]
+    assert torch.equal(last, rotated_views(images[-3:], (1,), MEAN, STD, torch.bfloat16))
 
 
 @pytest.mark.gpu
 @needs_cuda
 def test_nothing_waits_for_the_gpu():
-    images, turns = crops(3, 64).cuda(), TURNS["per-image"].cuda()
-    turned_views(images, turns, MEAN, STD)
+    images, rotations = crops(3, 64).cuda(), ROTATIONS["per-image"].cuda()
+    rotated_views(images, rotations, MEAN, STD)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        turned_views(images, turns, MEAN, STD)
-        turned_views(images, ALL, MEAN, STD)
+        rotated_views(images, rotations, MEAN, STD)
+        rotated_views(images, ALL, MEAN, STD)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -236,13 +238,13 @@ def test_the_corrected_reciprocal_divides_as_ieee_does(statistics):
 
 
 def test_the_operator_keeps_torchs_rules():
-    images, turns = crops(3, 6), TURNS["per-image"]
+    images, rotations = crops(3, 6), ROTATIONS["per-image"]
     for arguments in (
         (images, None, list(ALL), list(MEAN), list(STD), torch.float32),
-        (images, turns, [], list(MEAN), list(STD), torch.float16),
-        (images, turns, [], list(MEAN), list(STD), torch.float32, [4, 2, 3]),
+        (images, rotations, [], list(MEAN), list(STD), torch.float16),
+        (images, rotations, [], list(MEAN), list(STD), torch.float32, [4, 2, 3]),
     ):
-        torch.library.opcheck(op._turned_views, arguments)
+        torch.library.opcheck(op._rotated_views, arguments)
 
 
 @pytest.mark.parametrize(
@@ -250,17 +252,19 @@ def test_the_operator_keeps_torchs_rules():
     [
         (dict(images=torch.zeros(1, 4, 5, 3, dtype=torch.uint8)), "square"),
         (dict(images=torch.zeros(1, 4, 4, 3)), "torch.uint8"),
-        (dict(turns=(0, 4)), r"turns got \(0, 4\)"),
-        (dict(turns=()), "at least one"),
-        (dict(turns=torch.zeros(2, 1, dtype=torch.int64)), r"torch.int64 \[1, V\]"),
-        (dict(turns=torch.tensor([[4]])), "0, 1, 2 and 3"),
+        (dict(rotations=(0, 4)), r"rotations got \(0, 4\)"),
+        (dict(rotations=()), "at least one"),
+        (dict(rotations=torch.zeros(2, 1, dtype=torch.int64)), r"torch.int64 \[1, V\]"),
+        (dict(rotations=torch.tensor([[4]])), "0, 1, 2 and 3"),
         (dict(std=(0.2, 0.0, 0.2)), "above 0"),
         (dict(dtype=torch.int32), "torch.int32"),
     ],
 )
 def test_wrong_use_is_refused(change, words):
-    right = dict(images=crops(1, 4), turns=ALL, mean=MEAN, std=STD, dtype=torch.float32)
-    unchecked = getattr(turned_views, "__wrapped__", turned_views)  # before the tests' shape checks
+    right = dict(images=crops(1, 4), rotations=ALL, mean=MEAN, std=STD, dtype=torch.float32)
+    unchecked = getattr(
+        rotated_views, "__wrapped__", rotated_views
+    )  # before the tests' shape checks
     with pytest.raises(UsageError, match=words):
         unchecked(**{**right, **change})
 
