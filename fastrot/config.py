@@ -113,7 +113,7 @@ Backbone = AlexNet | Nin
 
 @dataclass(frozen=True, kw_only=True)
 class RotNet:
-    """Tell which of four quarter rotations a picture has been given (Gidaris 2018)."""
+    """Predict which of four rotations (0, 90, 180, 270 degrees) a picture has been given (Gidaris 2018)."""
 
     crop: Crop = RandomResized()
 
@@ -127,7 +127,7 @@ class Supervised:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoupling:
-    """Tell rotations by half of the features and pictures by the other half (Feng 2019)."""
+    """Predict the rotation from half of the features, tell pictures apart by the other half (Feng 2019)."""
 
     crop: Crop = RandomResized()
     dim: int = 128  # numbers in a picture's embedding, and in its row of the memory bank

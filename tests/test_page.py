@@ -84,7 +84,7 @@ def test_the_page_shows_the_summarys_figures_and_needs_no_other_file(tmp_path):
     assert all(s.startswith("data:image/png;base64,") for s in sources)
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
     names = {p.name for p in (run / "plots").iterdir()}
-    assert names == {f"{n}.png" for n in ("accuracy", "loss", "throughput", "filters", "rotated")}
+    assert names == {f"{n}.png" for n in ("accuracy", "loss", "throughput", "filters", "turned")}
     assert {p.name for p in run.iterdir() if p.suffix == ".tmp"} == set()
 
 

@@ -1,7 +1,7 @@
 """A strided convolution done as one of stride 1 over cells of pixels: the same sum in a form that matrix units like.
 
 Shapes.  Kernel K, stride D, padding P; T = ceil(K / D) cells a side of the kernel; weight [O, C, K, K]; views [V, C, S, S] or,
-         in cells (ops/rotations.py), [V, D D C, n, n]; out [V, O, m, m], m = (S + 2 P - K) // D + 1 = n - T + 1.
+         in cells (ops/rotate.py), [V, D D C, n, n]; out [V, O, m, m], m = (S + 2 P - K) // D + 1 = n - T + 1.
 Maths.   out[o, i, j] = sum over c, y, x of weight[o, c, y, x] * padded view[c, D i + y, D j + x]. With y = D t + y', y' < D,
          pixel D i + y is pixel y' of cell i + t; where y is K or more the weight is 0. So the same products are summed,
          and T T D D - K K products with 0 a colour: for AlexNet's 11 x 11 of stride 4, 3 x 3 over 48 channels, 144 for 121.

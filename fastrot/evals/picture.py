@@ -1,6 +1,6 @@
 """A picture to enjoy: photographs rotated four ways, with what the net said of each.
 
-A rotation is a number of quarter rotations counter-clockwise (numpy.rot90). Blue is right and vermilion wrong,
+A rotation counts 90 degrees counter-clockwise (numpy.rot90). Blue is right and vermilion wrong,
 the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross says it again.
 """
 

@@ -55,7 +55,7 @@ class Answers:
 def ask(
     method: Method, loader: Loader, answers: Answers, asked: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Ask a method that tells rotations about this rank's share of a view in data order.
+    """Ask a method that predicts rotations about this rank's share of a view in data order.
 
     `asked` hears how many pictures a batch had.
     """

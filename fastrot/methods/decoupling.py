@@ -1,4 +1,4 @@
-"""Rotation Feature Decoupling: half of the features tell rotations, the other half tells pictures (Feng 2019, CVPR).
+"""Rotation Feature Decoupling: half of the features predict the rotation, the other half tells pictures apart (Feng 2019, CVPR).
 
 As the authors' code computes it (philiptheother/FeatureDecoupling), but for its faults: README.md names them.
 """
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
 
 
 class DecouplingNet(nn.Module):
-    """A trunk whose features are split in half; a head that tells rotations, and one that embeds pictures."""
+    """A trunk whose features are split in half; a head that predicts the rotation, and one that embeds pictures."""
 
     def __init__(self, trunk: Staged, cfg: config.Decoupling):
         super().__init__()
@@ -160,10 +160,10 @@ class Decoupling(Method):
         if outputs.logits is None:
             spread = _spread(outputs.other)
             return {"loss": (spread.sum(), torch.full_like(spread.sum(), len(spread)))}
-        rotation = rotation_labels(outputs.logits)
-        rotation = classification_scores(outputs.logits, rotation)
+        answer = rotation_labels(outputs.logits)
+        rotation = classification_scores(outputs.logits, answer)
         head = self.net.get_submodule("rotation")
-        invariant = classification_scores(head(outputs.other), rotation)
+        invariant = classification_scores(head(outputs.other), answer)
         return rotation | {
             "prec_rot": rotation["accuracy"],
             "loss_rot": rotation["loss"],

@@ -1,4 +1,4 @@
-"""RotNet: tell which of four quarter rotations a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
+"""RotNet: predict which of four rotations (0, 90, 180, 270 degrees) a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from fastrot.core import Batch, DataInfo, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
-ROTATIONS = (0, 1, 2, 3)  # quarter rotations counter-clockwise; the label of a view is its rotation
+ROTATIONS = (0, 1, 2, 3)  # times 90 degrees counter-clockwise; the label of a view is its rotation
 
 
 class RotNet(Method):

@@ -3,7 +3,7 @@
 
 Shapes.  A pack's pictures one after the other (data/pack): tiles uint8 [T, 48], one row for 8x8 pixels, or pixels uint8
          [T, 3]; first int64 [N + 1]; sizes int32 [N, 2]. boxes int64 [B, 6], rows (index, y, x, height, width, flip);
-         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of rotations.py.
+         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of rotate.py.
 Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr. Sample k of a block is entry
          i = bits 16+3k to 18+3k of the palette between its first two bytes: e0, e1, then (7-j) e0 + j e1 over 7,
          j = 1 to 6, where e0 > e1; else over 5, j = 1 to 4, and 0 and 255; rounded down. R = Y + (91881 Cr' + 2**15 >> 16),
@@ -215,7 +215,7 @@ if triton is not None:
     def _unpack_kernel(
         tiles, first, sizes, boxes, rotations, out, size, mean0, mean1, mean2, std0, std1, std2,
         PACKED: tl.constexpr,  # ycc: `tiles` are words of 8 bytes
-        NORMALISED: tl.constexpr, VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as in turns.py
+        NORMALISED: tl.constexpr, VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as in rotate.py
         FUSED: tl.constexpr, SIDE: tl.constexpr,
     ):  # fmt: skip
         across = tl.cdiv(size, SIDE)

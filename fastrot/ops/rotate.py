@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
-"""uint8 crops -> quarter-rotated, normalised, channels-last views.
+"""uint8 crops -> rotated, normalised, channels-last views.
 
 Shapes.  images uint8 [B, S, S, 3]; V rotations of each image; out [B*V, 3, S, S] channels_last, that is [B*V, S, S, 3]
          in memory. Row V*i + v is image i rotated rotations[v] * 90 degrees counter-clockwise, as numpy.rot90 does it.
@@ -363,7 +363,7 @@ def check_views(
             f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0"
         )
     if not isinstance(rotations, Tensor):
-        if not rotations or any(t not in (0, 1, 2, 3) for t in turns):
+        if not rotations or any(t not in (0, 1, 2, 3) for t in rotations):
             raise UsageError(f"rotations got {rotations}: they want at least one of 0, 1, 2 and 3")
     elif rotations.ndim != 2 or len(rotations) != images or rotations.dtype != torch.int64:
         raise UsageError(
@@ -409,5 +409,5 @@ def variants() -> list[dict]:
         )
         for name, each in {"rotated_views": plain, "folded_views": in_cells}.items()
         for out in ("bf16", "fp32")
-        for form, (views, pattern) in turns.items()
+        for form, (views, pattern) in rotations.items()
     ]
