@@ -1,5 +1,6 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
-# make test    every check and test, on JOBS=2 cores
+# make test    every check, and each test that is no soak, on JOBS=2 cores
+# make soak    the long ones: soak tests, a hundred kills, damaged records under sanitizers, the path of make gpu
 # make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
@@ -14,10 +15,11 @@ OUT ?= benchmarks/results
 DEVICE ?= cuda
 GPU_PART ?= train tests ops learn
 JOBS ?= 2
+KILLS ?= 40
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
+.PHONY: demo test check soak kills native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -45,7 +47,14 @@ demo: $(VENV)/installed
 
 test: check
 	@echo "fastrot/ holds $$(find fastrot -name '*.py' -exec cat {} + | grep -cv '^[[:space:]]*$$') non-blank lines (7,000: what can go?)"
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n $(JOBS) --dist worksteal
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu and not soak" -n $(JOBS) --dist worksteal
+
+soak: $(VENV)/installed-dev
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "soak and not gpu" -n $(JOBS) --dist worksteal
+	@$(MAKE) --no-print-directory kills fuzz
+
+kills: $(VENV)/installed-dev
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m benchmarks.chaos --kills $(KILLS)
 
 check: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright

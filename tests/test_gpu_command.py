@@ -78,7 +78,7 @@ def values(rows: list[dict], what: str, name: str = "variant") -> set:
     return {row[name] for row in rows if row["what"] == what}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     out = tmp_path / "out"
     done = make_gpu(copy, "COMMIT=abc", "DIRTY=1", f"OUT={out}")
@@ -99,7 +99,7 @@ def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     assert "Self CPU" in (out / "profile_eager.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_epoch_runs_without_a_gpu_and_says_that_it_is_extrapolated(copy, tmp_path):
     out = tmp_path / "out"
     done = make_gpu(copy, "COMMIT=abc", "DIRTY=0", f"OUT={out}", goal="gpu-epoch")
