@@ -44,9 +44,10 @@ from fastrot.backbones.alexnet import alexnet
 from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES, Batch
 from fastrot.presets import PRESETS
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.session import choose_precision
+from fastrot.training.state import TrainState
 
 PICTURES, HELD_OUT, BATCH = 1_281_167, 50_000, 192  # ImageNet's, and the paper's
 PU_FROM = 210  # epoch; the original has it in its code

@@ -52,7 +52,8 @@ from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
 from fastrot.training.journal import Meter
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
+from fastrot.training.state import TrainState
 
 HELD, SYNTHETIC = "held", "synthetic"
 LOADERS = (HELD, SYNTHETIC, "beton", "shards", "pack")

@@ -14,10 +14,10 @@ from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
-from fastrot.training.graph import WARM_UP, Cuda, Graphed
-from fastrot.training.loop import TrainState
-from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.graph import WARM_UP
+from fastrot.training.optim import LRSchedule
 from fastrot.training.session import choose_precision
+from fastrot.training.state import TrainState, build
 
 WORDS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
@@ -95,22 +95,11 @@ def state_of(
     cfg: Config, loader: Loader, device: torch.device, *, steps: int, bank: int | None = None
 ) -> TrainState:
     """What trains, as a run builds it. `bank`: rows of the memory bank; None: one a picture of the loader's data."""
-    dtype = DTYPES[cfg.precision]
-    torch.manual_seed(cfg.seed)
-    info = assemble.data_info(cfg, loader, None, device, dtype)
+    info = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
     if bank is not None and isinstance(cfg.method, Decoupling):
         info = dataclasses.replace(info, images=bank, data_rows=bank)
-    method = assemble.method(cfg, info)
-    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainState(
-        method=method,
-        net=assemble.wrapped(method.net, cfg, device),
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr),
-        device=device,
-        dtype=dtype,
-        graphed=Graphed(Cuda(device)) if cfg.graph else None,
-    )
+    schedule = LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr)
+    return build(cfg, info, schedule)
 
 
 def warm_steps(cfg: Config) -> int:

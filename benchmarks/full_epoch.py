@@ -31,7 +31,8 @@ from fastrot.entry import PreemptionSignal
 from fastrot.speed.timer import StepTimer
 from fastrot.training import loop
 from fastrot.training.journal import Journal
-from fastrot.training.loop import Run, TrainState
+from fastrot.training.loop import Run
+from fastrot.training.state import TrainState
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
 SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192

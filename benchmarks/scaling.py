@@ -43,8 +43,9 @@ from benchmarks import measure
 from fastrot import assemble, dist, entry
 from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.presets import PRESETS
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 PICTURES, BATCH = 1_281_167, 192  # ImageNet's, and the paper's
 EXTRA = "one collective more"

@@ -412,6 +412,22 @@ def knob(path: str) -> str:
     return "--" + path.replace("_", "-")
 
 
+# a knob's earlier name and today's, by their places in the config: {"backbone.fold": "backbone.space_to_depth"}.
+# Kept for one version: a config.yaml or checkpoint is read by either, the command line answers with the new one.
+OLD_KNOBS: dict[str, str] = {}
+
+
+def refuse_old_knobs(argv: list[str]) -> None:
+    """Raises UsageError for a knob that has another name today: also as --no-NAME, and with = or underscores."""
+    today = {knob(old): knob(new) for old, new in OLD_KNOBS.items()}
+    for word in argv:
+        given = word.split("=")[0]
+        plain = given.replace("_", "-")
+        new = today.get(plain) or today.get(plain.replace("--no-", "--").replace(".no-", "."))
+        if new is not None:
+            raise UsageError(f"{given} is called {new} now: write that instead")
+
+
 # ---- to and from plain data (config.yaml, checkpoints) ----
 
 
@@ -444,7 +460,7 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
         if not isinstance(plain, dict):
             raise UsageError(f"{name or 'the config'} got {plain!r}: it wants a table of knobs")
         hints = typing.get_type_hints(hint)
-        values = {k: v for k, v in plain.items() if k != "type"}
+        values = {_today(name, k): v for k, v in plain.items() if k != "type"}
         if unknown := sorted(set(values) - set(hints)):
             raise UsageError(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
         return hint(
@@ -470,6 +486,12 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     if not isinstance(plain, hint):
         raise UsageError(f"{name} got {plain!r}: it wants {hint.__name__}")
     return plain
+
+
+def _today(place: str, field: str) -> str:
+    """Today's name of a field that a config.yaml or checkpoint may hold under its old one."""
+    old = f"{place}.{field}" if place else field
+    return OLD_KNOBS.get(old, old).rpartition(".")[2]
 
 
 def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:

@@ -35,6 +35,7 @@ def command_line(argv: list[str]) -> Config:
     import tyro
 
     with entry.told_once():
+        config.refuse_old_knobs(argv)
         file, rest = _config_file(argv)
         if file is not None:
             return tyro.cli(

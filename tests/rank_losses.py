@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastrot import assemble, config, dist
 from fastrot.ops.nce import drawn
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 STEPS, GLOBAL_BATCH, SIZE = 12, 8, 32
 CROP = config.RandomResized(size=SIZE)

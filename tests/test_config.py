@@ -205,3 +205,27 @@ def test_each_end_has_its_status(error, code):
         raise error
 
     assert entry.status(main) == code
+
+
+RENAMED = {"rate": "lr", "backbone.stem": "backbone.kernel", "backbone.norm": "backbone.fuse"}
+
+
+@pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        *(("--rate", "--lr"), ("--rate=3", "--lr"), ("--backbone.no-norm", "--backbone.fuse")),
+        ("--backbone.stem", "--backbone.kernel"),
+    ],
+)
+def test_a_knob_answers_to_its_old_name_with_the_new_one(monkeypatch, given, now):
+    monkeypatch.setattr(config, "OLD_KNOBS", RENAMED)
+    with pytest.raises(UsageError, match=f"{given.split('=')[0]} is called {now} now"):
+        train.command_line(["demo", given])
+
+
+def test_a_config_written_under_an_old_name_is_read(monkeypatch):
+    monkeypatch.setattr(config, "OLD_KNOBS", RENAMED)
+    plain = config.to_plain(Config())
+    plain["backbone"] |= {"stem": plain["backbone"].pop("kernel")}
+    assert config.from_plain(plain) == Config()
+    assert config.differences(plain, config.to_plain(Config())) == {}

@@ -17,8 +17,9 @@ from fastrot.core import Batch, DataInfo
 from fastrot.methods import decoupling
 from fastrot.methods.rotation_table import RotationTable, pu_weights, write
 from fastrot.presets import PRESETS
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 T = float(np.float32(0.07))  # what the original's float32 buffer makes of it
 MEAN, STD = config.Config().mean, config.Config().std

@@ -15,8 +15,8 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import RunError, UsageError
 from fastrot.speed import memory
 from fastrot.training import loop
-from fastrot.training.loop import TrainState
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 ROOT = Path(__file__).parents[1]
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -17,8 +17,9 @@ from fastrot.ops.choice import using
 from fastrot.speed import bounds
 from fastrot.training import checkpoint, loop, session
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
-from fastrot.training.loop import TrainState, train_step, validate
+from fastrot.training.loop import train_step, validate
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

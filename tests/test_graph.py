@@ -15,8 +15,9 @@ from fastrot.core import Batch, Losses
 from fastrot.methods.decoupling import EMA, Decoupling
 from fastrot.training import session
 from fastrot.training.graph import WARM_UP, Graphed, Recorder
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 STEPS, EPOCH = 30, 8  # steps in all, and of an epoch
 MOVING = dict(dim=16, negatives=5, z="ema", proximal=0.1)
@@ -228,9 +229,11 @@ def test_what_a_graph_cannot_hold_is_refused(kind, words):
 @pytest.fixture
 def on_tape(monkeypatch):
     """--graph on a CPU, through the stand-in; rates on the device in all runs."""
-    monkeypatch.setattr(session, "Cuda", TapeRecorder)
+    monkeypatch.setattr("fastrot.training.state.Cuda", TapeRecorder)
     monkeypatch.setattr(session, "check_fast_forms", lambda *_: None)
-    monkeypatch.setattr(session, "sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True))
+    monkeypatch.setattr(
+        "fastrot.training.state.sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True)
+    )
 
 
 DECOUPLING = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from fastrot import assemble, config
 from fastrot.core import Batch, DataInfo
 from fastrot.ops.rotate import Cells, folded
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 SIZE, IMAGES, CLASSES = 32, 6, 3
 FITTING = {config.Decoupling: dict(dim=16, negatives=5, contrast="infonce")}  # six pictures

@@ -8,8 +8,9 @@ from fastrot import assemble, config
 from fastrot.core import DataInfo
 from fastrot.data.synthetic import Synthetic
 from fastrot.training.graph import Cuda, Graphed
-from fastrot.training.loop import TrainState, train_step
+from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.state import TrainState
 
 STEPS, RATE = 50, 0.01
 CROP = config.RandomResized(size=32)

@@ -22,6 +22,7 @@ from fastrot.data import crops
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.training import checkpoint, loop, session
+from fastrot.training.state import Progress
 
 TINY = ["demo", "--image-size", "32", "--batch", "4", "--backbone.width", "0.1", "--enlarge"]
 TINY += ["--schedule.steps", "20", "--log-every", "3", "--checkpoint-every", "4", "--workers", "1"]
@@ -328,7 +329,7 @@ def test_budgets_are_times(text, seconds):
 def test_story_is_plain(straight):
     """A checkpoint holds tensors and plain values only."""
     state = checkpoint.load(straight / "checkpoints" / "last.pt")
-    assert set(state["progress"]) == {f.name for f in dataclasses.fields(loop.Progress)}
+    assert set(state["progress"]) == {f.name for f in dataclasses.fields(Progress)}
     validated = [line["val_accuracy"] for line in told(straight) if "val_accuracy" in line]
     assert state["progress"]["best"] == max(validated[1:])  # the first is before training
 

@@ -11,7 +11,8 @@ from fastrot.config import Config, RunError, UsageError
 from fastrot.core import View
 from fastrot.data.loader import Loader
 from fastrot.speed.timer import StepTimer, blank
-from fastrot.training.loop import TrainState, pulled
+from fastrot.training.loop import pulled
+from fastrot.training.state import TrainState
 
 GB = 2**30
 

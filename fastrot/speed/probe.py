@@ -12,6 +12,7 @@ than a run's, so that some fit in: those of two batches then make a line, second
 """
 
 import contextlib
+import dataclasses
 import mmap
 import tempfile
 import time
@@ -32,8 +33,9 @@ from fastrot.data.loader import Loader
 from fastrot.data.pack import layout
 from fastrot.speed import bounds, cost
 from fastrot.speed.bounds import wait_for
-from fastrot.training.loop import TrainState, train_step
-from fastrot.training.optim import LRSchedule, sgd
+from fastrot.training.loop import train_step
+from fastrot.training.optim import LRSchedule
+from fastrot.training.state import TrainState, build
 
 SHARES = {  # of the seconds; what is left is for all together
     **{"read": 0.08, "decode_one": 0.08, "decode_all": 0.15, "formats": 0.14},
@@ -477,20 +479,11 @@ def _write_pack(path: Path, pictures: list[np.ndarray]) -> Path:
 
 def _state(cfg: Config, loader: Loader, device: torch.device) -> TrainState:
     """All that a run's step needs, its net not yet compiled; it learns next to nothing."""
-    torch.manual_seed(cfg.seed)
     info = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
-    method = assemble.method(cfg, info)
-    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     schedule = LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=QUIET)
-    method.set_schedule(1, schedule.begins)
-    return TrainState(
-        method=method,
-        net=method.net,
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=schedule,
-        device=device,
-        dtype=DTYPES[cfg.precision],
-    )
+    state = build(dataclasses.replace(cfg, compile=False, graph=False), info, schedule)
+    state.method.set_schedule(1, schedule.begins)
+    return state
 
 
 def _held(data: Data, view: View, batch: int, device: torch.device) -> Batch:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastrot.speed.bounds import wait_for
 from fastrot.training.graph import WARM_UP
-from fastrot.training.loop import TrainState
+from fastrot.training.state import TrainState
 
 WARM, STEPS = 10, 5
 PARTS = ("views", "forward", "losses", "backward", "optimiser", "bank")

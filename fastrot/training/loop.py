@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,101 +18,17 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import dist
 from fastrot.config import Config, NotFinite, RunError
-from fastrot.core import Batch, Losses, Method
+from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
 from fastrot.entry import Preempted, PreemptionSignal
 from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
-from fastrot.training.graph import WARM_UP, Graphed
-from fastrot.training.journal import Journal, Meter
-from fastrot.training.optim import LRSchedule, load_state, set_lr, state_of
+from fastrot.training.graph import WARM_UP
+from fastrot.training.journal import Journal
+from fastrot.training.optim import set_lr
+from fastrot.training.state import Progress, TrainState
 
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
-
-
-@dataclass
-class Progress:
-    """What a run has been through, over all its starts; goes into checkpoints and the summary."""
-
-    images: int = 0  # seen in training, over all ranks
-    seconds: float = 0.0  # of training, without validation
-    waited: float = 0.0  # of these seconds: waiting for data
-    val_first: dict[str, float] = field(default_factory=dict)  # before training
-    val: dict[str, float] = field(default_factory=dict)  # the latest
-    best: float = -math.inf  # validation accuracy, or minus the loss where there is none
-    skipped: list[str] = field(default_factory=list)  # damaged records, a sentence each
-
-    def images_per_s(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
-
-    def wait_share(self) -> float:
-        return self.waited / self.seconds if self.seconds else 0.0
-
-
-@dataclass
-class TrainState:
-    """All that a step reads and writes."""
-
-    method: Method
-    net: Callable[[Any], Any]  # method.net, perhaps compiled, perhaps wrapped by DDP
-    optimizer: torch.optim.Optimizer
-    schedule: LRSchedule
-    device: torch.device
-    dtype: torch.dtype  # of the network's arithmetic
-    step: int = 0  # the optimiser's steps so far
-    validated_step: int = (
-        0  # the step at which an epoch's end was last seen through, its validation included
-    )
-    fresh: bool = True  # no step taken yet in this run
-    meter: Meter = field(default_factory=Meter)
-    progress: Progress = field(default_factory=Progress)
-    graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
-
-    def __post_init__(self):
-        # float16 gradients underflow; bfloat16 and float32 need no scaling
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
-
-    def descend(self, loss: Tensor) -> None:
-        """Gradient and optimiser's step, at the rate that was set."""
-        self.optimizer.zero_grad()  # to None: a captured graph's gradients lie in its own memory
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Called on all ranks."""
-        return {
-            "step": self.step,
-            "validated_step": self.validated_step,
-            "net": self.method.net.state_dict(),
-            "optimizer": state_of(self.optimizer),
-            "scaler": self.scaler.state_dict(),
-            "method": self.method.state_dict(),
-            "meter": self.meter.state_dict(),
-            "progress": vars(self.progress),
-            "rng": checkpoint.random_state(self.device),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.validated_step, self.fresh = state["step"], state["validated_step"], False
-        self.method.net.load_state_dict(state["net"])
-        load_state(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.method.load_state_dict(state["method"])
-        self.meter.load_state_dict(state["meter"], self.device)
-        self.progress = Progress(**state["progress"])
-        checkpoint.set_random_state(state["rng"], self.device)
-        self._put_elsewhere()
-
-    def _put_elsewhere(self) -> None:
-        """What a step reads lies in other memory now: a recorded one would go on with the old."""
-        if self.graphed is not None:
-            self.graphed.forget()
 
 
 def train_step(state: TrainState, batch: Batch) -> Losses:

@@ -30,10 +30,11 @@ from fastrot.speed.bounds import Measured
 from fastrot.speed.profile import Profile
 from fastrot.speed.timer import StepTimer, Work, completed, work_of
 from fastrot.training import checkpoint, loop
-from fastrot.training.graph import WARM_UP, Cuda, Graphed
+from fastrot.training.graph import WARM_UP
 from fastrot.training.journal import Journal, table
-from fastrot.training.loop import Run, TrainState
-from fastrot.training.optim import LRSchedule, check_apex, sgd
+from fastrot.training.loop import Run
+from fastrot.training.optim import LRSchedule, check_apex
+from fastrot.training.state import TrainState, build
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
 SHOWN = 8  # held-out pictures in the run's contact sheet
@@ -162,26 +163,16 @@ def _train(
     if saved is not None:
         _same_data(saved["facts"], run_identity, run)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
-    torch.manual_seed(cfg.seed)
-    method = assemble.method(cfg, info)
+    state = build(cfg, info, _schedule(cfg, cfg.epochs or 1, len(loader)))
+    method = state.method
     run_identity["method"] = method.resume_contract()
     if saved is not None and saved["facts"]["method"] != run_identity["method"]:
         raise UsageError(
             f"{run} disagrees with what its method needs (was {saved['facts']['method']}, now "
             f"{run_identity['method']}): use --out NEW"
         )
-    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if saved is None and cfg.start_from is not None:
         _start_from(method.net, cfg.start_from)
-    state = TrainState(
-        method=method,
-        net=assemble.wrapped(method.net, cfg, device),
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=_schedule(cfg, cfg.epochs or 1, len(loader)),
-        device=device,
-        dtype=DTYPES[cfg.precision],
-        graphed=Graphed(Cuda(device)) if cfg.graph else None,
-    )
     built.state, built.step_timer = state, StepTimer(device)
     said = _set_length(state, cfg, saved, loader, val_loader)
     run_identity |= {"epochs": state.schedule.epochs, "steps": state.schedule.steps}
