@@ -1,4 +1,4 @@
-"""Where a run happens: device, processor, versions, commit. Goes beside every figure."""
+"""Where a run happens: device, processor, versions, commit. They stand beside every figure."""
 
 import platform
 import re
@@ -28,6 +28,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, {cores()} cores"
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was issued to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -1,13 +1,15 @@
 """Verdicts on made-up numbers, and ceilings and counts of this machine."""
 
+import dataclasses
 import time
 
 import pytest
 import torch
 
-from fastrot import native
+from fastrot import assemble, config, native
 from fastrot.speed import bounds
-from fastrot.speed.bounds import Measured, Setting, bound, ceilings, flop_of, verdict
+from fastrot.speed.bounds import Ceilings, Measured, Setting, bound, ceilings, verdict
+from fastrot.speed.cost import StepCost
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # seconds; a GPU's step whose work takes 50 of 52 ms, issued in 10
@@ -16,6 +18,8 @@ CASES = {
     # GPU
     "decode": ("decode", dict(step=0.1, wait=0.06, copy=0.002, issue=0.01, busy=0.03)),
     "decode-timed-alone": ("decode", dict(step=0.1, wait=0.06, decode=0.09, copy=0.05, busy=0.03)),
+    "read": ("read", dict(step=0.1, wait=0.06, read=0.09, decode=0.05, copy=0.05, busy=0.03)),
+    "read-and-decoded": ("decode", dict(step=0.1, wait=0.06, read=0.05, decode=0.06, copy=0.1)),
     "copy": ("copy", dict(step=0.1, wait=0.06, copy=0.09, issue=0.01, busy=0.03)),
     "copy-timed-alone": ("copy", dict(step=0.1, wait=0.06, decode=0.03, copy=0.09, busy=0.03)),
     "host-waits-but-the-device-is-busy": ("arithmetic", {**BUSY, "wait": 0.04}),
@@ -55,8 +59,9 @@ def test_the_slowest_stage_binds(kind, numbers):
 def test_by_how_much():
     said = {name: verdict(Measured(**numbers), GPU, 9.0) for name, (_, numbers) in CASES.items()}
     assert "70% of the time the GPU has nothing to do but wait for data" in said["decode"]
-    assert "decoded in 90 ms" in said["decode-timed-alone"]
-    assert "copied in 90 ms" in said["copy"]
+    assert "reading a batch takes 90 ms" in said["read"]
+    assert "decoding a batch takes 90 ms" in said["decode-timed-alone"]
+    assert "copying a batch takes 90 ms" in said["copy"]
     assert "the host needs 90 ms to issue" in said["idle-and-no-wait"]
     assert "keeps the GPU busy for 30 ms" in said["idle-and-no-wait"]
     assert "49 ms of the 50 ms" in said["ends-as-work-comes"]
@@ -72,6 +77,8 @@ WAYS = {  # what binds, what the run has, what it is told to try, and what not
     "all-workers": ("decode", dict(workers=8), ".pack", "--workers"),
     "pinned-pack": ("decode", dict(format="pack", placement="pinned"), "resident", "to_pack.py"),
     "folder": ("decode", dict(format="folder"), "to_ffcv.py", "C++"),
+    "slow-disk": ("read", dict(workers=8, format="beton"), "--order blocks", "--workers"),
+    "slow-disk-under-a-folder": ("read", dict(format="folder"), "to_ffcv.py", "--order blocks"),
     "copied-pack": ("copy", dict(format="pack"), "--placement resident", "to_pack.py"),
     "launched": (
         "idle-and-no-wait",
@@ -135,9 +142,16 @@ def test_ceilings_of_a_nearly_full_device_are_measured_on_less(monkeypatch):
         bounds._halved(lambda _: measure(9999), 4096)
 
 
-def test_a_convolutions_flop_are_counted_forward_and_backward():
-    conv = torch.nn.Conv2d(3, 8, 5, bias=False)
-    images = torch.randn(2, 3, 12, 12)
-    forward = 2 * 2 * 8 * 8 * 8 * 3 * 5 * 5  # two a multiply-add; 2 pictures of 8 x 8 x 8
-    assert flop_of(lambda: conv(images)) == forward
-    assert flop_of(lambda: conv(images).sum().backward()) == 2 * forward  # none for the pictures
+def test_floors_are_counts_over_ceilings():
+    peak = Ceilings(tflops=2.0, gb_per_s=4.0)
+    cost = StepCost(flop=10**12, traffic=10**9)
+    assert bounds.floors(cost, peak) == {"arithmetic": 0.5, "memory": 0.25}
+
+
+def test_a_run_on_a_cpu_gets_floors_and_no_copy(monkeypatch):
+    monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
+    m = Measured(step=1.0, wait=0.5, busy=0.5)
+    cfg = config.resolved(config.Config(precision="fp32"))
+    cost = StepCost(flop=10**12, traffic=10**9)
+    found = bounds.with_floors(m, cost, assemble.training_view(cfg), cfg, CPU)
+    assert found == dataclasses.replace(m, arithmetic=0.5, memory=0.25)

@@ -1,15 +1,19 @@
 """What a step costs, counted: against the papers' figure, against torch's own counter, against sums by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_train, forms
+from fastrot import assemble
 from fastrot.backbones.alexnet import AlexNet
 from fastrot.backbones.nin import Nin
 from fastrot.speed import cost
 
+CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -30,15 +34,56 @@ def test_alexnet_takes_the_papers_multiplications():
 
 @pytest.mark.parametrize("preset", ["rotnet-alexnet", "decoupling-alexnet"])
 def test_torch_counts_the_same_in_a_real_step(preset):
-    cfg = forms.sized(preset, torch.device("cpu"), quick=True, precision="fp32", batch=4)
-    trained = bench_train.Trained(cfg, 8, torch.device("cpu"), bank=500)
+    cfg = forms.sized(preset, CPU, quick=True, precision="fp32", batch=4)
+    trained = bench_train.Trained(cfg, 8, CPU, bank=500)
+    net, view = trained.state.method.net, assemble.training_view(cfg)
+    random = torch.get_rng_state()
+    eager = cost.step_cost(trained.state.method, view, cfg, CPU)
+    fused = cost.step_cost(trained.state.method, view, dataclasses.replace(cfg, compile=True), CPU)
+    assert torch.equal(random, torch.get_rng_state())
     with FlopCounterMode(display=False) as counted:
         trained.step(trained.batch)
-    net = trained.state.method.net
     mine = cost.layers(net, (16, 3, 64, 64), FP32)
-    assert sum(layer.flop for layer in mine) == counted.get_total_flops()
+    whole = counted.get_total_flops()
+    assert (sum(layer.flop for layer in mine), eager.flop, fused.flop) == (whole, whole, whole)
+    optimiser = cost.optimiser_bytes(net, FP32)
+    assert eager.traffic - optimiser == sum(layer.traffic_unfused for layer in mine)
+    assert fused.traffic - optimiser == sum(layer.traffic for layer in mine)
     assert all(p.device.type == "cpu" for p in net.parameters())
     assert net.training
+
+
+def test_views_of_several_crops_are_counted_together():
+    """As a method's with two crops, whose net takes a tuple."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, views):
+            return [self.head(self.conv(each).mean(dim=(2, 3))) for each in views]
+
+    def multiplied(*sides: int) -> int:
+        return sum(
+            layer.flop for layer in cost.layers(net, tuple((2, 3, s, s) for s in sides), FP32)
+        )
+
+    net = Both()
+    assert multiplied(8, 6) == multiplied(8) + multiplied(6)
+    views = [torch.randn(2, 3, side, side) for side in (8, 6)]
+    with FlopCounterMode(display=False) as counted:
+        torch.cat(net(views)).sum().backward()
+    assert counted.get_total_flops() == multiplied(8, 6)
+
+
+def test_a_frozen_trunk_costs_its_forward_pass_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 5))
+    net[:2].requires_grad_(False)
+    with FlopCounterMode(display=False) as counted:
+        net(torch.randn(2, 3, 8, 8)).sum().backward()
+    each = cost.layers(net, (2, 3, 8, 8), FP32)
+    assert sum(layer.flop for layer in each) == counted.get_total_flops()
 
 
 def test_traffic_is_the_sum_that_the_page_writes_down():
@@ -62,16 +107,16 @@ def test_traffic_is_the_sum_that_the_page_writes_down():
     assert plain.traffic == 2 * ((n + m) + (2 * n + m))
 
 
-def test_a_look_is_forward_alone():
+def test_an_evaluation_is_forward_alone():
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
     )
-    (look,) = cost.layers(net, (2, 3, 8, 8), BF16, training=False)
+    (looked,) = cost.layers(net, (2, 3, 8, 8), BF16, training=False)
     (step,) = cost.layers(net, (2, 3, 8, 8), BF16)
     n, m = 2 * 4 * 64, 2 * 4 * 16
-    assert 2 * look.flop == step.flop
-    assert look.traffic == 2 * (n + m)
-    assert look.traffic_unfused == 2 * (2 * n + 2 * n + 2 * n + n + m) + 8 * m
+    assert 2 * looked.flop == step.flop
+    assert looked.traffic == 2 * (n + m)
+    assert looked.traffic_unfused == 2 * (2 * n + 2 * n + 2 * n + n + m) + 8 * m
 
 
 def test_nins_layers_are_all_seen():

@@ -1,9 +1,9 @@
-"""What bounds a step: decode, copy, launch, memory or arithmetic; by how much, and what to change.
+"""What bounds a step: read, decode, copy, launch, memory or arithmetic; by how much, and what to change.
 
-A step is a pipeline: pictures are decoded and copied beside the step before, the host issues work, the device does
-it. The slowest stage binds, and the others wait for it:
+A step is a pipeline: pictures are read, decoded and copied beside the step before, the host issues work, the device
+does it. The slowest stage binds, and the others wait for it:
 
-    the device idles, and the host waits for data    decode or copy, whichever takes longer for a batch
+    the device idles, and the host waits for data    read, decode or copy, whichever takes longest for a batch
     the device idles, or ends as soon as work comes  launch: Python and calls cannot issue work any faster
     neither                                          memory or arithmetic, whichever has the higher floor
 
@@ -14,16 +14,19 @@ On a CPU there is nothing to launch, but a step whose floors explain next to not
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastrot import native
+from fastrot.config import Config
+from fastrot.core import DTYPES, View
 from fastrot.entry import cores
+from fastrot.machine import wait_for
+from fastrot.speed.cost import StepCost, random_batch
 
-Bound = Literal["decode", "copy", "launch", "memory", "arithmetic"]
+Bound = Literal["read", "decode", "copy", "launch", "memory", "arithmetic"]
 IDLE = 0.1  # share of a step: a device that idles for less is busy
 FULL = 0.9  # share of the device's time: a host that issues for longer than this binds
 CALLS = 0.1  # share of a CPU's step: floors that explain less than this leave it to calls
@@ -44,7 +47,8 @@ class Measured:
 
     step: float  # wall time of a whole step, end to end
     wait: float  # of it, the host waited for data
-    decode: float | None = None  # what the loader takes for a batch, alone
+    read: float | None = None  # what reading a batch takes, alone
+    decode: float | None = None  # what decoding and cropping a batch takes, alone
     copy: float | None = None  # of a batch to the device
     issue: float | None = None  # host time to launch a step's work (GPU)
     busy: float | None = None  # device time of a step (GPU), or the step itself on a CPU
@@ -72,7 +76,7 @@ def bound(m: Measured) -> Bound:
     """The stage that all others wait for."""
     if _idle(m) >= IDLE:
         if m.wait >= (m.step - (m.busy or 0.0)) / 2 or m.busy is None:
-            return "copy" if (m.copy or 0.0) > _decode(m) else "decode"
+            return _slowest_of_loading(m)
         return "launch"
     floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
     busy = m.step if m.busy is None else m.busy
@@ -88,26 +92,26 @@ def _idle(m: Measured) -> float:
     return (m.wait if m.busy is None else m.step - m.busy) / m.step
 
 
-def _decode(m: Measured) -> float:
-    """Seconds a batch: where it was not timed alone, what the copy leaves of a step that waits for data."""
-    return m.step - (m.copy or 0.0) if m.decode is None else m.decode
+def _slowest_of_loading(m: Measured) -> Bound:
+    """Decoding that was not timed alone takes what the copy leaves of a step that waits for data."""
+    decode = m.step - (m.copy or 0.0) if m.decode is None else m.decode
+    if (m.copy or 0.0) > decode + (m.read or 0.0):
+        return "copy"
+    return "read" if (m.read or 0.0) > decode else "decode"
 
 
 def verdict(
-    m: Measured,
-    device: torch.device,
-    images_per_s: float,
-    setting: Setting = Setting(),
+    m: Measured, device: torch.device, images_per_s: float, setting: Setting = Setting()
 ) -> str:
     """One sentence: bound by what, by how much, what to change."""
     kind = bound(m)
-    how_much = {"decode": _by_data, "copy": _by_data, "launch": _by_launch}.get(kind, _by_device)
-    way = {
-        "decode": _decode_faster,
-        "copy": _copy_less,
-        "launch": _launch_less,
-        "memory": _move_less,
-        "arithmetic": _multiply_faster,
+    how_much, way = {
+        "read": (_by_data, _read_faster),
+        "decode": (_by_data, _decode_faster),
+        "copy": (_by_data, _copy_less),
+        "launch": (_by_launch, _launch_less),
+        "memory": (_by_device, _move_less),
+        "arithmetic": (_by_device, _multiply_faster),
     }[kind]
     return (
         f"bound by {kind} at {images_per_s:,.0f} images/s: {how_much(m, kind, device)}; "
@@ -120,11 +124,11 @@ def verdict(
 
 def _by_data(m: Measured, kind: Bound, device: torch.device) -> str:
     found = f"{_idle(m):.0%} of the time the {_name(device)} has nothing to do but wait for data"
-    alone = m.copy if kind == "copy" else m.decode
+    alone = {"read": m.read, "decode": m.decode, "copy": m.copy}[kind]
     if alone is None:
         return found
-    doing = "copied" if kind == "copy" else "decoded"
-    return f"{found}, since a batch is {doing} in {_ms(alone)}"
+    doing = {"read": "reading", "decode": "decoding", "copy": "copying"}[kind]
+    return f"{found}, since {doing} a batch takes {_ms(alone)}"
 
 
 def _by_launch(m: Measured, kind: Bound, device: torch.device) -> str:
@@ -151,6 +155,17 @@ def _by_device(m: Measured, kind: Bound, device: torch.device) -> str:
 
 
 # ---- what to change ----
+
+
+def _read_faster(m: Measured, device: torch.device, setting: Setting) -> str:
+    ways = ["a faster disk"]
+    if setting.workers is not None and setting.workers < cores():
+        ways.append(f"--workers {cores()} instead of {setting.workers}")
+    if setting.format == "folder":
+        ways.append("a .beton of the same pictures (dataprep/to_ffcv.py), read in larger pieces")
+    elif setting.format != "pack":
+        ways.append("--order blocks, which reads neighbours together")
+    return f"try {_listed([*ways, 'smaller pictures (--short-side of dataprep)'])}"
 
 
 def _decode_faster(m: Measured, device: torch.device, setting: Setting) -> str:
@@ -198,7 +213,7 @@ def _multiply_faster(m: Measured, device: torch.device, setting: Setting) -> str
     if m.arithmetic is not None and m.arithmetic >= GOOD * (m.busy or m.step):
         return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
     if device.type != "cuda":
-        return "a GPU, smaller crops (--image-size) or a narrower net (--backbone.width) are faster"
+        return "a GPU, smaller crops (--image-size) or a narrower net are faster"
     ways = ["--precision bf16"] if setting.precision == "fp32" else []
     ways += [] if setting.compiled else ["--compile"]
     return f"try {_listed([*ways, 'a larger --batch'])}"
@@ -218,7 +233,31 @@ def _ms(seconds: float) -> str:
     return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
-# ---- ceilings and counts ----
+# ---- floors and ceilings ----
+
+
+def floors(cost: StepCost, peak: Ceilings) -> dict[str, float]:
+    """Seconds that a step takes at least, by matrix arithmetic and by memory traffic, as `Measured` names them."""
+    return {
+        "arithmetic": cost.flop / (peak.tflops * 1e12),
+        "memory": cost.traffic / (peak.gb_per_s * 1e9),
+    }
+
+
+def with_floors(
+    m: Measured, cost: StepCost, view: View, cfg: Config, device: torch.device
+) -> Measured:
+    """With the floors, by ceilings measured now, and the time of a batch's copy to the GPU. Under a second."""
+    peak = ceilings(device, DTYPES[cfg.precision])
+    return replace(m, copy=copy_seconds(view, cfg.batch, device), **floors(cost, peak))
+
+
+def copy_seconds(view: View, images: int, device: torch.device) -> float | None:
+    """Seconds to copy a batch's crops from pinned memory to the GPU; None: there is none."""
+    if device.type != "cuda":
+        return None
+    host = [crop.pin_memory() for crop in random_batch(view, images, torch.device("cpu")).crops]
+    return _best(lambda: [crop.to(device, non_blocking=True) for crop in host], device, 0.05)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:
@@ -274,19 +313,3 @@ def _best(work: Callable[[], Any], device: torch.device, seconds: float) -> floa
         wait_for(device)
         best, times = min(best, time.perf_counter() - begun), times + 1
     return best
-
-
-def wait_for(device: torch.device) -> None:
-    """Until all that was issued is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def flop_of(run: Callable[[], Any]) -> int:
-    """Multiplications and additions of the matrix products and convolutions that `run()` calls, backward included.
-
-    Of eager code: what torch.compile made is not seen.
-    """
-    with FlopCounterMode(display=False) as counted:
-        run()
-    return counted.get_total_flops()

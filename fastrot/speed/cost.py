@@ -22,7 +22,7 @@ Traffic.     Bytes that other kernels move in the device's memory, each value on
                       behind a max pool: with each value that it gives, forward also writes what it was made of and,
                       in a byte, where it stood; the sums read these two and the gradient, the last one place and gradient
                       without BatchNorm: reads n, writes m; reads n and m, writes n
-    judged            forward alone, BatchNorm by its running statistics: eager as above but for these, fused one kernel
+    evaluation        forward alone, BatchNorm by its running statistics: eager as above but for these, fused one kernel
                       that reads n and writes m
 
 What a matrix kernel itself reads and writes is not counted: it is hidden behind its arithmetic, where that is the larger.
@@ -32,19 +32,21 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastrot.config import Config
+from fastrot.core import DTYPES, Batch, Method, View
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 PRODUCTS = (nn.Conv2d, nn.Linear)
 SEEN = (*PRODUCTS, *NORMS, *POOLS, nn.ReLU, nn.Flatten)
 PLACE = 8  # bytes that a max pool notes for each value that it gives
-MASTER = (
-    4  # bytes of a weight, of its gradient and of its momentum: float32, whatever the arithmetic
-)
+FLOAT32 = 4  # bytes of a weight, its gradient and its momentum, whatever the arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,31 +66,91 @@ class Layer:
     weights: int
 
 
-def layers(
-    net: nn.Module, views_shape: Sequence[int], dtype: torch.dtype, *, training: bool = True
-) -> list[Layer]:
-    """The layers of `net` for views of this shape, [v, channels, height, width], in the order in which they run.
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What a step of training takes at least."""
 
-    dtype     of the activations
-    training  forward and backward; False: forward alone, as in a validation
+    flop: int  # of matrix products
+    traffic: int  # bytes that other kernels and the optimiser move
+
+
+def step_cost(method: Method, view: View, cfg: Config, device: torch.device) -> StepCost:
+    """A step of `cfg.batch` pictures in the form in which the config runs it: fused, or an operation a kernel.
+
+    The network is not run, and no random number is drawn.
+    """
+    dtype = DTYPES[cfg.precision]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        views = method.views(random_batch(view, 1, device))
+    shapes = tree_map(lambda each: (cfg.batch * len(each), *each.shape[1:]), views)
+    fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
+    each = layers(method.net, shapes, dtype)
+    return StepCost(
+        flop=sum(layer.flop for layer in each),
+        traffic=sum(layer.traffic if fused else layer.traffic_unfused for layer in each)
+        + optimiser_bytes(method.net, dtype, momentum=cfg.optim.momentum > 0),
+    )
+
+
+def random_batch(view: View, images: int, device: torch.device) -> Batch:
+    """Random pixels, always the same, in the shapes that a Loader of this view gives; of rows 0, 1, ..., class 0."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(images, crop.size, crop.size, 3) for crop in view.crops]
+    crops = [torch.randint(256, shape, dtype=torch.uint8, generator=draw) for shape in shapes]
+    return Batch(
+        tuple(crop.to(device) for crop in crops),
+        index=torch.arange(images, device=device),
+        label=torch.zeros(images, dtype=torch.int64, device=device),
+        epoch_step=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+
+
+# ---- layer by layer ----
+
+
+class Call(NamedTuple):
+    """A module as the network calls it, and how many values it takes and gives."""
+
+    name: str
+    module: nn.Module
+    taken: int
+    given: int
+
+
+def layers(
+    net: nn.Module, views_shape: Sequence[Any], dtype: torch.dtype, *, training: bool = True
+) -> list[Layer]:
+    """The layers of `net`, in the order in which they run.
+
+    views_shape  of the views that it takes, [v, channels, height, width]; a tuple of shapes for a tuple of views
+    dtype        of the activations
+    training     forward and backward; False: forward alone, as in a validation
 
     The net is left alone: a copy without numbers is run. What is no module is not seen (an average over a map, a
     loss). A net whose layers are folded or fused costs what the plain one does: an operation that only fills a matrix
-    kernel's shape is none that the task asks for.
+    kernel's shape is none that the task asks for. Layers whose weights are frozen run backward only where others
+    below them are trained.
     """
-    groups: list[list[tuple[str, nn.Module, int, int]]] = []
+    groups: list[list[Call]] = []
     for call in _calls(net, views_shape):
-        if isinstance(call[1], PRODUCTS):
+        if isinstance(call.module, PRODUCTS):
             groups.append([call])
         elif groups:
             groups[-1].append(call)
-    counted = {name for (name, *_), *_ in groups}
+    counted = {group[0].name for group in groups}
     products = {name for name, each in net.named_modules() if isinstance(each, PRODUCTS)}
     assert counted == products, f"not called as modules: {sorted(products - counted)}"
-    passes = [1 if not training else 2 if k == 0 else 3 for k in range(len(groups))]
-    return [
-        _layer(group, dtype.itemsize, times) for group, times in zip(groups, passes, strict=True)
-    ]
+    counts, below = [], False  # below: whether the gradient of a layer's input is asked for
+    for group in groups:
+        below = below and group[0].name != groups[0][0].name  # pixels have none
+        passes = 1 + training * (_trained(group[0].module) + below)
+        counts.append(_layer(group, dtype.itemsize, passes))
+        below = below or any(_trained(call.module) for call in group)
+    return counts
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def optimiser_bytes(net: nn.Module, dtype: torch.dtype, *, momentum: bool = True) -> int:
@@ -97,80 +159,87 @@ def optimiser_bytes(net: nn.Module, dtype: torch.dtype, *, momentum: bool = True
     With activations of two bytes autocast also casts the weights of products before a step, and their gradients back.
     """
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    moved = (5 if momentum else 3) * MASTER * trained
-    if dtype.itemsize < MASTER:
+    moved = (5 if momentum else 3) * FLOAT32 * trained
+    if dtype.itemsize < FLOAT32:
         products = (each for each in net.modules() if isinstance(each, PRODUCTS))
         cast = sum(p.numel() for each in products for p in each.parameters() if p.requires_grad)
-        moved += 2 * (MASTER + dtype.itemsize) * cast
+        moved += 2 * (FLOAT32 + dtype.itemsize) * cast
     return moved
 
 
-def _calls(net: nn.Module, views_shape: Sequence[int]) -> list[tuple[str, nn.Module, int, int]]:
-    """Each module that counts, as it is called: its name, itself, the values that it takes and gives."""
-    kept = (*net.parameters(), *net.buffers())
+def _calls(net: nn.Module, views_shape: Sequence[Any]) -> list[Call]:
+    """Each module that counts, as it is called."""
     empty: dict[int, Any] = {}
-    for tensor in kept:
-        hollow = tensor.detach().to("meta")
-        empty[id(tensor)] = nn.Parameter(hollow) if isinstance(tensor, nn.Parameter) else hollow
-    hollow_net = copy.deepcopy(
-        net, empty
-    ).eval()  # in eval a fused layer calls its parts as modules
+    for tensor in (*net.parameters(), *net.buffers()):
+        meta: Tensor = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
+        empty[id(tensor)] = meta
+    # in eval a fused layer calls its parts as modules
+    hollow = copy.deepcopy(net, empty).eval()
     calls = []
 
     def note(name: str):
         def noted(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            calls.append((name, module, given[0].numel(), out.numel()))
+            calls.append(Call(name, module, given[0].numel(), out.numel()))
 
         return noted
 
-    for name, module in hollow_net.named_modules():
+    for name, module in hollow.named_modules():
         if isinstance(module, SEEN):
             module.register_forward_hook(note(name))
     with torch.no_grad():
-        hollow_net(torch.empty(*views_shape, device="meta"))
+        hollow(_meta(views_shape))
     return calls
 
 
-def _layer(group: list[tuple[str, nn.Module, int, int]], itemsize: int, passes: int) -> Layer:
+def _meta(shape: Sequence[Any]) -> Any:
+    """Tensors without numbers: one, or a tuple of them for a tuple of shapes."""
+    if isinstance(shape[0], int):
+        return torch.empty(*shape, device="meta")
+    return tuple(map(_meta, shape))
+
+
+def _layer(group: list[Call], itemsize: int, passes: int) -> Layer:
     """`passes`: products of the forward's size that it takes; 1: forward alone."""
-    name, product, _, n = group[0]
+    product = group[0].module
     assert isinstance(product, PRODUCTS)
-    terms = math.prod(product.weight.shape[1:])
-    of = [module for _, module, _, _ in group[1:]]
-    weights = sum(p.numel() for module in (product, *of) for p in module.parameters())
     return Layer(
-        name=name.removeprefix("trunk.").removesuffix(".conv"),
-        flop=passes * 2 * n * terms,
+        name=group[0].name.removeprefix("trunk.").removesuffix(".conv"),
+        flop=passes * 2 * group[0].given * math.prod(product.weight.shape[1:]),
         traffic=_fused(group, itemsize, passes > 1),
         traffic_unfused=_eager(group, itemsize, passes > 1),
-        weights=weights * MASTER,
+        weights=FLOAT32 * sum(p.numel() for call in group for p in call.module.parameters()),
     )
 
 
-def _fused(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:
+def _fused(group: list[Call], itemsize: int, training: bool) -> int:
     """Bytes that the kernels behind a product move, where these are fused."""
-    (_, product, _, n), m = group[0], group[-1][3]
-    of = [module for _, module, _, _ in group[1:]]
-    if not any(isinstance(module, (*NORMS, *POOLS, nn.ReLU)) for module in of):
-        return n * itemsize if training and getattr(product, "bias", None) is not None else 0
+    (product, *rest), n, m = group, group[0].given, group[-1].given
+
+    def has(*kinds: type[nn.Module]) -> bool:
+        return any(isinstance(call.module, kinds) for call in rest)
+
+    if not has(*NORMS, *POOLS, nn.ReLU):
+        return n * itemsize if training and getattr(product.module, "bias", None) is not None else 0
     if not training:
         return (n + m) * itemsize
-    if not any(isinstance(module, NORMS) for module in of):
+    if not has(*NORMS):
         return ((n + m) + (n + m + n)) * itemsize
-    if any(isinstance(module, nn.MaxPool2d) for module in of):
+    if has(nn.MaxPool2d):
         sums = (2 * itemsize + 1) * m
         return n * itemsize + (n * itemsize + sums) + sums + (2 * n * itemsize + (itemsize + 1) * m)
     return (n + (n + m) + (n + m) + (n + m + n)) * itemsize
 
 
-def _eager(group: list[tuple[str, nn.Module, int, int]], itemsize: int, training: bool) -> int:
+def _eager(group: list[Call], itemsize: int, training: bool) -> int:
     """Bytes that the kernels behind a product move, where each operation is one."""
-    _, product, _, n = group[0]
+    (product, *rest), n = group, group[0].given
     forward = backward = places = 0  # values; values; places that max pools note
-    if getattr(product, "bias", None) is not None:
-        forward += 2 * n if isinstance(product, nn.Conv2d) else 0
+    if getattr(product.module, "bias", None) is not None:
+        forward += 2 * n if isinstance(product.module, nn.Conv2d) else 0
         backward += n
-    for _, module, taken, given in group[1:]:
+    for _, module, taken, given in rest:
         if isinstance(module, NORMS):
             forward += training * taken + taken + given
             backward += 4 * taken + given

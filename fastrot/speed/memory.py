@@ -1,20 +1,41 @@
-"""Out of memory at the first steps: one out_of_memory_error with the batch that fits, found by halving."""
+"""Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
 
+import contextlib
 import gc
 import traceback
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastrot import config, dist, machine
 from fastrot.config import Config, RunError, UsageError
-from fastrot.core import View
+from fastrot.core import Method, View
 from fastrot.data.loader import Loader
-from fastrot.speed.timer import StepTimer, blank
-from fastrot.training.loop import pulled
-from fastrot.training.state import TrainState
+from fastrot.speed.cost import random_batch
+from fastrot.speed.timer import StepTimer
 
 GB = 2**30
+FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
+    "DefaultCPUAllocator: can't",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
+
+
+@runtime_checkable
+class State(Protocol):
+    """What is asked of a TrainState here."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    step: int
+
+    def autocast(self) -> contextlib.AbstractContextManager: ...
 
 
 @dataclass
@@ -22,16 +43,8 @@ class Built:
     """What a run consists of so far; None: not built yet."""
 
     loader: Loader | None = None  # whose data may lie in the device's memory
-    state: TrainState | None = None
+    state: State | None = None
     step_timer: StepTimer | None = None  # knows whether a log line was told
-
-
-FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
-    "DefaultCPUAllocator: can't",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "unable to find an engine to execute",
-)
 
 
 def is_full(error: Exception) -> bool:
@@ -41,7 +54,7 @@ def is_full(error: Exception) -> bool:
 
 
 def forget(error: BaseException) -> None:
-    """Let go of all that the frames hold through which an error came: a step's activations."""
+    """Free what the frames hold through which an error came: a step's activations."""
     traceback.clear_frames(error.__traceback__)
     for earlier in (error.__cause__, error.__context__):
         if earlier is not None:
@@ -49,9 +62,9 @@ def forget(error: BaseException) -> None:
 
 
 def out_of_memory_error(cfg: Config, device: torch.device, built: Built) -> UsageError | RunError:
-    """What to tell where memory is full. What the failed step held must have been let go: see `forget`.
+    """The error for people where memory is full, to be called after `forget`: the failed step holds nothing any more.
 
-    A batch that fits is looked for before the first log line; behind it, others have taken the memory.
+    Before the first log line it names a batch that fits; later, something else has taken the memory.
     """
     where, state = memory_of(device), built.state
     if state is None or built.loader is None:
@@ -84,7 +97,9 @@ def memory_of(device: torch.device) -> str:
 
 
 def _less(cfg: Config) -> str:
-    ways = "choose smaller crops (--image-size), or a narrower net (--backbone.width)"
+    ways = "choose smaller crops (--image-size)"
+    if hasattr(cfg.backbone, "width"):
+        ways += ", or a narrower net (--backbone.width)"
     if isinstance(cfg.method, config.Decoupling) and cfg.method.bank_dtype == "fp32":
         ways += ", or --method.bank-dtype bf16"
     if cfg.placement != "pinned" and (cfg.data or "").rstrip("/").endswith(".pack"):
@@ -92,8 +107,8 @@ def _less(cfg: Config) -> str:
     return ways
 
 
-def largest(state: TrainState, view: View, batch: int) -> int | None:
-    """The largest of a batch halved, and halved again, of which a step fits; None: not even one picture does.
+def largest(state: State, view: View, batch: int) -> int | None:
+    """The first of batch / 2, batch / 4, ... of which a step fits; None: not even one picture does.
 
     Talks to no other rank, which may be waiting or gone. Nothing stays of it but chosen kernels.
     """
@@ -103,25 +118,25 @@ def largest(state: TrainState, view: View, batch: int) -> int | None:
     return images or None
 
 
-def _fits(state: TrainState, view: View, images: int) -> bool:
-    _let_go(state)
+def _fits(state: State, view: View, images: int) -> bool:
+    _free(state)
     try:
-        _try(state, view, images)
+        _try_step(state, view, images)
     except RuntimeError as error:
         if not is_full(error):
             raise
         forget(error)
         return False
     finally:
-        _let_go(state)
+        _free(state)
     return True
 
 
-def _try(state: TrainState, view: View, images: int) -> None:
+def _try_step(state: State, view: View, images: int) -> None:
     """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
 
-    The network as it stands, neither compiled nor under DDP, which need less or little more; a trivial gradient,
-    since a loss takes next to nothing beside it.
+    The network as it stands, neither compiled nor under DDP, which need less or little more; the mean of its outputs
+    as loss, since a loss takes next to nothing beside it.
     """
     net, device = state.method.net, state.device
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -132,11 +147,12 @@ def _try(state: TrainState, view: View, images: int) -> None:
     buffers, was_training = [(b, b.clone()) for b in net.buffers()], net.training
     net.train()
     try:
-        batch = blank(view, images, device)
+        batch = random_batch(view, images, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), state.autocast():
             outputs = torch.func.functional_call(net, weights, (state.method.views(batch),))
         gradients.clear()
-        pulled(outputs).backward()
+        leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+        torch.stack([t.float().mean() for t in leaves]).sum().backward()
     finally:
         net.train(was_training)
         for buffer, before in buffers:
@@ -144,7 +160,7 @@ def _try(state: TrainState, view: View, images: int) -> None:
     del momentum
 
 
-def _let_go(state: TrainState) -> None:
+def _free(state: State) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if state.device.type == "cuda":

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastrot.speed.bounds import wait_for
+from fastrot.machine import wait_for
 from fastrot.training.graph import WARM_UP
 from fastrot.training.state import TrainState
 

@@ -27,8 +27,9 @@ from fastrot.evals.rotation import rotation_guesses
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, memory
 from fastrot.speed.bounds import Measured
+from fastrot.speed.cost import StepCost, step_cost
 from fastrot.speed.profile import Profile
-from fastrot.speed.timer import StepTimer, Work, completed, work_of
+from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP
 from fastrot.training.journal import Journal, table
@@ -219,14 +220,13 @@ def _train(
         step_timer = built.step_timer
         if cfg.profile and dist.rank() == 0 and state.step < end:
             step_timer.around = Profile(state, run / "profile", end - state.step, journal.say)
-        fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
-        work = work_of(method, loader.view, cfg.batch, device, state.dtype, fused)
+        least = step_cost(method, loader.view, cfg, device)
         loop.fit(
             state, Run(loader, val_loader, journal, cfg, save, at_epoch, preemption, step_timer)
         )
         if dist.rank() == 0:
             summary = _summary(cfg, state, info.classes, device, time.perf_counter() - begun)
-            summary |= _bound(cfg, state, step_timer, work, loader, _before(run, state.step))
+            summary |= _bound(cfg, state, step_timer, least, loader, _before(run, state.step))
             replace_bytes(run / "summary.json", json.dumps(summary, indent=1).encode())
             _draw(run, state, shown)
             journal.say(*_describe(summary, run))
@@ -673,7 +673,7 @@ def _bound(
     cfg: Config,
     state: TrainState,
     step_timer: StepTimer,
-    work: Work | None,
+    least: StepCost,
     loader: Loader,
     before: dict,
 ) -> dict[str, str]:
@@ -684,7 +684,7 @@ def _bound(
             return {name: before[name] for name in ("bound", "verdict")}
         step = state.progress.seconds / max(1, state.step)
         m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
-    m = completed(m, work, loader.view, cfg.batch, state.device, state.dtype)
+    m = bounds.with_floors(m, least, loader.view, cfg, state.device)
     setting = bounds.Setting(
         workers=loader.workers,
         format=getattr(loader.data, "format", None),

@@ -5,15 +5,13 @@ import time
 
 import pytest
 import torch
-from test_fits import state_of
 from test_run import TINY, go
 
-from fastrot import assemble, config, train
+from fastrot import train
 from fastrot.data.synthetic import Synthetic
-from fastrot.speed import timer
-from fastrot.speed.bounds import Ceilings, Measured, flop_of
-from fastrot.speed.timer import WARM, StepTimer, Work, completed, work_of
-from fastrot.training.loop import train_step
+from fastrot.speed import bounds
+from fastrot.speed.bounds import Ceilings
+from fastrot.speed.timer import WARM, StepTimer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -82,43 +80,6 @@ def test_watching_costs_next_to_nothing():
     assert time.process_time() - begun < 0.1  # a hundredth of steps of 10 ms; 4 ms on a free core
 
 
-def test_a_steps_operations_are_those_that_torch_counts(pictures):
-    state, cfg, loader = state_of(pictures, momentum=False)
-    before = torch.get_rng_state()
-    work = work_of(state.method, loader.view, cfg.batch, CPU, torch.float32, fused=False)
-    fused = work_of(state.method, loader.view, cfg.batch, CPU, torch.float32, fused=True)
-    assert torch.equal(before, torch.get_rng_state())
-    assert work is not None
-    assert fused is not None
-    batch = next(loader.epoch(0))
-    assert work.flop == pytest.approx(flop_of(lambda: train_step(state, batch)), rel=0.01)
-    assert work.flop == fused.flop
-    assert work.traffic > fused.traffic > 0
-
-
-@pytest.mark.parametrize(
-    "preset", ["rotnet-nin-cifar10", "decoupling-alexnet", "supervised-alexnet"]
-)
-def test_each_preset_can_be_counted(preset):
-    cfg = config.resolved(train.command_line([preset]))
-    view = assemble.training_view(cfg)
-    loader = assemble.open_loader("synthetic:256", view, batch=cfg.batch, enlarge=True)
-    method = assemble.method(cfg, assemble.data_info(cfg, loader, None, CPU, torch.bfloat16))
-    work = work_of(method, view, cfg.batch, CPU, torch.bfloat16, fused=True)
-    assert work is not None
-    assert work.flop > 1e9
-    assert work.traffic > 1e7
-
-
-def test_floors_are_counts_over_ceilings(monkeypatch):
-    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
-    m = Measured(step=1.0, wait=0.5, busy=0.5)
-    view = assemble.training_view(config.Config())
-    found = completed(m, Work(flop=10**12, traffic=10**9), view, 8, CPU, torch.float32)
-    assert (found.arithmetic, found.memory, found.copy) == (0.5, 0.25, None)
-    assert completed(m, None, view, 8, CPU, torch.float32) == m
-
-
 def verdict_of(folder) -> tuple[str, str]:
     summary = json.loads((folder / "summary.json").read_text())
     return summary["bound"], summary["verdict"]
@@ -148,7 +109,7 @@ def waits_for_nothing(monkeypatch):
 
 
 def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, waits_for_nothing):
-    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
+    monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
     args = ["--max-steps", "4", "--log-every", "2", "--hold-out", "0"]
     assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
@@ -157,7 +118,7 @@ def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, 
 
 
 def test_a_run_of_small_steps_is_bound_by_calls(tmp_path, monkeypatch, waits_for_nothing):
-    monkeypatch.setattr(timer, "ceilings", lambda *_: Ceilings(tflops=1e6, gb_per_s=1e6))
+    monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e6, gb_per_s=1e6))
     args = [*TINY, "--data", "synthetic:64", "--out", str(tmp_path), "--batch", "1"]
     assert train.main([*args, "--hold-out", "0", "--max-steps", "9"]) == 0
     assert verdict_of(tmp_path)[0] == "launch"
