@@ -1,6 +1,7 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
 # make test    every check, and each test that is no soak, on JOBS=2 cores
 # make soak    the long ones: soak tests, a hundred kills, damaged records under sanitizers, the path of make gpu
+# make matrix  a core of the tests on the oldest and newest Python and torch (of pyenv too; 12 GB)
 # make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
@@ -19,7 +20,7 @@ KILLS ?= 40
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test check soak kills native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
+.PHONY: demo test soak kills matrix native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -33,31 +34,28 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/installed: $(VENV)/made pyproject.toml setup.py $(wildcard fastrot/native/*.?pp)
+# One pip run for either: the second of two would build the extension again.
+$(VENV)/installed $(VENV)/installed-dev: $(VENV)/made pyproject.toml setup.py $(wildcard fastrot/native/*.?pp)
 	@echo "installing fastrot into $(VENV) (torch is large: this can take a few minutes)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
-	@touch $@
-
-$(VENV)/installed-dev: $(VENV)/installed
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
-	@touch $@
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(filter %-dev,$@),[dev])'
+	@touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" sh dataprep/demo.sh "$(DATA)"
 
-test: check
-	@echo "fastrot/ holds $$(find fastrot -name '*.py' -exec cat {} + | grep -cv '^[[:space:]]*$$') non-blank lines (7,000: what can go?)"
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu and not soak" -n $(JOBS) --dist worksteal
+test: $(VENV)/installed-dev
+	@export PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1; ruff format --check . && ruff check . && { pyright & types=$$!; \
+	python -m pytest -q -m "not gpu and not soak" -n $(JOBS) --dist worksteal; tests=$$?; wait $$types && exit $$tests; }
 
 soak: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "soak and not gpu" -n $(JOBS) --dist worksteal
-	@$(MAKE) --no-print-directory kills fuzz
+	@$(MAKE) --no-print-directory kills fuzz matrix
 
 kills: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m benchmarks.chaos --kills $(KILLS)
 
-check: $(VENV)/installed-dev
-	@PATH="$(BIN):$$PATH" ruff format --check . && PATH="$(BIN):$$PATH" ruff check . && PATH="$(BIN):$$PATH" pyright
+matrix:
+	@JOBS=$(JOBS) sh .ci/matrix
 
 fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/native_fuzz.py --times 6000
