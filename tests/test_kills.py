@@ -1,6 +1,6 @@
 """Real training processes, killed and started again: they end with the bits of a run that was never killed.
 
-The machinery, and more kills, are in benchmarks/chaos.py. Here each kill is named; the moment within its phase is drawn.
+The machinery, and more kills, are in chaos.py. Here each kill is named; the moment within its phase is drawn.
 """
 
 import json
@@ -10,13 +10,13 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import chaos
 import pytest
 import torch
+from chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, Struck
 from test_run import assert_same_bits, go
 from test_run import told as lines
 
-from benchmarks import chaos
-from benchmarks.chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, Struck
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.training import checkpoint
 

@@ -3,10 +3,10 @@
 import json
 from types import SimpleNamespace
 
+import chaos
 import pytest
 from test_run import go, leaves
 
-from benchmarks import chaos
 from fastrot.speed import profile
 from fastrot.speed.profile import MARK, parts
 from fastrot.training import checkpoint

@@ -7,6 +7,7 @@ import json
 import math
 import weakref
 
+import chaos
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,6 @@ from PIL import Image
 from truth import photo
 
 import fastrot
-from benchmarks import chaos
 from fastrot import assemble, config, dist, train
 from fastrot.config import RunError, UsageError
 from fastrot.core import View

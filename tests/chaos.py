@@ -1,6 +1,6 @@
 """Kill training processes at random moments, start the same command again, compare with a run that was never killed.
 
-    python -m benchmarks.chaos [--kills 100] [--seed 0] [--out FILE.jsonl or FOLDER]
+    python tests/chaos.py [--kills 100] [--seed 0] [--out FILE.jsonl or FOLDER]
 
 SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, checkpoint
 writing and validation; from an image folder and a `.beton`. A run is killed several times before it may end; then every
@@ -16,8 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # run as a script: the project's root goes first
+    sys.path.insert(0, str(ROOT))
 
 import argparse
 import contextlib
@@ -45,7 +46,6 @@ from fastrot.config import RunError, UsageError
 
 # torch is imported where it is used: the child notes its number before that
 
-ROOT = Path(__file__).parents[1]
 PHASES = ("start-up", "steps", "checkpoint", "validation", "end")
 START, STEPS, CHECKPOINT, VALIDATION, END = range(5)
 WITHIN = (3.0, 0.3, 0.01, 0.03)  # seconds: how long after a phase's beginning a kill may come
