@@ -4,8 +4,7 @@
 
 Measured here, as rows of the theme `scale`: an order's places and its memory at a billion rows (those of a real epoch:
 nothing of it is scaled up), bytes a picture of prepared files, of what lies beside them and of tables in memory,
-pictures a second and core of both writers, seconds to make, save and load a bank. All else is arithmetic on these lines and
-on those of loaders: `parts` gives it as a page's tables and sentences, each figure with the line that it comes from.
+pictures a second and core of both writers, seconds to make, save and load a bank. All else is arithmetic on these rows: the page of the report tells it.
 """
 
 import sys
@@ -15,7 +14,6 @@ if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's 
     sys.path[0] = str(Path(__file__).parents[1])
 
 import argparse
-import math
 import subprocess
 import tempfile
 import time
@@ -27,12 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks import contestants, measure
-from benchmarks.advice import GPU_GB, KEPT_GB
 from fastrot import assemble, entry
 from fastrot.config import RandomResized
 from fastrot.core import DataInfo, View
 from fastrot.data import sampler
-from fastrot.entry import in_bytes, in_time
 from fastrot.methods.bank import Bank
 from fastrot.training import checkpoint
 
@@ -187,147 +183,11 @@ def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
     return measure.row(what, theme="scale", variant=variant, warmup=0, about=ABOUT, **fields)
 
 
-# ---- a page's parts ----
-
-
-def parts(rows: list[dict[str, Any]], pictures: int = PICTURES) -> list[tuple]:
-    """Headings, tables and sentences for `pictures`, from rows that have their `line`; nothing where none is of scale.
-
-    Raises KeyError where some of the theme's own rows are missing: they are written together.
-    """
-    mine = {(r["what"], r["variant"]): r for r in rows if r.get("theme") == "scale"}
-    if not mine:
-        return []
-    loaders = {r["variant"]: r for r in rows if r["what"] == "loader" and r.get("mode") == "crops"}
-    return [
-        ("heading", f"{pictures:,} pictures"),
-        ("text", "Arithmetic, not measured, on measured lines: each table names them."),
-        *_of_order(mine, pictures),
-        *_of_bank(mine, pictures),
-        *_of_files(mine, loaders, pictures),
-        *_of_conversion(mine, pictures),
-    ]
-
-
-def _of_order(mine: dict, pictures: int) -> Iterator[tuple]:
-    table = [["order of", "made in", "memory", "a batch of 192", "an epoch's places", "lines"]]
-    for images in (IMAGENET, PICTURES):
-        one, many = (
-            mine["order", f"{images:,} pictures, {n:,} places at once"]
-            for n in (BATCH, sampler.CHUNK)
-        )
-        table.append(
-            [
-                f"{images:,} pictures, {'sorted' if one['sort'] else 'computed place by place'}",
-                in_time(one["built_s"]),
-                f"{in_bytes(one['held_bytes'])} (most {in_bytes(one['most_bytes'])})",
-                f"{one['p50'] * BATCH / 1e3:.3g} ms",
-                f"{in_time(many['p50'] / 1e6 * images)} over all ranks, asked {sampler.CHUNK:,} at a time",
-                f"{one['line']}, {many['line']}",
-            ]
-        )
-    yield "table", table
-    most = mine["order", f"{PICTURES:,} pictures, {BATCH:,} places at once"]
-    rate = 1e6 / most["p50"]
-    yield (
-        "text",
-        f"Above {sampler.SORTED_UP_TO:,} pictures an order holds nothing, and any place of any epoch is computed by "
-        f"itself: a run resumes at once. One core computes {rate:,.0f} places/s by batches of {BATCH} (line "
-        f"{most['line']}), beside which a step is long.",
-    )
-
-
-def _of_bank(mine: dict, pictures: int) -> Iterator[tuple]:
-    made, saved, loaded = (mine["bank", f"float32 rows {w}"] for w in ("made", "saved", "loaded"))
-    lines = f"{made['line']}, {saved['line']}, {loaded['line']}"
-    table = [
-        ["bank", "in all", *(f"a rank of {n}" for n in RANKS), f"GPUs of {GPU_GB} GB to hold it"]
-    ]
-    places = made["place_bytes"] * pictures
-    for name, size in (("float32", 4), ("bfloat16", 2)):
-        whole = pictures * DIM * size
-        room = (GPU_GB - KEPT_GB) * 1e9 - places
-        gpus = f"{math.ceil(whole / room):,}" if room > 0 else "none has room"
-        shares = (in_bytes(whole / n + places) for n in RANKS)
-        table.append([f"{name} x {DIM}", in_bytes(whole), *shares, gpus])
-    yield "table", table
-    read = {
-        name: BATCH * (NEGATIVES + 1) * DIM * size for name, size in (("float32", 4), ("bf16", 2))
-    }
-    seconds = {
-        each["variant"].split()[-1]: pictures / each["p50"] for each in (made, saved, loaded)
-    }
-    yield (
-        "list",
-        [
-            f"A rank's share (--method.bank sharded) is its rows and {in_bytes(places)} of places: {made['place_bytes']:g} "
-            "bytes for each picture of all, on each rank. Where all pictures are trained a place is the picture's number over "
-            "the ranks, so this table is what could go first.",
-            f"A step reads {in_bytes(read['float32'])} of rows a rank, {in_bytes(read['bf16'])} in bfloat16: B (K + 1) D numbers, "
-            "whatever the number of pictures. Rows lie farther apart; caches help less.",
-            f"Made anew on one core: {in_time(seconds['made'])}, on every rank, since each draws all rows and keeps its own "
-            f"(line {made['line']}).",
-            f"A checkpoint holds all float32 rows, {in_bytes(pictures * saved['bytes_a_row'])}, gathered in rank 0's host memory: "
-            f"saved in {in_time(seconds['saved'])} and loaded in {in_time(seconds['loaded'])} at this machine's "
-            f"{saved['gb_per_s']:.2g} and {loaded['gb_per_s']:.2g} GB/s (lines {lines}). A bank of this size wants "
-            "a file for each rank, which is not built.",
-        ],
-    )
-
-
-def _of_files(mine: dict, loaders: dict, pictures: int) -> Iterator[tuple]:
-    head = ["prepared as", "files", "beside them", "tables in memory", "GPUs to hold it"]
-    table = [[*head, *(f"read at {rate:,} images/s" for rate in RATES), "line"]]
-    for name in ("beton", "pack"):
-        each = mine["prepared file", name]
-        held = each["p50"] * pictures
-        gpus = f"{math.ceil(held / 1e9 / (GPU_GB - KEPT_GB)):,}" if name == "pack" else ""
-        reads = (f"{in_bytes(each['p50'] * rate)}/s" for rate in RATES)
-        sizes = (
-            in_bytes(held),
-            in_bytes(each["beside"] * pictures),
-            in_bytes(each["tables"] * pictures),
-        )
-        table.append([name, *sizes, gpus, *reads, str(each["line"])])
-    yield "table", table
-    quick = [r for r in loaders.values() if r.get("format") in ("beton", "pack") and "line" in r]
-    quick = [r for r in quick if not r["variant"].startswith(("FFCV", "DALI"))]
-    if quick:
-        best = max(quick, key=lambda r: r["p50"])
-        yield (
-            "text",
-            f"{best['variant']} gives {best['p50']:,.0f} images/s and core (line {best['line']}): "
-            + ", ".join(f"{rate / best['p50']:.0f} cores for {rate:,} images/s" for rate in RATES)
-            + ".",
-        )
-    opened = mine["loader opened", "over a .beton"]
-    yield (
-        "text",
-        f"Tables in memory are held by each process that opens the data; a Loader looks at every picture's size once, which takes "
-        f"{opened['p50']:.3g} bytes a picture, {in_bytes(opened['p50'] * pictures)}, while it opens, and holds {opened['held']:.2g} of "
-        f"them (line {opened['line']}).",
-    )
-
-
-def _of_conversion(mine: dict, pictures: int) -> Iterator[tuple]:
-    table = [["dataprep", "images/s and core", *(f"on {n:,} cores" for n in CORES), "line"]]
-    for (what, variant), each in mine.items():
-        if what == "conversion":
-            hours = (in_time(pictures / each["p50"] / n) for n in CORES)
-            table.append([variant, f"{each['p50']:,.0f}", *hours, str(each["line"])])
-    yield "table", table
-    yield (
-        "text",
-        "The writers' start is counted with few pictures, so their rates are low rather than high. Parts are written side by "
-        "side and put together by name; a conversion that is broken off goes on.",
-    )
-
-
 # ---- the command ----
 
 
 def main(args: list[str] | None = None) -> int:
-    """Measure, print, append to the machine's file of results, and tell the arithmetic."""
+    """Measure, print, and append to the machine's file of results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, help="class folders of original pictures")
     parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
@@ -343,14 +203,10 @@ def main(args: list[str] | None = None) -> int:
         opening_row(formats.beton(), QUICK_ROWS if asked.quick else ROWS),
         *bank_rows(QUICK_ROWS if asked.quick else ROWS, asked.work),
     ]
-    for at, each in enumerate(made, 1):
+    for each in made:
         if asked.out or not asked.quick:
             measure.append(measure.results("cpu", asked.out), each)
         measure.say(each)
-        each["line"] = at
-    for kind, what in parts(made):
-        for line in what if isinstance(what, list) else [what]:
-            print(" | ".join(line) if kind == "table" else line)
     return 0
 
 

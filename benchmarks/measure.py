@@ -22,6 +22,10 @@ from fastrot.config import UsageError
 from fastrot.entry import cores
 
 ROOT = Path(__file__).parents[1]
+IMAGENET, HELD_OUT = 1_281_167, 50_000  # pictures of ILSVRC 2012: training, validation
+PRESET = "decoupling-alexnet"  # whose epoch the benchmarks are about
+EPOCH_S = 60  # the aim for such an epoch on one H200, its validation included
+GPU_BYTES, KEPT_BYTES = 141e9, 20e9  # an H200's memory, and what net, bank and views take of it
 
 
 def row(what: str, **fields: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from truth import photo
 
-from benchmarks import bench_cold, measure, report
+from benchmarks import bench_cold
 from fastrot.config import BLOCKS
 from fastrot.data.beton.load import Beton
 from fastrot.data.beton.write import BetonOptions, convert
@@ -95,14 +95,10 @@ def test_the_default_blocks_mix_sorted_classes_as_the_full_permutation_does(monk
     assert of[bench_cold.blocks_name(bench_cold.SMALL), "labels of a batch"] < full - 1
 
 
-def test_the_page_of_cold_epochs_is_drawn(tmp_path, monkeypatch):
+def test_a_row_is_the_middle_of_its_epochs(monkeypatch):
     monkeypatch.setenv("COMMIT", "f" * 40)
     each = bench_cold.Epoch(100, 2.0, 0.1, 1.0, 50.0, 400, 60.0, 3.5)
     for mode in (bench_cold.CROPS, bench_cold.LESS):
         row = bench_cold._row_of(bench_cold.FULL, mode, [each, each], 60.0, 2)
-        measure.append(tmp_path / "cpu_x_2_cores.jsonl", row)
     assert json.loads(json.dumps(row)) == row
     assert (row["p50"], row["images_per_core"], row["kb_per_request"]) == (50, 100, 128)
-    made = report.write(tmp_path / "cpu_x_2_cores.jsonl", tmp_path / "reports")
-    (page,) = (path for path in made if path.suffix == ".html")
-    assert page.read_text().count("data:image/png;base64,") == 1

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from benchmarks import (
-    advice,
     bench_conversion,
     bench_decoupling,
     bench_loaders,
@@ -20,7 +19,6 @@ from benchmarks import (
     contestants,
     forms,
     measure,
-    report,
 )
 from fastrot.assemble import open_data
 from fastrot.config import RunError, UsageError
@@ -68,89 +66,6 @@ def test_file_names_are_plain(tmp_path):
     assert re.fullmatch(r"cpu_[a-z0-9_]+_cores\.jsonl", measure.results("cpu").name)
     assert measure.results("cpu", tmp_path).parent == tmp_path
     assert measure.results("cpu", tmp_path / "mine.jsonl") == tmp_path / "mine.jsonl"
-
-
-def test_a_page_holds_each_figure_and_no_other(tmp_path):
-    def row(what, variant, p50, when, **more):
-        of = {
-            "mode": "crops",
-            "shape": {"batch": 64},
-            "dtype": "uint8",
-            "unit": "images/s and core",
-        }
-        each = measure.row(what, theme="loaders", variant=variant, **of, reps=5, **more)
-        return each | {"p20": p50 * 0.9, "p50": p50, "p80": p50 * 1.1, "when": when}
-
-    old, new = "2031-01-01T00:00:00+00:00", "2031-02-01T00:00:00+00:00"
-    rows = [
-        row("loader", "beton", 111.0, old),  # measured anew below
-        row("loader", "torchvision uint8", 222.0, new),
-        row("loader", "beton", 1776.0, new),
-        row("ratio", "beton / torchvision uint8", 8.0, new, target=4.0, better="higher"),
-        row("first batch", "beton", 0.75, new, target=0.5, better="lower"),
-    ]
-    for each in rows:
-        measure.append(tmp_path / "results" / "cpu_x_2_cores.jsonl", each)
-    made = report.write(tmp_path / "results" / "cpu_x_2_cores.jsonl", tmp_path / "reports")
-    assert {path.name for path in made} == {
-        "loaders_cpu_x_2_cores_203102.md",
-        "loaders_cpu_x_2_cores_203102.html",
-    }
-    text = (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102.md").read_text()
-    table = text.split("## Figures")[1].split("## Machine")[0]
-    shown = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
-    assert [(cells[2], cells[-1].strip(" |")) for cells in shown] == [
-        ("1,776", "3"),
-        ("222", "2"),
-        ("8", "4"),
-        ("0.75", "5"),
-    ]
-    assert shown[0][3] == "1,598 to 1,954"
-    assert "111" not in text.split("## Machine")[0]
-    assert "1 of 2 targets met" in text
-    assert "(200% of it)" in text
-    assert "MISSED: first batch" in text
-    assert [json.loads(line) for line in re.findall(r"^\{.*\}$", text, re.M)] == [
-        rows[i] for i in (2, 1, 3, 4)
-    ]
-    page = (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102.html").read_text()
-    assert "1,776" in page
-    assert page.count("data:image/png;base64,") == 1
-    assert (tmp_path / "reports" / "loaders_cpu_x_2_cores_203102_loaders.png").exists()
-
-
-def test_advice_is_arithmetic_from_the_rows():
-    def row(variant, form, core, size, line, mode="crops"):
-        each = {"what": "loader", "variant": variant, "format": form, "mode": mode, "line": line}
-        return each | {"p50": core, "bytes_per_image": size}
-
-    rows = [
-        row("beton", "beton", 1500.0, 28_000.0, 1),
-        row("beton, C++ decoder", "beton", 2500.0, 28_000.0, 2),
-        row("FFCV, its own pipeline", "beton", 9999.0, 28_000.0, 3),  # not ours to advise
-        row("beton", "beton", 9999.0, 28_000.0, 4, mode="crops, beside a stand-in for the step"),
-        row("pack", "pack", 5000.0, 100_000.0, 5),
-        {"what": "ratio", "variant": "x", "mode": "crops", "p50": 2.0},
-    ]
-    parts = advice.parts(rows)
-    tables = [what for kind, what in parts if kind == "table"]
-    assert tables[0][1:] == [
-        ["beton", "beton, C++ decoder", "35.9 GB", "", "32 s", "8.5", "598 MB/s", "2"],
-        ["pack", "pack", "128 GB", "2", "16 s", "4.3", "2.14 GB/s", "5"],
-    ]
-    assert tables[2][1][2:5] == ["28 TB", "", "6.94 hours"]
-    said = " ".join(what for kind, lines in parts if kind == "list" for what in lines)
-    assert "ImageNet-1k takes 128 GB and does not fit into 141 GB" in said
-    assert "9,999" not in said
-    (absent,) = [
-        what
-        for kind, what in parts
-        if kind == "text" and what.startswith("Not measured on this machine")
-    ]
-    assert "pack, resident" in absent
-    assert "torchvision uint8" in absent
-    assert "FFCV, its own pipeline;" not in absent
-    assert advice.parts(rows[-1:]) == []
 
 
 @pytest.fixture
@@ -452,6 +367,10 @@ def test_a_curve_of_the_right_shape_passes():
     found = bench_decoupling.shape_of(curves(RISES_AND_FALLS))
     assert (found["first"], found["highest"], found["last"]) == (10, 18, 3)
     assert found["highest_at"] == 3 / 16
+    points = bench_decoupling.curve(curves(RISES_AND_FALLS), steps=40)
+    assert [point["epoch"] for point in points["losses"]] == [0.25, 0.5, 0.75, 1, 2, 3, 4]
+    assert points["losses"][4]["loss_nce"] == np.mean(RISES_AND_FALLS[4:8])
+    assert [point["prec_rot"] for point in points["validations"]] == [0.25, 0.6]
 
 
 @pytest.mark.parametrize(
@@ -473,32 +392,8 @@ def test_too_short_a_run_is_told_in_one_sentence():
         bench_decoupling.shape_of(curves([10]))
 
 
-def test_the_decoupling_page_draws_its_curves(tmp_path):
-    for row in bench_decoupling.rows([(SUMMARY, curves(RISES_AND_FALLS))], {"batch": 32}):
-        measure.append(tmp_path / "cpu_x_2_cores.jsonl", row)
-    made = report.write(tmp_path / "cpu_x_2_cores.jsonl", tmp_path / "reports")
-    (page,) = (path for path in made if path.suffix == ".html")
-    assert page.name.startswith("decoupling_cpu_x_2_cores_")
-    assert page.read_text().count("data:image/png;base64,") == 1
-    text = page.with_suffix(".md").read_text()
-    assert "4 of 4 targets met" in text
-    assert f"({page.stem}_curves.png)" in text
-    points = bench_decoupling.curve(curves(RISES_AND_FALLS), steps=40)
-    assert [point["epoch"] for point in points["losses"]] == [0.25, 0.5, 0.75, 1, 2, 3, 4]
-    assert points["losses"][4]["loss_nce"] == np.mean(RISES_AND_FALLS[4:8])
-    assert [point["prec_rot"] for point in points["validations"]] == [0.25, 0.6]
-
-
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="--root DIR"):
         contestants.originals(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="--root DIR"):
         bench_decoupling.prepared(tmp_path / "nowhere", tmp_path, quick=True)
-
-
-def test_the_readme_shows_what_the_results_say():
-    files = sorted((measure.ROOT / "benchmarks" / "results").glob("*.jsonl"))
-    text = (measure.ROOT / "README.md").read_text()
-    table = text.split(report.BEGIN)[1].split(report.END)[0]
-    assert table == report.readme_table(files)
-    assert table.count("\n") > 3

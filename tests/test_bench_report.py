@@ -1,0 +1,136 @@
+"""Pages and the README's table are made from rows: no figure is typed by hand, none is of an older row, all are of now."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from benchmarks import measure, plots, report
+from fastrot.config import UsageError
+
+HERE = measure.ROOT / "benchmarks"
+ROWS = report.read(HERE / "results")
+README = (measure.ROOT / "README.md").read_text()
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+SETTINGS = {"shape", "batch", "size", "width", "cores", "line", "reps", "step", "epoch", "target"}
+
+
+@pytest.fixture
+def words_only(monkeypatch):
+    """No plots, which take seconds."""
+    for name, topic in report.TOPICS.items():
+        monkeypatch.setitem(report.TOPICS, name, topic._replace(draw=None))
+
+
+def others(value, key=""):
+    """The same rows, every figure another: 1.7 times and a little more."""
+    if isinstance(value, dict):
+        return {k: v if k in SETTINGS else others(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [others(each) for each in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return type(value)(value * 1.7 + 1)
+
+
+def changed(rows):
+    return plots.Rows(others(dict(row)) for row in rows)
+
+
+def test_the_newest_row_counts_in_the_words_of_today(tmp_path):
+    row = {"what": "turned_views", "variant": "x", "shape": {"turns": 4}, "commit": "f" * 40}
+    lines = [row | {"when": f"2031-0{month}", "p50": month} for month in (1, 3, 2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (found,) = report.read(tmp_path)
+    assert (found["what"], found["shape"], found["line"]) == ("rotated_views", {"rotations": 4}, 2)
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"commit": None}))
+    with pytest.raises(UsageError, match=r"line 1 of .*a\.jsonl has no commit"):
+        report.read(tmp_path)
+
+
+def test_the_readme_shows_what_the_results_say():
+    table = README.split(report.BEGIN)[1].split(report.END)[0]
+    assert table == report.readme_table(ROWS)
+    assert len(table.split("\n\n")[0].splitlines()) <= 2 + 8
+    for script in re.findall(r"`python (?:-m )?(\S+)`", table):
+        assert (measure.ROOT / f"{script.removesuffix('.py').replace('.', '/')}.py").exists()
+
+
+def test_no_figure_of_the_readme_is_typed_by_hand():
+    """Where all rows are others, no figure is left."""
+    now, then = (
+        {
+            figure
+            for line in report.readme_table(rows).splitlines()[2:10]
+            for figure in NUMBER.findall(line.split(" | ")[1])
+        }
+        for rows in (ROWS, changed(ROWS))
+    )
+    assert len(now) >= 15
+    assert not now & then
+
+
+@pytest.mark.parametrize("name", report.TOPICS)
+def test_no_figure_of_a_page_is_typed_by_hand(name):
+    """A cell that stands under the same names in both has another figure."""
+    machines = report.topics(ROWS)[name]
+    for rows in machines.values():
+        tables, again = (list(report.TOPICS[name].of(each)[1]) for each in (rows, changed(rows)))
+        assert sum(len(table.cells) for table in tables) > 2
+        for table, other in zip(tables, again, strict=True):
+            for line, beside in zip(table.cells[1:], other.cells[1:], strict=True):
+                for cell, there in zip(line[1:], beside[1:], strict=True):
+                    if NUMBER.match(cell) and cell not in ("0", "0.0%"):
+                        assert cell != there, line
+
+
+@pytest.mark.parametrize("name", report.TOPICS)
+def test_the_page_is_of_now_and_its_picture_lies_beside_it(name, words_only):
+    reports = HERE / "reports"
+    text = (reports / f"{name}.md").read_text()
+    machines = report.topics(ROWS)[name]
+    assert text == report.page(name, machines, reports, "../results")
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(pictures) == len(machines)
+    assert all((reports / each).stat().st_size > 5_000 for each in pictures)
+    assert f"]({name}.md)" in (reports / "README.md").read_text()
+
+
+def test_a_table_names_the_lines_that_it_is_made_from(tmp_path, words_only):
+    (one, *_) = report.topics(ROWS)["demo"].values()
+    table = report.markdown(report.figures(one), "../results")
+    lines = sorted(row["line"] for row in one)
+    assert f"lines {lines[0]}-{lines[-1]}" in table
+    assert report.ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
+    assert "†" not in table
+    assert "†: measured with changes" in report.markdown(
+        report.figures([one[0] | {"dirty": True}]), ""
+    )
+    assert "at most 8 minutes: met" in table
+    assert "MISSED" in report.markdown(report.figures([one[0] | {"p50": 9.0}]), "")
+
+
+@pytest.mark.parametrize("name", report.TOPICS)
+def test_a_topic_whose_rows_are_few_has_a_page_all_the_same(name, tmp_path, words_only):
+    (rows, *_) = report.topics(ROWS)[name].values()
+    for kind in {(row["what"], row["variant"]) for row in rows}:
+        for few in (
+            [row for row in rows if (row["what"], row["variant"]) != kind],
+            [row for row in rows if (row["what"], row["variant"]) == kind],
+        ):
+            if few:
+                assert report.page(name, {"here": plots.Rows(few)}, tmp_path, "results")
+
+
+def test_pictures_are_drawn_for_each_machine(tmp_path):
+    """A second machine, of a GPU, has its own; a topic without rows to draw has none."""
+    card = [copy.deepcopy(row) | {"gpu": "Abacus 3"} for row in ROWS if row.get("theme") == "cifar"]
+    machines = report.topics(plots.Rows([*ROWS, *card]))["cifar"]
+    text = report.page("cifar", machines, tmp_path, "results")
+    assert "## Abacus 3" in text
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    for name, machines in report.topics(ROWS).items():
+        for rows in machines.values():
+            assert report.TOPICS[name].draw is None or report.TOPICS[name].draw(rows)
+            assert report.TOPICS[name].draw is None or not report.TOPICS[name].draw(plots.Rows())
