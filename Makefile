@@ -52,7 +52,7 @@ soak: $(VENV)/installed-dev
 	@$(MAKE) --no-print-directory kills fuzz matrix
 
 kills: $(VENV)/installed-dev
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m benchmarks.chaos --kills $(KILLS)
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python tests/chaos.py --kills $(KILLS)
 
 matrix:
 	@JOBS=$(JOBS) sh .ci/matrix

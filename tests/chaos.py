@@ -16,9 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:  # run as a script: the project's root goes first
-    sys.path.insert(0, str(ROOT))
+if str(Path(__file__).parents[1]) not in sys.path:  # run as a script: the project's root goes first
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import argparse
 import contextlib
@@ -46,6 +45,7 @@ from fastrot.config import RunError, UsageError
 
 # torch is imported where it is used: the child notes its number before that
 
+ROOT = Path(__file__).parents[1]
 PHASES = ("start-up", "steps", "checkpoint", "validation", "end")
 START, STEPS, CHECKPOINT, VALIDATION, END = range(5)
 WITHIN = (3.0, 0.3, 0.01, 0.03)  # seconds: how long after a phase's beginning a kill may come
