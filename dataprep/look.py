@@ -179,7 +179,7 @@ def name_of(data: "Data", label: int) -> str:
 
 def verify(data) -> int:
     """Read and decode every record; name the bad ones, and tell how many."""
-    from fastrot.data.pictures import BadPicture
+    from fastrot.data.files import BadPicture
     from fastrot.entry import cores
 
     def task(start: int) -> list[str]:

@@ -170,7 +170,7 @@ def _folds(nets: list[Trained], data: "Data", name: str) -> "np.ndarray":
     """The fold of each row, whose net never saw it; -1 where there is one net for all."""
     import numpy as np
 
-    from fastrot.data.sources import fold_of
+    from fastrot.data.keys import fold_of
 
     if len(nets) == 1:
         return np.full(data.rows, -1, np.int8)

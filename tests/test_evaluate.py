@@ -15,7 +15,7 @@ from test_run import go
 
 from fastrot import assemble, config, evaluate, train
 from fastrot.config import RunError, UsageError
-from fastrot.data.sources import fold_of, held_out
+from fastrot.data.keys import fold_of, held_out
 from fastrot.methods import rotation_table
 from fastrot.methods.rotnet import RotNet
 from fastrot.ops.rotate import rotated_views

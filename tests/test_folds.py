@@ -13,7 +13,7 @@ from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import assemble, entry, evaluate, train
 from fastrot.config import UsageError
-from fastrot.data.sources import fold_of, held_out
+from fastrot.data.keys import fold_of, held_out
 from fastrot.training import loop
 
 ROOT = Path(__file__).parents[1]

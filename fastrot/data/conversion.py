@@ -21,9 +21,11 @@ from jaxtyping import Int64, UInt32
 import fastrot
 from fastrot.config import RunError, UsageError
 from fastrot.data import prepare
+from fastrot.data.files import shown
+from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.manifest import side
 from fastrot.data.ranks import ALONE, Ranks, Sign, same_pictures, seen
-from fastrot.data.sources import Source, order_fingerprint, path_keys, shown
+from fastrot.data.sources.records import Source
 from fastrot.disk import sync_folder, write_atomically
 
 

@@ -27,7 +27,11 @@ from torch.utils.data import DataLoader
 from fastrot import dist, entry
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord
-from fastrot.data import crops, pictures, sources
+from fastrot.data import crops, pictures
+from fastrot.data.files import too_long, without_waiting
+from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.sources.open import open_source
+from fastrot.data.sources.records import Source
 from fastrot.disk import write_atomically
 
 _CACHED = np.dtype(
@@ -50,8 +54,8 @@ class Folder:
     std: tuple[float, ...] | None = None
 
     def __init__(self, root: str | Path, *, label_from: Literal["folder", "none"] = "folder"):
-        source = sources.open_source("imagefolder", root, label_from=label_from, by_name=True)
-        keys = sources.path_keys(record.path for record in source.records)
+        source = open_source("imagefolder", root, label_from=label_from, by_name=True)
+        keys = path_keys(record.path for record in source.records)
         measured, reasons = _measured(source, keys)
         kept = np.flatnonzero(measured["height"])
         self.root, self.classes = source.root, source.classes
@@ -69,7 +73,7 @@ class Folder:
         self.rows = len(kept)
         self.labels = np.array([source.records[i].label for i in kept], np.int64)
         self.keys = keys[kept]
-        self.fingerprint = sources.order_fingerprint(self.keys, self.labels)
+        self.fingerprint = order_fingerprint(self.keys, self.labels)
         numbers = np.arange(len(keys)) if source.numbers is None else source.numbers
         same = source.numbers is None and self.rows == len(keys)
         self.numbers = None if same else numbers[kept].astype(np.int64)
@@ -172,8 +176,8 @@ def _named(row: int, path: str) -> Iterator[None]:
 
 def _bytes(root: str | Path, path: str) -> bytes:
     """A file's content. Raises BadPicture or OSError."""
-    with open(os.path.join(root, path), "rb", opener=sources.without_waiting) as file:
-        if reason := sources.too_long(os.fstat(file.fileno()).st_size):
+    with open(os.path.join(root, path), "rb", opener=without_waiting) as file:
+        if reason := too_long(os.fstat(file.fileno()).st_size):
             raise pictures.BadPicture(reason)
         return file.read()
 
@@ -222,7 +226,7 @@ def _context() -> str:
 # ---- heights and widths ----
 
 
-def _measured(source: sources.Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """A _CACHED for each record, height 0 where its header cannot be read; (path, reason) of these."""
     cache = _cache_file(source.root)
     known = _read_cache(cache)

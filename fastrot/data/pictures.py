@@ -21,8 +21,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from fastrot.data.sources import HEAD, sniff, too_long, without_waiting
-from fastrot.data.sources import SUFFIXES as SUFFIXES
+from fastrot.data.files import HEAD, BadPicture, sniff, too_long, without_waiting
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
@@ -51,10 +50,6 @@ _LYING = (5, 6, 7, 8)  # orientations that swap height and width
 # Pillow warns of damaged EXIF and the like without a file's name; what matters becomes a BadPicture.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-
-class BadPicture(ValueError):
-    """A picture that cannot be decoded: the reason in one short phrase."""
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:

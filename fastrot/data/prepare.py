@@ -40,8 +40,10 @@ import numpy as np
 
 from fastrot import entry
 from fastrot.config import RunError, UsageError, knob
+from fastrot.data.files import BadPicture, shown
 from fastrot.data.ranks import ALONE, SIGN, Ranks, Sign, joined_ranks
-from fastrot.data.sources import Layout, Record, Source, open_source, shown
+from fastrot.data.sources.open import Layout, open_source
+from fastrot.data.sources.records import Record, Source
 from fastrot.disk import locked, replace_bytes
 
 PART = 10_000  # records a part
@@ -205,8 +207,6 @@ def chunk_of(source: Source, first: int, stop: int) -> Chunk:
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
-    from fastrot.data.pictures import BadPicture
-
     results: list[Encoded | Reject] = []
     for i, record in enumerate(chunk.source.records):
         if _stop is not None and _stop.is_set():
@@ -233,7 +233,7 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> list[Encoded | Reject]:
 
 
 def _encode(recipe: Recipe, source: "Source | Held", i: int, number: int) -> Encoded:
-    from fastrot.data.pictures import BadPicture, centre_square, decode, shrink
+    from fastrot.data.pictures import centre_square, decode, shrink
 
     start = time.perf_counter()
     read = source.read(i)

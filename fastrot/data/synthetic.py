@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrot.core import CropRequest
-from fastrot.data.sources import order_fingerprint
+from fastrot.data.keys import order_fingerprint
 
 IMAGES = 1_281_167  # as many as ImageNet's, so that an epoch costs what one of ImageNet would
 SIDE = 256  # pixels; the pictures' height and width

@@ -457,7 +457,7 @@ def _formats(
 def _write_beton(path: Path, pictures: list[np.ndarray]) -> Path:
     from fastrot.data import prepare
     from fastrot.data.beton.write import Coder, write_part
-    from fastrot.data.sources import Record
+    from fastrot.data.sources.records import Record
 
     records = [Record(str(row), -1) for row in range(len(pictures))]
     chunk = prepare.Chunk(prepare.Held(records, pictures), 0)

@@ -18,8 +18,8 @@ import yaml
 from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, RunError, UsageError
 from fastrot.core import DTYPES, Batch, Data, View
+from fastrot.data.keys import fold_of, held_out
 from fastrot.data.loader import Loader
-from fastrot.data.sources import fold_of, held_out
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import Preempted, PreemptionSignal, share_of_cores
 from fastrot.evals import page

@@ -21,8 +21,12 @@ from test_write import main
 from truth import DATA, photo
 
 from fastrot.config import RunError, UsageError
-from fastrot.data import archives, members, prepare, shards, sources
+from fastrot.data import files, prepare
 from fastrot.data.beton import write
+from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.sources import archives, members, shards
+from fastrot.data.sources.open import open_source
+from fastrot.data.sources.records import Source
 
 ODD = {  # what names and bytes there are
     **dict.fromkeys(PLAIN, JPEG),
@@ -94,7 +98,7 @@ def unpacked(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def same(ours: sources.Source, folder: sources.Source) -> None:
+def same(ours: Source, folder: Source) -> None:
     """Both list the same pictures, to the last byte."""
     assert ours.records == folder.records
     assert ours.classes == folder.classes
@@ -107,13 +111,13 @@ def same(ours: sources.Source, folder: sources.Source) -> None:
     assert fingerprint(ours) == fingerprint(folder)
 
 
-def numbers(source: sources.Source) -> np.ndarray:
+def numbers(source: Source) -> np.ndarray:
     return np.arange(len(source.records)) if source.numbers is None else source.numbers
 
 
-def fingerprint(source: sources.Source) -> str:
-    keys = sources.path_keys(record.path for record in source.records)
-    return sources.order_fingerprint(keys, np.array([r.label for r in source.records], np.int64))
+def fingerprint(source: Source) -> str:
+    keys = path_keys(record.path for record in source.records)
+    return order_fingerprint(keys, np.array([r.label for r in source.records], np.int64))
 
 
 # ---- the unpacked tree ----
@@ -125,7 +129,7 @@ def test_a_tar_is_what_it_unpacks_to(tmp_path, kind):
         tmp_path / "tree", {k: v for k, v in ODD.items() if kind != "ustar" or len(k) < 200}
     )
     archive = tarred(tmp_path / "a.tar", root, FORMATS[kind])
-    same(sources.open_source("tar", archive), sources.open_source("imagefolder", root))
+    same(open_source("tar", archive), open_source("imagefolder", root))
 
 
 @pytest.mark.parametrize("kind", ["v7", "oldgnu", "ustar", "pax"])
@@ -136,14 +140,14 @@ def test_a_tar_by_the_systems_tar_too(tmp_path, kind):
     (root / "a" / "soft.jpg").symlink_to("../b/2.jpg")
     archive = tmp_path / "a.tar"
     subprocess.run(["tar", f"--format={kind}", "-cf", archive, "-C", root, "."], check=True)
-    same(sources.open_source("tar", archive), sources.open_source("imagefolder", root))
+    same(open_source("tar", archive), open_source("imagefolder", root))
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_zip_is_what_it_unpacks_to(tmp_path, method):
     root = tree(tmp_path / "tree", ODD)
     archive = zipped(tmp_path / "a.zip", ODD, method)
-    same(sources.open_source("zip", archive), sources.open_source("imagefolder", root))
+    same(open_source("zip", archive), open_source("imagefolder", root))
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -156,7 +160,7 @@ def test_real_pictures_come_out_of_an_archive(tmp_path, kind):
         (root / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.parent.name)
     archive = Path(shutil.make_archive(str(tmp_path / "a"), kind, root))
-    same(sources.open_source(kind, archive), sources.open_source("imagefolder", root))
+    same(open_source(kind, archive), open_source("imagefolder", root))
 
 
 CLASSES = {f"n0{c}/{i}.JPEG": picture(10 * c + i) for c in range(3) for i in range(4)}
@@ -171,12 +175,12 @@ def class_tars(folder: Path) -> Path:
 
 
 def test_class_tars_are_classes_in_a_folder_and_in_a_tar(tmp_path):
-    truth = sources.open_source("imagefolder", tree(tmp_path / "tree", CLASSES))
+    truth = open_source("imagefolder", tree(tmp_path / "tree", CLASSES))
     folder = class_tars(tmp_path / "tars")
-    same(sources.open_source("tar", folder), truth)
-    same(sources.open_source("tar", tarred(tmp_path / "all.tar", folder)), truth)
+    same(open_source("tar", folder), truth)
+    same(open_source("tar", tarred(tmp_path / "all.tar", folder)), truth)
     (folder / "notes.txt").write_text("beside")
-    source = sources.open_source("tar", folder)
+    source = open_source("tar", folder)
     assert source.skipped == 1
     assert accounted(source)
 
@@ -184,10 +188,10 @@ def test_class_tars_are_classes_in_a_folder_and_in_a_tar(tmp_path):
 def test_pictures_without_folders_have_no_label(tmp_path):
     files = {"2.jpg": JPEG, "10.jpg": JPEG}
     root = tree(tmp_path / "tree", files)
-    truth = sources.open_source("imagefolder", root)
+    truth = open_source("imagefolder", root)
     assert {record.label for record in truth.records} == {-1}
-    same(sources.open_source("tar", tarred(tmp_path / "a.tar", files)), truth)
-    labelled = sources.open_source("zip", zipped(tmp_path / "a.zip", CLASSES), label_from="none")
+    same(open_source("tar", tarred(tmp_path / "a.tar", files)), truth)
+    labelled = open_source("zip", zipped(tmp_path / "a.zip", CLASSES), label_from="none")
     assert {record.label for record in labelled.records} == {-1}
 
 
@@ -204,22 +208,22 @@ def test_a_split_is_a_folder_inside_or_an_archive(tmp_path, kind):
     pack(tmp_path / "two" / f"train.{kind}", CLASSES)
     pack(tmp_path / "two" / f"val.{kind}", val)
     for split in ("train", "val"):
-        truth = sources.open_source("imagefolder", root, split=split)
-        same(sources.open_source(kind, one, split=split), truth)
-        same(sources.open_source(kind, tmp_path / "two", split=split), truth)
+        truth = open_source("imagefolder", root, split=split)
+        same(open_source(kind, one, split=split), truth)
+        same(open_source(kind, tmp_path / "two", split=split), truth)
     with pytest.raises(UsageError, match=r"--split test got no folder .* there are: train, val"):
-        sources.open_source(kind, one, split="test")
+        open_source(kind, one, split="test")
 
 
 def test_a_split_may_be_deep_in_an_archive_or_a_folder_of_class_tars(tmp_path):
-    truth = sources.open_source("imagefolder", tree(tmp_path / "tree", CLASSES))
+    truth = open_source("imagefolder", tree(tmp_path / "tree", CLASSES))
     files = {f"ILSVRC/Data/CLS-LOC/train/{path}": data for path, data in CLASSES.items()}
     files |= {"ILSVRC/Data/CLS-LOC/test/x.JPEG": JPEG, "ILSVRC/train.txt": b"x"}
     archive = zipped(tmp_path / "a.zip", files)
-    same(sources.open_source("zip", archive, split="ILSVRC/Data/CLS-LOC/train"), truth)
+    same(open_source("zip", archive, split="ILSVRC/Data/CLS-LOC/train"), truth)
     class_tars(tmp_path / "tars" / "train")
     tarred(tmp_path / "tars" / "val.tar", {"x/y.jpg": JPEG})
-    same(sources.open_source("tar", tmp_path / "tars", split="train"), truth)
+    same(open_source("tar", tmp_path / "tars", split="train"), truth)
 
 
 # ---- links, names, the last of several ----
@@ -243,8 +247,8 @@ def test_links_inside_are_followed_and_others_rejected(tmp_path):
         (".store/e/3.jpg", picture(3)),
     ]
     archive = tarred(tmp_path / "a.tar", made)
-    folder = sources.open_source("imagefolder", unpacked(archive, tmp_path / "tree"))
-    source = sources.open_source("tar", archive)
+    folder = open_source("imagefolder", unpacked(archive, tmp_path / "tree"))
+    source = open_source("tar", archive)
     same(source, folder)
     assert {"b/soft.jpg", "b/hard.jpg", "b/hard_to_soft.jpg", "d/3.jpg"} <= {
         record.path for record in source.records
@@ -257,7 +261,7 @@ def test_links_inside_are_followed_and_others_rejected(tmp_path):
         info("a/device.jpg", tarfile.CHRTYPE),
         info("a/pipe.jpg", tarfile.FIFOTYPE),
     ]
-    source = sources.open_source("tar", tarred(tmp_path / "b.tar", made + outside))
+    source = open_source("tar", tarred(tmp_path / "b.tar", made + outside))
     rejected = dict(source.rejected)
     assert rejected.pop("a/late.jpg").startswith("it is a hard link to a/not_yet.jpg")
     assert rejected.pop("a/out_hard.jpg").startswith("it is a hard link to no file")
@@ -275,7 +279,7 @@ def test_links_in_a_zip_are_links(tmp_path):
             link = zipfile.ZipInfo(name)
             link.create_system, link.external_attr = 3, 0o120777 << 16
             out.writestr(link, target)
-    source = sources.open_source("zip", archive)
+    source = open_source("zip", archive)
     at = [record.path for record in source.records].index("n00/soft.jpg")
     assert source.read(at) == CLASSES["n01/0.JPEG"]
     assert source.rejected == [("n00/out.jpg", "it is a link that leads out of the archive")]
@@ -292,15 +296,15 @@ def test_the_last_of_several_wins(tmp_path):
         ("a/2.jpg", picture(4)),
     ]
     archive = tarred(tmp_path / "a.tar", made)
-    folder = sources.open_source("imagefolder", unpacked(archive, tmp_path / "tree"))
-    source = sources.open_source("tar", archive)
+    folder = open_source("imagefolder", unpacked(archive, tmp_path / "tree"))
+    source = open_source("tar", archive)
     same(source, folder)
     assert [source.read(i) for i in range(4)] == [picture(n) for n in (2, 2, 4, 0)]
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
         out.writestr("a/0.jpg", picture(0))
         with pytest.warns(UserWarning, match="Duplicate"):
             out.writestr("a/0.jpg", picture(1))
-    source = sources.open_source("zip", tmp_path / "a.zip")
+    source = open_source("zip", tmp_path / "a.zip")
     assert source.seen == 1
     assert source.read(0) == picture(1)
 
@@ -316,7 +320,7 @@ def test_what_could_not_be_unpacked_is_rejected_by_name(tmp_path):
         ("a/deep", JPEG),
         ("a/inner.tar.gz", b"\x1f\x8b" + bytes(50)),
     ]
-    source = sources.open_source("tar", tarred(tmp_path / "a.tar", made, tarfile.PAX_FORMAT))
+    source = open_source("tar", tarred(tmp_path / "a.tar", made, tarfile.PAX_FORMAT))
     assert [record.path for record in source.records] == ["a/0.jpg", "a/deep/1.jpg"]
     reasons = dict(source.rejected)
     assert reasons["../out.jpg"] == "its name leads out of the archive"
@@ -340,16 +344,16 @@ def test_sparse_and_huge_members_are_rejected(tmp_path, monkeypatch):
             subprocess.run(
                 ["tar", *how, "-cf", archive, "hole.jpg", "x.jpg"], cwd=tmp_path, check=True
             )
-            source = sources.open_source("tar", archive)
+            source = open_source("tar", archive)
             assert source.rejected == [("hole.jpg", "it is stored sparse")]
             assert [record.path for record in source.records] == ["x.jpg"]
-    monkeypatch.setattr(sources, "MOST_BYTES", len(JPEG))
+    monkeypatch.setattr(files, "MOST_BYTES", len(JPEG))
     bomb = {"bomb.jpg": JPEG + bytes(10_000_000), "x.jpg": JPEG}
     for kind, archive in {
         "tar": tarred(tmp_path / "b.tar", bomb),
         "zip": zipped(tmp_path / "b.zip", bomb),
     }.items():
-        source = sources.open_source(kind, archive)
+        source = open_source(kind, archive)
         assert [path for path, _ in source.rejected] == ["bomb.jpg"]
         assert len(source.records) == 1
 
@@ -380,7 +384,7 @@ def patched(path: Path, name: str, changes: dict[int, bytes]) -> None:
 def test_what_a_zip_cannot_give_is_rejected_by_name(tmp_path, changes, reason):
     archive = zipped(tmp_path / "a.zip", CLASSES)
     patched(archive, "n01/2.JPEG", changes)
-    source = sources.open_source("zip", archive)
+    source = open_source("zip", archive)
     assert source.rejected == [("n01/2.JPEG", reason)]
     assert len(source.records) == len(CLASSES) - 1
     assert accounted(source)
@@ -390,7 +394,7 @@ def test_a_zips_table_that_swallows_a_member_is_refused(tmp_path):
     archive = zipped(tmp_path / "a.zip", CLASSES)
     patched(archive, "n01/2.JPEG", {32: struct.pack("<H", 46 + len("n01/3.JPEG"))})  # its comment
     with pytest.raises(UsageError, match="it names 11 members and announces 12"):
-        sources.open_source("zip", archive)
+        open_source("zip", archive)
 
 
 def test_a_zip_counts_its_members_as_zip64_does(tmp_path, monkeypatch):
@@ -400,33 +404,33 @@ def test_a_zip_counts_its_members_as_zip64_does(tmp_path, monkeypatch):
     end = data.rindex(b"PK\5\6")
     data[end + 8 : end + 12] = b"\xff" * 4  # look there, as with very many
     archive.write_bytes(data)
-    assert len(sources.open_source("zip", archive).records) == len(CLASSES)
+    assert len(open_source("zip", archive).records) == len(CLASSES)
     data[data.rindex(b"PK\6\6") + 32] += 1
     archive.write_bytes(data)
     with pytest.raises(UsageError, match="it names 12 members and announces 13"):
-        sources.open_source("zip", archive)
+        open_source("zip", archive)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_damage_inside_a_zip_is_found_by_its_checksum(tmp_path, method):
-    from fastrot.data.pictures import BadPicture
+    from fastrot.data.files import BadPicture
 
     archive = zipped(tmp_path / "a.zip", CLASSES, method)
     data = bytearray(archive.read_bytes())
     data[data.index(b"n01/2.JPEG") + 400] ^= 1
     archive.write_bytes(data)
-    source = sources.open_source("zip", archive)
+    source = open_source("zip", archive)
     at = [record.path for record in source.records].index("n01/2.JPEG")
     with pytest.raises(BadPicture, match="its bytes in the zip are damaged"):
         source.read(at)
 
 
 def test_a_member_that_inflates_without_end_is_stopped(tmp_path):
-    from fastrot.data.pictures import BadPicture
+    from fastrot.data.files import BadPicture
 
     archive = zipped(tmp_path / "a.zip", {"x.jpg": JPEG + bytes(30_000_000)})
     patched(archive, "x.jpg", {24: struct.pack("<I", 1000)})  # it says
-    source = sources.open_source("zip", archive)
+    source = open_source("zip", archive)
     tracemalloc.start()
     try:
         with pytest.raises(BadPicture, match="length or checksum"):
@@ -443,7 +447,7 @@ def members_of(kind: str, data: bytes, path: Path) -> set[str] | str:
     """What is listed of these bytes, or the sentence that refuses them."""
     path.write_bytes(data)
     try:
-        source = sources.open_source(kind, path)
+        source = open_source(kind, path)
     except UsageError as e:
         return str(e)
     assert accounted(source)
@@ -500,7 +504,7 @@ def test_a_hollow_tar_is_no_short_listing(tmp_path, where):
     with pytest.raises(
         UsageError, match=rf"x\.tar has .* zero bytes from byte {second:,} on.*fetch"
     ):
-        sources.open_source("tar", whole)
+        open_source("tar", whole)
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -524,13 +528,13 @@ def test_a_changed_header_is_refused_with_its_place(tmp_path):
     data[at + 1] ^= 1
     archive.write_bytes(data)
     with pytest.raises(UsageError, match=rf"a.tar is damaged at byte {at:,}: fetch it anew"):
-        sources.open_source("tar", archive)
+        open_source("tar", archive)
 
 
 def test_joined_tars_are_read_to_the_end(tmp_path):
     data = tarred(tmp_path / "a.tar", {"a/0.jpg": picture(0)}).read_bytes()
     (tmp_path / "a.tar").write_bytes(data + tarred(tmp_path / "b", {"b/1.jpg": JPEG}).read_bytes())
-    source = sources.open_source("tar", tmp_path / "a.tar")
+    source = open_source("tar", tmp_path / "a.tar")
     assert [record.path for record in source.records] == ["a/0.jpg", "b/1.jpg"]
 
 
@@ -552,18 +556,18 @@ def test_joined_tars_are_read_to_the_end(tmp_path):
 def test_what_is_no_archive_is_one_sentence(tmp_path, kind, data, says):
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(UsageError, match=says.replace("(", r"\(").replace(")", r"\)")):
-        sources.open_source(kind, tmp_path / "a")
+        open_source(kind, tmp_path / "a")
 
 
 def test_a_folder_with_compressed_tars_is_refused(tmp_path):
     class_tars(tmp_path / "tars")
     (tmp_path / "tars" / "n03.tar.gz").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"n03.tar.gz is compressed.*decompress it"):
-        sources.open_source("tar", tmp_path / "tars")
+        open_source("tar", tmp_path / "tars")
     with pytest.raises(UsageError, match=r"holds no file named \*\.zip"):
-        sources.open_source("zip", tmp_path / "tars")
+        open_source("zip", tmp_path / "tars")
     with pytest.raises(UsageError, match="give the path of a tar"):
-        sources.open_source("tar", tmp_path / "none.tar")
+        open_source("tar", tmp_path / "none.tar")
 
 
 # ---- conversion ----
@@ -594,7 +598,7 @@ def test_a_conversion_gives_the_unpacked_folders_bytes(tmp_path, kind):
 
 def test_two_workers_read_by_themselves(tmp_path):
     folder = class_tars(tmp_path / "tars")
-    source = sources.open_source("tar", folder)
+    source = open_source("tar", folder)
     chunk = prepare.chunk_of(source, 3, 9)
     assert len(pickle.dumps(chunk)) < 2500  # places, not pictures
     far = pickle.loads(pickle.dumps(chunk)).source
@@ -607,7 +611,7 @@ def test_two_workers_read_by_themselves(tmp_path):
 
 def test_a_shuffled_source_reads_the_pictures_that_it_names(tmp_path):
     folder = class_tars(tmp_path / "tars")
-    source = sources.open_source("tar", folder).shuffled(3)
+    source = open_source("tar", folder).shuffled(3)
     assert [record.path for record in source.records] != sorted(CLASSES)
     assert [source.read(i) for i in range(12)] == [CLASSES[r.path] for r in source.records]
     ours = convert("tar", folder, tmp_path / "ours.beton", shuffle=3, workers=2)
@@ -619,7 +623,7 @@ def test_more_archives_than_are_held_open(tmp_path):
     (tmp_path / "tars").mkdir()
     for i in range(70):
         tarred(tmp_path / "tars" / f"{i:03d}.tar", {"x.jpg": picture(i % 3)})
-    source = sources.open_source("tar", tmp_path / "tars")
+    source = open_source("tar", tmp_path / "tars")
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc") else 0
     for i in [*range(70), 0, 5]:
         assert source.read(i) == picture(i % 3)
@@ -630,7 +634,7 @@ def test_more_archives_than_are_held_open(tmp_path):
 @pytest.mark.parametrize("how", ["longer", "as long", "gone"])
 def test_an_archive_that_changes_underway_stops_the_conversion(tmp_path, how):
     archive = tarred(tmp_path / "a.tar", CLASSES)
-    source = sources.open_source("tar", archive)
+    source = open_source("tar", archive)
     if how == "gone":
         archive.unlink()
     else:
@@ -679,16 +683,16 @@ def test_shards_keep_their_order_and_labels(tmp_path):
     folder = written_shards(tmp_path / "shards")
     pattern = folder / "train-{000000..000002}.tar"
     for root in (folder, pattern, folder / "train-00000{0,1,2}.tar"):
-        source = sources.open_source("webdataset", root)
+        source = open_source("webdataset", root)
         assert [record.label for record in source.records] == [i % 3 for i in range(12)]
         assert [source.read(i) for i in range(12)] == [picture(i) for i in range(12)]
         assert source.records[5].path == "train-000001/0094.jpg"
         assert source.classes == ("0", "1", "2")
         assert (source.seen, source.skipped, source.rejected) == (24, 12, [])
         assert source.numbers is None
-    one = sources.open_source("webdataset", folder / "train-000001.tar")
+    one = open_source("webdataset", folder / "train-000001.tar")
     assert one.records == source.records[4:8]
-    none = sources.open_source("webdataset", folder, label_from="none")
+    none = open_source("webdataset", folder, label_from="none")
     assert ({record.label for record in none.records}, none.classes) == ({-1}, ())
     ours = convert("webdataset", folder, tmp_path / "a.beton", workers=2)
     assert ours == convert("webdataset", pattern, tmp_path / "b.beton")
@@ -699,7 +703,7 @@ def test_webdataset_itself_gives_the_same(tmp_path):
     folder = written_shards(tmp_path / "shards")
     urls = str(folder / "train-{000000..000002}.tar")
     theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
-    source = sources.open_source("webdataset", urls)
+    source = open_source("webdataset", urls)
     assert [f"{record.path.split('/')[1]}" for record in source.records] == [
         f"{sample['__key__']}.jpg" for sample in theirs
     ]
@@ -731,7 +735,7 @@ def test_strange_samples_have_one_fate_each(tmp_path):
         ("i.jpg", JPEG),
         ("i.json", b"[1]"),
     ]
-    source = sources.open_source("webdataset", tarred(tmp_path / "s.tar", made))
+    source = open_source("webdataset", tarred(tmp_path / "s.tar", made))
     labels = {record.path: record.label for record in source.records}
     assert labels == {"s/a/0.jpg": 2, "s/e.jpg": -1, "s/f.jpg": 4, "s/i.jpg": -1}
     assert dict(source.rejected) == {
@@ -743,7 +747,7 @@ def test_strange_samples_have_one_fate_each(tmp_path):
     assert accounted(source)
     huge = tarred(tmp_path / "t.tar", [("a.jpg", JPEG), ("a.cls", b"99999999")])
     with pytest.raises(UsageError, match=r"label 99999999 \(t/a.jpg\): a label is below"):
-        sources.open_source("webdataset", huge)
+        open_source("webdataset", huge)
 
 
 def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
@@ -751,19 +755,19 @@ def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
     with pytest.raises(
         UsageError, match=r"names 5 shards, of which 2 do not exist; the first: .*3.tar"
     ):
-        sources.open_source("webdataset", folder / "train-{000000..000004}.tar")
+        open_source("webdataset", folder / "train-{000000..000004}.tar")
     for strange in ("{0..99999999999}", "{2..1}", "{x}", "{0..999}{0..999}{0..999}"):
         with pytest.raises(UsageError, match=r"shards|between braces"):
-            sources.open_source("webdataset", folder / strange)
+            open_source("webdataset", folder / strange)
     tarred(folder / "val-000000.tar", sample_files(50, 2))
     with pytest.raises(UsageError, match="holds the splits train, val: name one with --split"):
-        sources.open_source("webdataset", folder)
-    assert len(sources.open_source("webdataset", folder, split="val").records) == 2
-    assert len(sources.open_source("webdataset", folder, split="train").records) == 12
+        open_source("webdataset", folder)
+    assert len(open_source("webdataset", folder, split="val").records) == 2
+    assert len(open_source("webdataset", folder, split="train").records) == 12
     with pytest.raises(UsageError, match=r"--split test got no file .*there are: train, val"):
-        sources.open_source("webdataset", folder, split="test")
+        open_source("webdataset", folder, split="test")
     with pytest.raises(UsageError, match="give the path of WebDataset shards"):
-        sources.open_source("webdataset", tmp_path / "none")
+        open_source("webdataset", tmp_path / "none")
     assert shards.expanded("a{08..10}b{x,yz}") == [
         f"a{number}b{word}" for number in ("08", "09", "10") for word in ("x", "yz")
     ]

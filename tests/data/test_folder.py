@@ -17,9 +17,11 @@ from truth import photo
 from fastrot import core
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, View
-from fastrot.data import crops, folder, sources
+from fastrot.data import crops, folder
 from fastrot.data import pictures as decoder
+from fastrot.data.keys import order_fingerprint
 from fastrot.data.loader import Loader
+from fastrot.data.sources.open import open_source
 
 CPU = torch.device("cpu")
 
@@ -54,13 +56,13 @@ def request(data: folder.Folder, rows, *recipes, epoch: int = 0) -> CropRequest:
 
 def test_a_folder_is_data(pictures):
     data = folder.Folder(pictures)
-    source = sources.open_source("imagefolder", pictures)
+    source = open_source("imagefolder", pictures)
     assert isinstance(data, core.Data)
     assert data.rows == len(data.labels) == len(data.keys) == 37
     assert data.classes == ("class0", "class1", "class2")
     assert [data.name(row) for row in range(37)] == [record.path for record in source.records]
     assert data.labels.tolist() == [record.label for record in source.records]
-    assert data.fingerprint == sources.order_fingerprint(data.keys, data.labels)
+    assert data.fingerprint == order_fingerprint(data.keys, data.labels)
     assert data.numbers is None
     assert data.rejected == []
     rows = np.array([36, 0, 17])

@@ -24,8 +24,9 @@ import pytest
 from PIL import Image
 from truth import DATA, photo
 
-from fastrot.data import sources
 from fastrot.data.beton.load import Beton
+from fastrot.data.files import SUFFIXES
+from fastrot.data.sources.cifar10 import CIFAR_SPLITS
 
 CHECKOUT = Path(__file__).parents[2]
 NOBODY = 65_534
@@ -214,7 +215,7 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from fastrot.entry import status
 if sys.argv[2] == "cifar10":
-    from fastrot.data.sources import open_source
+    from fastrot.data.sources.open import open_source
     ended = status(lambda: open_source(*sys.argv[2:]) and 0)
 else:
     from to_ffcv import main
@@ -239,7 +240,7 @@ def test_bombs_are_rejected_unread(tmp_path):
         with open(root / "a" / "long.jpg", "wb") as file:
             file.write(JPEG)
             if name == "bombs":
-                file.truncate(sources.MOST_BYTES + 1)  # zeros that take no room
+                file.truncate(files.MOST_BYTES + 1)  # zeros that take no room
         args = ["--source", "imagefolder", "--root", root, "--out", tmp_path / f"{name}.beton"]
         told.append(told_by(PEAK, CHECKOUT / "dataprep", *args, "--workers", 0))
     (plain, least), (status, most) = told
@@ -374,7 +375,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from to_ffcv import main
-from fastrot.data.sources import Source
+from fastrot.data.sources.records import Source
 root, read = Path(sys.argv[2]), Source.read
 
 def while_it_is_read(source, i):
@@ -436,7 +437,7 @@ def test_a_strange_list_is_one_short_sentence(tmp_path, text, says):
 @needs_proc
 def test_a_pickle_that_asks_for_memory_gets_none(tmp_path):
     entry = (2**26).to_bytes(4, "little")  # of the memo: 1 GB in a table
-    for name in sources.CIFAR_SPLITS["train"]:
+    for name in CIFAR_SPLITS["train"]:
         (tmp_path / name).write_bytes(b"\x80\x02]r" + entry + b".")
     status, peak = told_by(PEAK, CHECKOUT / "dataprep", "cifar10", tmp_path)
     assert status == 2
@@ -593,7 +594,8 @@ def test_the_hostile_classes_are_read_as_nobody(hostile, open_to_all, monkeypatc
 FOLDER = """
 import json, sys
 from fastrot.assemble import open_data
-from fastrot.data.pictures import BadPicture, decode
+from fastrot.data.files import BadPicture
+from fastrot.data.pictures import decode
 data = open_data(sys.argv[1])
 damaged = []
 for row in range(data.rows):
@@ -618,7 +620,7 @@ def test_the_folder_loader_reads_or_names_every_file_named_like_a_picture(
         for name in names:
             path = os.path.relpath(os.path.join(at, name), root)
             hidden = any(p[0] == "." or p == "__MACOSX" for p in path.split("/"))
-            if name.lower().endswith(sources.SUFFIXES) and not hidden:
+            if name.lower().endswith(SUFFIXES) and not hidden:
                 named.add(path)
     named.remove("tree/dog/pipe.jpg")
     if not os.access(root / "tree/locked_class", os.R_OK):
@@ -653,7 +655,7 @@ def test_broken_cifar_batches_are_one_sentence_and_run_nothing(
     batches = hostile[0] / "cifar"
     good = (batches / "batch_good").read_bytes()
     given = ["--source", "cifar10", "--root", "cifar", "--workers", "0", "--out"]
-    tree(Path("cifar"), dict.fromkeys(sources.CIFAR_SPLITS["train"], good))
+    tree(Path("cifar"), dict.fromkeys(CIFAR_SPLITS["train"], good))
     assert script("to_ffcv")([*given, "good.beton"]) == 0
     capsys.readouterr()
     broken = [path for path in sorted(batches.iterdir()) if path.name != "batch_good"]

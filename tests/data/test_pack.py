@@ -12,12 +12,12 @@ from truth import DATA, photo
 
 from fastrot.config import UsageError
 from fastrot.core import DamagedRecord
+from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import bc4, layout, read, write
 from fastrot.data.pack.read import PackFile, open_pack
 from fastrot.data.pack.write import write_pack
 from fastrot.data.pictures import decode, shrink
-from fastrot.data.sources import order_fingerprint, path_keys
 
 PAGE = Path(__file__).parents[2] / "fastrot" / "data" / "pack" / "README.md"
 

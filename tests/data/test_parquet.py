@@ -13,9 +13,11 @@ from test_sources import JPEG, accounted, tree
 from test_write import main
 
 from fastrot.config import RunError, UsageError
-from fastrot.data import parquet, prepare, sources
+from fastrot.data import prepare
 from fastrot.data.beton import write
-from fastrot.data.pictures import BadPicture
+from fastrot.data.files import BadPicture
+from fastrot.data.sources import parquet
+from fastrot.data.sources.open import open_source
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -56,7 +58,7 @@ def folder_of(root: Path) -> Path:
 
 def test_a_split_of_a_folder_keeps_order_labels_and_names(tmp_path):
     root = folder_of(tmp_path / "set")
-    source = sources.open_source("parquet", root, split="train")
+    source = open_source("parquet", root, split="train")
     assert [record.label for record in source.records] == [i % 3 for i in range(14)]
     assert [source.read(i) for i in range(14)] == [picture(i) for i in range(14)]
     assert source.records[2].path == "data/train-00000-of-00002/2"
@@ -64,10 +66,10 @@ def test_a_split_of_a_folder_keeps_order_labels_and_names(tmp_path):
     assert source.classes == NAMES
     assert (source.seen, source.skipped) == (16, 2)
     assert accounted(source)
-    assert len(sources.open_source("parquet", root, split="validation").records) == 1
-    none = sources.open_source("parquet", root, split="train", label_from="none")
+    assert len(open_source("parquet", root, split="validation").records) == 1
+    none = open_source("parquet", root, split="train", label_from="none")
     assert ({record.label for record in none.records}, none.classes) == ({-1}, ())
-    one = sources.open_source("parquet", root / "data" / "train-00000-of-00002.parquet")
+    one = open_source("parquet", root / "data" / "train-00000-of-00002.parquet")
     assert one.records[2].path == "train-00000-of-00002/2"
 
 
@@ -76,15 +78,15 @@ def test_splits_are_named_and_never_mixed(tmp_path):
     with pytest.raises(
         UsageError, match="holds the splits train, validation: name one with --split"
     ):
-        sources.open_source("parquet", root)
+        open_source("parquet", root)
     with pytest.raises(UsageError, match=r"--split val got no file .*there are: train, validation"):
-        sources.open_source("parquet", root, split="val")
+        open_source("parquet", root, split="val")
     file = root / "data" / "train-00000-of-00002.parquet"
     with pytest.raises(UsageError, match=r"--split train: .*is one file"):
-        sources.open_source("parquet", file, split="train")
+        open_source("parquet", file, split="train")
     written(tmp_path / "hub" / "default" / "train" / "0000.parquet", [(JPEG, 0)])
     written(tmp_path / "hub" / "default" / "test" / "0000.parquet", [(JPEG, -1), (JPEG, None)])
-    source = sources.open_source("parquet", tmp_path / "hub", split="test")
+    source = open_source("parquet", tmp_path / "hub", split="test")
     assert [(r.path, r.label) for r in source.records] == [
         ("default/test/0000/0", -1),
         ("default/test/0000/1", -1),
@@ -94,7 +96,7 @@ def test_splits_are_named_and_never_mixed(tmp_path):
 @pytest.mark.parametrize("group", [1, 5, 1000])
 def test_rows_are_read_in_any_order(tmp_path, group):
     rows = [(picture(i), 0) for i in range(40)]
-    source = sources.open_source("parquet", written(tmp_path / "a.parquet", rows, group=group))
+    source = open_source("parquet", written(tmp_path / "a.parquet", rows, group=group))
     draw = random.Random(group)
     for i in [*range(40), *draw.sample(range(40), 40), 39, 0]:
         assert source.read(i) == rows[i][0]
@@ -115,7 +117,7 @@ def test_columns_are_found_without_metadata(tmp_path, kind):
     if labels:
         columns["label"] = pa.array(labels)
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    source = sources.open_source("parquet", tmp_path / "a.parquet")
+    source = open_source("parquet", tmp_path / "a.parquet")
     wanted = {"words": [1, 0, -1], "none": [-1] * 3}.get(kind, [0, 1, 2])
     assert [record.label for record in source.records] == wanted
     assert source.classes == classes
@@ -137,7 +139,7 @@ def test_metadata_says_which_column_is_which(tmp_path):
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     table = pa.table(table).replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / "a.parquet")
-    source = sources.open_source("parquet", tmp_path / "a.parquet")
+    source = open_source("parquet", tmp_path / "a.parquet")
     assert source.classes == ("pug", "husky")
     assert [record.label for record in source.records] == [1, 0]
     assert source.read(1) == JPEG
@@ -164,7 +166,7 @@ def test_two_workers_read_by_themselves_and_bytes_are_the_folders(tmp_path):
     root = tmp_path / "set"
     written(root / "train-00000-of-00002.parquet", rows[:5])
     written(root / "train-00001-of-00002.parquet", rows[5:])
-    source = sources.open_source("parquet", root)
+    source = open_source("parquet", root)
     chunk = prepare.chunk_of(source, 3, 9)
     assert len(pickle.dumps(chunk)) < 2500  # places, not pictures
     far = pickle.loads(pickle.dumps(chunk)).source
@@ -176,7 +178,7 @@ def test_two_workers_read_by_themselves_and_bytes_are_the_folders(tmp_path):
 
 def test_a_shuffled_source_reads_the_pictures_that_it_names(tmp_path):
     root = folder_of(tmp_path / "set")
-    plain = sources.open_source("parquet", root, split="train")
+    plain = open_source("parquet", root, split="train")
     bytes_of = {record.path: plain.read(i) for i, record in enumerate(plain.records)}
     source = plain.shuffled(3)
     assert source.records != plain.records
@@ -188,7 +190,7 @@ def test_a_shuffled_source_reads_the_pictures_that_it_names(tmp_path):
 @pytest.mark.parametrize("how", ["changed", "gone"])
 def test_a_file_that_changes_underway_stops_the_conversion(tmp_path, how):
     path = written(tmp_path / "a.parquet", [(JPEG, 0)] * 4)
-    source = sources.open_source("parquet", path)
+    source = open_source("parquet", path)
     if how == "gone":
         path.unlink()
     else:
@@ -215,7 +217,7 @@ def test_no_cut_makes_a_listing_short_without_a_word(tmp_path):
     for cut in {draw.randrange(len(data)) for _ in range(200)}:
         path.write_bytes(data[:cut])
         with pytest.raises(UsageError, match=r"a.parquet is no parquet file, or was cut short"):
-            sources.open_source("parquet", path)
+            open_source("parquet", path)
 
 
 def test_changed_bytes_are_no_traceback(tmp_path):
@@ -227,7 +229,7 @@ def test_changed_bytes_are_no_traceback(tmp_path):
         changed[draw.randrange(len(data))] = draw.randrange(256)
         path.write_bytes(bytes(changed))
         try:
-            source = sources.open_source("parquet", path)
+            source = open_source("parquet", path)
         except UsageError:
             refused += 1
             continue
@@ -280,7 +282,7 @@ def wrong(path: Path, kind: str) -> Path:
 def test_what_cannot_be_used_is_one_sentence(tmp_path, kind, says):
     path = wrong(tmp_path / "a.parquet", kind)
     with pytest.raises(UsageError, match=says) as told:
-        sources.open_source("parquet", path)
+        open_source("parquet", path)
     assert "\n" not in str(told.value)
 
 
@@ -290,7 +292,7 @@ def test_files_of_two_data_sets_are_refused(tmp_path):
     with pytest.raises(
         UsageError, match=r"b.parquet has other columns or class names than .*a.parq"
     ):
-        sources.open_source("parquet", tmp_path)
+        open_source("parquet", tmp_path)
 
 
 def test_without_pyarrow_it_says_how_to_get_it(tmp_path, monkeypatch):
@@ -306,13 +308,13 @@ def test_without_pyarrow_it_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(
         UsageError, match=r"needs the pyarrow package: pip install 'fastrot\[parquet\]'"
     ):
-        sources.open_source("parquet", path)
+        open_source("parquet", path)
 
 
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     data = np.random.default_rng(0).bytes(100_000)
     path = written(tmp_path / "a.parquet", [(data, 0)] * 400, group=1000)
-    source = sources.open_source("parquet", path)
+    source = open_source("parquet", path)
     before = pa.total_allocated_bytes()
     assert source.read(390) == data
     assert pa.total_allocated_bytes() - before < 12_000_000  # of 40 MB

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 from truth import DATA, photo
 
-from fastrot.data import pictures, sources
+from fastrot.data import files, pictures
+from fastrot.data.files import BadPicture
 
 
 def encoded(image: Image.Image, **options) -> bytes:
@@ -101,7 +102,7 @@ def test_damaged_jpegs_are_taken_or_refused_as_pillow_does():
                 truth = None
             fates[truth is not None] += 1
             if truth is None:
-                with pytest.raises(pictures.BadPicture, match=r"its (jpeg|first bytes)"):
+                with pytest.raises(BadPicture, match=r"its (jpeg|first bytes)"):
                     pictures.decode(bytes(damaged))
             else:
                 np.testing.assert_array_equal(pictures.decode(bytes(damaged)), truth)
@@ -117,12 +118,12 @@ def test_no_size_is_believed_before_it_is_compared(monkeypatch):
         other = frame[:5] + struct.pack(">HH", height, width) + frame[9:]
         for pair in (other + frame, frame + other):
             twice = data[:at] + pair + data[at + 19 :]
-            with pytest.raises(pictures.BadPicture):
+            with pytest.raises(BadPicture):
                 pictures.decode(twice)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
     monkeypatch.setattr(pictures.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     bomb = data[: at + 5] + struct.pack(">HH", 65_500, 65_500) + data[at + 9 :]
-    with pytest.raises(pictures.BadPicture, match="178 megapixels"):
+    with pytest.raises(BadPicture, match="178 megapixels"):
         pictures.decode(bomb)
 
 
@@ -147,8 +148,8 @@ def test_a_want_of_memory_is_no_fault_of_the_picture(monkeypatch):
 def test_a_file_too_long_for_a_picture_has_no_size(tmp_path):
     with open(tmp_path / "a.jpg", "wb") as file:
         file.write(PLAIN["420"])
-        file.truncate(sources.MOST_BYTES)
+        file.truncate(files.MOST_BYTES)
     assert pictures.size_of(tmp_path / "a.jpg") == (48, 64)
-    os.truncate(tmp_path / "a.jpg", sources.MOST_BYTES + 1)
-    with pytest.raises(pictures.BadPicture, match=r"it has 2,147,483,649 bytes"):
+    os.truncate(tmp_path / "a.jpg", files.MOST_BYTES + 1)
+    with pytest.raises(BadPicture, match=r"it has 2,147,483,649 bytes"):
         pictures.size_of(tmp_path / "a.jpg")

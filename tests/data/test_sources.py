@@ -12,7 +12,12 @@ from PIL import Image
 from truth import DATA, photo
 
 from fastrot.config import UsageError
-from fastrot.data import pictures, sources
+from fastrot.data import pictures
+from fastrot.data.files import HEAD, BadPicture, sniff
+from fastrot.data.keys import held_out, order_fingerprint, path_key, path_keys
+from fastrot.data.sources.cifar10 import CIFAR_SPLITS
+from fastrot.data.sources.open import open_source
+from fastrot.data.sources.records import Source
 
 JPEG = io.BytesIO()
 Image.fromarray(photo(0, 24, 32)).save(JPEG, "JPEG", quality=90)
@@ -32,7 +37,7 @@ def tree(root, files: dict[str, bytes]):
     return root
 
 
-def accounted(source: sources.Source) -> bool:
+def accounted(source: Source) -> bool:
     return len(source.records) + len(source.rejected) + source.skipped == source.seen
 
 
@@ -60,7 +65,7 @@ PLAIN = [
 @pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
 def test_index_and_label_are_torchvisions(tmp_path, by_name):
     tree(tmp_path, dict.fromkeys(PLAIN, JPEG))
-    source = sources.open_source("imagefolder", tmp_path, by_name=by_name)
+    source = open_source("imagefolder", tmp_path, by_name=by_name)
     assert [(r.path, r.label) for r in source.records] == torchvision_lists(tmp_path)
     assert source.numbers is None
     assert source.classes == ("a", "a-b", "b", "c")
@@ -70,7 +75,7 @@ def test_index_and_label_are_torchvisions(tmp_path, by_name):
 def test_numbers_are_torchvisions_where_the_listing_differs(tmp_path):
     odd = {"a/._x.jpg": JPEG, "a/text.jpg": b"hello", "b/0.gif": JPEG, "b/plain": JPEG}
     tree(tmp_path, dict.fromkeys(PLAIN, JPEG) | odd)
-    source = sources.open_source("imagefolder", tmp_path)
+    source = open_source("imagefolder", tmp_path)
     theirs = [path for path, _ in torchvision_lists(tmp_path)]
     assert source.numbers is not None
     for record, number in zip(source.records, source.numbers.tolist(), strict=True):
@@ -100,7 +105,7 @@ FATES = {  # file -> what becomes of it: by its bytes, by its name
 @pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
 def test_every_file_has_one_fate(tmp_path, by_name):
     tree(tmp_path, {path: data for path, (data, *_) in FATES.items()})
-    source = sources.open_source("imagefolder", tmp_path, by_name=by_name)
+    source = open_source("imagefolder", tmp_path, by_name=by_name)
     fate = dict.fromkeys(FATES, "skip")
     fate |= {record.path: "picture" for record in source.records}
     fate |= {path: "reject" for path, _ in source.rejected}
@@ -124,7 +129,7 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path, by_name):
     tree(root, {".store/e/3.jpg": JPEG})
     (root / "e").symlink_to(".store/e")
     os.mkfifo(root / "c" / "pipe.jpg")
-    source = sources.open_source("imagefolder", root, by_name=by_name)
+    source = open_source("imagefolder", root, by_name=by_name)
     paths = ["b/0.jpg", "b/link.jpg", "c/1.jpg", "d/2.jpg", "e/3.jpg"]
     assert [record.path for record in source.records] == paths
     assert sorted(path for path, _ in source.rejected) == ["b/gone.jpg", "b/self.jpg"]
@@ -145,7 +150,7 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path, by_name):
 )
 def test_flat_folders_have_no_labels(tmp_path, files, label_from, paths):
     tree(tmp_path, {path: JPEG if path.endswith("jpg") else b"text" for path in files})
-    source = sources.open_source("imagefolder", tmp_path, label_from=label_from)
+    source = open_source("imagefolder", tmp_path, label_from=label_from)
     assert [record.path for record in source.records] == paths
     assert {record.label for record in source.records} == {-1}
     assert source.classes == ()
@@ -155,10 +160,10 @@ def test_flat_folders_have_no_labels(tmp_path, files, label_from, paths):
 def test_a_source_goes_to_workers_and_reads_odd_names(tmp_path):
     names = ["new\nline.jpg", "back\\slash.jpg", os.fsdecode(b"not_utf8_\xff\xfe.jpg"), "日本.jpg"]
     tree(tmp_path, {f"a/{name}": JPEG for name in names})
-    source = pickle.loads(pickle.dumps(sources.open_source("imagefolder", tmp_path)))
+    source = pickle.loads(pickle.dumps(open_source("imagefolder", tmp_path)))
     assert {record.path for record in source.records} == {f"a/{name}" for name in names}
     assert all(source.read(i) == JPEG for i in range(4))
-    assert len(set(sources.path_keys(r.path for r in source.records).tolist())) == 4
+    assert len(set(path_keys(r.path for r in source.records).tolist())) == 4
 
 
 # ---- text lists ----
@@ -180,12 +185,12 @@ def test_lines_of_a_text_list(tmp_path):
     tree(tmp_path, {path: JPEG for path, _ in LINES.values()})
     file = tmp_path / "list.txt"
     file.write_bytes("\n\n".join(["\ufeff", *LINES]).encode())
-    source = sources.open_source("list", file)
+    source = open_source("list", file)
     assert [(r.path, r.label) for r in source.records] == list(LINES.values())
     assert source.classes == tuple("01234567")
     assert source.numbers is None
     assert source.read(0) == JPEG
-    unlabelled = sources.open_source("list", file, label_from="none")
+    unlabelled = open_source("list", file, label_from="none")
     assert {record.label for record in unlabelled.records} == {-1}
 
 
@@ -194,7 +199,7 @@ def test_a_text_list_names_what_it_cannot_take(tmp_path):
     (tmp_path / "list.txt").write_text(
         f"{tmp_path}/a.jpg 1\ngone.jpg 1\nb.jpg 1\nc.txt 1\na.jpg 1\n"
     )
-    source = sources.open_source("list", tmp_path / "list.txt")
+    source = open_source("list", tmp_path / "list.txt")
     assert [record.path for record in source.records] == ["a.jpg"]
     assert [path for path, _ in source.rejected] == [
         f"{tmp_path}/a.jpg",
@@ -213,7 +218,7 @@ def test_a_text_list_names_what_it_cannot_take(tmp_path):
 def cifar(root, **changes):
     """Five batches and a test batch of four pictures each, as Python 3 and numpy write them."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3072), dtype=np.uint8)
-    for i, name in enumerate([*sources.CIFAR_SPLITS["train"], "test_batch"]):
+    for i, name in enumerate([*CIFAR_SPLITS["train"], "test_batch"]):
         batch = {b"labels": [i, 1, 2, 3], b"data": pixels[i], **changes}
         tree(root, {f"cifar-10-batches-py/{name}": pickle.dumps(batch, 2)})
     return pixels
@@ -222,14 +227,14 @@ def cifar(root, **changes):
 def test_cifar10_is_read_in_its_own_order(tmp_path):
     pixels = cifar(tmp_path)
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
-        source = sources.open_source("cifar10", root)
+        source = open_source("cifar10", root)
         assert [r.label for r in source.records[::4]] == [0, 1, 2, 3, 4]
         assert source.records[5].path == "data_batch_2/00001"
         assert len(pickle.dumps(source)) < 3000  # without the pixels
         far = pickle.loads(pickle.dumps(source))
         for copy in (source, far):
             assert (copy.read(5) == pixels[1, 1].reshape(3, 32, 32).transpose(1, 2, 0)).all()
-    assert sources.open_source("cifar10", tmp_path, split="test").records[0].label == 5
+    assert open_source("cifar10", tmp_path, split="test").records[0].label == 5
 
 
 class Evil:
@@ -258,7 +263,7 @@ def test_a_strange_cifar_batch_is_refused_and_runs_nothing(tmp_path, monkeypatch
     good = pickle.loads((tmp_path / "cifar-10-batches-py/data_batch_3").read_bytes())
     bad = tree(tmp_path, {"cifar-10-batches-py/data_batch_3": pickle.dumps(good | changes, 2)})
     with pytest.raises(UsageError, match="data_batch_3 is no CIFAR-10 batch"):
-        sources.open_source("cifar10", bad)
+        open_source("cifar10", bad)
     assert not (tmp_path / "EXECUTED").exists()
 
 
@@ -284,9 +289,9 @@ def test_wrong_use_gets_one_sentence(tmp_path):
         ("cifar10", "", {}, "has no data_batch_4"),
     ]:
         with pytest.raises(UsageError, match=said) as told:
-            sources.open_source(kind, tmp_path / path, **options)
+            open_source(kind, tmp_path / path, **options)
         assert "\n" not in str(told.value)
-    assert len(sources.open_source("imagefolder", tmp_path, split="val").records) == 1
+    assert len(open_source("imagefolder", tmp_path, split="val").records) == 1
 
 
 # ---- keys ----
@@ -294,10 +299,10 @@ def test_wrong_use_gets_one_sentence(tmp_path):
 
 def test_keys_are_what_they_were():
     # stored beside prepared files: another value would lose hold-outs and fingerprints
-    assert sources.path_key("n01440764/n01440764_10026.JPEG") == KEY
-    keys = sources.path_keys(["a", "b"])
-    assert sources.order_fingerprint(keys, np.array([0, 1])) == FINGERPRINT
-    assert sources.order_fingerprint(keys[::-1], np.array([0, 1])) != FINGERPRINT
+    assert path_key("n01440764/n01440764_10026.JPEG") == KEY
+    keys = path_keys(["a", "b"])
+    assert order_fingerprint(keys, np.array([0, 1])) == FINGERPRINT
+    assert order_fingerprint(keys[::-1], np.array([0, 1])) != FINGERPRINT
 
 
 KEY = 3201564428367291821
@@ -307,20 +312,20 @@ FINGERPRINT = "44442093cbeadbca9ed474713ac939d1"
 @pytest.mark.parametrize("share", [1e-6, 0.05, 0.5, 1 - 1e-6])
 @pytest.mark.parametrize("rows", [2, 10, 5000])
 def test_the_hold_out_is_never_none_and_never_all(rows, share):
-    for keys in (sources.path_keys(map(str, range(rows))), np.arange(rows, dtype=np.uint64)):
-        aside = sources.held_out(keys, share)
+    for keys in (path_keys(map(str, range(rows))), np.arange(rows, dtype=np.uint64)):
+        aside = held_out(keys, share)
         assert 0 < aside.sum() < rows
         if rows == 5000:
             assert abs(aside.mean() - share) < 0.02
 
 
 def test_the_hold_out_knows_pictures_by_their_key():
-    keys = sources.path_keys(map(str, range(2000)))
-    aside = sources.held_out(keys, 0.1)
-    assert (sources.held_out(keys[::-1], 0.1) == aside[::-1]).all()
-    assert (sources.held_out(keys[:1000], 0.1) == aside[:1000]).all()
-    assert not sources.held_out(keys, 0.0).any()
-    assert not sources.held_out(keys[:1], 0.5).any()
+    keys = path_keys(map(str, range(2000)))
+    aside = held_out(keys, 0.1)
+    assert (held_out(keys[::-1], 0.1) == aside[::-1]).all()
+    assert (held_out(keys[:1000], 0.1) == aside[:1000]).all()
+    assert not held_out(keys, 0.0).any()
+    assert not held_out(keys[:1], 0.5).any()
 
 
 # ---- pixels ----
@@ -361,7 +366,7 @@ def test_every_kind_becomes_rgb(kind):
     if kind != "bilevel":
         assert np.abs(picture - truth).mean() < 6
     if kind in KINDS:
-        assert pictures.sniff(data[: sources.HEAD]) == kind
+        assert sniff(data[:HEAD]) == kind
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -420,7 +425,7 @@ def claims(width: int, height: int) -> bytes:
     ],
 )
 def test_a_bad_picture_has_one_reason(data, reason):
-    with pytest.raises(pictures.BadPicture, match=reason) as told:
+    with pytest.raises(BadPicture, match=reason) as told:
         pictures.decode(data)
     assert "\n" not in str(told.value)
 
@@ -455,7 +460,7 @@ def test_real_pictures_keep_their_places():
     sample = DATA / "imagenet-sample"
     if not sample.is_dir():
         pytest.skip("no real pictures here")
-    source = sources.open_source("imagefolder", sample)
+    source = open_source("imagefolder", sample)
     mine = [(record.path, record.label) for record in source.records]
     assert mine == torchvision_lists(sample)
     assert source.numbers is None

@@ -136,15 +136,15 @@ def test_a_size_or_a_quality_makes_jpegs(odd, tmp_path):
 
 
 def test_pixels_without_a_file_become_pngs(tmp_path, monkeypatch):
-    from fastrot.data import sources
+    from fastrot.data.sources.records import Record, Source
 
     made = [photo(i, 32, 32) for i in range(5)]
 
-    class Pixels(sources.Source):
+    class Pixels(Source):
         def read(self, i):
             return made[i]
 
-    records = [sources.Record(f"{i}", i) for i in range(5)]
+    records = [Record(f"{i}", i) for i in range(5)]
     source = Pixels(root=tmp_path, records=records, classes=tuple("abcde"), seen=5)
     monkeypatch.setattr(prepare, "open_source", lambda *_, **__: source)
     convert(options(tmp_path, tmp_path / "shards", source="cifar10"))

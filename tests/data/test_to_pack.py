@@ -25,7 +25,7 @@ from fastrot.data.folder import Folder
 from fastrot.data.pack import write
 from fastrot.data.pack.read import open_pack
 from fastrot.data.pictures import decode, shrink
-from fastrot.data.sources import open_source
+from fastrot.data.sources.open import open_source
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "dataprep" / "to_pack.py"

@@ -24,8 +24,9 @@ from fastrot import disk
 from fastrot.config import RunError, UsageError
 from fastrot.data import prepare
 from fastrot.data.beton import layout, write
+from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.pictures import decode, shrink
-from fastrot.data.sources import open_source, order_fingerprint, path_keys
+from fastrot.data.sources.open import open_source
 
 SCRIPT = Path(__file__).parents[2] / "dataprep" / "to_ffcv.py"
 

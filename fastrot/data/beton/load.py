@@ -31,10 +31,10 @@ from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data import crops
 from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
+from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import Paths, side, unsealed
 from fastrot.data.readahead import announce
 from fastrot.data.ring import Ring
-from fastrot.data.sources import order_fingerprint
 from fastrot.disk import allow_open_files
 
 LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label

@@ -41,8 +41,8 @@ from fastrot.config import UsageError
 from fastrot.data import conversion, prepare
 from fastrot.data.beton import layout
 from fastrot.data.conversion import There, Work
+from fastrot.data.files import BadPicture
 from fastrot.data.manifest import sealed, side, unsealed
-from fastrot.data.pictures import BadPicture
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 

@@ -16,10 +16,10 @@ from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from fastrot.config import UsageError
 from fastrot.core import DamagedRecord
+from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import Paths, unsealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
-from fastrot.data.sources import order_fingerprint
 from fastrot.entry import cores
 
 _AGAIN = "copy or prepare it again"

@@ -27,7 +27,7 @@ from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
 from fastrot.data.pack.read import PackFile
 from fastrot.data.ranks import ALONE, Ranks
-from fastrot.data.sources import Record, Source
+from fastrot.data.sources.records import Record, Source
 from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width

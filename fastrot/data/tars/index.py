@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import UInt64
 
 from fastrot.config import UsageError
+from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import unsealed
-from fastrot.data.sources import order_fingerprint
 from fastrot.data.tars import layout
 
 AGAIN = "copy it again, or prepare the pictures again with dataprep/to_dali.py"

@@ -29,7 +29,7 @@ ROW = np.dtype(
         ("shard", "<u4"),
     ]
 )
-ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `sources.sniff` says; others are their own
+ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `files.sniff` says; others are their own
 INDEX_VERSION = "v1.2"  # of the .idx files
 VERSION = 1  # of all that lies beside them
 

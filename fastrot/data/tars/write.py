@@ -24,9 +24,9 @@ from fastrot.config import UsageError
 from fastrot.data import conversion, prepare
 from fastrot.data.beton.write import Coder as BetonCoder
 from fastrot.data.conversion import Work
+from fastrot.data.files import HEAD, sniff
 from fastrot.data.manifest import sealed
 from fastrot.data.ranks import ALONE, Ranks
-from fastrot.data.sources import HEAD, sniff
 from fastrot.data.tars import layout
 from fastrot.data.tars.index import read_index
 from fastrot.disk import replace_bytes, write_atomically

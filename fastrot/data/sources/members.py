@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from fastrot.config import UsageError
-from fastrot.data.sources import hidden, shown, without_waiting
+from fastrot.data.files import hidden, shown, without_waiting
 from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these

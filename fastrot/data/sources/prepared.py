@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import UsageError
+from fastrot.data.files import BadPicture
 from fastrot.data.manifest import UNKNOWN
-from fastrot.data.pictures import BadPicture
-from fastrot.data.sources import Record, Source
+from fastrot.data.sources.records import Record, Source
 
 
 class Place(NamedTuple):
@@ -81,10 +81,14 @@ class Places(Source):
 
 def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool) -> BetonRows:
     """All rows of a `.beton`, ours or FFCV's own, or of a folder of its parts; in that one's order."""
-    from fastrot.data.beton.load import Beton
-
+    if root.is_dir() and not (root / "set.json").exists():
+        raise UsageError(
+            f"{root} is no .beton, nor the parts of one: name what dataprep/to_ffcv.py wrote"
+        )
     if split is not None:
         raise UsageError(f"--split {split}: a .beton has no splits; name the file of one")
+    from fastrot.data.beton.load import Beton  # which needs torch
+
     data = Beton(root)
     labels = data.labels.tolist() if label_from == "folder" else [-1] * data.rows
     records: list[Record] = []

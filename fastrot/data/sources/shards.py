@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.archives import Archive, Archives, Members, archives_in, with_places
-from fastrot.data.members import Member, tar_members
-from fastrot.data.sources import Record, Source, not_empty, numbered, tree_source
+from fastrot.data.sources.archives import Archive, Archives, Members, archives_in, with_places
+from fastrot.data.sources.members import Member, tar_members
+from fastrot.data.sources.records import Record, Source, not_empty, numbered
+from fastrot.data.sources.tree import tree_source
 
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
 MOST_SHARDS = 2**20  # that a pattern may stand for

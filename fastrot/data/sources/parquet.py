@@ -24,9 +24,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from fastrot.config import UsageError
-from fastrot.data.archives import Archive, archives_in, changed, used_only
-from fastrot.data.shards import of_split
-from fastrot.data.sources import Record, Source, not_empty, numbered, too_long
+from fastrot.data.files import BadPicture, too_long
+from fastrot.data.sources.archives import Archive, archives_in, changed, used_only
+from fastrot.data.sources.records import Record, Source, not_empty, numbered
+from fastrot.data.sources.shards import of_split
 
 ROWS_AT_ONCE = 16  # as many as a worker is given
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -45,8 +46,6 @@ class Parquet(Source):
 
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
-        from fastrot.data.pictures import BadPicture  # it needs more than a listing does
-
         file, group, row = self.places[i].tolist()
         try:
             data = _reader(self.files[file], group, self.column).at(row)

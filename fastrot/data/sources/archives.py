@@ -24,21 +24,18 @@ import numpy as np
 from jaxtyping import Int64
 
 from fastrot.config import UsageError
-from fastrot.data.members import LONGEST_NAME, Member, tar_members, zip_members
-from fastrot.data.sources import (
+from fastrot.data.files import (
     SUFFIXES,
-    Disk,
-    Entry,
-    Source,
+    BadPicture,
     hidden,
     judged,
-    not_empty,
     shown,
     sniff,
-    tree_source,
-    walk,
     without_waiting,
 )
+from fastrot.data.sources.members import LONGEST_NAME, Member, tar_members, zip_members
+from fastrot.data.sources.records import Source, not_empty
+from fastrot.data.sources.tree import Disk, Entry, tree_source, walk
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
     [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
@@ -96,8 +93,6 @@ def used_only(
 
 
 def _checked(data: bytes, length: int, crc: int) -> bytes:
-    from fastrot.data.pictures import BadPicture  # it needs more than a listing does
-
     if crc >= _DEFLATED:
         try:
             data = zlib.decompressobj(-15).decompress(data, length + 1)

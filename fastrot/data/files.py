@@ -1,0 +1,92 @@
+"""What a file is, by its name and first bytes: a picture, to be skipped, or to be rejected with a reason."""
+
+import os
+import re
+import stat
+
+TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
+HEAD = 32  # bytes that `sniff` wants
+MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be decoded: the reason in one short phrase."""
+
+
+def hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
+
+
+def look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+    """What a file is: ("picture" | "skip" | "reject", reason)."""
+    named = path.lower().endswith(SUFFIXES)
+    taken = ("picture", "") if named else ("skip", "")
+    if by_name and plain:
+        return taken
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return "skip", ""
+        if by_name:
+            return taken
+        file = without_waiting(path, os.O_RDONLY)
+        try:
+            head = os.read(file, HEAD)
+        finally:
+            os.close(file)
+    except OSError as e:
+        what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
+        return ("reject", f"{what} ({e.strerror})") if named else ("skip", "")
+    return judged(named, head, found.st_size)
+
+
+def judged(named: bool, head: bytes, length: int) -> tuple[str, str]:
+    """What a file of so many bytes is that begins so: ("picture" | "skip" | "reject", reason).
+
+    `named`: its name ends as a picture's.
+    """
+    if sniff(head):
+        reason = too_long(length)
+        return ("reject", reason) if reason else ("picture", "")
+    if not named or head.startswith(_APPLEDOUBLE):
+        return "skip", ""
+    return "reject", "its first bytes are no picture's" if head else "it is empty"
+
+
+def too_long(length: int) -> str | None:
+    """Why a file of so many bytes is no picture, whatever it begins with."""
+    if length > MOST_BYTES:
+        return f"it has {length:,} bytes: a picture may have {MOST_BYTES:,}"
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that took its place would block whoever waits for it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def sniff(head: bytes) -> str | None:
+    """What a picture's first HEAD bytes say it is; None: no picture."""
+    for kind, pattern in _FIRST_BYTES.items():
+        if pattern.match(head):
+            return kind
+    return None
+
+
+_APPLEDOUBLE = b"\x00\x05\x16\x07"
+_FIRST_BYTES = {
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    # "BM" and "P1" begin many a text: so also the reserved zeros and the length of the second header, and
+    # whitespace and a number or comment
+    "bmp": re.compile(rb"BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}", re.DOTALL),
+    "tiff": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "ppm": re.compile(rb"P[1-6]\s+[#0-9]"),
+}
+
+
+def shown(path: str) -> str:
+    """A path as a sentence may hold it: a line of a text list has any length."""
+    return path if len(path) <= 200 else f"{path[:100]} ... {path[-50:]}"

@@ -1,0 +1,56 @@
+"""The table of sources, by the names of their layouts: `open_source` is the one door to all of them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastrot.config import UsageError
+from fastrot.data.sources.archives import tar_archives, zip_archives
+from fastrot.data.sources.cifar10 import cifar10
+from fastrot.data.sources.lists import text_list
+from fastrot.data.sources.parquet import parquet_files
+from fastrot.data.sources.prepared import beton_rows
+from fastrot.data.sources.records import Source
+from fastrot.data.sources.shards import webdataset
+from fastrot.data.sources.tree import image_folder
+
+Layout = Literal["imagefolder", "list", "cifar10", "tar", "zip", "webdataset", "parquet", "beton"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    open: Callable[..., Source]
+    wants: str
+    patterns: bool = False  # whether --root may stand for many names
+
+
+KINDS = {
+    "imagefolder": _Kind(image_folder, "a folder of class folders, or of pictures"),
+    "list": _Kind(text_list, "a text file that names pictures"),
+    "cifar10": _Kind(cifar10, "the folder cifar-10-batches-py"),
+    "beton": _Kind(beton_rows, "a .beton file, or the folder of its parts"),
+    "tar": _Kind(tar_archives, "a tar, or of a folder of tars"),
+    "zip": _Kind(zip_archives, "a zip, or of a folder of zips"),
+    "webdataset": _Kind(
+        webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True
+    ),
+    "parquet": _Kind(parquet_files, "a folder of parquet files with pictures in them"),
+}
+
+
+def open_source(
+    kind: Layout,
+    root: str | Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Open a source by the name of its layout: one of the table KINDS."""
+    if kind not in KINDS:
+        raise UsageError(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
+    if not os.path.exists(root) and not (KINDS[kind].patterns and "{" in str(root)):
+        raise UsageError(f"{root} does not exist: give the path of {KINDS[kind].wants}")
+    return KINDS[kind].open(Path(root), split=split, label_from=label_from, by_name=by_name)

@@ -1,0 +1,203 @@
+"""A folder of class folders, or of pictures, with the order and labels of torchvision's ImageFolder.
+
+Each file's first bytes tell what it is; with `by_name` its suffix is trusted, and no file is opened.
+"""
+
+import os
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+from fastrot.config import UsageError
+from fastrot.data.files import TORCHVISION, hidden, look
+from fastrot.data.sources.records import Record, Source, not_empty, unless_counted
+
+OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
+
+
+def image_folder(
+    root: Path,
+    *,
+    split: str | None = None,
+    label_from: Literal["folder", "none"] = "folder",
+    by_name: bool = False,
+) -> Source:
+    """Pictures of a folder; their class is the folder right below `root`, in the order of names.
+
+    A folder without pictures in folders is flat: labels are -1, as with `label_from="none"`. Symbolic links
+    are followed, each folder is entered once, by its real place first. `numbers` are the indices in
+    torchvision's ImageFolder, where these differ from 0 ... n - 1; -1 where it would not list the file.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is a file: give a folder of pictures, or its layout")
+    if split is not None:
+        if not (root / split).is_dir():
+            names = sorted(e.name for e in os.scandir(root) if e.is_dir())
+            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+            there = ", ".join(names[:10]) + more or "none"
+            raise UsageError(
+                f"--split {split} got no folder of that name in {root}; there are: {there}"
+            )
+        root = root / split
+    return not_empty(tree_source(Disk(str(root)), root, label_from, by_name=by_name), root)
+
+
+class Entry(NamedTuple):
+    """What a folder holds under one name."""
+
+    name: str
+    link: bool  # symbolic
+    folder: bool  # or a link to one
+    plain: bool  # a file, and no link
+
+
+@runtime_checkable
+class Tree(Protocol):
+    """Folders and files, on a disk or as an archive would be unpacked. Paths are relative to its root."""
+
+    def place(self, path: str) -> Hashable:
+        """What is the same for two paths of one folder. Raises OSError."""
+        ...
+
+    def entries(self, path: str) -> list[Entry]:
+        """What a folder holds, in the order of names. Raises OSError."""
+        ...
+
+    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+        """What a file is: ("picture" | "skip" | "reject", reason)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A folder as a `Tree`."""
+
+    root: str
+
+    def place(self, path: str) -> Hashable:
+        found = os.stat(os.path.join(self.root, path))
+        return found.st_dev, found.st_ino
+
+    def entries(self, path: str) -> list[Entry]:
+        found = []
+        for entry in sorted(
+            os.scandir(os.path.join(self.root, path)), key=lambda entry: entry.name
+        ):
+            link = entry.is_symlink()  # entry.is_dir() raises at links in a circle
+            folder = os.path.isdir(entry.path) if link else entry.is_dir()
+            found.append(Entry(entry.name, link, folder, entry.is_file(follow_symlinks=False)))
+        return found
+
+    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+        return look(os.path.join(self.root, path), by_name=by_name, plain=plain)
+
+
+def tree_source(
+    tree: Tree, root: Path, label_from: Literal["folder", "none"], *, by_name: bool = False
+) -> Source:
+    """The pictures of a tree, as `image_folder` says; perhaps none."""
+    folders, unreadable, entered_twice = walk(tree)
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        verdicts = list(pool.map(lambda folder: folder.look(tree, by_name), folders))
+
+    pictures_in_classes = any(
+        kind == "picture"
+        for folder, each in zip(folders, verdicts, strict=True)
+        for kind, _ in each
+        if folder.top
+    )
+    labelled = label_from == "folder" and pictures_in_classes
+    paths = [folder.path for folder in folders] + [path for path, _ in unreadable]
+    tops = sorted({_top(path) for path in paths if path and not hidden(_top(path))})
+    label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
+
+    source = Source(root=root, records=[], classes=tuple(label_of), seen=len(unreadable))
+    source.rejected += unreadable
+    numbers, number = [], 0
+    for folder, each in zip(folders, verdicts, strict=True):
+        stray = labelled and not folder.top  # beside the class folders
+        for (name, _), (kind, reason) in zip(folder.files, each, strict=True):
+            source.seen += 1
+            listed = not stray and name.lower().endswith(TORCHVISION)
+            path = folder.inside(name)
+            if kind == "skip" or stray:
+                source.skipped += 1
+            elif kind == "reject":
+                source.rejected.append((path, reason))
+            else:
+                source.records.append(Record(path, label_of.get(folder.top, -1)))
+                numbers.append(number if listed else -1)
+            number += listed
+    if entered_twice:  # torchvision lists such pictures again and again
+        numbers = [-1] * len(numbers)
+    source.numbers = unless_counted(numbers)
+    return source
+
+
+@dataclass(slots=True)
+class Folder:
+    """A folder that was walked through."""
+
+    path: str  # relative to the root; "" is the root
+    files: list[tuple[str, bool]]  # (name, whether it is a plain file) of all that is no folder
+    hidden: bool
+
+    @property
+    def top(self) -> str:
+        return _top(self.path)
+
+    def inside(self, name: str) -> str:
+        """The path of what it holds under a name."""
+        return f"{self.path}/{name}" if self.path else name
+
+    def look(self, tree: Tree, by_name: bool) -> list[tuple[str, str]]:
+        """For each file ("picture" | "skip" | "reject", reason)."""
+        return [
+            ("skip", "")
+            if self.hidden or hidden(name)
+            else tree.look(self.inside(name), by_name=by_name, plain=plain)
+            for name, plain in self.files
+        ]
+
+
+def _top(path: str) -> str:
+    """The folder right below the root, which names the class."""
+    return path.split("/", 1)[0]
+
+
+def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
+    """Folders in torchvision's order; folders that cannot be read; whether one was met a second time.
+
+    Links to folders wait until all real folders are entered, hidden folders until all others are: else a
+    link could stand for a class, or a hidden folder hide what a class links to.
+    """
+    folders, unreadable, entered_twice = [], [], False
+    entered, linked, concealed = set(), [("", False)], []
+    while linked or concealed:
+        within = [(linked or concealed).pop(0)]
+        while within:
+            path, below_hidden = within.pop()
+            try:
+                place = tree.place(path)
+                if place in entered:
+                    entered_twice = True
+                    continue
+                entered.add(place)
+                entries = tree.entries(path)
+            except OSError as e:
+                if not below_hidden:
+                    unreadable.append((path, f"the folder cannot be read ({e.strerror})"))
+                continue
+            folder = Folder(path, [], below_hidden)
+            for entry in entries:
+                if not entry.folder:
+                    folder.files.append((entry.name, entry.plain))
+                    continue
+                below = below_hidden or hidden(entry.name)
+                later = concealed if below else linked if entry.link else within
+                later.append((folder.inside(entry.name), below))
+            folders.append(folder)
+    folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
+    return folders, unreadable, entered_twice
