@@ -40,7 +40,7 @@ WORDS: dict[str, tuple[str, ...]] = {  # of a form's name -> knobs
     "bf16": ("--precision", "bf16"),
     "eager": ("--no-compile",),
     "compiled": ("--compile",),
-    "folded": ("--backbone.fold",),
+    "folded": ("--backbone.space-to-depth",),
     "fused": ("--backbone.fuse",),
     "graph": ("--graph",),
 }

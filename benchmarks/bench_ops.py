@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from benchmarks import measure
 from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
-from fastrot.backbones.folded import cells_of
+from fastrot.backbones.space_to_depth import space_to_depth_of
 from fastrot.config import AlexNet, RandomResized
 from fastrot.core import DataInfo
 from fastrot.data import crops
@@ -46,7 +46,7 @@ from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
-from fastrot.ops.rotate import Cells, rotated_views, rotated_views_reference
+from fastrot.ops.rotate import SpaceToDepth, rotated_views, rotated_views_reference
 from fastrot.ops.rows import update_rows
 from fastrot.training import checkpoint
 
@@ -99,11 +99,11 @@ def bench_rotate(device: str, seconds: float, peak: float, shapes: list[tuple], 
     for images, size in shapes:
         crops = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device)
 
-        def run(form: str, cells: Cells | None = None, crops=crops):
+        def run(form: str, cells: SpaceToDepth | None = None, crops=crops):
             with using(form):
                 rotated_views(crops, ROTATIONS, MEAN, STD, dtype, cells)
 
-        cells = cells_of(size, *FIRST)
+        cells = space_to_depth_of(size, *FIRST)
         assert cells is not None
         runs = {"reference": functools.partial(run, "reference")}
         runs[f"reference, {IN_CELLS}"] = functools.partial(run, "reference", cells)
@@ -134,11 +134,13 @@ def bench_rotate(device: str, seconds: float, peak: float, shapes: list[tuple], 
 # ---- the first convolution ----
 
 
-def first_convolution(size: int, width: float, device: str, dtype: torch.dtype, fold: bool):
+def first_convolution(
+    size: int, width: float, device: str, dtype: torch.dtype, space_to_depth: bool
+):
     """AlexNet's, alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trunk = alexnet(AlexNet(width=width, fold=fold), size)
+        trunk = alexnet(AlexNet(width=width, space_to_depth=space_to_depth), size)
     layer = trunk.get_submodule("conv1.conv").to(device, dtype)
     return layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -157,7 +159,7 @@ def bench_first_convolution(
         for form in ("plain", "folded"):
             fold = form == "folded"
             layer = first_convolution(size, width, device, dtype, fold)
-            cells = cells_of(size, *FIRST) if fold else None
+            cells = space_to_depth_of(size, *FIRST) if fold else None
             views = rotated_views(crops, ROTATIONS, MEAN, STD, dtype, cells)
             runs[form] = functools.partial(there_and_back, layer, views)
             results[form] = runs[form]()

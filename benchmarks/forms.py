@@ -23,7 +23,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
     "compiled": {"compile": True},
     "compiled tuned": {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
-    "folded": {"backbone.fold": True},
+    "folded": {"backbone.space_to_depth": True},
     "fused": {"backbone.fuse": True},
     "graph": {"graph": True},
 }

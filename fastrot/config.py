@@ -92,7 +92,7 @@ class AlexNet:
     width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
-    fold: bool = False  # compute it in cells of stride x stride pixels; the same weights
+    space_to_depth: bool = False  # it reads stride x stride pixels as channels; the same weights
     fuse: bool = False  # batch norm, ReLU and pool as one op in training; untimed on a GPU
 
 
@@ -412,9 +412,9 @@ def knob(path: str) -> str:
     return "--" + path.replace("_", "-")
 
 
-# a knob's earlier name and today's, by their places in the config: {"backbone.fold": "backbone.space_to_depth"}.
+# a knob's earlier name and today's, by their places in the config.
 # Kept for one version: a config.yaml or checkpoint is read by either, the command line answers with the new one.
-OLD_KNOBS: dict[str, str] = {}
+OLD_KNOBS: dict[str, str] = {"backbone.fold": "backbone.space_to_depth"}
 
 
 def refuse_old_knobs(argv: list[str]) -> None:

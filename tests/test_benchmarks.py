@@ -24,7 +24,7 @@ from fastrot.assemble import open_data
 from fastrot.config import RunError, UsageError
 from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
-from fastrot.ops.rotate import Cells
+from fastrot.ops.rotate import SpaceToDepth
 
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
@@ -222,7 +222,7 @@ def test_the_first_convolution_is_timed_in_both_forms_once_they_agree(monkeypatc
     assert [row["variant"] for row in rows] == ["plain", "folded"]
     # 4 views of 15 x 15 outputs of 3 channels, 363 products each, twice
     assert rows[0]["tflops"] * rows[0]["p50"] * 1e9 == pytest.approx(4 * 4 * 225 * 3 * 363)
-    monkeypatch.setattr(bench_ops, "cells_of", lambda *_: Cells(4, 1, 17))
+    monkeypatch.setattr(bench_ops, "space_to_depth_of", lambda *_: SpaceToDepth(4, 1, 17))
     with pytest.raises(AssertionError):
         list(bench_ops.bench_first_convolution(*of))
 

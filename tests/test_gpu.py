@@ -88,7 +88,7 @@ def test_a_played_step_does_not_wait_either(dtype, method, pictures):
 
 def test_a_played_step_of_all_quick_forms_does_not_wait(pictures, shapes_unchecked):
     """Compiled, conv1 in cells, batch norm fused, recorded: what an epoch is timed in."""
-    quick = config.AlexNet(width=0.25, kernel=5, stride=2, fold=True, fuse=True)
+    quick = config.AlexNet(width=0.25, kernel=5, stride=2, space_to_depth=True, fuse=True)
     forms = {"backbone": quick, "compile": True}
     state, loader = state_and_loader(
         "synthetic:400", torch.bfloat16, "decoupling", graph=True, **forms

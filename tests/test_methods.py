@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from fastrot import assemble, config
 from fastrot.core import Batch, DataInfo
-from fastrot.ops.rotate import Cells, folded
+from fastrot.ops.rotate import SpaceToDepth
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.state import TrainState
@@ -25,11 +25,11 @@ def batch(seed: int = 0) -> Batch:
     )
 
 
-def build(kind: type, dtype: torch.dtype = torch.float32, fold: bool = False):
+def build(kind: type, dtype: torch.dtype = torch.float32, space_to_depth: bool = False):
     torch.manual_seed(0)
     cfg = config.Config(
         method=kind(**FITTING.get(kind, {})),
-        backbone=config.AlexNet(width=0.125, kernel=5, stride=2, fold=fold),
+        backbone=config.AlexNet(width=0.125, kernel=5, stride=2, space_to_depth=space_to_depth),
     )
     info = DataInfo(
         images=IMAGES,
@@ -99,13 +99,13 @@ def test_scores_are_the_losses_added_up(kind):
 
 @pytest.mark.parametrize("kind", assemble.METHODS, ids=lambda kind: kind.__name__)
 def test_a_trunk_gets_its_views_in_the_cells_that_it_asks_for(kind):
-    plain, fold = (state_of(build(kind, fold=each)) for each in (False, True))
-    cells = Cells(side=2, pad=2, count=18)
-    assert fold.method.net.trunk.cells == cells
+    plain, other = (state_of(build(kind, space_to_depth=each)) for each in (False, True))
+    cells = SpaceToDepth(side=2, pad=2, count=18)
+    assert other.method.net.trunk.space_to_depth == cells
     views = plain.method.views(batch())
-    assert torch.equal(fold.method.views(batch()), folded(views, cells))
-    one, other = (train_step(state, batch()).total for state in (plain, fold))
-    torch.testing.assert_close(one, other)
+    assert torch.equal(other.method.views(batch()), cells(views))
+    one, two = (train_step(state, batch()).total for state in (plain, other))
+    torch.testing.assert_close(one, two)
 
 
 def test_rotnet_labels_each_view_with_its_turn():

@@ -42,7 +42,9 @@ def run(
     """
     cfg = config.Config(
         method=METHODS[method],
-        backbone=config.AlexNet(width=0.125, kernel=5, stride=2, fold=compiled, fuse=compiled),
+        backbone=config.AlexNet(
+            width=0.125, kernel=5, stride=2, space_to_depth=compiled, fuse=compiled
+        ),
         compile=compiled,
     )
     loader = assemble.open_loader(

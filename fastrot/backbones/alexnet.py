@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrot import config
 from fastrot.backbones.convolved import Convolved
-from fastrot.backbones.folded import FoldedConv2d, cells_of
+from fastrot.backbones.space_to_depth import SpaceToDepthConv2d, space_to_depth_of
 from fastrot.backbones.staged import Staged, fitted, scaled
 from fastrot.config import UsageError
 
@@ -22,7 +22,7 @@ class AlexNet(Staged):
 
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
     half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
-    With `fold` the first convolution is computed in cells of pixels (folded.py), by the same weights.
+    With `space_to_depth` the first convolution takes cells of pixels as channels (space_to_depth.py), by the same weights.
     With `fuse`, in training, what stands between two convolutions is one op (convolved.py).
     """
 
@@ -34,7 +34,7 @@ class AlexNet(Staged):
         hidden: int = HIDDEN,
         kernel: int = 11,
         stride: int = 4,
-        fold: bool = False,
+        space_to_depth: bool = False,
         fuse: bool = False,
     ):
         padding = min(2, kernel // 2)
@@ -43,7 +43,12 @@ class AlexNet(Staged):
         super().__init__(
             {
                 "conv1": _convolution(
-                    3, c1, kernel, stride, padding, FoldedConv2d if fold else nn.Conv2d
+                    3,
+                    c1,
+                    kernel,
+                    stride,
+                    padding,
+                    SpaceToDepthConv2d if space_to_depth else nn.Conv2d,
                 ),
                 "pool1": nn.MaxPool2d(3, 2),
                 "conv2": _convolution(c1, c2, 5, 1, 2),
@@ -58,7 +63,9 @@ class AlexNet(Staged):
                 **{"conv1": c1, "pool1": c1, "conv2": c2, "pool2": c2},
                 **{"conv3": c3, "conv4": c4, "conv5": c5, "pool5": c5, "fc_block": hidden},
             },
-            cells=cells_of(size, kernel, stride, padding) if fold else None,
+            space_to_depth=space_to_depth_of(size, kernel, stride, padding)
+            if space_to_depth
+            else None,
         )
         for stage in self.children():
             if isinstance(stage, Convolved):
@@ -74,7 +81,7 @@ def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
         hidden=scaled(HIDDEN, cfg.width),
         kernel=cfg.kernel,
         stride=cfg.stride,
-        fold=cfg.fold,
+        space_to_depth=cfg.space_to_depth,
         fuse=cfg.fuse,
     )
 

@@ -7,23 +7,23 @@ from torch import Tensor, nn
 
 from fastrot.backbones.convolved import Convolved
 from fastrot.config import UsageError
-from fastrot.ops.rotate import Cells
+from fastrot.ops.rotate import SpaceToDepth
 
 
 class Staged(nn.Module):
     """Stages run one after another; `channels` says how wide each one's output is.
 
-    cells  in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
+    space_to_depth  the cells in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
     """
 
     def __init__(
         self,
         stages: Mapping[str, nn.Module],
         channels: Mapping[str, int],
-        cells: Cells | None = None,
+        space_to_depth: SpaceToDepth | None = None,
     ):
         super().__init__()
-        self.cells = cells
+        self.space_to_depth = space_to_depth
         self.stages = tuple(stages)
         self.channels = dict(channels)
         for name, stage in stages.items():

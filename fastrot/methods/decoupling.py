@@ -73,7 +73,7 @@ class Decoupling(Method):
 
     def __init__(self, cfg: config.Decoupling, trunk: Staged, info: DataInfo):
         self.cfg, self.info = cfg, info
-        self.net, self.cells = DecouplingNet(trunk, cfg), trunk.cells
+        self.net, self.space_to_depth = DecouplingNet(trunk, cfg), trunk.space_to_depth
         self.bank: Bank | None = None
         if _has_bank(cfg):
             self.bank = Bank(
@@ -111,7 +111,12 @@ class Decoupling(Method):
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info = self.info
         return rotated_views(
-            batch.images, ROTATIONS, info.mean, info.std, dtype=info.dtype, cells=self.cells
+            batch.images,
+            ROTATIONS,
+            info.mean,
+            info.std,
+            dtype=info.dtype,
+            space_to_depth=self.space_to_depth,
         )
 
     def negatives(self, batch: Batch) -> Draw:

@@ -20,13 +20,18 @@ class RotNet(Method):
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, len(ROTATIONS))
-        self.info, self.cells = info, trunk.cells
+        self.info, self.space_to_depth = info, trunk.space_to_depth
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info = self.info
         return rotated_views(
-            batch.images, ROTATIONS, info.mean, info.std, dtype=info.dtype, cells=self.cells
+            batch.images,
+            ROTATIONS,
+            info.mean,
+            info.std,
+            dtype=info.dtype,
+            space_to_depth=self.space_to_depth,
         )
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:

@@ -20,13 +20,18 @@ class Supervised(Method):
 
     def __init__(self, cfg: config.Supervised, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, info.classes)
-        self.info, self.cells = info, trunk.cells
+        self.info, self.space_to_depth = info, trunk.space_to_depth
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
         info = self.info
         return rotated_views(
-            batch.images, (0,), info.mean, info.std, dtype=info.dtype, cells=self.cells
+            batch.images,
+            (0,),
+            info.mean,
+            info.std,
+            dtype=info.dtype,
+            space_to_depth=self.space_to_depth,
         )
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:

@@ -49,8 +49,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Cells:
-    """A view cut into squares whose pixels become channels: what a convolution of stride `side` reads at once."""
+class SpaceToDepth:
+    """Views cut into cells whose pixels become channels: what a convolution of stride `side` reads at once."""
 
     side: int  # D: pixels a side of a cell
     pad: int  # P: pixels by which the first cell begins before the view
@@ -71,6 +71,18 @@ class Cells:
         """Pixels that the last cell reaches beyond a view of `size`; below 0 where it ends within."""
         return self.side * self.count - self.pad - size
 
+    def cut(self, padded: Tensor, first: int) -> Float[Tensor, "w n n d d c"]:
+        """Padded views [w, h, h, c] in cells, of which the first begins at pixel `first`; no copy."""
+        end, each = first + self.side * self.count, (self.count, self.side)
+        whole = padded[:, first:end, first:end]
+        return whole.unflatten(2, each).unflatten(1, each).transpose(2, 3)
+
+    def __call__(self, views: Float[Tensor, "w c s s"]) -> Float[Tensor, "w d n n"]:
+        """Views of any kind in cells, channels_last: what `rotated_views` writes at once. With gradient."""
+        before, behind = self.pad, self.beyond(views.shape[-1])
+        padded = F.pad(views.permute(0, 2, 3, 1), (0, 0, before, behind, before, behind))
+        return self.cut(padded, 0).flatten(3).permute(0, 3, 1, 2)
+
 
 # ---- reference ----
 
@@ -81,7 +93,7 @@ def rotated_views_reference(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    cells: Cells | None = None,
+    space_to_depth: SpaceToDepth | None = None,
 ) -> Float[Tensor, "w n n c"]:
     """The views as they lie in memory. What the CPU runs and what tests trust."""
     b, s = images.shape[:2]
@@ -92,14 +104,19 @@ def rotated_views_reference(
     values.sub_(values.new_tensor(mean).repeat(s)).div_(values.new_tensor(std).repeat(s))
     values = values.to(dtype).view(b, s, s, 3)
     shape, edge = (s, s, 3), 0
-    if cells is not None:
-        shape = (cells.count, cells.count, cells.side, cells.side, 3)
-        edge = max(cells.pad, cells.beyond(s), 0)  # all round, before the rotations: once an image
+    if space_to_depth is not None:
+        side, n = space_to_depth.side, space_to_depth.count
+        shape = (n, n, side, side, 3)
+        edge = max(
+            space_to_depth.pad, space_to_depth.beyond(s), 0
+        )  # all round, before the rotations: once an image
         values = F.pad(values, (0, 0, edge, edge, edge, edge))
 
     def rotated(values: Tensor, rotation: int) -> Tensor:
         view = torch.rot90(values, rotation, (1, 2))
-        return view if cells is None else _cut(view, cells, edge - cells.pad)
+        return (
+            view if space_to_depth is None else space_to_depth.cut(view, edge - space_to_depth.pad)
+        )
 
     if isinstance(rotations, Tensor):
         out = values.new_empty(b, rotations.shape[1], *shape)
@@ -111,20 +128,6 @@ def rotated_views_reference(
         for view, rotation in enumerate(rotations):
             out[:, view] = rotated(values, rotation)
     return out.flatten(0, 1).flatten(3)
-
-
-def _cut(padded: Tensor, cells: Cells, first: int) -> Float[Tensor, "w n n d d c"]:
-    """Padded views [w, h, h, c] in cells, of which the first begins at pixel `first`; no copy."""
-    whole = padded[:, first:, first:][:, : cells.side * cells.count, : cells.side * cells.count]
-    each = (cells.count, cells.side)
-    return whole.unflatten(2, each).unflatten(1, each).transpose(2, 3)
-
-
-def folded(views: Float[Tensor, "w c s s"], cells: Cells) -> Float[Tensor, "w d n n"]:
-    """Views of any kind in cells, channels_last: what `rotated_views` with cells writes at once. With gradient."""
-    before, behind = cells.pad, cells.beyond(views.shape[-1])
-    padded = F.pad(views.permute(0, 2, 3, 1), (0, 0, before, behind, before, behind))
-    return _cut(padded, cells, 0).flatten(3).permute(0, 3, 1, 2)
 
 
 # ---- kernel ----
@@ -173,7 +176,7 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _folded_views_kernel(
+    def _space_to_depth_kernel(
         images, rotations, out, size, count, mean0, mean1, mean2, std0, std1, std2,
         VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as above
         SIDE: tl.constexpr, PAD: tl.constexpr, FUSED: tl.constexpr,
@@ -250,7 +253,7 @@ def _launch(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    cells: Cells | None,
+    space_to_depth: SpaceToDepth | None,
 ) -> Tensor:
     if triton is None:
         raise UsageError(
@@ -268,29 +271,31 @@ def _launch(
             sum(t << 2 * v for v, t in enumerate(rotations)),
             images,
         )
-    out = torch.empty(b * views, *_shape(s, cells), dtype=dtype, device=images.device)
+    out = torch.empty(b * views, *_shape(s, space_to_depth), dtype=dtype, device=images.device)
     if not out.numel():
         return out
     known = dict(VIEWS=views, PATTERN=pattern, FUSED=images.is_cuda, num_warps=WARPS)
     with torch.cuda.device_of(images):
-        if cells is None:
+        if space_to_depth is None:
             programs = b * triton.cdiv(s, ROWS) * triton.cdiv(3 * s, WIDTH)
             _rotated_views_kernel[(programs,)](
                 images, rotations, out, s, *mean, *std, ROWS=ROWS, WIDTH=WIDTH, **known
             )
         else:
-            n, width = cells.count, cells.count * cells.channels
+            n, width = space_to_depth.count, space_to_depth.count * space_to_depth.channels
             programs = b * triton.cdiv(n, CELL_ROWS) * triton.cdiv(width, CELL_WIDTH)
-            _folded_views_kernel[(programs,)](
+            _space_to_depth_kernel[(programs,)](
                 images, rotations, out, s, n, *mean, *std,
-                SIDE=cells.side, PAD=cells.pad, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH, **known,
+                SIDE=space_to_depth.side, PAD=space_to_depth.pad, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH, **known,
             )  # fmt: skip
     return out
 
 
-def _shape(size, cells: Cells | None):
+def _shape(size, space_to_depth: SpaceToDepth | None):
     """Of a view in memory; `size` may be a symbol of torch.compile's."""
-    return (size, size, 3) if cells is None else (cells.count, cells.count, cells.channels)
+    if space_to_depth is None:
+        return size, size, 3
+    return space_to_depth.count, space_to_depth.count, space_to_depth.channels
 
 
 @torch.library.custom_op("fastrot::rotated_views", mutates_args=())
@@ -301,21 +306,21 @@ def _rotated_views(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    cells: Optional[Sequence[int]] = None,  # noqa: UP045 (side, pad, count)
+    space_to_depth: Optional[Sequence[int]] = None,  # noqa: UP045 (side, pad, count)
 ) -> Tensor:
     rotations = for_all if per_image is None else per_image
     if per_image is not None and not per_image.is_cuda and bool((per_image & 3 != per_image).any()):
         raise UsageError("rotations of each image got a number outside 0, 1, 2 and 3")
     run = _launch if form_for(images) == "triton" else rotated_views_reference
-    cut = None if cells is None else Cells(*cells)
-    return run(images, rotations, mean, std, dtype, cut).permute(0, 3, 1, 2)
+    cells = None if space_to_depth is None else SpaceToDepth(*space_to_depth)
+    return run(images, rotations, mean, std, dtype, cells).permute(0, 3, 1, 2)
 
 
 @_rotated_views.register_fake
-def _(images, per_image, for_all, mean, std, dtype, cells=None):
+def _(images, per_image, for_all, mean, std, dtype, space_to_depth=None):
     b, s = images.shape[:2]
     views = len(for_all) if per_image is None else per_image.shape[1]
-    shape = _shape(s, None if cells is None else Cells(*cells))
+    shape = _shape(s, None if space_to_depth is None else SpaceToDepth(*space_to_depth))
     return images.new_empty(b * views, *shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
@@ -328,12 +333,12 @@ def rotated_views(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.bfloat16,
-    cells: Cells | None = None,
+    space_to_depth: SpaceToDepth | None = None,
 ) -> Float[Tensor, "w c n n"]:
     """Every asked rotation of every crop, normalised: image-major, channels_last. No gradient.
 
     `rotations` is one tuple for all images, or one row per image (kept modulo 4 on a GPU, where looking would wait).
-    [B*V, 3, S, S]; with `cells` [B*V, side * side * 3, count, count], for a convolution that takes its views folded.
+    [B*V, 3, S, S]; with `space_to_depth` [B*V, side * side * 3, count, count], for a convolution that reads these.
     """
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise UsageError(
@@ -342,10 +347,12 @@ def rotated_views(
     if images.dtype != torch.uint8:
         raise UsageError(f"images are {images.dtype}: rotated_views wants torch.uint8")
     mean, std = check_views(rotations, mean, std, dtype, len(images))
-    cut = None if cells is None else [cells.side, cells.pad, cells.count]
+    cells = None
+    if space_to_depth is not None:
+        cells = [space_to_depth.side, space_to_depth.pad, space_to_depth.count]
     if isinstance(rotations, Tensor):
-        return _rotated_views(images, rotations, [], mean, std, dtype, cut)
-    return _rotated_views(images, None, list(rotations), mean, std, dtype, cut)
+        return _rotated_views(images, rotations, [], mean, std, dtype, cells)
+    return _rotated_views(images, None, list(rotations), mean, std, dtype, cells)
 
 
 def check_views(
@@ -388,7 +395,7 @@ def variants() -> list[dict]:
         more={},
     )
     in_cells = dict(
-        kernel=_folded_views_kernel,
+        kernel=_space_to_depth_kernel,
         constants=dict(SIDE=4, PAD=2, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH),
         aligned=("images", "rotations", "out", "size"),
         more={"count": "i32"},
@@ -407,7 +414,7 @@ def variants() -> list[dict]:
             aligned=each["aligned"],
             warps=WARPS,
         )
-        for name, each in {"rotated_views": plain, "folded_views": in_cells}.items()
+        for name, each in {"rotated_views": plain, "space_to_depth": in_cells}.items()
         for out in ("bf16", "fp32")
         for form, (views, pattern) in rotations.items()
     ]

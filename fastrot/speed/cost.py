@@ -127,9 +127,9 @@ def layers(
     training     forward and backward; False: forward alone, as in a validation
 
     The net is left alone: a copy without numbers is run. What is no module is not seen (an average over a map, a
-    loss). A net whose layers are folded or fused costs what the plain one does: an operation that only fills a matrix
-    kernel's shape is none that the task asks for. Layers whose weights are frozen run backward only where others
-    below them are trained.
+    loss). A net with --backbone.space-to-depth or --backbone.fuse costs what the plain one does: an operation that
+    only fills a matrix kernel's shape is none that the task asks for. Layers whose weights are frozen run backward
+    only where others below them are trained.
     """
     groups: list[list[Call]] = []
     for call in _calls(net, views_shape):

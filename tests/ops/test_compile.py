@@ -11,7 +11,7 @@ from fastrot.ops import compile as compiler
 
 WIDE = {  # bytes a thread loads or stores at once
     "rotated_views": dict(store=16),
-    "folded_views": dict(store=16),
+    "space_to_depth": dict(store=16),
     "nce": dict(load=16),
     "infonce": dict(load=16),
     "update_rows": dict(load=16),

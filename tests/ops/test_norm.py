@@ -87,7 +87,7 @@ def test_the_reference_in_float64_is_torchs_own(shape, pool):
 @POOL
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_is_near_the_truth(shape, pool, form):
-    """The constant channel's y is 5 and its rstd 316: the reference's folded form leaves 1e-4 there."""
+    """The constant channel's y is 5 and its rstd 316: the reference's form of one multiply-add leaves 1e-4 there."""
     case = Case(shape)
     with using(form):
         got = case.run(norm_relu, pool=pool)

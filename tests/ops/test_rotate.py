@@ -10,7 +10,7 @@ from truth import golden
 from fastrot.config import UsageError
 from fastrot.ops import rotate as op
 from fastrot.ops.choice import form_for, using
-from fastrot.ops.rotate import Cells, folded, rotated_views
+from fastrot.ops.rotate import SpaceToDepth, rotated_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {
@@ -34,14 +34,14 @@ SIZES = [
 ]
 
 CELLS = [  # size, cells: of a convolution, its kernel / stride, or of any kind
-    pytest.param(31, Cells(4, 2, 8), id="11/4-odd"),
-    pytest.param(32, Cells(4, 2, 9), id="11/4-two-tiles-wide"),
-    pytest.param(29, Cells(2, 2, 16), id="5/2-odd"),
-    pytest.param(30, Cells(2, 2, 16), id="5/2-last-pixel-left-out"),
-    pytest.param(17, Cells(3, 1, 6), id="3/3"),
-    pytest.param(20, Cells(1, 1, 22), id="3/1"),
-    pytest.param(7, Cells(5, 0, 1), id="one-cell-within"),
-    pytest.param(6, Cells(4, 5, 9), id="far-beyond-on-both-sides"),
+    pytest.param(31, SpaceToDepth(4, 2, 8), id="11/4-odd"),
+    pytest.param(32, SpaceToDepth(4, 2, 9), id="11/4-two-tiles-wide"),
+    pytest.param(29, SpaceToDepth(2, 2, 16), id="5/2-odd"),
+    pytest.param(30, SpaceToDepth(2, 2, 16), id="5/2-last-pixel-left-out"),
+    pytest.param(17, SpaceToDepth(3, 1, 6), id="3/3"),
+    pytest.param(20, SpaceToDepth(1, 1, 22), id="3/1"),
+    pytest.param(7, SpaceToDepth(5, 0, 1), id="one-cell-within"),
+    pytest.param(6, SpaceToDepth(4, 5, 9), id="far-beyond-on-both-sides"),
 ]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -63,7 +63,7 @@ def by_numpy(images: torch.Tensor, rotations, mean, std) -> np.ndarray:
     return (values - np.array(mean, np.float32)) / np.array(std, np.float32)
 
 
-def cut_by_numpy(views: np.ndarray, cells: Cells) -> np.ndarray:
+def cut_by_numpy(views: np.ndarray, cells: SpaceToDepth) -> np.ndarray:
     """[W, S, S, 3] in cells, [W, side * side * 3, count, count]: every pixel by its address."""
     size, d = views.shape[1], cells.side
     out = np.zeros((len(views), cells.channels, cells.count, cells.count), views.dtype)
@@ -109,8 +109,8 @@ def test_reference_in_cells_is_numpys_turn_cut_up(size, cells, rotations):
     want = torch.from_numpy(cut_by_numpy(by_numpy(images, rotations, MEAN, STD), cells))
     assert torch.equal(views, want)
     plain = rotated_views(images, rotations, MEAN, STD, torch.float32)
-    assert torch.equal(folded(plain, cells), want)
-    assert folded(plain, cells).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(cells(plain), want)
+    assert cells(plain).is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- kernel ----
@@ -149,7 +149,7 @@ def test_interpreted_kernel_in_cells_equals_the_reference(size, cells, rotations
 
 @interpreted
 def test_interpreted_kernel_in_the_papers_cells():
-    paper = Cells(4, 2, 57)
+    paper = SpaceToDepth(4, 2, 57)
     kernel_equals_reference(crops(1, 224), (3,), STATISTICS["cifar"], torch.float16, paper)
 
 
@@ -158,7 +158,7 @@ def test_interpreted_kernel_in_the_papers_cells():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize(
-    ("size", "cells"), [*CELLS, pytest.param(224, Cells(4, 2, 57), id="paper")]
+    ("size", "cells"), [*CELLS, pytest.param(224, SpaceToDepth(4, 2, 57), id="paper")]
 )
 def test_kernel_in_cells_equals_the_reference_on_a_gpu(size, cells, rotations, dtype):
     rotations = rotations.cuda() if isinstance(rotations, torch.Tensor) else rotations
@@ -271,8 +271,8 @@ def test_wrong_use_is_refused(change, words):
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1), (4, -1, 1), (4, 2, 0)])
 def test_cells_that_are_none_are_refused(wrong):
-    with pytest.raises(UsageError, match=r"Cells\(side=.* makes no cells"):
-        Cells(*wrong)
+    with pytest.raises(UsageError, match=r"SpaceToDepth\(side=.* makes no cells"):
+        SpaceToDepth(*wrong)
 
 
 def test_a_wrong_form_is_refused(monkeypatch):

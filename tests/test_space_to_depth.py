@@ -1,4 +1,4 @@
-"""The folded first convolution: the plain one's numbers and parameters, in views of both kinds."""
+"""The first convolution over cells of pixels: the plain one's numbers and parameters, in views of both kinds."""
 
 import copy
 import json
@@ -15,12 +15,16 @@ from truth import golden
 import fastrot
 from fastrot import assemble, config, train
 from fastrot.backbones import alexnet
-from fastrot.backbones.folded import FoldedConv2d, cells_of, folded_weight
+from fastrot.backbones.space_to_depth import (
+    SpaceToDepthConv2d,
+    space_to_depth_of,
+    space_to_depth_weight,
+)
 from fastrot.config import UsageError
 from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
 from fastrot.evals.rotation import rotation_guesses
-from fastrot.ops.rotate import Cells, folded, rotated_views
+from fastrot.ops.rotate import SpaceToDepth, rotated_views
 from fastrot.training import checkpoint
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
@@ -38,13 +42,13 @@ CONVOLUTIONS = [  # size, kernel, stride, padding
 ]
 
 
-def both(kernel: int, stride: int, padding: int) -> tuple[nn.Conv2d, FoldedConv2d]:
-    """A plain convolution and a folded one of the same weights, in float64."""
+def both(kernel: int, stride: int, padding: int) -> tuple[nn.Conv2d, SpaceToDepthConv2d]:
+    """A plain convolution and one over cells of the same weights, in float64."""
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 5, kernel, stride, padding)
-    fold = FoldedConv2d(3, 5, kernel, stride, padding)
-    fold.load_state_dict(plain.state_dict())
-    return plain.double(), fold.double()
+    by_cells = SpaceToDepthConv2d(3, 5, kernel, stride, padding)
+    by_cells.load_state_dict(plain.state_dict())
+    return plain.double(), by_cells.double()
 
 
 def results(layer: nn.Conv2d, images: torch.Tensor, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -61,30 +65,30 @@ def results(layer: nn.Conv2d, images: torch.Tensor, upstream: torch.Tensor) -> l
 
 @pytest.mark.parametrize(("size", "kernel", "stride", "padding"), CONVOLUTIONS)
 def test_it_equals_the_plain_convolution_forward_and_backward(size, kernel, stride, padding):
-    plain, fold = both(kernel, stride, padding)
+    plain, by_cells = both(kernel, stride, padding)
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     upstream = torch.randn_like(plain(images))
     want = results(plain, images, upstream)
-    for mine, its in zip(results(fold, images, upstream), want, strict=True):
+    for mine, its in zip(results(by_cells, images, upstream), want, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
-    cells = cells_of(size, kernel, stride, padding)
+    cells = space_to_depth_of(size, kernel, stride, padding)
     if stride == 1:
-        assert cells is None  # nothing to fold
+        assert cells is None  # cells of one pixel
         return
     assert cells is not None
-    given = results(fold, folded(images, cells), upstream)
+    given = results(by_cells, cells(images), upstream)
     for mine, its in zip(given[:3], want[:3], strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
-    assert fold(images).is_contiguous(memory_format=torch.channels_last)
+    assert by_cells(images).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_stays_within_rounding_of_the_plain_one(dtype):
-    plain, fold = both(11, 4, 2)
+    plain, by_cells = both(11, 4, 2)
     images = torch.randn(4, 3, 64, 64).to(dtype)
     upstream = torch.randn(4, 5, 15, 15).to(dtype)
     exact = results(plain, images.double(), upstream.double())
-    mine = results(fold.to(dtype), images, upstream)
+    mine = results(by_cells.to(dtype), images, upstream)
     wide = results(both(11, 4, 2)[0].to(dtype), images, upstream)
     for name, a, b, truth in zip("owbi", mine, wide, exact, strict=True):
         scale = truth.abs().max()
@@ -94,7 +98,7 @@ def test_it_stays_within_rounding_of_the_plain_one(dtype):
 
 def test_its_weight_is_padded_behind_and_cut_up_as_the_views_are():
     weight = torch.arange(2 * 3 * 11 * 11).view(2, 3, 11, 11).double() + 1
-    cut = folded_weight(weight, 4)
+    cut = space_to_depth_weight(weight, 4)
     assert cut.shape == (2, 48, 3, 3)
     assert cut.is_contiguous(memory_format=torch.channels_last)
     assert (cut == 0).sum() == 2 * 3 * (144 - 121)
@@ -104,41 +108,43 @@ def test_its_weight_is_padded_behind_and_cut_up_as_the_views_are():
 
 
 def test_the_papers_cells():
-    assert cells_of(224, 11, 4, 2) == Cells(side=4, pad=2, count=57)
-    assert alexnet.AlexNet(224, channels=(1,) * 5, hidden=1, fold=True).cells == Cells(4, 2, 57)
-    assert alexnet.AlexNet(224, channels=(1,) * 5, hidden=1).cells is None
+    assert space_to_depth_of(224, 11, 4, 2) == SpaceToDepth(side=4, pad=2, count=57)
+    assert alexnet.AlexNet(
+        224, channels=(1,) * 5, hidden=1, space_to_depth=True
+    ).space_to_depth == SpaceToDepth(4, 2, 57)
+    assert alexnet.AlexNet(224, channels=(1,) * 5, hidden=1).space_to_depth is None
 
 
 # ---- in AlexNet ----
 
 
-def tiny(fold: bool, size: int = 64, **more: int) -> alexnet.AlexNet:
+def tiny(by_cells: bool, size: int = 64, **more: int) -> alexnet.AlexNet:
     torch.manual_seed(0)
-    return alexnet.alexnet(config.AlexNet(width=0.05, fold=fold, **more), size)
+    return alexnet.alexnet(config.AlexNet(width=0.05, space_to_depth=by_cells, **more), size)
 
 
 def test_its_checkpoint_is_the_plain_ones_both_ways():
-    plain, fold = tiny(False), tiny(True)
-    assert plain.state_dict().keys() == fold.state_dict().keys()
+    plain, by_cells = tiny(False), tiny(True)
+    assert plain.state_dict().keys() == by_cells.state_dict().keys()
     for name, value in plain.state_dict().items():
-        assert torch.equal(value, fold.state_dict()[name]), name  # the same draws too
-    assert fold.state_dict()["conv1.conv.weight"].shape[1:] == (3, 11, 11)
-    for one, other in ((plain, fold), (fold, plain)):
+        assert torch.equal(value, by_cells.state_dict()[name]), name  # the same draws too
+    assert by_cells.state_dict()["conv1.conv.weight"].shape[1:] == (3, 11, 11)
+    for one, other in ((plain, by_cells), (by_cells, plain)):
         one.load_state_dict({k: v + 1 for k, v in other.state_dict().items()})
 
 
-def test_the_original_network_is_the_folded_one_at_every_stage():
+def test_the_original_network_is_the_one_over_cells_at_every_stage():
     file = golden("alexnet_small")
     plain = small_alexnet(file, "f64").eval()
-    fold = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48, fold=True)
-    fold.load_state_dict(alexnet.from_original(weights(file, "sd__"), fold))
-    fold = fold.double().eval()
+    by_cells = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48, space_to_depth=True)
+    by_cells.load_state_dict(alexnet.from_original(weights(file, "sd__"), by_cells))
+    by_cells = by_cells.double().eval()
     images = views(file, "f64")
-    assert fold.cells is not None
+    assert by_cells.space_to_depth is not None
     with torch.no_grad():
         want = plain.outputs(images, STAGES)
-        for given in (images, folded(images, fold.cells)):
-            for stage, mine, its in zip(STAGES, fold.outputs(given, STAGES), want, strict=True):
+        for given in (images, by_cells.space_to_depth(images)):
+            for stage, mine, its in zip(STAGES, by_cells.outputs(given, STAGES), want, strict=True):
                 torch.testing.assert_close(mine, its, **TOLERANCE["f64"], msg=stage)
 
 
@@ -146,13 +152,13 @@ def test_the_original_network_is_the_folded_one_at_every_stage():
     ("size", "kernel", "stride"), [(63, 11, 4), (66, 11, 4), (29, 5, 2), (50, 5, 2), (20, 3, 1)]
 )
 def test_alexnet_takes_turned_views_in_its_cells(size, kernel, stride):
-    fold = tiny(True, size, kernel=kernel, stride=stride).double().eval()
+    by_cells = tiny(True, size, kernel=kernel, stride=stride).double().eval()
     plain = tiny(False, size, kernel=kernel, stride=stride).double().eval()
     images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     rest = ((0, 1, 2, 3), MEAN, STD, torch.float64)
     with torch.no_grad():
         want = plain(rotated_views(images, *rest))
-        mine = fold(rotated_views(images, *rest, cells=fold.cells))
+        mine = by_cells(rotated_views(images, *rest, space_to_depth=by_cells.space_to_depth))
     torch.testing.assert_close(mine, want, **TOLERANCE["f64"])
 
 
@@ -160,11 +166,13 @@ def test_alexnet_takes_turned_views_in_its_cells(size, kernel, stride):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_it_trains_as_the_plain_one_within_rounding(precision, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    nets = [tiny(fold).to(device, memory_format=torch.channels_last) for fold in (False, True)]  # type: ignore[call-overload]
+    nets = [
+        tiny(by_cells).to(device, memory_format=torch.channels_last) for by_cells in (False, True)
+    ]  # type: ignore[call-overload]
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, device=device)
     grads = []
     for net in nets:
-        views = rotated_views(images, (0, 1, 2, 3), MEAN, STD, precision, net.cells)
+        views = rotated_views(images, (0, 1, 2, 3), MEAN, STD, precision, net.space_to_depth)
         with torch.autocast(device, torch.bfloat16, enabled=precision is torch.bfloat16):
             out = net.outputs(views, ("conv1",))[0]
         out.float().square().mean().backward()
@@ -175,14 +183,14 @@ def test_it_trains_as_the_plain_one_within_rounding(precision, device, monkeypat
 
 
 def test_filters_are_shown_as_the_plain_ones():
-    plain, fold = first_filters(tiny(False)), first_filters(tiny(True))
-    assert fold is not None
-    assert (fold == plain).all()
+    plain, by_cells = first_filters(tiny(False)), first_filters(tiny(True))
+    assert by_cells is not None
+    assert (by_cells == plain).all()
 
 
 def test_it_can_be_copied_and_keeps_its_cells():
-    fold = tiny(True)
-    assert copy.deepcopy(fold).cells == fold.cells
+    by_cells = tiny(True)
+    assert copy.deepcopy(by_cells).space_to_depth == by_cells.space_to_depth
 
 
 # ---- in a run ----
@@ -201,15 +209,15 @@ def saved(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_path):
-    plain, fold = tmp_path / "plain", tmp_path / "fold"
+    plain, by_cells = tmp_path / "plain", tmp_path / "by_cells"
     assert go(pictures, plain) == 0
-    assert go(pictures, fold, "--backbone.fold") == 0
-    logs = [json.loads((run / "summary.json").read_text()) for run in (plain, fold)]
+    assert go(pictures, by_cells, "--backbone.space-to-depth") == 0
+    logs = [json.loads((run / "summary.json").read_text()) for run in (plain, by_cells)]
     assert logs[0]["val_loss"] == pytest.approx(logs[1]["val_loss"], rel=1e-3)
-    assert (fold / "plots").is_dir()  # its filters among them
+    assert (by_cells / "plots").is_dir()  # its filters among them
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
-    for source, other in ((plain, ["--backbone.fold"]), (fold, [])):
-        with pytest.raises(UsageError, match=r"--backbone\.fold was .*--start-from"):
+    for source, other in ((plain, ["--backbone.space-to-depth"]), (by_cells, [])):
+        with pytest.raises(UsageError, match=r"--backbone\.space-to-depth was .*--start-from"):
             go(pictures, source, *other)
         out = tmp_path / f"{source.name}-on"
         more = ["--start-from", str(source), "--max-steps", "1", "--lr", "1e-9"]
@@ -228,9 +236,9 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
 
 
 def test_its_evaluation_runs(pictures, tmp_path):
-    assert go(pictures, tmp_path / "run", "--backbone.fold") == 0
+    assert go(pictures, tmp_path / "run", "--backbone.space-to-depth") == 0
     method = assemble.trained_method(tmp_path / "run", torch.device("cpu"))
-    assert method.net.get_submodule("trunk").cells is not None
+    assert method.net.get_submodule("trunk").space_to_depth is not None
     crops = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
     nothing = torch.zeros(2, dtype=torch.int64)
     guesses = rotation_guesses(method, Batch(crops, nothing, nothing, nothing))
@@ -245,11 +253,11 @@ from fastrot import assemble, config
 from fastrot.backbones.heads import Classifier
 from fastrot.ops.rotate import rotated_views
 
-trunk = assemble.backbone(config.AlexNet(width=0.05, fold=True), 64)
+trunk = assemble.backbone(config.AlexNet(width=0.05, space_to_depth=True), 64)
 net = Classifier(trunk, 4)
 
 def step(crops):
-    views = rotated_views(crops, (0, 1, 2, 3), (0.5,) * 3, (0.2,) * 3, torch.float32, trunk.cells)
+    views = rotated_views(crops, (0, 1, 2, 3), (0.5,) * 3, (0.2,) * 3, torch.float32, trunk.space_to_depth)
     return net(views)
 
 def gradient(out):

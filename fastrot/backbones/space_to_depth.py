@@ -14,41 +14,40 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrot.ops.rotate import Cells, folded
+from fastrot.ops.rotate import SpaceToDepth
 
 
-class FoldedConv2d(nn.Conv2d):
+class SpaceToDepthConv2d(nn.Conv2d):
     """`nn.Conv2d` of a square kernel: the same parameters and results, computed in cells of `stride` pixels a side.
 
-    Takes views as nn.Conv2d does and folds them, or views in cells. A stride of 1 has nothing to fold: there it is
-    nn.Conv2d.
+    Takes views as nn.Conv2d does, or in cells already. A stride of 1 has cells of one pixel: there it is nn.Conv2d.
     """
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, padding: int):
         super().__init__(before, after, kernel, stride, padding)
 
-    # what forward calls, so that whoever calls it with another bias has the folded form too
+    # what forward calls, so that whoever calls it with another bias has this form too
     def _conv_forward(
         self, input: Float[Tensor, "v c s s"], weight: Tensor, bias: Tensor | None
     ) -> Float[Tensor, "v o m m"]:
         if input.shape[1] == self.in_channels:
             kernel, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
-            cells = cells_of(input.shape[-1], kernel, stride, padding)
-            if cells is None:
+            space_to_depth = space_to_depth_of(input.shape[-1], kernel, stride, padding)
+            if space_to_depth is None:
                 return super()._conv_forward(input, weight, bias)
-            input = folded(input, cells)
-        return F.conv2d(input, folded_weight(weight, self.stride[0]), bias)
+            input = space_to_depth(input)
+        return F.conv2d(input, space_to_depth_weight(weight, self.stride[0]), bias)
 
 
-def cells_of(size: int, kernel: int, stride: int, padding: int) -> Cells | None:
-    """The cells of square views of `size` pixels; None at a stride of 1, where there is nothing to fold."""
+def space_to_depth_of(size: int, kernel: int, stride: int, padding: int) -> SpaceToDepth | None:
+    """Which cells of views of `size` pixels such a convolution reads; None at a stride of 1: the pixels themselves."""
     if stride == 1:
         return None
     out = (size + 2 * padding - kernel) // stride + 1
-    return Cells(stride, padding, out + math.ceil(kernel / stride) - 1)
+    return SpaceToDepth(stride, padding, out + math.ceil(kernel / stride) - 1)
 
 
-def folded_weight(weight: Float[Tensor, "o c k k"], side: int) -> Float[Tensor, "o d t t"]:
+def space_to_depth_weight(weight: Float[Tensor, "o c k k"], side: int) -> Float[Tensor, "o d t t"]:
     """The weight [O, C, K, K] of a stride of `side` as the one over cells, [O, side * side * C, T, T]; channels_last."""
     kernel = weight.shape[-1]
     taps = math.ceil(kernel / side)
