@@ -18,18 +18,13 @@ products not. On a CPU the net has a quarter of the width and the batch is 16; t
 of PU weights is as much shorter as the batch, so that a picture costs what it costs in a batch of 192.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
-import argparse
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,24 +33,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks import contestants, measure
+from benchmarks import contestants, forms, measure, runs
+from benchmarks.measure import HELD_OUT, IMAGENET
 from fastrot import assemble, entry
 from fastrot.backbones.alexnet import alexnet
-from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
-from fastrot.core import DTYPES, Batch
-from fastrot.presets import PRESETS
+from fastrot.config import AlexNet, Config, Decoupling, UsageError
+from fastrot.core import Batch
+from fastrot.machine import wait_for
 from fastrot.training.loop import train_step
-from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.session import choose_precision
-from fastrot.training.state import TrainState
 
-PICTURES, HELD_OUT, BATCH = 1_281_167, 50_000, 192  # ImageNet's, and the paper's
+BATCH = 192  # the paper's
 PU_FROM = 210  # epoch; the original has it in its code
 EPS = 1e-7  # in both denominators of the contrast
 WORKERS = (0, 8)  # the original's default, and what people set
 AHEAD = 2  # batches that each worker of a DataLoader reads ahead
-SMALL = {"batch": 16, "backbone": AlexNet(width=0.25)}
-QUICK = {"batch": 4, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
+SMALL, QUICK = {"batch": 16}, {"batch": 4}  # on a CPU
 QUICK_BANK = 20_000  # rows
 ENDLESS = 10**9  # pictures drawn of a few: a DataLoader that does not end while it is timed
 WAY = "original's way"
@@ -315,18 +307,8 @@ def ours(cfg: Config, beton: Path, device: torch.device, bank: int) -> dict[str,
     how: dict[str, Any] = {"batch": cfg.batch, "device": device, "enlarge": True}
     loader = assemble.open_loader(data, assemble.training_view(cfg), **how)
     held_out = assemble.open_loader(data, assemble.evaluation_view(cfg), **how)
-    torch.manual_seed(cfg.seed)
-    known = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
-    method = assemble.method(cfg, known)
-    method.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(
-        method=method,
-        net=assemble.wrapped(method.net, cfg, device),
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=LRSchedule(cfg.schedule, epochs=1, batches=1, steps=10**9, lr=cfg.lr),
-        device=device,
-        dtype=known.dtype,
-    )
+    state = forms.state_of(cfg, loader, device, steps=10**9)
+    method = state.method
 
     def step(batch: Batch) -> None:
         train_step(state, batch)
@@ -362,11 +344,6 @@ def images_per_s(side: Side, batch: int, device: torch.device, seconds: float) -
         return done * batch / (time.perf_counter() - begun)
     finally:
         getattr(drawn, "close", lambda: None)()  # our Loader's: ends what reads ahead
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rows(
@@ -412,11 +389,11 @@ def rows(
 
 def epoch(training: float, validation: float) -> dict[str, Any]:
     """Seconds of an ImageNet-size epoch at these images/s, never run whole."""
-    split = {"train": PICTURES / training, "validation": HELD_OUT / validation}
+    split = {"train": IMAGENET / training, "validation": HELD_OUT / validation}
     return {
         "epoch_s": sum(split.values()),
         "split": split,
-        "images": PICTURES,
+        "images": IMAGENET,
         "extrapolated": True,
         "validation": True,
         "validation_images_per_s": validation,
@@ -442,22 +419,15 @@ def _count(root: Path) -> int:
 
 
 def config_of(device: torch.device, quick: bool) -> Config:
-    small: dict[str, Any] = QUICK if quick else SMALL if device.type == "cpu" else {}
-    cfg = dataclasses.replace(PRESETS["decoupling-alexnet"](), **small)
-    return resolved(dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device)))
+    small = QUICK if quick else SMALL if device.type == "cpu" else {}
+    return forms.sized(measure.PRESET, device, quick=quick, **small)
 
 
 def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--root", type=Path, help="class folders of original pictures")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
+    parser = runs.parser(__doc__, "root", "work", "device", "quick")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
     parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a small net; kept only with --out")
     asked = parser.parse_args(args)
     device = torch.device(asked.device)
     torch.backends.cudnn.benchmark = True  # as a run has it, for both
@@ -465,13 +435,14 @@ def main(args: list[str] | None = None) -> int:
     root = contestants.originals(asked.root)
     beton = contestants.Formats(root, asked.work, entry.cores()).beton()
     seconds, reps = (0.2, 1) if asked.quick else (asked.seconds, asked.reps)
-    bank = QUICK_BANK if asked.quick else PICTURES
+    bank = QUICK_BANK if asked.quick else IMAGENET
     cfg = config_of(device, asked.quick)
-    for each in rows(cfg, root, beton, device, bank=bank, seconds=seconds, reps=reps):
-        if asked.out or not asked.quick:
-            measure.append(measure.results(asked.device, asked.out), each)
-        more = f", an epoch {each['epoch_s'] / 3600:.3g} hours" if "epoch_s" in each else ""
-        measure.say(each, more)
+    made = rows(cfg, root, beton, device, bank=bank, seconds=seconds, reps=reps)
+    runs.keep(
+        made,
+        asked,
+        lambda r: f", an epoch {r['epoch_s'] / 3600:.3g} hours" if "epoch_s" in r else "",
+    )
     return 0
 
 

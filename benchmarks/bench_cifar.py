@@ -6,19 +6,13 @@ The steps are fixed, so a busy machine takes longer and learns the same; the row
 shorter than an epoch: no picture is seen twice, and the curve of the training accuracy is of pictures not seen before.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
-import argparse
-import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, runs
 from fastrot import entry
 from fastrot.config import UsageError
 
@@ -40,33 +34,19 @@ def pictures(root: Path | None, work: Path) -> tuple[Path, str]:
             raise UsageError(
                 f"{packed} holds no CIFAR-10: name cifar-10-batches-py with --root DIR"
             )
-        _run(script, "--src", "full-q95", "--out", unpacked)
+        command = [sys.executable, script, "--src", "full-q95", "--out", unpacked]
+        subprocess.run(list(map(str, command)), check=True)
     return unpacked / "cifar-10-batches-py", COPIES
 
 
-def prepared(root: Path, work: Path) -> tuple[Path, Path]:
+def prepared(root: Path, work: Path) -> dict[str, Path]:
     """Training pictures, and the first JUDGED test pictures (their classes are mixed), as raw .beton."""
-    made = []
-    for split, limit in (("train", None), ("test", JUDGED)):
-        out = work / f"cifar10-{split}{limit or ''}.beton"
-        some = [] if limit is None else ["--limit", limit]
-        knobs = ["--source", "cifar10", "--root", root, "--split", split, "--encoding", "raw"]
-        if not out.exists():
-            _run(measure.ROOT / "dataprep" / "to_ffcv.py", *knobs, *some, "--out", out)
-        made.append(out)
-    return made[0], made[1]
-
-
-def learn(train: Path, judge: Path, run: Path, steps: int) -> tuple[dict[str, Any], list[dict]]:
-    """Train from nothing; the run's summary and its lines."""
-    shutil.rmtree(run, ignore_errors=True)
-    length = ["--schedule.kind", "linear", "--schedule.steps", steps, "--lr", RATE]
-    knobs = ["--batch", BATCH, "--backbone.width", WIDTH, "--device", "cpu", *length]
-    told = ["--log-every", LOG_EVERY, "--no-tensorboard", "--out", run]
-    script = measure.ROOT / "fastrot" / "train.py"
-    _run(script, PRESET, "--data", train, "--val", judge, *knobs, *told)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
+    made = {}
+    for knob, split, some in (("--data", "train", ()), ("--val", "test", ("--limit", JUDGED))):
+        out = work / f"cifar10-{split}{some[1] if some else ''}.beton"
+        of = ("--source", "cifar10", "--root", root, "--split", split, "--encoding", "raw")
+        made[knob] = runs.convert("to_ffcv.py", out, *of, *some)
+    return made
 
 
 def rows(summary: dict[str, Any], lines: list[dict], seconds: float, about: str) -> list[dict]:
@@ -77,56 +57,42 @@ def rows(summary: dict[str, Any], lines: list[dict], seconds: float, about: str)
             clock += LOG_EVERY * BATCH / line["images_per_s"]
             curve.append({"step": line["step"], "s": round(clock, 2), "accuracy": line["accuracy"]})
     shape = {"batch": BATCH, "steps": summary["steps"], "width": WIDTH, "judged": JUDGED}
-    each = dict(theme="cifar", variant=PRESET, shape=shape, dtype="float32", warmup=0, about=about)
+    each = dict(theme="cifar", variant=PRESET, mode="learning", shape=shape, dtype="float32")
+    each |= dict(warmup=0, about=about, images_per_s=summary["images_per_s"])
     right = measure.row(
         "held-out rotation accuracy",
-        mode="learning",
         **each,
         **measure.middle([summary["val_accuracy"]], "share"),
         chance=summary["chance"],
         first=summary["val_accuracy_first"],
         seconds=summary["seconds"],
-        images_per_s=summary["images_per_s"],
         curve=curve,
         target=TARGET,
         better="higher",
     )
-    took = measure.row(
-        "seconds of training",
-        mode="learning",
-        **each,
-        **measure.middle([summary["seconds"]], "s"),
-        images_per_s=summary["images_per_s"],
-        target=seconds,
-        better="lower",
-    )
-    return [right, took]
-
-
-def _run(script: Path, *knobs: Any) -> None:
-    command = [sys.executable, str(script), *map(str, knobs)]
-    if subprocess.run(command).returncode:
-        raise UsageError(f"this failed, see above: {' '.join(command)}")
+    took = measure.middle([summary["seconds"]], "s")
+    aim = {"target": seconds, "better": "lower"}
+    return [right, measure.row("seconds of training", **each, **took, **aim)]
 
 
 def main() -> int:
     """Prepare, train, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, help="CIFAR-10's cifar-10-batches-py")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
+    parser = runs.parser(__doc__, "root", "work")
     parser.add_argument("--seconds", type=float, default=90.0, help="of training that are allowed")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures")
     asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
     root, about = pictures(asked.root, asked.work)
-    train, judge = prepared(root, asked.work)
-    summary, lines = learn(train, judge, asked.work / "bench-cifar-run", asked.steps)
-    for row in rows(summary, lines, asked.seconds, f"{about}; {CHOSEN}"):
-        measure.append(measure.results("cpu", asked.out), row)
-        measure.say(row)
+    knobs: dict[str, Any] = prepared(root, asked.work) | {
+        **{"--schedule.kind": "linear", "--schedule.steps": asked.steps, "--lr": RATE},
+        **{"--batch": BATCH, "--backbone.width": WIDTH, "--device": "cpu"},
+        "--log-every": LOG_EVERY,
+    }
+    folder = asked.work / "bench-cifar-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    found = runs.train(PRESET, folder, knobs)
+    runs.keep(rows(*found, asked.seconds, f"{about}; {CHOSEN}"), asked)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(entry.status(main))
+    raise SystemExit(entry.status(main))

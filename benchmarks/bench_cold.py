@@ -15,12 +15,6 @@ FFCV's QUASI_RANDOM (os_cache=False) keeps 2 x batch pages of 8 MB in memory of 
 `mixing` is arithmetic: labels per batch of 1,000 sorted classes of ImageNet's size, without a picture.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import contextlib
 import ctypes
@@ -28,10 +22,12 @@ import itertools
 import math
 import mmap
 import os
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -6,20 +6,16 @@ The originals are linked several times over and converted at short side 256 and 
 the process and its workers: busy neighbours change them little.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import itertools
 import multiprocessing
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps

@@ -8,21 +8,13 @@ turns from the half that it was trained on, ever better, and nothing from the ot
 train/ and val/; both are converted once, into --work. The same command goes on where it was broken off.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
-import argparse
-import json
 import statistics
-import subprocess
+import sys
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, runs
 from fastrot import entry
-from fastrot.config import RunError, UsageError
+from fastrot.config import RunError
 
 PRESET, CHANCE = "decoupling-alexnet", 0.25
 NET = {"--backbone.width": 0.25, "--backbone.kernel": 5, "--backbone.stride": 2}
@@ -39,33 +31,6 @@ ABOUT = (
     "the shape is that of the authors' own curves; the limits of rise, nearness and gain are ours, and rate, batch, "
     "negatives and crops were chosen after short runs on the same pictures (LOG.md)"
 )
-
-
-def prepared(root: Path | None, work: Path, quick: bool) -> dict[str, Path]:
-    """The pictures to learn from and to be judged on, as .beton."""
-    root = root or measure.shared_data() / "imagenette128"
-    made = {}
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise UsageError(
-                f"{root / split} is no folder: name one that holds train/ and val/, --root DIR"
-            )
-        some = ["--limit", QUICK[split]] if quick else []
-        made[split] = work / f"{root.name}-{split}{QUICK[split] if quick else ''}.beton"
-        if not made[split].exists():
-            work.mkdir(parents=True, exist_ok=True)
-            of = ["--source", "imagefolder", "--root", root / split, "--out", made[split]]
-            _run(measure.ROOT / "dataprep" / "to_ffcv.py", *of, *some)
-    return made
-
-
-def learn(data: dict[str, Path], run: Path, knobs: dict[str, Any]) -> tuple[dict, list[dict]]:
-    """Train, or go on; the run's summary and its lines."""
-    where = ["--data", data["train"], "--val", data["val"], "--out", run, "--no-tensorboard"]
-    told = [word for knob, value in knobs.items() for word in (knob, *_each(value))]
-    _run(measure.ROOT / "fastrot" / "train.py", PRESET, *where, *told, "--log-every", LOG_EVERY)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return json.loads((run / "summary.json").read_text()), [json.loads(line) for line in lines]
 
 
 # ---- what the curves say ----
@@ -123,10 +88,10 @@ def curve(lines: list[dict[str, Any]], steps: float) -> dict[str, list[dict[str,
     }
 
 
-def rows(runs: list[tuple[dict, list[dict]]], shape: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(trained: list[tuple[dict, list[dict]]], shape: dict[str, Any]) -> list[dict[str, Any]]:
     """Each figure over all seeds, and beside it the numbers that it comes from."""
-    found = [shape_of(lines) for _, lines in runs]
-    summary, lines = runs[0]
+    found = [shape_of(lines) for _, lines in trained]
+    summary, lines = trained[0]
     of = dict(theme="decoupling", variant=PRESET, mode="learning", shape=shape, warmup=0)
     of |= {"dtype": summary.get("precision"), "about": ABOUT}
 
@@ -167,10 +132,6 @@ def rows(runs: list[tuple[dict, list[dict]]], shape: dict[str, Any]) -> list[dic
     ]
 
 
-def _each(value: Any) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
-
-
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -178,39 +139,30 @@ def _short(value: float) -> float:
 # ---- the command ----
 
 
-def _run(script: Path, *knobs: Any) -> None:
-    command = [sys.executable, str(script), *map(str, knobs)]
-    if subprocess.run(command).returncode:
-        raise UsageError(f"this failed, see above: {' '.join(command)}")
-
-
 def main(args: list[str] | None = None) -> int:
     """Prepare, train, judge, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, help="holds class folders in train/ and in val/")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for files and runs")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = runs.parser(__doc__, "root", "work", "device", "quick")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--lr", type=float, default=RATE)
     parser.add_argument("--seeds", type=int, default=1, help="runs, one after the other")
-    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
     asked = parser.parse_args(args)
     epochs = 2 if asked.quick else asked.epochs
-    data = prepared(asked.root, asked.work, asked.quick)
+    data = runs.prepared(asked.root, asked.work, QUICK if asked.quick else None)
     knobs = NET | CROP | {"--batch": BATCH, "--method.negatives": NEGATIVES, "--epochs": epochs}
     knobs |= {"--lr": asked.lr, "--schedule.kind": "constant", "--device": asked.device}
+    knobs |= {"--data": data["train"], "--val": data["val"], "--log-every": LOG_EVERY}
     commit = measure.row("run")["commit"][:12]  # a run of other code is not gone on with
-    runs = []
+    trained = []
     for seed in range(asked.seeds):
         name = f"decoupling-{commit}-{data['train'].stem}-{epochs}-{asked.lr:g}-{seed}"
-        runs.append(learn(data, asked.work / name, knobs | {"--seed": seed}))
+        trained.append(runs.train(PRESET, asked.work / name, knobs | {"--seed": seed}))
     shape = {"batch": BATCH, "negatives": NEGATIVES, "lr": asked.lr, "epochs": epochs}
-    shape |= {"steps": runs[0][0]["steps"], "width": NET["--backbone.width"], "seeds": asked.seeds}
-    for row in rows(runs, shape):
-        if asked.out or not asked.quick:
-            measure.append(measure.results(asked.device, asked.out), row)
-        measure.say(row)
+    shape |= {
+        "steps": trained[0][0]["steps"],
+        "width": NET["--backbone.width"],
+        "seeds": asked.seeds,
+    }
+    runs.keep(rows(trained, shape), asked)
     return 0
 
 

@@ -5,21 +5,18 @@
 Clones the commit that stands here into a temporary folder, installation into a new .venv included.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
-import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import measure, runs
 from fastrot import entry
 from fastrot.config import RunError
 
@@ -36,27 +33,13 @@ def keep_picture(made: Path) -> None:
     picture.save(measure.ROOT / "benchmarks" / "reports" / "demo.png", optimize=True)
 
 
-def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="FILE.jsonl or folder of results")
-    chosen = parser.parse_args(args)
-    with tempfile.TemporaryDirectory() as folder:
-        checkout = Path(folder) / "fastrot"
-        subprocess.run(["git", "clone", "-q", str(measure.ROOT), str(checkout)], check=True)
-        begin = time.perf_counter()
-        done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=checkout)
-        seconds = time.perf_counter() - begin
-        if done.returncode:
-            raise RunError(f"make demo ended with status {done.returncode}: see what it printed")
-        run = checkout / "runs" / "demo"
-        summary = json.loads((run / "summary.json").read_text())
-        keep_picture(run / "plots" / "turned.png")
-    where = measure.results("cpu" if summary["device"].endswith("cores") else "cuda", chosen.out)
+def rows(summary: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
+    """Minutes that it took, and what the net then gets right."""
     for variant, figure, unit, target, better in (
         ("installation, conversion and training", seconds / 60, "minutes", MINUTES, "lower"),
         ("held-out rotation accuracy", summary["val_accuracy"], "share", ACCURACY, "higher"),
     ):
-        row = measure.row(
+        yield measure.row(
             "demo",
             theme="demo",
             variant=variant,
@@ -72,8 +55,23 @@ def main(args: list[str] | None = None) -> int:
             before=summary["val_accuracy_first"],
             training_s=summary["seconds"],
         )
-        measure.append(where, row)
-        measure.say(row)
+
+
+def main(args: list[str] | None = None) -> int:
+    asked = runs.parser(__doc__).parse_args(args)
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "fastrot"
+        subprocess.run(["git", "clone", "-q", str(measure.ROOT), str(checkout)], check=True)
+        begin = time.perf_counter()
+        done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=checkout)
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise RunError(f"make demo ended with status {done.returncode}: see what it printed")
+        run = checkout / "runs" / "demo"
+        summary = json.loads((run / "summary.json").read_text())
+        keep_picture(run / "plots" / "turned.png")
+    asked.device = "cpu" if summary["device"].endswith("cores") else "cuda"
+    runs.keep(rows(summary, seconds), asked)
     return 0
 
 

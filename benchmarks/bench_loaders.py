@@ -12,19 +12,15 @@ Beside a training step: after each batch a stand-in for the step keeps the devic
 are those of both together, and the share of the time in which the step waited for its batch is told.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import itertools
 import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

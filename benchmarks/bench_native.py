@@ -11,16 +11,12 @@ A pack's crops are made of random tiles and pixels, of the sizes that the pictur
 decoding takes does not depend on what they show.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -11,21 +11,17 @@ float32, so ours of either kind of rows is compared with that. Its limit is the 
 several ways of only reading as many random rows, taken in turns with the rest.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import functools
 import itertools
 import multiprocessing
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -8,7 +8,8 @@
 The step is loop.train_step itself; marks at its borders are CUDA events (clock readings on a CPU), all read behind the
 last step. A captured step has no borders: of it there is only the whole. Forms are named in forms.py; each sees a batch
 that stays on the device (held), synthetic pictures, and --root's in each prepared format. Whole steps are then timed
-without marks, the forms in turns. A file profile_<form>.txt beside the rows names the fifteen most costly operations.
+without marks. A form's rows are written as soon as it is built and measured, so that a later one that fails or is slow
+loses none. profiles.txt beside the rows names the fifteen most costly operations of each.
 
     wait        milliseconds of a step that the host waited for data; the other parts are the device's own time
     tflops      operations of the network's matrix products and convolutions, forward and backward (fastrot/speed/cost.py), over
@@ -22,32 +23,26 @@ whole steps in turns with steps that lack NCE and write and train the same netwo
 gradient instead. On a CPU the network has a quarter of the width and a batch 32 pictures.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import contextlib
 import itertools
-import json
 import math
-import re
-import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import contestants, forms, full_epoch, measure, roofline
+from benchmarks import contestants, forms, full_epoch, measure, roofline, runs
 from fastrot import assemble, entry
 from fastrot.config import AlexNet, Config, Decoupling, RunError, UsageError
 from fastrot.core import DTYPES, Batch, Losses
+from fastrot.machine import wait_for
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
@@ -60,7 +55,7 @@ LOADERS = (HELD, SYNTHETIC, "beton", "shards", "pack")
 WARM = 2  # batches before the clock starts
 PARTS = ("views", "forward", "losses", "nce", "backward", "optimiser", "bank", "rest")
 PROFILED = 10  # steps
-BANK, QUICK_BANK = roofline.IMAGENET, 100_000  # rows
+BANK, QUICK_BANK = measure.IMAGENET, 100_000  # rows
 SHARE = 0.03  # of a step on a GPU, which the bank may take
 MB = 2**20
 
@@ -200,11 +195,6 @@ def without_bank(trained: Trained) -> Iterator[None]:
         method._instance_terms, method.after_step, trained.state.meter = kept
 
 
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # ---- rows ----
 
 
@@ -220,7 +210,7 @@ def step_rows(
     bank: int = BANK,
     seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all forms on all data, each as soon as it is measured; profiles as text into the folder `out`.
+    """Rows of each form on all data, as soon as it is built; profiles as text into the folder `out`.
 
     data     by the loader's name: see `opened`
     seconds  in which forms are built: one that has not begun by then is left out, and so is one that fails
@@ -229,52 +219,28 @@ def step_rows(
     for each in roofline.ceiling_rows(device, DTYPES[cfg.precision], quick=steps < 10):
         rates.append(each["p50"])
         yield each
-    trained = built(cfg, names, (WARM + steps) * cfg.batch, device, bank=bank, seconds=seconds)
-    if not trained:
-        raise RunError("no form of the step could be built: see the lines above")
-    net = next(iter(trained.values())).state.method.net
-    flop = sum(
-        layer.flop for layer in cost.layers(net, roofline.views_shape(cfg), DTYPES[cfg.precision])
-    )
-    for name, each in data.items():
-        loader = None if name == HELD else opened(cfg, each, device, (WARM + steps) * cfg.batch)
-        for form, measured in measured_in_turns(trained, loader, steps, reps).items():
-            yield step_row(
-                trained[form], form, name, measured, flop=flop, matrix_tflops=rates[0], bank=bank
-            )
-    if isinstance(cfg.method, Decoupling):
-        last = [form for form, each in trained.items() if not each.cfg.graph][-1:]
-        for form in last:
-            yield bank_row(f"{cfg.preset} {form}", trained[form], steps, reps, bank)
-    for form, each in trained.items():
-        named = re.sub(r"[^a-z]+", "_", form)
-        (out / f"profile_{named}.txt").write_text(profile(each))
-
-
-def built(
-    cfg: Config,
-    names: Iterable[str],
-    images: int,
-    device: torch.device,
-    *,
-    bank: int,
-    seconds: float,
-) -> dict[str, Trained]:
-    """Each form, as far as time allows, ready to step."""
-    begun, trained = time.perf_counter(), {}
+    begun, images, built = time.perf_counter(), (WARM + steps) * cfg.batch, []
     for form in names:
-        if trained and time.perf_counter() - begun > seconds:
+        if built and time.perf_counter() - begun > seconds:
             print(f"left out, for want of time: {form}", flush=True)
             continue
-        at = time.perf_counter()
         try:
-            trained[form] = Trained(forms.config_in(form, cfg), images, device, bank)
+            trained = Trained(forms.config_in(form, cfg), images, device, bank)
         except Exception:  # the compiler's failures have many names: what it says is shown, the others are measured
             traceback.print_exc()
             print(f"left out: {form}, which could not be built", flush=True)
             continue
-        print(f"{form}: ready after {time.perf_counter() - at:.1f} s", flush=True)
-    return trained
+        built.append(form)
+        for name, each in data.items():
+            loader = None if name == HELD else opened(cfg, each, device, images)
+            found = measured(trained, loader, steps, reps)
+            yield step_row(trained, form, name, found, matrix_tflops=rates[0], bank=bank)
+        if isinstance(cfg.method, Decoupling) and len(built) == 1 and not trained.cfg.graph:
+            yield bank_row(f"{cfg.preset} {form}", trained, steps, reps, bank)
+        with (out / "profiles.txt").open("a") as file:
+            file.write(f"{form}\n{profile(trained)}\n")
+    if not built:
+        raise RunError("no form of the step could be built: see the lines above")
 
 
 def opened(cfg: Config, data: Any, device: torch.device, images: int) -> Any:
@@ -288,61 +254,47 @@ def opened(cfg: Config, data: Any, device: torch.device, images: int) -> Any:
     return assemble.open_loader(data, view, batch=cfg.batch, device=device, enlarge=True)
 
 
-def measured_in_turns(
-    trained: dict[str, Trained], loader: Any, steps: int, reps: int
-) -> dict[str, dict[str, Any]]:
-    """Of each form: `split`, milliseconds by part; `steps`, seconds of each repetition; `waits`, their shares; `busy`."""
+def measured(trained: Trained, loader: Any, steps: int, reps: int) -> dict[str, Any]:
+    """`split`, milliseconds by part; `steps`, seconds of a step in each repetition; `waits`, their shares; `busy`."""
 
-    def batches(each: Trained, count: int = steps) -> Iterator[Batch]:
-        drawn = itertools.repeat(each.batch) if loader is None else loader.epoch(0)
+    def batches(count: int = steps) -> Iterator[Batch]:
+        drawn = itertools.repeat(trained.batch) if loader is None else loader.epoch(0)
         try:
             yield from itertools.islice(drawn, WARM + count)
         finally:
             getattr(drawn, "close", lambda: None)()  # a loader's workers end
 
-    found: dict[str, dict[str, Any]] = {}
-    for form, each in trained.items():
-        whole, wait = None, 0.0
-        if not each.cfg.graph:
-            each.marks.on = True
-            whole, wait = each.run(batches(each))
-            each.marks.on = False
-        parts = each.marks.read(steps)
-        split = {
-            part: measure.middle(times, "")["p50"] for part, times in parts.items() if any(times)
-        }
-        found[form] = {
-            "split": None if whole is None else {"wait": 1e3 * whole * wait, **split},
-            "busy": busy_seconds(each, batches(each, PROFILED))
-            if each.device.type == "cuda"
-            else None,
-            "steps": [],
-            "waits": [],
-        }
-    for _ in range(reps):
-        for form, each in trained.items():
-            whole, wait = each.run(batches(each))
-            found[form]["steps"].append(whole)
-            found[form]["waits"].append(wait)
-    return found
+    found: dict[str, Any] = {"split": None, "busy": None}
+    if not trained.cfg.graph:
+        trained.marks.on = True
+        whole, wait = trained.run(batches())
+        trained.marks.on = False
+        parts = {part: times for part, times in trained.marks.read(steps).items() if any(times)}
+        each = {part: measure.middle(times, "")["p50"] for part, times in parts.items()}
+        found["split"] = {"wait": 1e3 * whole * wait, **each}
+    if trained.device.type == "cuda":
+        found["busy"] = busy_seconds(trained, batches(PROFILED))
+    every = [trained.run(batches()) for _ in range(reps)]
+    return found | dict(zip(("steps", "waits"), map(list, zip(*every, strict=True)), strict=True))
 
 
 def step_row(
     trained: Trained,
     form: str,
     loader: str,
-    measured: dict[str, Any],
+    found: dict[str, Any],
     *,
-    flop: int,
     matrix_tflops: float,
     bank: int,
 ) -> dict[str, Any]:
     """The row of one form over one loader."""
-    cfg, seconds = trained.cfg, measure.middle(measured["steps"], "s")["p50"]
+    cfg, seconds = trained.cfg, measure.middle(found["steps"], "s")["p50"]
+    views, dtype = roofline.views_shape(cfg), DTYPES[cfg.precision]
+    flop = sum(layer.flop for layer in cost.layers(trained.state.method.net, views, dtype))
     shape: dict[str, Any] = roofline.shape_of(cfg)
     if isinstance(cfg.method, Decoupling):
         shape |= {"negatives": cfg.method.negatives, "bank": bank}
-    tflops, busy = flop / seconds / 1e12, measured["busy"]
+    tflops, busy = flop / seconds / 1e12, found["busy"]
     return row(
         "step",
         f"{cfg.preset} {form}, {loader}",
@@ -353,16 +305,16 @@ def step_row(
         form=form,
         loader=loader,
         **roofline.shape_of(cfg),
-        **measure.spread(measured["steps"]),
+        **measure.spread(found["steps"]),
         images_per_s=cfg.batch / seconds,
-        wait_share=measure.middle(measured["waits"], "")["p50"],
+        wait_share=measure.middle(found["waits"], "")["p50"],
         idle_share=None if busy is None else max(0.0, 1 - busy / seconds),
         tflops=tflops,
         flop=flop,
         matrix_tflops=matrix_tflops,
         share_of_matrix=tflops / matrix_tflops,
         peak_memory_mb=trained.peak_memory_mb,
-        split=measured["split"],
+        split=found["split"],
     )
 
 
@@ -439,16 +391,12 @@ def profile(trained: Trained) -> str:
     return seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=90)
 
 
-def run_row(command: list[str]) -> dict[str, Any]:
+def run_row(preset: str, *words: str) -> dict[str, Any]:
     """A whole run of fastrot/train.py in a process of its own, from its summary."""
     with tempfile.TemporaryDirectory() as folder:
-        script = str(measure.ROOT / "fastrot" / "train.py")
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, script, *command, "--out", folder])
+        summary, _ = runs.train(preset, Path(folder), {}, *words)
         seconds = time.perf_counter() - begun
-        if done.returncode:
-            raise RunError(f"{command[0]} ended with status {done.returncode}: see what it printed")
-        summary = json.loads((Path(folder) / "summary.json").read_text())
     told = ("images_per_s", "wait_share", "val_accuracy", "val_accuracy_first", "chance", "verdict")
     return row(
         "run",
@@ -481,15 +429,9 @@ def data_of(loaders: list[str] | None, root: Path | None, work: Path) -> dict[st
 
 
 def parsed(args: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cuda = torch.cuda.is_available()
+    parser = runs.parser(__doc__, "root", "work", "device", "quick")
     alexnets = [name for name, make in PRESETS.items() if isinstance(make().backbone, AlexNet)]
-    parser.add_argument("--preset", choices=alexnets, default="decoupling-alexnet")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--root", type=Path, help="class folders of originals, to learn from too")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a small network, few steps")
+    parser.add_argument("--preset", choices=alexnets, default=measure.PRESET)
     parser.add_argument("--batch", type=int, help="pictures a step; default: the preset's")
     words = ", ".join(forms.WORDS)
     parser.add_argument(
@@ -508,7 +450,7 @@ def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
     """What the command asks for."""
     device = torch.device(asked.device)
     if asked.run:
-        yield run_row([*asked.command, "--device", asked.device])
+        yield run_row(*asked.command, "--device", asked.device)
         return
     knobs = {} if asked.batch is None else {"batch": asked.batch}
     if asked.epoch:
@@ -519,12 +461,10 @@ def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
         return
     steps, reps = (3, 2) if asked.quick else (40, 3) if asked.device == "cuda" else (4, 3)
     cfg = forms.sized(asked.preset, device, quick=asked.quick, **knobs)
-    wanted = asked.forms or (
-        forms.FORMS[asked.device][:1] if asked.quick else forms.FORMS[asked.device]
-    )
+    wanted = asked.forms or forms.FORMS[asked.device][: 1 if asked.quick else None]
     yield from step_rows(
         cfg,
-        list(forms.present(wanted, cfg, device)),
+        list(forms.present(wanted, device)),
         data_of(asked.loaders, asked.root, asked.work),
         device,
         steps=steps,
@@ -539,11 +479,9 @@ def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
     asked = parsed(args)
     torch.backends.cudnn.benchmark = True  # as a run has it
-    file = measure.results(asked.device, asked.out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for each in rows_of(asked, file.parent):
-        measure.append(file, each)
-        measure.say(each)
+    out = measure.results(asked.device, asked.out).parent
+    out.mkdir(parents=True, exist_ok=True)
+    runs.keep(rows_of(asked, out), asked)
     return 0
 
 

@@ -7,18 +7,14 @@ nothing of it is scaled up), bytes a picture of prepared files, of what lies bes
 pictures a second and core of both writers, seconds to make, save and load a bank. All else is arithmetic on these rows: the page of the report tells it.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np

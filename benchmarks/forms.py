@@ -1,16 +1,16 @@
-"""The forms that a training step can be run in, by name, and a step of a preset in one of them.
+"""The forms that a training step can be run in, by name, and what trains in one of them.
 
 A name is words joined by " + ", each of which sets knobs of the config: "compiled + folded + fused + graph".
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from fastrot import assemble
-from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
+from fastrot.config import AlexNet, Config, Decoupling, UsageError, knob, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
@@ -26,6 +26,8 @@ WORDS: dict[str, dict[str, Any]] = {
     "folded": {"backbone.space_to_depth": True},
     "fused": {"backbone.fuse": True},
     "graph": {"graph": True},
+    "float32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
 }
 # the first is what all others are compared with; the most promising come next, in case time runs out
 FORMS = {
@@ -51,41 +53,44 @@ def sized(preset: str, device: torch.device, *, quick: bool = False, **knobs: An
     made = PRESETS[preset]()
     if isinstance(made.backbone, AlexNet):
         knobs = (QUICK if quick else SMALL if device.type == "cpu" else {}) | knobs
-    return plain(preset, device, **knobs)
-
-
-def plain(preset: str, device: torch.device, **knobs: Any) -> Config:
-    """The preset as the device runs it by default, with some knobs set."""
-    cfg = dataclasses.replace(PRESETS[preset](), compile=False, **knobs)
+    cfg = dataclasses.replace(made, compile=False, **knobs)
     return resolved(
         dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device), device="auto")
     )
 
 
+def words(form: str) -> list[str]:
+    """The words of a form's name, joined by " + " or a space. Raises UsageError for one that is none."""
+    parts = form.split(" + ")
+    found = [word for part in parts for word in ([part] if part in WORDS else part.split())]
+    if unknown := [word for word in found if word not in WORDS]:
+        raise UsageError(
+            f"--forms got {unknown[0]!r}: it wants words of {', '.join(WORDS)}, joined by +"
+        )
+    return found
+
+
 def config_in(form: str, cfg: Config) -> Config:
-    """The same run in a form. Raises UsageError for a word that is none."""
-    for word in form.split(" + "):
-        if word not in WORDS:
-            raise UsageError(
-                f"--forms got {word!r}: it wants words of {', '.join(WORDS)}, joined by +"
-            )
+    """The same run in a form."""
+    for word in words(form):
         for name, value in WORDS[word].items():
             cfg = _with(cfg, name.split("."), value)
     return cfg
 
 
-def present(forms: list[str] | tuple[str, ...], cfg: Config, device: torch.device) -> Iterator[str]:
-    """Those that this version and this device know; the others are told in a line each."""
+def words_of(form: str) -> list[str]:
+    """The form on the command line of a run."""
+    said = []
+    for name, value in (pair for word in words(form) for pair in WORDS[word].items()):
+        path = knob(name) if value is not False else knob(f"no_{name}")
+        said += [path] if isinstance(value, bool) else [path, str(value)]
+    return said
+
+
+def present(forms: Iterable[str], device: torch.device) -> Iterator[str]:
+    """Those that this device has; the others are told in a line each."""
     for form in forms:
-        missing = [
-            name
-            for word in form.split(" + ")
-            for name in WORDS.get(word, {})
-            if not _known(cfg, name.split("."))
-        ]
-        if missing:
-            print(f"left out: {form}, since there is no knob {missing[0]}", flush=True)
-        elif "graph" in form and device.type != "cuda":
+        if "graph" in words(form) and device.type != "cuda":
             print(f"left out: {form}, since only a GPU has graphs", flush=True)
         else:
             yield form
@@ -105,11 +110,6 @@ def state_of(
 def warm_steps(cfg: Config) -> int:
     """Steps until nothing is compiled or captured any more."""
     return WARM_UP + 2 if cfg.graph else 3
-
-
-def _known(part: Any, names: list[str]) -> bool:
-    here = names[0] in {field.name for field in dataclasses.fields(part)}
-    return here and (len(names) == 1 or _known(getattr(part, names[0]), names[1:]))
 
 
 def _with(part: Any, names: list[str], value: Any) -> Any:

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 
 from benchmarks import contestants, forms, measure, roofline
+from benchmarks.measure import HELD_OUT, IMAGENET
 from fastrot import assemble, entry
 from fastrot.config import Config, UsageError
 from fastrot.data.loader import Loader
 from fastrot.entry import PreemptionSignal
+from fastrot.machine import wait_for
 from fastrot.speed.timer import StepTimer
 from fastrot.training import loop
 from fastrot.training.journal import Journal
@@ -53,15 +55,15 @@ def rows(
     cfg = sized(preset, form, device, quick=quick, **knobs)
     pack = contestants.Formats(root, work, entry.cores()).pack()
     whole = device.type == "cuda" and not quick
-    count = roofline.IMAGENET if whole else STEPS * cfg.batch
-    looks = roofline.HELD_OUT if whole else LOOKS * cfg.batch
+    count = IMAGENET if whole else STEPS * cfg.batch
+    looks = HELD_OUT if whole else LOOKS * cfg.batch
     data, held_out = contestants.FullPack(pack, count), contestants.FullPack(pack, looks)
     if device.type == "cuda":
         must_fit(data.nbytes + held_out.nbytes, torch.cuda.mem_get_info(device)[0])
     how = {"batch": cfg.batch, "device": device, "enlarge": True}
     loader = assemble.open_loader(data, assemble.training_view(cfg), **how)
     val_loader = assemble.open_loader(held_out, assemble.evaluation_view(cfg), **how)
-    state = forms.state_of(cfg, loader, device, steps=len(loader), bank=roofline.IMAGENET)
+    state = forms.state_of(cfg, loader, device, steps=len(loader), bank=IMAGENET)
     warm_up(state, cfg, loader)
     train, validation = timed(state, cfg, loader, val_loader)
     yield row(
@@ -106,8 +108,7 @@ def timed(
     def seconds(work: Callable[[], Any]) -> float:
         begun = time.perf_counter()
         work()
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
+        wait_for(state.device)
         return time.perf_counter() - begun
 
     with contextlib.ExitStack() as until_the_end:
@@ -139,8 +140,8 @@ def row(
 ) -> dict[str, Any]:
     """`steps` were trained and `looked` pictures judged in these seconds; `whole`: that is the epoch."""
     if not whole:
-        train *= roofline.IMAGENET // cfg.batch / steps
-        validation *= roofline.HELD_OUT / looked
+        train *= IMAGENET // cfg.batch / steps
+        validation *= HELD_OUT / looked
     different = f"{data.few.rows:,} different pictures"
     copied = f"{different}, physically copied to {data.rows:,} in the device's memory; no index wraps round"
     from_few = f"extrapolated from {steps} steps and a look at {looked:,} pictures: {copied}"
@@ -150,9 +151,9 @@ def row(
         variant=f"{cfg.preset}, pack",
         mode="loop.fit and loop.validate, log lines every 20 steps, no checkpoint",
         preset=cfg.preset,
-        images=roofline.IMAGENET,
+        images=IMAGENET,
         size=cfg.method.crop.size,
-        turns=roofline.turns(cfg),
+        rotations=roofline.rotations(cfg),
         batch=cfg.batch,
         width=cfg.backbone.width,
         loader="pack",
@@ -163,7 +164,7 @@ def row(
         warmup=forms.warm_steps(cfg),
         **measure.middle([train + validation], "s"),
         split={"train": train, "validation": validation},
-        images_per_s=roofline.IMAGENET / train,
+        images_per_s=IMAGENET / train,
         wait_share=state.progress.wait_share(),
         steps=steps,
         judged=looked,

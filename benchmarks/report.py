@@ -7,19 +7,15 @@ and its versions. Every figure is a row's, or arithmetic on rows that says so; a
 was made from. Of rows with the same key (what, variant, form, mode, shape, dtype, machine) the newest counts.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import itertools
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import measure, plots

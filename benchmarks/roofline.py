@@ -14,29 +14,22 @@ kernels gets; where a step is quicker than its floor, a kernel does what the cou
 quarter of the width, and caches may well hold what is counted as traffic.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
-import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import forms, measure
+from benchmarks import forms, measure, runs
+from benchmarks.measure import HELD_OUT, IMAGENET
 from fastrot import assemble, entry
 from fastrot.config import Config, Decoupling, Supervised
 from fastrot.core import DTYPES
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
 from fastrot.speed.cost import Layer
-
-IMAGENET, HELD_OUT = 1_281_167, 50_000  # pictures to learn from, and to be judged on
 
 
 def ceiling_rows(
@@ -105,7 +98,7 @@ def floor(cfg: Config, net: nn.Module, tflops: float, gb_per_s: float) -> dict[s
 def beside(cfg: Config) -> list[Layer]:
     """What no layer of the network moves: its views, read as uint8 and written once; the memory bank's rows."""
     size, batch = cfg.method.crop.size, cfg.batch
-    views = 3 * size * size * batch * (1 + turns(cfg) * DTYPES[cfg.precision].itemsize)
+    views = 3 * size * size * batch * (1 + rotations(cfg) * DTYPES[cfg.precision].itemsize)
     moved = {"views": views}
     if isinstance(cfg.method, Decoupling):
         of_row = cfg.method.dim * DTYPES[cfg.method.bank_dtype].itemsize
@@ -117,14 +110,14 @@ def beside(cfg: Config) -> list[Layer]:
     ]
 
 
-def turns(cfg: Config) -> int:
+def rotations(cfg: Config) -> int:
     """Views of a picture that enter the network."""
     return 1 if isinstance(cfg.method, Supervised) else 4
 
 
 def views_shape(cfg: Config) -> tuple[int, int, int, int]:
     """Of a step: views, channels, height, width."""
-    return cfg.batch * turns(cfg), 3, cfg.method.crop.size, cfg.method.crop.size
+    return cfg.batch * rotations(cfg), 3, cfg.method.crop.size, cfg.method.crop.size
 
 
 def net_of(cfg: Config, device: torch.device) -> nn.Module:
@@ -169,23 +162,14 @@ def table(found: dict[str, Any]) -> str:
 
 def main(args: list[str] | None = None) -> int:
     """Measure the ceilings, print the table, append the rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--preset", choices=PRESETS, default="decoupling-alexnet")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a small network")
+    parser = runs.parser(__doc__, "device", "quick")
+    parser.add_argument("--preset", choices=PRESETS, default=measure.PRESET)
     asked = parser.parse_args(args)
     device = torch.device(asked.device)
-    file = measure.results(asked.device, asked.out)
     cfg = forms.sized(asked.preset, device, quick=asked.quick)
-    rates = []
-    for each in ceiling_rows(device, DTYPES[cfg.precision], quick=asked.quick):
-        rates.append(each["p50"])
-        measure.append(file, each)
-        measure.say(each)
-    found = roofline_row(cfg, net_of(cfg, device), *rates)
-    measure.append(file, found)
+    ceilings = list(ceiling_rows(device, DTYPES[cfg.precision], quick=asked.quick))
+    found = roofline_row(cfg, net_of(cfg, device), *(each["p50"] for each in ceilings))
+    runs.keep([*ceilings, found], asked)
     print(table(found), flush=True)
     return 0
 

@@ -14,12 +14,6 @@ either wait for all of it (`no overlap`, the row's figure) or hide behind it as 
 The real lies between the two; latency of a collective and a slow rank are in neither.
 """
 
-import sys
-from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # run as a script: the project's root goes first
-    sys.path[0] = str(Path(__file__).parents[1])
-
 import argparse
 import collections
 import contextlib
@@ -28,8 +22,10 @@ import functools
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,15 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import measure
+from benchmarks import forms, measure, runs
+from benchmarks.measure import IMAGENET
 from fastrot import assemble, dist, entry
 from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.presets import PRESETS
 from fastrot.training.loop import train_step
-from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.state import TrainState
 
-PICTURES, BATCH = 1_281_167, 192  # ImageNet's, and the paper's
 EXTRA = "one collective more"
 STEPS = 3  # counted, behind the first two
 LINKS = {  # GPUs: bytes/s each way of a GPU's slowest link, its name, and where that is said
@@ -155,29 +149,18 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
         world=world,
         workers=0,
     )
-    torch.manual_seed(cfg.seed)
-    info = assemble.data_info(cfg, loader, None, device, torch.float32)
-    method, sent = assemble.method(cfg, info), Sent()
+    sent = Sent()
+    with hooked(sent) as nets:
+        state = forms.state_of(cfg, loader, device, steps=len(loader))
+        if not nets:
+            state.net.register_comm_hook(None, allreduce_hook)  # what DDP does without one
+    method = state.method
     if extra:
         write = method.after_step
         method.after_step = lambda outputs, batch, losses: (  # type: ignore[method-assign]
             dist.sum_over_ranks(losses.total.detach()),
             write(outputs, batch, losses),
         )[1]
-    with hooked(sent) as nets:
-        net = assemble.wrapped(method.net, cfg, device)
-        if not nets:
-            net.register_comm_hook(None, allreduce_hook)  # what DDP does without one
-    state = TrainState(
-        method=method,
-        net=net,
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=LRSchedule(
-            cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=cfg.lr
-        ),
-        device=device,
-        dtype=torch.float32,
-    )
     each = []
     with sent:
         for batch in loader.epoch(0):
@@ -196,7 +179,7 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
 
 
 def cases(net: str) -> dict[str, Config]:
-    """What is counted, by name: knobs that another version has not are left out."""
+    """What is counted, by name."""
     rotnet, decoupling = (
         dataclasses.replace(PRESETS[name](), precision="fp32", **NETS[net])
         for name in ("rotnet-alexnet", "decoupling-alexnet")
@@ -207,10 +190,8 @@ def cases(net: str) -> dict[str, Config]:
         "rotnet-alexnet": rotnet,
         "decoupling-alexnet": decoupling,
         "decoupling-alexnet, sharded bank": dataclasses.replace(decoupling, method=sharded),
+        "decoupling-alexnet, bf16 gradients": dataclasses.replace(decoupling, gradients="bf16"),
     }
-    if "gradients" in {field.name for field in dataclasses.fields(Config)}:
-        lean: dict[str, Any] = {"gradients": "bf16"}
-        found["decoupling-alexnet, bf16 gradients"] = dataclasses.replace(decoupling, **lean)
     return {name: resolved(cfg) for name, cfg in found.items()}
 
 
@@ -240,11 +221,18 @@ def count(ranks: int, net: str, *, extra: bool = False) -> dict[str, dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counted.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), str(Path(__file__)), "--count-into", str(out)]
+        command += [
+            "--nproc-per-node",
+            str(ranks),
+            "-m",
+            "benchmarks.scaling",
+            "--count-into",
+            str(out),
+        ]
         command += ["--net", net, *["--extra"] * extra]
         threads = max(1, entry.cores() // ranks)
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, cwd=measure.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UsageError(f"{ranks} ranks could not count what they send: {done.stderr[-2000:]}")
         return json.loads(out.read_text())
@@ -293,7 +281,7 @@ def modelled(
         "full_overlap": max(step_s, reduced) + gathered,
     }.items():
         rate = gpus * batch / seconds
-        told[name] = {"images_per_s": rate, "seconds_per_epoch": PICTURES / rate}
+        told[name] = {"images_per_s": rate, "seconds_per_epoch": IMAGENET / rate}
         told[name]["efficiency"] = step_s / seconds
     return told
 
@@ -372,25 +360,13 @@ def scaling_rows(
             )
 
 
-def read_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """All lines of these files of results, of those that exist."""
-    return [
-        json.loads(line)
-        for file in files
-        if file.exists()
-        for line in file.read_text().splitlines()
-    ]
-
-
 # ---- the command ----
 
 
 def main(args: list[str] | None = None) -> int:
     """Count, model, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = runs.parser(__doc__, "quick")
     parser.add_argument("--ranks", type=int, default=2, help="gloo ranks on this machine")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a small net; kept only with --out")
     parser.add_argument("--count-into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--net", choices=list(NETS), default="full", help=argparse.SUPPRESS)
     parser.add_argument("--extra", action="store_true", help=argparse.SUPPRESS)
@@ -400,8 +376,11 @@ def main(args: list[str] | None = None) -> int:
         return 0
     if asked.ranks < 2:
         raise UsageError(f"--ranks got {asked.ranks}: it wants 2 or more, since one sends nothing")
-    file = measure.results("cuda" if torch.cuda.is_available() else "cpu", asked.out)
-    known = read_rows({file, *(measure.ROOT / "benchmarks" / "results").glob("*.jsonl")})
+    asked.device = "cuda" if torch.cuda.is_available() else "cpu"
+    file = measure.results(asked.device, asked.out)
+    files = {file, *(measure.ROOT / "benchmarks" / "results").glob("*.jsonl")}
+    lines = [line for each in files if each.exists() for line in each.read_text().splitlines()]
+    known = map(json.loads, lines)
     step = step_row(known)
     nets = {net_of(step)} if step else set()
     made = [
@@ -414,11 +393,7 @@ def main(args: list[str] | None = None) -> int:
         print(
             "no scaling is modelled: no step of decoupling-alexnet with such a net is measured yet"
         )
-    made += modelled_rows
-    for each in made:
-        if asked.out or not asked.quick:
-            measure.append(file, each)
-        measure.say(each)
+    runs.keep([*made, *modelled_rows], asked)
     return 0
 
 

@@ -25,7 +25,7 @@ def a_run(*accuracies: float) -> tuple[dict, list[dict]]:
     return {"preset": "demo", "images_per_s": 5.0, "seconds": 2.0}, lines
 
 
-ASKED = Asked("cpu", [], measure.ROOT, quick=True)
+ASKED = Asked("cpu", {}, measure.ROOT, quick=True)
 
 
 @pytest.mark.parametrize(
@@ -68,20 +68,15 @@ def test_a_curve_has_a_point_for_each_validation():
     ]
 
 
-def test_forms_are_knobs(monkeypatch, capsys):
-    assert bench_learning.knobs_of("bf16 compiled")[0] == ["--precision", "bf16", "--compile"]
-    assert bench_learning.knobs_of("bf16 compiled")[1] == []
-    monkeypatch.setitem(bench_learning.WORDS, "flown", ("--flown",))
-    assert bench_learning.knobs_of("bf16 eager + flown")[1] == ["--flown"]
-    assert bench_learning.forms(["bf16 eager + flown"], "cpu") == [PLAIN]
-    monkeypatch.setitem(bench_learning.FORMS, "cpu", ("bf16 compiled + flown", "bf16 eager"))
-    assert bench_learning.forms(None, "cpu") == [PLAIN, "bf16 compiled", "bf16 eager"]
-    assert "there is no knob --flown" in capsys.readouterr().out
+def test_the_plain_form_comes_first_and_a_cpu_has_no_graphs(capsys):
+    assert bench_learning.named(["bf16 eager", PLAIN], "cpu") == [PLAIN, "bf16 eager"]
+    assert bench_learning.named(["bf16 compiled + graph"], "cpu") == [PLAIN]
+    assert "only a GPU has graphs" in capsys.readouterr().out
     with pytest.raises(UsageError, match="fast"):
-        bench_learning.knobs_of("fast eager")
+        bench_learning.named(["fast eager"], "cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_short_look_through_the_real_entry(tmp_path):
     for split, count in (("train", 8), ("val", 96)):
         for i in range(count):

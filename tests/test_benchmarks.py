@@ -19,6 +19,7 @@ from benchmarks import (
     contestants,
     forms,
     measure,
+    runs,
 )
 from fastrot.assemble import open_data
 from fastrot.config import RunError, UsageError
@@ -395,5 +396,5 @@ def test_too_short_a_run_is_told_in_one_sentence():
 def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="--root DIR"):
         contestants.originals(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="--root DIR"):
-        bench_decoupling.prepared(tmp_path / "nowhere", tmp_path, quick=True)
+    with pytest.raises(RunError, match="--root DIR"):
+        runs.prepared(tmp_path / "nowhere", tmp_path)

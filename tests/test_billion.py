@@ -31,7 +31,7 @@ def test_tables_in_memory_are_counted_and_maps_are_not(tmp_path):
     assert billion.held_bytes([held, held["whole"]]) == 800
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_measures_what_its_page_wants(pictures, tmp_path):
     out = tmp_path / "rows.jsonl"
     knobs = ["--root", pictures, "--work", tmp_path / "work", "--out", out, "--quick"]

@@ -96,7 +96,7 @@ def test_the_whole_path_runs_without_a_gpu(copy, tmp_path):
     assert values(rows, "roofline", "preset") == {"decoupling-alexnet"}
     assert values(rows, "run") == {"decoupling-alexnet", "demo"}
     assert {(row["commit"], row["dirty"]) for row in rows} == {("abc", True)}
-    assert "Self CPU" in (out / "profile_eager.txt").read_text()
+    assert "Self CPU" in (out / "profiles.txt").read_text()
 
 
 @pytest.mark.soak

@@ -16,7 +16,7 @@ def commit(monkeypatch):
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("ranks", [4])
 def test_a_step_sends_gradients_and_features_and_nothing_else(ranks):
     found = scaling.count(ranks, "small", extra=True)
