@@ -39,7 +39,7 @@ from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.methods.bank import Bank
 from fastrot.ops import norm
-from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
+from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rotate import SpaceToDepth, rotated_views, rotated_views_reference
@@ -254,7 +254,7 @@ def some_pack(pictures: int, device: str) -> PackTensors:
 
 
 def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], dtype: torch.dtype):
-    """Crops on a CPU, one thread; on a GPU also their four views, in one kernel and in two."""
+    """Crops on a CPU, one thread; on a GPU also their four views."""
     gpu = device == "cuda"
     pack = some_pack(PACKED if gpu else FEW_PACKED, device)
     sizes = pack.sizes.cpu().numpy()
@@ -275,17 +275,15 @@ def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], 
         runs, moved = {}, {}
         if gpu:
             runs["crops"] = unpacked
-            runs["views, one kernel"] = functools.partial(unpack_views, pack, boxes, size, *rest)
-            runs["views, two kernels"] = lambda run=unpacked, rest=rest: rotated_views(run(), *rest)
-            views = read + len(ROTATIONS) * dtype.itemsize * crop
-            moved = {"views, one kernel": views, "views, two kernels": views + 2 * crop}
+            runs["views"] = lambda run=unpacked, rest=rest: rotated_views(run(), *rest)
+            moved["views"] = read + 2 * crop + len(ROTATIONS) * dtype.itemsize * crop
         else:
             runs["crops, reference"] = functools.partial(unpack_crops_reference, pack, boxes, size)
             if native.load() is not None:
                 runs["crops, C++"] = unpacked
         for form, times in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(times)
-            rate = UNPACKED[device] if form in ("views, one kernel", "crops, C++") else None
+            rate = UNPACKED[device] if form in ("views", "crops, C++") else None
             yield row(
                 "unpack",
                 form,

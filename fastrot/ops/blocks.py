@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
-"""Boxes of packed pictures -> crops, and on to their rotated, normalised, channels-last views in the same kernel.
+"""Boxes of packed pictures -> crops.
 
 Shapes.  A pack's pictures one after the other (data/pack): tiles uint8 [T, 48], one row for 8x8 pixels, or pixels uint8
          [T, 3]; first int64 [N + 1]; sizes int32 [N, 2]. boxes int64 [B, 6], rows (index, y, x, height, width, flip);
-         crops [B, S, S, 3]; views [B*V, S, S, 3], as those of rotate.py.
+         crops uint8 [B, S, S, 3].
 Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr. Sample k of a block is entry
          i = bits 16+3k to 18+3k of the palette between its first two bytes: e0, e1, then (7-j) e0 + j e1 over 7,
          j = 1 to 6, where e0 > e1; else over 5, j = 1 to 4, and 0 and 255; rounded down. R = Y + (91881 Cr' + 2**15 >> 16),
@@ -12,40 +12,34 @@ Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr
          2 n S, by OpenCV's INTER_LINEAR; a pixel is the mean of n x n of these. So crops.resample does it (data/crops.py).
 Idea.    A tile decodes alone and lies at a known place, so that a crop reads those under its box and no other. A program
          owns 32 x 32 pixels of a crop: it decodes the four pixels that each mixes, where it needs them. What it has made
-         goes through shared memory, out of which each view takes it in an order of its own. A tap outside the picture is
+         goes through shared memory, so that a thread writes elements that lie together. A tap outside the picture is
          read at its edge and weighs nothing: no load is masked.
-Bytes.   0.75 h w of tiles from memory (3 h w raw), and 3 S S of crop or 3 V S S itemsize of views, written once.
+Bytes.   0.75 h w of tiles from memory (3 h w raw), and 3 S S of crop, written once.
          B ceil(S / 32)**2 programs of 256 threads. A thread has four pixels; for each tap of n x n x 4 it loads three words
          of 8 bytes (raw: three bytes), most of which it shares with its neighbours; its stores are of 4 elements, those
          of a warp fill whole lines of 32 elements, which are sectors. Of 8 pixels a thread would store 16 bytes, and
          spill: decoding takes 128 registers as it is.
-Bound.   Not timed on a GPU. The machine code for sm_90 (Triton 3.8) counts: where n is 1, about 800 instructions a pixel
-         for its four views in bfloat16, two thirds of them in decoding. At four warps' instructions a clock on each of an
-         H200's 132 SMs that allows 0.7 million images of 224 a second, a fifth of what copying their bytes allows: so
-         the arithmetic binds it, not memory.
+Bound.   Arithmetic, most of it decoding: 1,728 instructions of machine code (Triton 3.8, sm_90) for a thread's four pixels
+         where n is 1. Not timed on a GPU.
 Digits.  The same bits everywhere, as all of it is whole numbers, but for the place of a tap: float64, once a row or column,
          each operation rounded by itself (so the kernel is compiled without fused multiply-adds), then float32.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
 import torch
-from jaxtyping import Float, Int16, Int32, Int64, UInt8
+from jaxtyping import Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot import native
 from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
-from fastrot.ops.rotate import check_views, rotated_views
 from fastrot.ops.rows import check_device
 
 try:
     import triton
     import triton.language as tl
-
-    from fastrot.ops.rotate import _normalised, _source_pixel
 except ModuleNotFoundError:  # torch's builds for the CPU come without it
     triton = None
 
@@ -205,7 +199,7 @@ def _weights(share: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- kernel ----
 
-SIDE, WARPS = 32, 8  # pixels of a program's square; 8 of them a thread
+SIDE, WARPS = 32, 8  # pixels of a program's square; 4 of them a thread
 EXACT = {"enable_fp_fusion": False}  # a place of a tap is a product and a sum, each rounded
 
 if triton is not None:
@@ -213,14 +207,13 @@ if triton is not None:
     @triton.jit
     @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
     def _unpack_kernel(
-        tiles, first, sizes, boxes, rotations, out, size, mean0, mean1, mean2, std0, std1, std2,
+        tiles, first, sizes, boxes, out, size,
         PACKED: tl.constexpr,  # ycc: `tiles` are words of 8 bytes
-        NORMALISED: tl.constexpr, VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # as in rotate.py
-        FUSED: tl.constexpr, SIDE: tl.constexpr,
+        SIDE: tl.constexpr,
     ):  # fmt: skip
         across = tl.cdiv(size, SIDE)
         program = tl.program_id(0)
-        image = (program // (across * across)).to(tl.int64)  # B * V * S * S * 3 can pass 2**31
+        image = (program // (across * across)).to(tl.int64)  # B * S * S * 3 can pass 2**31
         top = program // across % across * SIDE
         left = program % across * SIDE
         row = (top + tl.arange(0, SIDE))[:, None]
@@ -231,79 +224,15 @@ if triton is not None:
         red, green, blue = _crop_pixels(
             tiles, first, sizes, boxes + image * 6, index, row, column, size, PACKED
         )
-        if NORMALISED:
-            red = _normalised(red.to(tl.float32), mean0, std0, tl.div_rn(1.0, std0), FUSED)
-            green = _normalised(green.to(tl.float32), mean1, std1, tl.div_rn(1.0, std1), FUSED)
-            blue = _normalised(blue.to(tl.float32), mean2, std2, tl.div_rn(1.0, std2), FUSED)
-        # words of 4 bytes: of bytes one a pixel, of 2 bytes two, of floats four
-        red, green, blue = _bits(red, out), _bits(green, out), _bits(blue, out)
-        BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
-        IN_ONE: tl.constexpr = 32 // BITS
-        WORDS: tl.constexpr = 4 // IN_ONE
-        if BITS == 8:
-            words = red | (green << 8) | (blue << 16)
-        elif BITS == 16:
-            words = tl.join(red | (green << 16), blue)
-        else:
-            words = tl.join(tl.join(red, blue), tl.join(green, green))
-        square = tl.reshape(words, [SIDE * SIDE * WORDS])
+        square = tl.reshape(red | (green << 8) | (blue << 16), [SIDE * SIDE])  # a pixel a word
         place = tl.arange(0, SIDE * SIDE)
         line = place // SIDE
-        for view in tl.static_range(VIEWS):
-            if PATTERN == -1:
-                rotation = tl.load(rotations + image * VIEWS + view).to(tl.int32) & 3
-            else:
-                rotation = (PATTERN >> 2 * view) & 3
-            above, beside = _rotated_corner(top, left, size - SIDE, rotation)
-            for third in tl.static_range(3):  # of the square's 3 * SIDE elements a line
-                element = third * SIDE + place % SIDE
-                pixel, channel = element // 3, element % 3
-                source = _source_pixel(line, pixel, SIDE, rotation) * WORDS + channel // IN_ONE
-                value = tl.gather(square, source, 0) >> (channel % IN_ONE * BITS)
-                target_row, target_element = above + line, 3 * beside + element
-                inside = (target_row >= 0) & (target_row < size)
-                inside &= (target_element >= 0) & (target_element < 3 * size)
-                target = out + (image * VIEWS + view) * 3 * size * size
-                target += target_row * 3 * size + target_element
-                tl.store(target, _from_bits(value, out), mask=inside)
-
-    @triton.jit
-    @no_type_check
-    def _bits(value, out):
-        """The value as `out` holds it, in the low bits of a word."""
-        BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
-        value = value.to(out.dtype.element_ty)
-        if BITS == 16:
-            value = value.to(tl.uint16, bitcast=True)
-        elif BITS == 32:
-            value = value.to(tl.int32, bitcast=True)
-        return value.to(tl.int32)
-
-    @triton.jit
-    @no_type_check
-    def _from_bits(word, out):
-        BITS: tl.constexpr = out.dtype.element_ty.primitive_bitwidth
-        if BITS == 8:
-            value = word.to(tl.uint8)
-        elif BITS == 16:
-            value = word.to(tl.uint16).to(out.dtype.element_ty, bitcast=True)
-        else:
-            value = word.to(out.dtype.element_ty, bitcast=True)
-        return value
-
-    @triton.jit
-    @no_type_check
-    def _rotated_corner(top, left, last, rotation):
-        """Where the square at (top, left) of the crop begins in the crop rotated `rotation` times; last = size - SIDE."""
-        if rotation == 0:
-            above, beside = top, left
-        elif rotation == 1:
-            above, beside = last - left, top
-        elif rotation == 2:
-            above, beside = last - top, last - left
-        else:
-            above, beside = left, last - top
-        return above, beside
+        for third in tl.static_range(3):  # of the square's 3 * SIDE elements a line
+            element = third * SIDE + place % SIDE
+            value = tl.gather(square, line * SIDE + element // 3, 0) >> (element % 3 * 8)
+            inside = (top + line < size) & (3 * left + element < 3 * size)
+            target = out + image * 3 * size * size + (top + line) * 3 * size + 3 * left + element
+            tl.store(target, value.to(tl.uint8), mask=inside)
 
     @triton.jit
     @no_type_check
@@ -437,46 +366,25 @@ if triton is not None:
 
 
 def _launch(
-    pack: PackTensors,
-    boxes: Tensor,
-    size: int,
-    dtype: torch.dtype,
-    rotations: Sequence[int] | Tensor = (0,),
-    mean: Sequence[float] = (0.0, 0.0, 0.0),
-    std: Sequence[float] = (1.0, 1.0, 1.0),
-    out: Tensor | None = None,
-) -> UInt8[Tensor, "w s s 3"] | Float[Tensor, "w s s 3"]:
-    """Crops where the dtype is uint8, else views."""
+    pack: PackTensors, boxes: Tensor, size: int, out: Tensor | None
+) -> UInt8[Tensor, "b s s 3"]:
     if triton is None:
         raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )
-    if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
-        raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
-    if isinstance(rotations, Tensor):
-        views, pattern, rotations = rotations.shape[1], -1, rotations.contiguous()
-    else:
-        views, pattern, rotations = (
-            len(rotations),
-            sum(t << 2 * v for v, t in enumerate(rotations)),
-            boxes,
-        )
     if out is None:
-        out = torch.empty(len(boxes) * views, size, size, 3, dtype=dtype, device=boxes.device)
-    programs = len(boxes) * triton.cdiv(size, SIDE) ** 2
+        out = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8, device=boxes.device)
     if out.numel():
         with torch.cuda.device_of(boxes):
-            _unpack_kernel[(programs,)](
-                tiles, pack.first, pack.sizes, boxes.contiguous(), rotations, out, size, *mean, *std,
-                PACKED=pack.encoding == "ycc", NORMALISED=dtype != torch.uint8,
-                VIEWS=views, PATTERN=pattern, FUSED=boxes.is_cuda, SIDE=SIDE,
-                num_warps=WARPS, **EXACT,
+            _unpack_kernel[(len(boxes) * triton.cdiv(size, SIDE) ** 2,)](
+                tiles, pack.first, pack.sizes, boxes.contiguous(), out, size,
+                PACKED=pack.encoding == "ycc", SIDE=SIDE, num_warps=WARPS, **EXACT,
             )  # fmt: skip
     return out
 
 
-# ---- public names ----
+# ---- public name ----
 
 
 def unpack_crops(
@@ -500,7 +408,7 @@ def unpack_crops(
             f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous"
         )
     if form_for(boxes) == "triton":
-        return _launch(pack, boxes, size, torch.uint8, out=out)
+        return _launch(pack, boxes, size, out)
     if boxes.is_cuda or native.load() is None:
         crops = unpack_crops_reference(pack, boxes, size)
         return crops if out is None else out.copy_(crops)
@@ -508,23 +416,6 @@ def unpack_crops(
     arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
     native.pack_crops(*arrays, pack.encoding, boxes.numpy(), size, out.numpy())
     return out
-
-
-def unpack_views(
-    pack: PackTensors,
-    boxes: Int64[Tensor, "b 6"],
-    size: int,
-    rotations: Sequence[int] | Int64[Tensor, "b v"],
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.bfloat16,
-) -> Float[Tensor, "w 3 s s"]:
-    """`rotated_views(unpack_crops(pack, boxes, size), rotations, mean, std, dtype)`, to the bit; on a GPU in one kernel."""
-    if form_for(boxes) != "triton":
-        return rotated_views(unpack_crops(pack, boxes, size), rotations, mean, std, dtype)
-    _check(pack, boxes, size)
-    mean, std = check_views(rotations, mean, std, dtype, len(boxes))
-    return _launch(pack, boxes, size, dtype, rotations, mean, std).permute(0, 3, 1, 2)
 
 
 def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
@@ -566,29 +457,18 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
 
 
 def variants() -> list[dict]:
-    """Crops, and the views that training asks for, of both encodings, at 224 pixels."""
-    floats = dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")
-    forms = {
-        "unpack_crops {}": ("u8", 1, 0),
-        "unpack_views 0123 bf16 {}": ("bf16", 4, 0b11100100),
-        "unpack_views per image bf16 {}": ("bf16", 2, -1),
-    }
+    """Crops of both encodings, at 224 pixels."""
     return [
         dict(
-            name=name.format(encoding),
+            name=f"unpack_crops {encoding}",
             kernel=_unpack_kernel,
             signature={
-                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "rotations": "*i64",
-                "out": f"*{out}", "size": "i32", **floats,
+                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "out": "*u8", "size": "i32",
             },
-            constants=dict(
-                PACKED=encoding == "ycc", NORMALISED=out != "u8", VIEWS=views, PATTERN=pattern,
-                FUSED=True, SIDE=SIDE,
-            ),
-            aligned=("tiles", "first", "sizes", "boxes", "rotations", "out", "size"),
+            constants=dict(PACKED=encoding == "ycc", SIDE=SIDE),
+            aligned=("tiles", "first", "sizes", "boxes", "out", "size"),
             warps=WARPS,
             options=EXACT,
         )
-        for name, (out, views, pattern) in forms.items()
         for encoding, tiles in (("ycc", "*i64"), ("raw", "*u8"))
     ]  # fmt: skip

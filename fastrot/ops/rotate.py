@@ -346,23 +346,6 @@ def rotated_views(
         )
     if images.dtype != torch.uint8:
         raise UsageError(f"images are {images.dtype}: rotated_views wants torch.uint8")
-    mean, std = check_views(rotations, mean, std, dtype, len(images))
-    cells = None
-    if space_to_depth is not None:
-        cells = [space_to_depth.side, space_to_depth.pad, space_to_depth.count]
-    if isinstance(rotations, Tensor):
-        return _rotated_views(images, rotations, [], mean, std, dtype, cells)
-    return _rotated_views(images, None, list(rotations), mean, std, dtype, cells)
-
-
-def check_views(
-    rotations: Sequence[int] | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    images: int,
-) -> tuple[list[float], list[float]]:
-    """Refuse what no views can be made with; mean and std as plain numbers."""
     if dtype not in DTYPES:
         raise UsageError(f"dtype got {dtype}: rotated_views wants one of {DTYPES}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
@@ -372,11 +355,17 @@ def check_views(
     if not isinstance(rotations, Tensor):
         if not rotations or any(t not in (0, 1, 2, 3) for t in rotations):
             raise UsageError(f"rotations got {rotations}: they want at least one of 0, 1, 2 and 3")
-    elif rotations.ndim != 2 or len(rotations) != images or rotations.dtype != torch.int64:
+    elif rotations.ndim != 2 or len(rotations) != len(images) or rotations.dtype != torch.int64:
         raise UsageError(
-            f"rotations are {rotations.dtype} {tuple(rotations.shape)}: they want torch.int64 [{images}, V]"
+            f"rotations are {rotations.dtype} {tuple(rotations.shape)}: they want torch.int64 [{len(images)}, V]"
         )
-    return [float(m) for m in mean], [float(s) for s in std]
+    mean, std = [float(m) for m in mean], [float(s) for s in std]
+    cells = None
+    if space_to_depth is not None:
+        cells = [space_to_depth.side, space_to_depth.pad, space_to_depth.count]
+    if isinstance(rotations, Tensor):
+        return _rotated_views(images, rotations, [], mean, std, dtype, cells)
+    return _rotated_views(images, None, list(rotations), mean, std, dtype, cells)
 
 
 # ---- what `make kernels` compiles ----

@@ -1,4 +1,4 @@
-"""unpack_crops, unpack_views: every form gives the bits of decoding the whole picture, then `crops.resample`."""
+"""unpack_crops: every form gives the bits of decoding the whole picture, then `crops.resample`."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,9 @@ from fastrot.config import UsageError
 from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.ops import blocks as op
-from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference, unpack_views
+from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
-from fastrot.ops.rotate import rotated_views
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ENCODINGS: tuple[layout.Encoding, ...] = ("ycc", "raw")
 PICTURES = ((50, 61), (8, 8), (1, 3), (90, 41), (16, 104))  # height, width
 CASES = {  # a box (index, y, x, height, width, flip), and pixels a side of its crop
@@ -41,12 +39,6 @@ SQUARES = {  # several programs a crop; ragged, and whole
     "ragged": ([(0, 1, 2, 44, 52, 1), (3, -2, 4, 60, 30, 0)], 43),
     "four-squares": ([(3, 20, 1, 50, 40, 0)], 64),
 }
-ROTATIONS = {
-    "all": (0, 1, 2, 3),
-    "some-again": (3, 1, 1),
-    "per-image": torch.tensor([[0, 1], [3, 2]]),
-}
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 interpreted = pytest.mark.skipif(
     op.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
@@ -202,40 +194,6 @@ def test_interpreted_kernel_over_several_squares(case):
     assert torch.equal(kernel_gives("cpu", pack, boxes, size), want)
 
 
-def views_equal(device: str, boxes: torch.Tensor, size: int, rotations, dtype) -> None:
-    pack = random_pack("ycc")
-    there = PackTensors(*(each.to(device) for each in (pack.tiles, pack.first, pack.sizes)))
-    rotations = rotations.to(device) if isinstance(rotations, torch.Tensor) else rotations
-    rest = (rotations, MEAN, STD, dtype)
-    with using("triton"):
-        found = unpack_views(there, boxes.to(device), size, *rest)
-        crop = decoded_then_cropped(pack, boxes, size).to(device)
-        want = rotated_views(crop, *rest)
-    assert found.stride() == want.stride()
-    assert torch.equal(found, want)
-
-
-# the interpreter cuts bfloat16 off instead of rounding it
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
-def test_interpreted_views_are_the_turned_crops(rotations, dtype):
-    boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
-    views_equal("cpu", boxes, 19, rotations, dtype)
-
-
-@interpreted
-def test_interpreted_views_of_several_squares():
-    views_equal("cpu", torch.tensor([(0, 1, 2, 44, 52, 1)]), 43, (0, 1, 2, 3), torch.float16)
-
-
-def test_views_on_a_cpu_are_the_turned_crops():
-    pack, boxes = random_pack("raw"), torch.tensor([CASES["enlarged"][0], CASES["shrunk"][0]])
-    for rotations in ((0, 3), ROTATIONS["per-image"]):
-        want = rotated_views(decoded_then_cropped(pack, boxes, 20), rotations, MEAN, STD)
-        assert torch.equal(unpack_views(pack, boxes, 20, rotations, MEAN, STD), want)
-
-
 def behind_two_to_the_31_bytes() -> tuple[PackTensors, PackTensors]:
     """A raw picture behind 2**31 bytes, most of which are never touched; and the same picture alone."""
     alone = random_pack("raw", [(20, 30)])
@@ -286,16 +244,6 @@ def test_every_place_of_a_tap_is_opencvs_on_a_gpu():
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
-@pytest.mark.parametrize("size", [1, 19, 32, 43, 64, 224])
-def test_views_are_the_turned_crops_on_a_gpu(size, rotations, dtype):
-    boxes = torch.tensor([(0, 1, 2, 30, 25, 1), (3, -2, 4, 30, 30, 0)])
-    views_equal("cuda", boxes, size, rotations, dtype)
-
-
-@pytest.mark.gpu
-@needs_cuda
 def test_a_pack_of_more_than_two_to_the_31_bytes_on_a_gpu():
     pack, alone = behind_two_to_the_31_bytes()
     box = torch.tensor([(0, 2, 3, 15, 20, 0)])
@@ -309,10 +257,9 @@ def test_a_pack_of_more_than_two_to_the_31_bytes_on_a_gpu():
 def test_nothing_waits_for_the_gpu():
     pack, boxes = random_pack("ycc"), torch.tensor([CASES["shrunk"][0]]).cuda()
     there = PackTensors(*(each.cuda() for each in (pack.tiles, pack.first, pack.sizes)))
-    unpack_views(there, boxes, 24, (0, 1), MEAN, STD)
+    unpack_crops(there, boxes, 24)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        unpack_views(there, boxes, 24, (0, 1), MEAN, STD)
         unpack_crops(there, boxes, 24)
     finally:
         torch.cuda.set_sync_debug_mode("default")

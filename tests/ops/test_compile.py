@@ -16,7 +16,6 @@ WIDE = {  # bytes a thread loads or stores at once
     "infonce": dict(load=16),
     "update_rows": dict(load=16),
     "unpack_crops": dict(load=8, store=4),  # a thread's pixels are four, so that decoding fits
-    "unpack_views": dict(load=8, store=8),
     "norm_statistics": dict(load=16),
     "norm_relu": dict(load=16, store=16),
     "norm_sums": dict(load=16),
