@@ -451,24 +451,3 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
             raise UsageError(
                 "boxes lie outside their pictures: they want a pixel of these at least"
             )
-
-
-# ---- what `make kernels` compiles ----
-
-
-def variants() -> list[dict]:
-    """Crops of both encodings, at 224 pixels."""
-    return [
-        dict(
-            name=f"unpack_crops {encoding}",
-            kernel=_unpack_kernel,
-            signature={
-                "tiles": tiles, "first": "*i64", "sizes": "*i32", "boxes": "*i64", "out": "*u8", "size": "i32",
-            },
-            constants=dict(PACKED=encoding == "ycc", SIDE=SIDE),
-            aligned=("tiles", "first", "sizes", "boxes", "out", "size"),
-            warps=WARPS,
-            options=EXACT,
-        )
-        for encoding, tiles in (("ycc", "*i64"), ("raw", "*u8"))
-    ]  # fmt: skip

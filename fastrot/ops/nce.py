@@ -20,7 +20,7 @@ Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given;
          splits * D < K. At B 192, K 4096, D 128 on 132 multiprocessors: 8 splits, 1,536 programs of 128 threads in
          the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous copies
          into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way.
-         Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`), draws, bfloat16: 95 registers, 32 KB
+         Machine code for sm_90 (Triton 3.8, `make kernels`), draws, bfloat16: 95 registers, 32 KB
          shared, no spills, so 5 programs a multiprocessor and 80 to 160 KB in flight, where 4.8 TB/s at a latency of
          1 us want 36 KB: two programs are enough, as in the last wave. The loop is 525 instructions of a warp for 4 KB
          of rows, no barrier but the copies' own, no change of layout: 201 MB cost 49,000 issue slots of each
@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.philox import philox, scaled
-from fastrot.ops.rows import WIDEST, check_device, check_kernel, check_rows, check_values
+from fastrot.ops.rows import check_device, check_kernel, check_rows, check_values
 
 try:
     import triton
@@ -690,60 +690,3 @@ def _check_draw(draw: Draw, b: int, n: int) -> None:
         raise UsageError(
             "the bank has one row: leaving the image itself out wants two, or --method.no-exclude-self"
         )
-
-
-# ---- what `make kernels` compiles ----
-
-
-def variants() -> list[dict]:
-    """The kernels as training uses them, at D 128, and at the widest."""
-    shared = {
-        "x": "*fp32", "positive": "*i64", "z": "*fp32", "sums": "*fp32", "grads": "*fp32",
-        "size": "i32", "splits": "i32", "in_log2": "fp32", "level": "fp32",
-    }  # fmt: skip
-    first = {
-        **shared, "negatives": "*i64", "index": "*i64", "step": "*i64",
-        "count": "i32", "turns": "i32", "seed": "i32",
-    }  # fmt: skip
-    second = {
-        **shared, "loss": "*fp32", "mass": "*fp32", "grad": "*fp32",
-        "over_temperature": "fp32", "floor": "fp32",
-    }  # fmt: skip
-    forms = {
-        "nce draw": (128, True, False, False),
-        "nce": (128, False, False, False),
-        "infonce draw": (128, True, False, True),
-        "infonce": (128, False, False, True),
-        "nce draw others": (WIDEST, True, True, False),
-        "infonce given": (WIDEST, False, False, True),
-    }
-    return [
-        dict(
-            name=f"{form} {d} {rows}",
-            kernel=_nce_kernel,
-            signature={**first, "rows": f"*{rows}"},
-            constants=dict(
-                D=d,
-                PARTS=_parts(d * itemsize),
-                WIDTH=d // _parts(d * itemsize),
-                ROWS=max(1, TILE // (d * itemsize)),
-                DRAWN=drawn_inside,
-                OTHERS=others,
-                SOFTMAX=softmax,
-            ),
-            aligned=("x", "rows", "negatives", "grads"),
-            warps=WARPS,
-        )
-        for rows, itemsize in (("bf16", 2), ("fp32", 4))
-        for form, (d, drawn_inside, others, softmax) in forms.items()
-    ] + [
-        dict(
-            name=f"{form} second stage {d} {rows}",
-            kernel=_finish_kernel,
-            signature={**second, "rows": f"*{rows}"},
-            constants=dict(D=d, BLOCK_D=d, SPLITS=max(1, STEP // d), SOFTMAX=form == "infonce"),
-            aligned=("x", "rows", "grads", "grad"),
-            warps=WARPS,
-        )
-        for form, d, rows in (("nce", 128, "bf16"), ("infonce", WIDEST, "fp32"))
-    ]

@@ -21,7 +21,7 @@ Bytes.   `traffic` counts them. For each element of y of s bytes and q elements 
              sums                         read q (2 s + 1)                   not pooled: read 2 s
              dy                           read s + q (s + 1)   write s       not pooled: read 2 s   write s
          so 4 s + q (5 s + 3) pooled and 8 s not: 11.25 and 16 bytes in bfloat16. Windows overlap: the caches serve what is read again.
-         Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`): no spills, 16 bytes a thread and load; in bfloat16 pooled
+         Machine code for sm_90 (Triton 3.8, `make kernels`): no spills, 16 bytes a thread and load; in bfloat16 pooled
          the forward is 664 instructions for 8 values of out (21 for each of y that it reads), 70 registers; dy 792 for
          32 (25), 125 registers; statistics and sums 96 and 156 registers. Not yet timed on a GPU.
 Digits.  Statistics: each lane keeps a mean and the squares about it, row after row (Welford 1962), lanes and then programs are
@@ -714,62 +714,3 @@ def _check_kernel(y: Tensor) -> None:
         raise UsageError(
             f"y is {tuple(y.shape)}: the Triton kernels count to a billion rows: say a smaller --batch"
         )
-
-
-# ---- what `make kernels` compiles ----
-
-
-def variants() -> list[dict]:
-    """The kernels as AlexNet's layers use them: pooled behind conv1 and conv2, not pooled behind conv3."""
-    layers = [
-        each
-        for y in ("bf16", "fp32")
-        for c, pool in ((64, True), (192, True), (384, False))
-        for each in _variants(y, c, pool)
-    ]
-    return [each for each in layers if "finish" not in each["name"]] + [
-        each for each in layers if "finish" in each["name"] and each["name"].endswith("384 bf16")
-    ]
-
-
-def _variants(y: str, c: int, pool: bool) -> list[dict]:
-    block, itemsize = _block(c), 2 if y == "bf16" else 4
-    channels = dict.fromkeys(
-        ("weight", "bias", "mean", "var", "dweight", "dbias", "running_mean", "running_var", "shift", "parts"),
-        "*fp32",
-    )  # fmt: skip
-    whole = dict.fromkeys(
-        ("rows", "tiles", "shares", "per_share", "places", "height", "width", "down", "across", "blocks"),
-        "i32",
-    )  # fmt: skip
-    types = channels | whole | dict.fromkeys(("y", "out", "peak", "grad", "dy"), f"*{y}")
-    types |= {"winner": "*u8", "eps": "fp32", "momentum": "fp32", "over_rows": "fp32"}
-    of = dict(C=c, BLOCK_C=block)
-    forms = {
-        "norm_statistics": (_statistics_kernel, dict(ROWS=TILE // (block * itemsize))),
-        "norm_relu": (_norm_relu_kernel, dict(POOL=pool, ROWS=WINDOWS // block)),
-        "norm_sums": (_sums_kernel, dict(POOL=pool, ROWS=TILE // (block * itemsize))),
-        "norm_back": (
-            _pooled_back_kernel if pool else _back_kernel,
-            dict(ROWS=(BLOCKS if pool else WINDOWS) // block),
-        ),
-        "norm_finish_statistics": (
-            _finish_statistics_kernel,
-            dict(SHIFTED=True, BLOCK_C=FINISH, SHARES=SHARES),
-        ),
-        "norm_finish_sums": (_finish_sums_kernel, dict(BLOCK_C=FINISH, SHARES=SHARES)),
-    }
-    return [
-        dict(
-            name=f"{name} {'pooled ' * pool}{c} {y}",
-            kernel=kernel,
-            signature={
-                each: types[each] for each in kernel.arg_names if each not in of | constants
-            },
-            constants=of | constants,
-            aligned=tuple(each for each in kernel.arg_names if types.get(each, "").startswith("*")),
-            warps=WARPS,
-            options=REGISTERS if kernel is _pooled_back_kernel else {},
-        )
-        for name, (kernel, constants) in forms.items()
-    ]

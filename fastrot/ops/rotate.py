@@ -15,7 +15,7 @@ Idea.    A rotation is an address: source = first + i * down + j * right, three 
 Bytes.   3 B S S (1 + V * itemsize): the crop is read from memory once, each view is written once.
          B * ceil(S / 32) * ceil(3 S / 32) programs of 128 threads. In bfloat16 a thread's share of a view is 8 elements:
          one 8-byte load where it is not rotated and 8 single bytes where it is, and one 16-byte store; a warp writes
-         8 rows of 64 bytes. Machine code for sm_90 (Triton 3.8, `python -m fastrot.ops.compile`): four rotations in
+         8 rows of 64 bytes. Machine code for sm_90 (Triton 3.8, `make kernels`): four rotations in
          792 instructions, 72 registers, no spills, no shared memory. Not yet timed on a GPU.
          In cells: 3 B (S S + V itemsize (D n)**2), for 224 pixels in 57 cells of 4 and four rotations in bfloat16 1.03 times
          those above, by B * ceil(n / 4) * ceil(3 D D n / 256) programs of 128 threads. All 8 bytes of a thread's share of a
@@ -366,44 +366,3 @@ def rotated_views(
     if isinstance(rotations, Tensor):
         return _rotated_views(images, rotations, [], mean, std, dtype, cells)
     return _rotated_views(images, None, list(rotations), mean, std, dtype, cells)
-
-
-# ---- what `make kernels` compiles ----
-
-
-def variants() -> list[dict]:
-    """The kernels as training uses them: all four rotations, one rotation, a rotation of each image's own; at 224 pixels."""
-    rest = {
-        "size": "i32",
-        **dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32"),
-    }
-    plain = dict(
-        kernel=_rotated_views_kernel,
-        constants=dict(ROWS=ROWS, WIDTH=WIDTH),
-        aligned=("images", "rotations", "out", "size"),
-        more={},
-    )
-    in_cells = dict(
-        kernel=_space_to_depth_kernel,
-        constants=dict(SIDE=4, PAD=2, ROWS=CELL_ROWS, WIDTH=CELL_WIDTH),
-        aligned=("images", "rotations", "out", "size"),
-        more={"count": "i32"},
-    )
-    rotations = {"0123": (4, 0b11100100), "0": (1, 0), "per image": (2, -1)}
-    return [
-        dict(
-            name=f"{name} {form} {out}",
-            kernel=each["kernel"],
-            signature={
-                **{"images": "*u8", "rotations": "*i64", "out": f"*{out}"},
-                **rest,
-                **each["more"],
-            },
-            constants=dict(VIEWS=views, PATTERN=pattern, FUSED=True, **each["constants"]),
-            aligned=each["aligned"],
-            warps=WARPS,
-        )
-        for name, each in {"rotated_views": plain, "space_to_depth": in_cells}.items()
-        for out in ("bf16", "fp32")
-        for form, (views, pattern) in rotations.items()
-    ]

@@ -202,24 +202,3 @@ def check_values(features: Tensor, rows: int, *indices: Tensor | None) -> None:
         raise NotFinite(
             "features are not finite (NaN or infinity): start again with a smaller --lr, or --precision fp32"
         )
-
-
-# ---- what `make kernels` compiles ----
-
-
-def variants() -> list[dict]:
-    """The kernel at the papers' width and at the widest."""
-    return [
-        dict(
-            name=f"update_rows {d} {rows}",
-            kernel=_update_rows_kernel,
-            signature={
-                "rows": f"*{rows}", "index": "*i64", "features": "*fp32", "size": "i32",
-                "images": "i32", "momentum": "fp32", "rest": "fp32", "eps": "fp32",
-            },
-            constants=dict(D=d, BLOCK_D=d, AHEAD=AHEAD),
-            aligned=("rows", "index", "features"),
-            warps=WARPS,
-        )
-        for rows, d in (("bf16", 128), ("fp32", 128), ("fp32", WIDEST))
-    ]  # fmt: skip
