@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from original import from_original
 from torch import nn
 from truth import golden
 
@@ -66,7 +67,7 @@ def small() -> dict:
 
 def small_alexnet(file: dict, kind: str) -> alexnet.AlexNet:
     net = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
-    net.load_state_dict(alexnet.from_original(weights(file, "sd__"), net))
+    net.load_state_dict(from_original(weights(file, "sd__")))
     return net.to(DTYPES[kind])
 
 
@@ -103,9 +104,7 @@ def test_small_alexnet_in_eval_gives_every_stage_of_the_original(small, kind):
 def test_small_alexnet_in_training_gives_the_original_and_its_running_statistics(small, kind):
     net = small_alexnet(small, kind).train()
     compare(net(views(small, kind)), small[f"train_{kind}_fc_block"], kind)
-    after = alexnet.from_original(
-        {**weights(small, "sd__"), **weights(small, f"train_{kind}_after__")}, net
-    )
+    after = from_original({**weights(small, "sd__"), **weights(small, f"train_{kind}_after__")})
     now = net.state_dict()
     for key in (k for k in after if "running" in k):
         compare(now[key], after[key].numpy(), kind)
@@ -123,6 +122,7 @@ def from_recipe(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (np.sqrt(2 / np.prod(shape[1:])) * draw.standard_normal(shape)).astype(np.float32)
 
 
+@pytest.mark.soak
 @torch.no_grad()
 def test_full_alexnet_gives_every_stage_of_the_original():
     file = golden("alexnet_full")
@@ -139,7 +139,7 @@ def test_full_alexnet_gives_every_stage_of_the_original():
         assert hashlib.sha256(value.tobytes()).hexdigest() == sha, name
         state[name] = torch.tensor(value)
     net = alexnet.alexnet(config.AlexNet(), 224)
-    net.load_state_dict(alexnet.from_original(state, net))
+    net.load_state_dict(from_original(state))
     net = net.double().eval()
     for stage, out in zip(STAGES, net.outputs(views(file, "f64"), STAGES), strict=True):
         assert list(out.shape[1:]) == list(file[f"eval_f64_{stage}_shape"][1:]), stage
@@ -156,7 +156,7 @@ def test_small_nin_gives_the_original(name, stages, classes, pooled):
     images = torch.tensor(file["x"])
     for kind, dtype in DTYPES.items():
         net = Classifier(nin.Nin(stages=stages, pool_conv3=pooled, channels=(12, 10, 6)), classes)
-        net.load_state_dict(nin.from_original(weights(file, f"{name}__sd__"), net))
+        net.load_state_dict(from_original(weights(file, f"{name}__sd__"), "trunk."))
         net = net.to(dtype).eval()
         names = net.trunk.stages
         for stage, out in zip(names, net.trunk.outputs(images.to(dtype), names), strict=True):
@@ -217,47 +217,6 @@ def test_alexnet_refuses_smaller_images_and_names_the_way_out():
         alexnet.alexnet(config.AlexNet(), 62)
     with pytest.raises(UsageError, match="at least 29"):
         alexnet.alexnet(config.AlexNet(kernel=5, stride=2), 28)
-
-
-# ---- original checkpoints ----
-
-
-def test_original_keys_may_be_nested_and_prefixed(small):
-    net = small_alexnet(small, "f32")
-    state = {"network": {f"module.{k}": v for k, v in weights(small, "sd__").items()}, "epoch": 3}
-    assert set(alexnet.from_original(state, net)) == set(net.state_dict())
-
-
-def test_the_original_classifier_goes_to_the_head(small):
-    state = weights(small, "sd__")
-    state["_feature_blocks.9.0.weight"], state["_feature_blocks.9.0.bias"] = (
-        torch.ones(4, 48),
-        torch.ones(4),
-    )
-    trunk = small_alexnet(small, "f32")
-    net = Classifier(trunk, 4)
-    net.load_state_dict(alexnet.from_original(state, net))
-    assert (net.head.weight == 1).all()
-    assert set(alexnet.from_original(state, trunk)) == set(trunk.state_dict())
-
-
-def test_weights_of_another_size_are_refused_by_key_or_loaded_without_the_linears(small):
-    state = weights(small, "sd__")
-    net = alexnet.AlexNet(128, channels=(4, 6, 8, 5, 5), hidden=48)
-    with pytest.raises(
-        UsageError, match=r"fc_block.fc1.weight \(48, 180\) into \(48, 45\).*convolutions"
-    ):
-        alexnet.from_original(state, net)
-    found = alexnet.from_original(state, net, convolutions_only=True)
-    missing = net.load_state_dict(found, strict=False).missing_keys
-    assert missing
-    assert all(key.startswith("fc_block.") for key in missing)
-    assert (net.conv5.conv.weight == state["_feature_blocks.6.0.weight"]).all()
-
-
-def test_other_networks_are_refused(small):
-    with pytest.raises(UsageError, match=r"_feature_blocks\.0\.0\.weight"):
-        nin.from_original(weights(small, "sd__"), nin.Nin(channels=(12, 10, 6)))
 
 
 # ---- what every trunk promises ----

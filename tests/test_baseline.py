@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from original import from_original
 from torch import nn
 from truth import golden
 
@@ -21,7 +22,7 @@ def weights(file: dict[str, np.ndarray], prefix: str, net: nn.Module) -> dict:
     """Weights of the original's three nets, by the nets of the baseline."""
     start = f"{prefix}__feature__"
     theirs = {k.removeprefix(start): torch.from_numpy(v) for k, v in file.items() if start in k}
-    found = {"feature": alexnet.from_original(theirs, net)}
+    found = {"feature": from_original(theirs)}
     for ours, other in (("classifier", "classifier__fc_classifier"), ("norm", "norm__norm")):
         found[ours] = {
             leaf: torch.from_numpy(file[f"{prefix}__{other}.0.{leaf}"])

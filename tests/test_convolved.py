@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from original import from_original
 from test_run import assert_same_bits, go
 from torch import nn
 from truth import golden
@@ -103,7 +104,7 @@ def test_training_gives_the_originals_numbers(kind):
             stage.fuse = True
     compare(net(views(file, kind)), file[f"train_{kind}_fc_block"], kind)
     state = {**weights(file, "sd__"), **weights(file, f"train_{kind}_after__")}
-    after = alexnet.from_original(state, net)
+    after = from_original(state)
     for name, value in net.state_dict().items():
         if "running" in name:
             compare(value, after[name].numpy(), kind)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from original import from_original
 from torch import nn
 from truth import golden
 
@@ -152,7 +153,7 @@ def our_names(file: dict[str, np.ndarray], prefix: str, net: nn.Module) -> dict[
     """Weights of the original's three nets under our names."""
     start = f"{prefix}__feature__"
     theirs = {k.removeprefix(start): torch.from_numpy(v) for k, v in file.items() if start in k}
-    trunk = alexnet.from_original(theirs, net.get_submodule("trunk"))
+    trunk = from_original(theirs)
     found = {f"trunk.{k}": v for k, v in trunk.items()}
     for ours, other in (("rotation", "classifier__fc_classifier"), ("embed", "norm__norm")):
         for leaf in ("weight", "bias"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from original import from_original
 from test_backbones import MEAN, STAGES, STD, TOLERANCE, small_alexnet, views, weights
 from torch import nn
 from truth import golden
@@ -137,7 +138,7 @@ def test_the_original_network_is_the_one_over_cells_at_every_stage():
     file = golden("alexnet_small")
     plain = small_alexnet(file, "f64").eval()
     by_cells = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48, space_to_depth=True)
-    by_cells.load_state_dict(alexnet.from_original(weights(file, "sd__"), by_cells))
+    by_cells.load_state_dict(from_original(weights(file, "sd__")))
     by_cells = by_cells.double().eval()
     images = views(file, "f64")
     assert by_cells.space_to_depth is not None

@@ -1,16 +1,13 @@
 """AlexNet with batch norm and without groups, as RotNet and Rotation Feature Decoupling train it."""
 
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastrot import config
 from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.space_to_depth import SpaceToDepthConv2d, space_to_depth_of
-from fastrot.backbones.staged import Staged, fitted, scaled
+from fastrot.backbones.staged import Staged, scaled
 from fastrot.config import UsageError
 
 CHANNELS = (64, 192, 384, 256, 256)  # of conv1 ... conv5
@@ -103,29 +100,6 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     for _ in range(3):
         side = (side - 3) // 2 + 1
     return side
-
-
-def from_original(
-    state: Mapping[str, Any], net: nn.Module, *, convolutions_only: bool = False
-) -> dict[str, Tensor]:
-    """Weights of the original codes' AlexNet, under the names of `net` (an AlexNet, or a Classifier round one)."""
-    return fitted(state, _our_name, net, convolutions_only)
-
-
-_BLOCKS = {"0": "conv1", "2": "conv2", "4": "conv3", "5": "conv4", "6": "conv5"}
-_LINEARS = {"1": "fc1", "2": "bn1", "4": "fc2", "5": "bn2"}
-
-
-def _our_name(key: str) -> str | None:
-    match = re.fullmatch(r"_feature_blocks\.(\d)\.(\d)\.(\w+)", key)
-    if not match:
-        return None
-    block, layer, leaf = match.groups()
-    if block in _BLOCKS and layer in "01":
-        return f"{_BLOCKS[block]}.{('conv', 'bn')[int(layer)]}.{leaf}"
-    if block == "8" and layer in _LINEARS:
-        return f"fc_block.{_LINEARS[layer]}.{leaf}"
-    return f"head.{leaf}" if block == "9" and layer == "0" else None  # RotNet's classifier
 
 
 def _convolution(

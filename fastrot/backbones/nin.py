@@ -1,14 +1,11 @@
 """Network in network for 32x32 pictures, as RotNet trains it on CIFAR-10."""
 
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastrot import config
-from fastrot.backbones.staged import Staged, fitted, scaled
+from fastrot.backbones.staged import Staged, scaled
 from fastrot.config import UsageError
 
 CHANNELS = (192, 160, 96)  # of most layers, of the first block's second and of its third
@@ -46,26 +43,6 @@ def nin(cfg: config.Nin, size: int) -> Nin:
     """The network that the config describes; it takes images of any size."""
     wide, middle, narrow = (scaled(c, cfg.width) for c in CHANNELS)
     return Nin(stages=cfg.stages, pool_conv3=cfg.pool_conv3, channels=(wide, middle, narrow))
-
-
-def from_original(
-    state: Mapping[str, Any], net: nn.Module, *, convolutions_only: bool = False
-) -> dict[str, Tensor]:
-    """Weights of the original code's network, under the names of `net` (a Nin, or a Classifier round one)."""
-    return fitted(state, _our_name, net, convolutions_only)
-
-
-_LAYERS = {"1": "wide", "2": "point1", "3": "point2"}
-
-
-def _our_name(key: str) -> str | None:
-    if match := re.fullmatch(r"_feature_blocks\.\d+\.Classifier\.(\w+)", key):
-        return f"head.{match[1]}"
-    convolution = r"_feature_blocks\.\d+\.Block(\d+)_ConvB([123])\.layers\.(Conv|BatchNorm)\.(\w+)"
-    if match := re.fullmatch(convolution, key):
-        block, layer, kind, leaf = match.groups()
-        return f"conv{block}.{_LAYERS[layer]}.{'conv' if kind == 'Conv' else 'bn'}.{leaf}"
-    return None
 
 
 def _block(

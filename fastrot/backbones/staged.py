@@ -1,7 +1,6 @@
 """A network as named stages in a row, of which any may be read."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -60,44 +59,3 @@ def joined(stage: nn.Module, after: nn.Module) -> bool:
 def scaled(channels: int, width: float) -> int:
     """A layer's channels in a network `width` times as wide."""
     return max(1, round(channels * width))
-
-
-def fitted(
-    state: Mapping[str, Any],
-    rename: Callable[[str], str | None],
-    net: nn.Module,
-    convolutions_only: bool,
-) -> dict[str, Tensor]:
-    """An original code's weights under our names, checked against `net`: a trunk, or a Classifier round one.
-
-    A trunk leaves out the original's classifier. With `convolutions_only` the result lacks whatever
-    follows the convolutions, so it is loaded with `strict=False`.
-    """
-    own = net.state_dict()
-    whole = any(key.startswith("trunk.") for key in own)
-    state = state.get("network", state)  # the originals' checkpoint files hold more than weights
-    found, strange = {}, []
-    for key, value in state.items():
-        name = rename(key.removeprefix("module."))  # DataParallel's prefix
-        if name is None:
-            strange.append(key)
-        elif whole:
-            found[name if name.startswith("head.") else f"trunk.{name}"] = value
-        elif not name.startswith("head."):
-            found[name] = value
-    if convolutions_only:
-        found = {k: v for k, v in found.items() if k.removeprefix("trunk.").startswith("conv")}
-        own = {k: v for k, v in own.items() if k.removeprefix("trunk.").startswith("conv")}
-    strange += [k for k in found if k not in own]
-    strange += [k for k in own if k not in found and not k.endswith("num_batches_tracked")]
-    strange += [
-        f"{k} {tuple(found[k].shape)} into {tuple(own[k].shape)}"
-        for k in found.keys() & own.keys()
-        if found[k].shape != own[k].shape
-    ]
-    if strange:
-        raise UsageError(
-            f"these weights do not fit the network: {', '.join(sorted(strange))}; use the --image-size and "
-            "--backbone they were trained with, or load the convolutions alone (convolutions_only=True)"
-        )
-    return found
