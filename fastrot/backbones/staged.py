@@ -39,7 +39,8 @@ class Staged(nn.Module):
                     f"no stage is called {name!r}: choose from {', '.join(self.stages)}"
                 )
         seen = {}
-        coming = list(self.stages[: max(map(self.stages.index, names), default=-1) + 1])
+        # no max(..., default=): torch 2.11 cannot trace it
+        coming = list(self.stages[: 1 + max([-1, *(self.stages.index(name) for name in names)])])
         while coming:
             name = coming.pop(0)
             stage = self.get_submodule(name)
