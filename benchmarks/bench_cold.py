@@ -41,7 +41,7 @@ from fastrot.assemble import open_loader
 from fastrot.config import BLOCKS, RandomResized, UsageError
 from fastrot.core import CropRequest, View
 from fastrot.data import sampler
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import Packer
 from fastrot.disk import write_atomically
 from fastrot.entry import cores

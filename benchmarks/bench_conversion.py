@@ -87,7 +87,7 @@ class Shrunk(Dataset):
 
 def ffcvs_writer(root: str, out: str, workers: int) -> tuple[int, float]:
     """Pictures that FFCV's DatasetWriter wrote, and the CPU-seconds of its call; for a fresh process."""
-    from fastrot.data.beton import load_ffcv  # noqa: F401 (FFCV without its typed dict: 3 s less)
+    from fastrot.data.beton import ffcv  # noqa: F401 (FFCV without its typed dict: 3 s less)
 
     # isort: split
     from ffcv.fields import IntField, RGBImageField

@@ -33,8 +33,8 @@ from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, UsageError
 from fastrot.core import CropRequest, Data, View
+from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import WIDTH, firsts
-from fastrot.data.pack.read import open_pack
 from fastrot.ops.blocks import PackTensors, unpack_crops
 
 SIZE = 224  # pixels a side of a crop
@@ -217,7 +217,7 @@ class FullPack:
     format = "pack"
 
     def __init__(self, path: Path, pictures: int = IMAGENET):
-        self.few = open_pack(path)
+        self.few = PackFile(path)
         self.rows, self.classes = pictures, self.few.classes
         self.labels, self.keys = (
             np.resize(each, pictures) for each in (self.few.labels, self.few.keys)

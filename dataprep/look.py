@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
 
     from fastrot.core import Batch, Data
-    from fastrot.data.pack.read import PackFile
+    from fastrot.data.pack.file import PackFile
 
 ROTATIONS = ("upright", "90°", "180°", "270°")
 INK, FAINT = "#1f2328", "#7a828c"
@@ -88,7 +88,7 @@ def facts(data: "Data", path: Path, opened: float) -> Iterator[tuple[str, str]]:
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None:
             yield name, " ".join(f"{v:.4f}" for v in values) + "  (red, green, blue; 0 to 1)"
-    if rejected := getattr(data, "rejected", None):
+    if rejected := data.rejected:
         yield "left out", f"{len(rejected):,}, the first {rejected[0][0]!r}: {rejected[0][1]}"
     yield from of_labels(data)
     yield "fingerprint", data.fingerprint
@@ -120,7 +120,7 @@ def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_pack(data: "Data") -> bool:
-    return getattr(data, "format", None) == "pack"
+    return data.format == "pack"
 
 
 def of_pack(file: "PackFile") -> Iterator[tuple[str, str]]:

@@ -59,7 +59,7 @@ def open_data(
 ) -> Data:
     """Open prepared pictures: what one of FORMATS reads, or `synthetic[:IMAGES]`.
 
-    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/load.py. Raises
+    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/read.py. Raises
     UsageError, naming `knob`, for what is no known format.
     """
     name, path = str(path), Path(path)
@@ -107,19 +107,19 @@ def _synthetic(name: str, loader: str, knob: str) -> Data:
 
 
 def _beton(path: Path, _: config.Placement) -> Data:
-    from fastrot.data.beton.load import Beton
+    from fastrot.data.beton.read import Beton
 
     return Beton(path)
 
 
 def _tars(path: Path, _: config.Placement) -> Data:
-    from fastrot.data.tars.load import Tars
+    from fastrot.data.tars.read import Tars
 
     return Tars(path)
 
 
 def _pack(path: Path, placement: config.Placement) -> Data:
-    from fastrot.data.pack.load import Pack
+    from fastrot.data.pack.read import Pack
 
     return Pack(path, placement)
 
@@ -189,7 +189,7 @@ def format_of(path: Path) -> str | None:
 
 def _through_ffcv(path: Path) -> Data:
     try:
-        from fastrot.data.beton.load_ffcv import FfcvBeton
+        from fastrot.data.beton.ffcv import FfcvBeton
     except ImportError as error:  # not installed, or without its system libraries
         raise UsageError(
             f"--loader ffcv cannot import FFCV ({error}): run  make ffcv  to install it, or choose --loader beton"
@@ -209,7 +209,7 @@ def _through_dali(data: Any, what: str) -> Data:
     if data.format not in ("tars", "folder", "beton") or raw:
         raise UsageError(_NOT_FOR_DALI.format(what))
     try:
-        from fastrot.data.dali import ThroughDali
+        from fastrot.data.tars.dali import ThroughDali
     except ImportError as error:  # not installed, or without its system libraries
         raise UsageError(
             f"--loader dali cannot import DALI ({error}): run  make dali  to install it, or choose another --loader"

@@ -1,13 +1,13 @@
-"""The nouns that all floors share: View, CropRequest, Batch, DataInfo, Losses, Data, Method.
+"""The nouns that all floors share: View, CropRequest, Batch, DataInfo, Losses, Data, Reader, Method.
 
 Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in the prepared data.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,21 +32,34 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class CropRequest:
-    """The work of one batch: which box of which row. One array per recipe of the view."""
+    """What a batch is made of: which box of which row, an array for each crop of the view."""
 
     rows: tuple[
         Int64[np.ndarray, "b 6"], ...
     ]  # index, y, x, height, width, flip; see data/crops.py
     sizes: tuple[int, ...]  # pixels a side of the crops
-    errors: list[tuple[int, str]] = field(default_factory=list)  # place in the batch, one sentence
     prefetch: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
+
+
+class Decoded(NamedTuple):
+    """What became of a CropRequest."""
+
+    crops: tuple[UInt8[Tensor, "b _s _s 3"], ...]  # in host memory, pinned for a GPU, or on it
+    errors: list[tuple[int, str]]  # place in the batch and a sentence: those crops hold anything
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A batch under way."""
+
+    result: Callable[[], Decoded]  # waits for it; asked once, in the order of `begin`
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Crops on the device, with what addresses them."""
 
-    crops: tuple[UInt8[Tensor, "b _s _s 3"], ...]  # one per recipe of the view; sizes may differ
+    crops: tuple[UInt8[Tensor, "b _s _s 3"], ...]  # one per crop of the view; sizes may differ
     index: Int64[Tensor, " b"]  # row of the prepared data, the same every epoch
     label: Int64[Tensor, " b"]  # -1 where the data has none
     epoch_step: Int64[Tensor, " 2"]  # (epoch, step) on the device: a captured graph reads today's
@@ -107,36 +120,63 @@ class DamagedRecord(RunError):
     """A picture whose bytes are not those that were written, or cannot be read."""
 
 
-@runtime_checkable
-class Data(Protocol):
-    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes.
+class Data(ABC):
+    """Prepared pictures, opened once per process; knows its format and nothing of order or boxes."""
 
-    It may have `place(rows, device)`, which a Loader calls with the rows (None: all) that it will ask for, and
-    `describe()`, lines for the beginning of a run, and `decoder`, who decodes where that is not fastrot itself.
-    """
-
+    format: str  # the word of --loader
     rows: int
     labels: Int64[np.ndarray, " n"]  # -1 where there is none
     classes: tuple[str, ...]
     keys: np.ndarray  # uint64 [n]: hash of each path relative to the source's root
     fingerprint: str  # of keys and labels: which picture is which row
-    mean: tuple[float, ...] | None  # pixel statistics, where the format carries them
-    std: tuple[float, ...] | None
+    mean: tuple[float, ...] | None = None  # pixel statistics, where the format carries them
+    std: tuple[float, ...] | None = None
+    numbers: Int64[np.ndarray, " n"] | None = None  # in torchvision's ImageFolder; None: the row
+    rejected: Sequence[tuple[str, str]] = ()  # path and reason of files that are no row
+    decoder: str = "fastrot's own"
+    chosen: str | None = None  # where `place` has put the pictures for a GPU: resident, pinned
 
+    @abstractmethod
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         """Heights and widths after EXIF orientation."""
-        ...
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Boxes in, uint8 crops [b, s, s, 3] out, in order, read ahead: in host memory (pinned where
-        `device` is a GPU) or on the device. Closing the iterator ends its workers.
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """Where the picture came from."""
 
-        A picture that cannot be read is noted in its `CropRequest.errors` before the crops are handed out, and
-        its crops hold anything: what follows from that is the Loader's to decide.
-        """
-        ...
+    @abstractmethod
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a picture as they are kept. Raises DamagedRecord."""
+
+    @abstractmethod
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole picture, upright. Raises DamagedRecord."""
+
+    @abstractmethod
+    def open_reader(self, device: torch.device, workers: int) -> "Reader":
+        """What makes crops for this device, with so many threads or processes; 0: the caller's own."""
+
+    def place(self, rows: Int64[np.ndarray, " n"] | None, device: torch.device) -> None:  # noqa: B027
+        """Hear which rows (None: all) a Loader will ask for, and where: before its first epoch."""
+
+    def describe(self) -> list[str]:
+        """Lines for the beginning of a run: what decodes, and where the pictures are."""
+        return []
+
+
+class Reader(ABC):
+    """Makes the crops of an epoch, batch by batch; whoever opened it closes it."""
+
+    @abstractmethod
+    def begin(self, request: CropRequest) -> Pending:
+        """Begin a batch, and do not wait for it."""
+
+    def ahead(self, images: int) -> int:
+        """How many batches of so many images should be under way beyond the one that is waited for."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027
+        """End its threads and processes, with what is under way."""
 
 
 class Method(ABC):
@@ -149,7 +189,7 @@ class Method(ABC):
     def crops(
         cfg: Any,
     ) -> tuple[Crop, ...]:  # * from its config: data is opened before the method is built
-        """Recipes of the crops that it wants in training."""
+        """The crops that it wants in training."""
         return (cfg.crop,)
 
     @staticmethod

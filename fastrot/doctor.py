@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         budget = probe.TimeBudget(wanted.seconds, told)
         found = probe.examine(cfg, data, device, workers=workers, budget=budget, val=val)
     found = dataclasses.replace(found, opened=opened + found.opened)
-    subject = Subject(cfg, str(getattr(data, "format", "")), surroundings(device))
+    subject = Subject(cfg, data.format, surroundings(device))
     print("\n".join(entry.printable(line) for line in describe(found, subject)))
     if wanted.json is not None:
         from fastrot.disk import replace_bytes
@@ -323,7 +323,7 @@ def how_many_workers(found: "Measurements", subject: Subject) -> str:
 
 
 def _fits(found: "Measurements", here: Surroundings) -> str:
-    from fastrot.data.pack.load import choose
+    from fastrot.data.pack.read import choose
 
     assert here.gpu is not None
     return choose("auto", found.pack_bytes, *here.gpu, "")
@@ -331,7 +331,7 @@ def _fits(found: "Measurements", here: Surroundings) -> str:
 
 def whether_a_pack_fits(found: "Measurements", subject: Subject) -> str:
     """Into this GPU's memory."""
-    from fastrot.data.pack.load import KEPT_FOR_TRAINING
+    from fastrot.data.pack.read import KEPT_FOR_TRAINING
 
     if subject.format == "pack":
         what = f"this pack is {entry.in_bytes(found.pack_bytes)}"

@@ -10,7 +10,7 @@ from truth import photo
 
 from benchmarks import bench_cold
 from fastrot.config import BLOCKS
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 
 pytestmark = pytest.mark.skipif(

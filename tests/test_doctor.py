@@ -24,10 +24,10 @@ from fastrot.data import folder as folder_module
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.beton.write import convert as write_beton
 from fastrot.data.loader import Loader
-from fastrot.data.pack.load import Pack
+from fastrot.data.pack.read import Pack
 from fastrot.data.pack.write import PackOptions
 from fastrot.data.pack.write import convert as convert_to_pack
-from fastrot.data.tars.load import Tars
+from fastrot.data.tars.read import Tars
 from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 from fastrot.presets import PRESETS

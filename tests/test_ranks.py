@@ -11,7 +11,7 @@ from torch.distributed import DistBackendError, DistNetworkError
 
 from fastrot import assemble, config, dist, train
 from fastrot.core import DamagedRecord
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.training import session
 

@@ -19,7 +19,7 @@ from fastrot import assemble, config, dist, train
 from fastrot.config import RunError, UsageError
 from fastrot.core import View
 from fastrot.data import crops
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.training import checkpoint, loop, session
 from fastrot.training.state import Progress

@@ -1,6 +1,6 @@
-"""Which box and flip of row i: a pure function of (recipe, seed, epoch, index, view), and the one resampler.
+"""Which box and flip of row i: a pure function of (crop, seed, epoch, index, view), and the one resampler.
 
-A recipe is nothing but a box rule, in numpy float64 on the CPU, always: every loader on every device gets the
+A crop is nothing but a box rule, in numpy float64 on the CPU, always: every loader on every device gets the
 same integers. A box is (y, x, height, width) in pixels of the picture after EXIF orientation; it may reach over
 the border, where pixels are 0. Boxes travel to the loaders as int64 rows (index, y, x, height, width, flip).
 """
@@ -21,7 +21,7 @@ cv2.setNumThreads(
 
 
 def boxes(
-    recipe: Crop,
+    crop: Crop,
     heights: Int32[np.ndarray, " b"],
     widths: Int32[np.ndarray, " b"],
     *,
@@ -32,34 +32,34 @@ def boxes(
 ) -> tuple[Int32[np.ndarray, "b 4"], Bool[np.ndarray, " b"]]:
     """Boxes [b, 4] and flips [b] of pictures of the given sizes. 3.7 us a picture in a batch of 256."""
     draw = _Draws(seed, epoch, view, index)
-    flip = draw.share(0) < 0.5 if recipe.flip else np.zeros(len(index), bool)
+    flip = draw.share(0) < 0.5 if crop.flip else np.zeros(len(index), bool)
     h, w = heights.astype(np.float64), widths.astype(np.float64)
-    if isinstance(recipe, RandomResized):
-        box = _random_resized(recipe, h, w, draw)
-    elif isinstance(recipe, Within):
-        side = np.maximum(np.rint(np.minimum(h, w) * recipe.size / recipe.short), 1)
+    if isinstance(crop, RandomResized):
+        box = _random_resized(crop, h, w, draw)
+    elif isinstance(crop, Within):
+        side = np.maximum(np.rint(np.minimum(h, w) * crop.size / crop.short), 1)
         free_y, free_x = h - side, w - side
-        if recipe.random:
+        if crop.random:
             box = draw.whole(1, free_y), draw.whole(2, free_x), side, side
         else:
             box = np.rint(free_y / 2), np.rint(free_x / 2), side, side
-    elif isinstance(recipe, Shifted):
-        side = np.full(len(index), float(recipe.size))
-        free_y, free_x = h - side + 2 * recipe.pad, w - side + 2 * recipe.pad
-        box = draw.whole(1, free_y) - recipe.pad, draw.whole(2, free_x) - recipe.pad, side, side
+    elif isinstance(crop, Shifted):
+        side = np.full(len(index), float(crop.size))
+        free_y, free_x = h - side + 2 * crop.pad, w - side + 2 * crop.pad
+        box = draw.whole(1, free_y) - crop.pad, draw.whole(2, free_x) - crop.pad, side, side
     else:
         box = np.zeros_like(h), np.zeros_like(w), h, w
     return np.stack(box, axis=1).astype(np.int32), flip
 
 
-def _random_resized(recipe: RandomResized, h, w, draw: "_Draws"):
+def _random_resized(crop: RandomResized, h, w, draw: "_Draws"):
     """The distribution of torchvision: area and log aspect even, ten tries, then the largest centred box."""
-    low, high = np.log(recipe.ratio)
+    low, high = np.log(crop.ratio)
     y, x, bh, bw = (np.zeros_like(h) for _ in range(4))
     left = np.arange(len(h))  # still without a box
     for t in range(TRIES):
         d = draw.of(left)
-        area = h[left] * w[left] * d.between(4 * t + 1, *recipe.scale)
+        area = h[left] * w[left] * d.between(4 * t + 1, *crop.scale)
         ratio = np.exp(d.between(4 * t + 2, low, high))
         tw, th = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (tw >= 1) & (tw <= w[left]) & (th >= 1) & (th <= h[left])
@@ -71,9 +71,9 @@ def _random_resized(recipe: RandomResized, h, w, draw: "_Draws"):
             break
     if len(left):
         hl, wl = h[left], w[left]
-        wide, tall = wl / hl > recipe.ratio[1], wl / hl < recipe.ratio[0]
-        bw[left] = np.where(wide, np.maximum(np.rint(hl * recipe.ratio[1]), 1), wl)
-        bh[left] = np.where(tall, np.maximum(np.rint(wl / recipe.ratio[0]), 1), hl)
+        wide, tall = wl / hl > crop.ratio[1], wl / hl < crop.ratio[0]
+        bw[left] = np.where(wide, np.maximum(np.rint(hl * crop.ratio[1]), 1), wl)
+        bh[left] = np.where(tall, np.maximum(np.rint(wl / crop.ratio[0]), 1), hl)
         y[left], x[left] = np.floor((hl - bh[left]) / 2), np.floor((wl - bw[left]) / 2)
     return y, x, bh, bw
 
@@ -102,26 +102,26 @@ class _Draws:
         return np.floor(self.share(number) * (most + 1))
 
 
-def plain(recipe: Crop) -> Crop:
-    """The evaluation view of a training recipe: centred, never mirrored."""
-    if isinstance(recipe, (RandomResized, Within)):
-        short = round(recipe.size * 256 / 224)
-        return Within(size=recipe.size, short=short, random=False, flip=False)
-    return Whole(size=recipe.size, flip=False)
+def plain(crop: Crop) -> Crop:
+    """The evaluation view of a training crop: centred, never mirrored."""
+    if isinstance(crop, (RandomResized, Within)):
+        short = round(crop.size * 256 / 224)
+        return Within(size=crop.size, short=short, random=False, flip=False)
+    return Whole(size=crop.size, flip=False)
 
 
-def check_sizes(recipe: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = False) -> None:
+def check_sizes(crop: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = False) -> None:
     """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
     short = sizes.min(axis=1)
-    if isinstance(recipe, Shifted) and (short < recipe.size).any():
+    if isinstance(crop, Shifted) and (short < crop.size).any():
         raise UsageError(
-            f"the crop is {recipe.size} pixels a side, but row {int(short.argmin())} has a short side of "
+            f"the crop is {crop.size} pixels a side, but row {int(short.argmin())} has a short side of "
             f"{int(short.min())}: set --image-size {int(short.min())}, or prepare larger pictures"
         )
     middle = int(np.median(short))
-    if not isinstance(recipe, (Shifted, Whole)) and middle < recipe.size and not enlarge:
+    if not isinstance(crop, (Shifted, Whole)) and middle < crop.size and not enlarge:
         raise UsageError(
-            f"the crop is {recipe.size} pixels a side, but half of the pictures have a short side of at most "
+            f"the crop is {crop.size} pixels a side, but half of the pictures have a short side of at most "
             f"{middle}: set --image-size {middle} or smaller, or --enlarge to stretch them"
         )
 

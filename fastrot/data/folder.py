@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord
-from fastrot.data import crops, pictures
+from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending, Reader
+from fastrot.data import pictures
 from fastrot.data.files import too_long, without_waiting
 from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.reader import fill_decoded
 from fastrot.data.sources.open import open_source
 from fastrot.data.sources.records import Source
 from fastrot.disk import write_atomically
@@ -42,16 +43,10 @@ _AT_ONCE = 16  # threads; they hide the latency of disks and networks
 _TASK = 256  # files
 
 
-class Folder:
-    """An image folder as `core.Data`.
-
-    rejected   (path, reason) of what is named like a picture and cannot be read: not a row
-    numbers    each row's index in torchvision's ImageFolder, where these differ; None: the row itself
-    """
+class Folder(Data):
+    """An image folder as `core.Data`."""
 
     format = "folder"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     def __init__(self, root: str | Path, *, label_from: Literal["folder", "none"] = "folder"):
         source = open_source("imagefolder", root, label_from=label_from, by_name=True)
@@ -92,40 +87,14 @@ class Folder:
             return np.frombuffer(_bytes(self.root, self._paths[row]), np.uint8)
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole picture. Raises DamagedRecord."""
         with _named(row, self._paths[row]):
             return _read(self.root, self._paths[row], self._sizes[row].tolist())
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Crops of each CropRequest of `plan`, in order; `workers` processes decode, 0: this one does.
+    def open_reader(self, device: torch.device, workers: int) -> "_FolderReader":
+        """`workers` processes decode."""
+        return _FolderReader(self, device, workers)
 
-        The plan is drawn in this process, two batches a worker ahead.
-        """
-        ahead: deque[CropRequest] = deque()
-        jobs = DataLoader(
-            _Worker(str(self.root)),  # type: ignore[arg-type]  # a map from jobs, not from numbers
-            sampler=(self._job(request, ahead) for request in plan),
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context=_context() if workers else None,
-            worker_init_fn=_begin_worker,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else its seed is drawn from torch's global state
-        )
-        # workers inherit it: one that died of a warning would end the run
-        with entry.warnings_held_back():
-            done = iter(jobs)
-        try:
-            for out, errors in done:
-                ahead.popleft().errors.extend((place, reason) for place, reason in errors)
-                yield tuple(out)
-        finally:
-            del done  # ends the workers
-
-    def _job(self, request: CropRequest, ahead: deque[CropRequest]) -> "_Job":
-        ahead.append(request)
+    def job(self, request: CropRequest) -> "_Job":
         index = request.rows[0][:, 0]
         return request, [self._paths[row] for row in index], self._sizes[index]
 
@@ -134,32 +103,72 @@ class Folder:
 _Job = tuple[CropRequest, list[str], Int32[np.ndarray, "b 2"]]
 
 
+class _Jobs(deque[_Job]):
+    """Jobs that the DataLoader has not drawn: a sampler that goes on where it has ended."""
+
+    def __iter__(self) -> Iterator[_Job]:
+        return self
+
+    def __next__(self) -> _Job:
+        if not self:
+            raise StopIteration
+        return self.popleft()
+
+
+class _FolderReader(Reader):
+    """Torch's DataLoader: it sends jobs to its workers when it is asked for a batch, two a worker ahead."""
+
+    def __init__(self, folder: Folder, device: torch.device, workers: int):
+        self._folder, self._workers = folder, workers
+        self._jobs = _Jobs()
+        self._loader = DataLoader(
+            _Worker(str(folder.root)),  # type: ignore[arg-type]  # a map from jobs, not from numbers
+            sampler=self._jobs,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_begin_worker,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else its seed is drawn from torch's global state
+        )
+        self._done: Iterator[Decoded] | None = None
+
+    def begin(self, request: CropRequest) -> Pending:
+        self._jobs.append(self._folder.job(request))
+        return Pending(self._next)
+
+    def ahead(self, images: int) -> int:
+        return 2 * self._workers
+
+    def _next(self) -> Decoded:
+        if self._done is None:
+            # workers inherit it: one that died of a warning would end the run
+            with entry.warnings_held_back():
+                self._done = iter(self._loader)
+        cropped, errors = next(self._done)
+        return Decoded(tuple(cropped), [(place, why) for place, why in errors])
+
+    def close(self) -> None:
+        self._done = None  # ends the workers
+
+
 class _Worker:
-    """Lives in the worker processes: a job in; crops out, with what of them is errors."""
+    """Lives in the worker processes: a job in; crops out, with what of them cannot be read."""
 
     def __init__(self, root: str):
         self.root = root
 
     def __getitem__(self, job: _Job) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
         request, paths, sizes = job
-        out = tuple(
-            torch.empty(len(paths), size, size, 3, dtype=torch.uint8) for size in request.sizes
-        )
-        errors = []
-        for place, (path, size) in enumerate(zip(paths, sizes.tolist(), strict=True)):
-            row = int(request.rows[0][place, 0])
-            try:
-                with _named(row, path):
-                    picture = _read(self.root, path, size)
-            except DamagedRecord as error:
-                errors.append((place, str(error)))
-                continue
-            try:
-                for box, crop in zip(request.rows, out, strict=True):
-                    crops.resample(picture, box[place], crop[place].numpy())
-            except Exception as e:
-                raise RuntimeError(f"row {row}, {path!r}, cannot be cropped: {e}") from e
-        return out, errors
+        rows = request.rows[0][:, 0]
+
+        def decode(place: int) -> np.ndarray:
+            with _named(int(rows[place]), paths[place]):
+                return _read(self.root, paths[place], sizes[place].tolist())
+
+        shapes = ((len(paths), size, size, 3) for size in request.sizes)
+        out = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+        return out, fill_decoded(decode, request, out, range(len(paths)))
 
 
 @contextmanager

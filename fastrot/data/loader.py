@@ -4,12 +4,14 @@
 the same batches.
 """
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import Batch, CropRequest, DamagedRecord, Data, View
+from fastrot.core import Batch, CropRequest, DamagedRecord, Data, Pending, Reader, View
 from fastrot.data import crops, sampler
 
 
@@ -55,6 +57,8 @@ class Loader:
         self.data, self.view, self.batch, self.seed = data, view, batch, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # cuda is not cuda:0 to torch
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.rows = None if view.rows is None else _read_rows(view.rows, data.rows)
         self.images = data.rows if self.rows is None else len(self.rows)
         if not self.images:
@@ -74,10 +78,9 @@ class Loader:
                 f"--order-block {view.blocks[0]} is more than the {own} pictures that are to be mixed: "
                 f"set {own} or fewer, or --order full"
             )
-        for recipe in view.crops:
-            crops.check_sizes(recipe, data.sizes(self._all_rows()), enlarge=enlarge)
-        if place := getattr(data, "place", None):  # of those that lay pictures out for the device
-            place(self._share, self.device)
+        for crop in view.crops:
+            crops.check_sizes(crop, data.sizes(self._all_rows()), enlarge=enlarge)
+        data.place(self._share, self.device)
         seen = b"all" if self.rows is None else self.rows.tobytes()
         self.fingerprint = hashlib.blake2b(
             data.fingerprint.encode() + seen, digest_size=16
@@ -85,102 +88,81 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
-        if self.view.owned:  # ranks own up to one row more or less, but step together
-            return self.images // self.world // self.batch
-        return sampler.batches(
-            self.images,
-            batch=self.batch,
-            rank=self.rank,
-            world=self.world,
-            ragged=not self.view.shuffled,
-        )
+        return self._batches_of(self.rank)
 
     @property
     def min_batches(self) -> int:
         """Batches per epoch that every rank draws: the last rank has the fewest."""
-        last = {"batch": self.batch, "rank": self.world - 1, "world": self.world}
-        return (
-            len(self)
-            if self.view.owned
-            else sampler.batches(self.images, **last, ragged=not self.view.shuffled)
-        )
+        return self._batches_of(self.world - 1)
+
+    def _batches_of(self, rank: int) -> int:
+        if self.view.owned:  # ranks own up to one row more or less, but step together
+            return self.images // self.world // self.batch
+        how = {"batch": self.batch, "rank": rank, "world": self.world}
+        return sampler.batches(self.images, **how, ragged=not self.view.shuffled)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
-        steps = range(start, len(self))
-        rows = self._order(number)
-        ahead: deque[CropRequest] = deque()  # of the batches that are read ahead, oldest first
-
-        def plan() -> Iterator[CropRequest]:
-            for k in steps:
-                request = self.request(rows[self._places(k)], number)
-                if isinstance(rows, sampler.BlockSampler):
-                    request = dataclasses.replace(request, prefetch=self._prefetch(rows, k, start))
-                ahead.append(request)
-                yield ahead[-1]
-
-        pictures = self.data.pictures(plan(), self.device, self.workers)
-        batches = (
-            batch
-            for k, crop in zip(steps, pictures, strict=True)
-            if (batch := self._batch(ahead.popleft(), crop, number, k)) is not None
-        )
-        try:
+        reader = self.data.open_reader(self.device, self.workers)
+        with contextlib.closing(reader):
+            batches = self._batches(reader, number, start)
             yield from (
                 batches if self.device.type != "cuda" else _copied_ahead(batches, self.device)
             )
-        finally:
-            batches.close()
-            getattr(pictures, "close", lambda: None)()
+
+    def _batches(self, reader: Reader, number: int, start: int) -> Iterator[Batch]:
+        rows, ahead = self._order(number), reader.ahead(self.batch)
+        pending = deque[tuple[int, CropRequest, Pending]]()
+        steps = iter(range(start, len(self)))
+        while True:
+            for k in itertools.islice(steps, ahead + 1 - len(pending)):
+                request = self.request(rows[self._places(k)], number)
+                if isinstance(rows, sampler.BlockSampler):
+                    request = replace(request, prefetch=self._prefetch(rows, k, start))
+                pending.append((k, request, reader.begin(request)))
+            if not pending:
+                return
+            yield from self._batch(number, *pending.popleft())
 
     def request(self, index: np.ndarray, epoch: int) -> CropRequest:
-        """Boxes and flips of rows in an epoch, one array for each recipe of the view."""
-        sizes = self.data.sizes(index)
-        each = []
-        for view, recipe in enumerate(self.view.crops):
-            box, flip = crops.boxes(
-                recipe,
-                sizes[:, 0],
-                sizes[:, 1],
-                seed=self.seed,
-                epoch=epoch,
-                index=index,
-                view=view,
-            )
+        """Boxes and flips of rows in an epoch, an array for each crop of the view."""
+        heights, widths = self.data.sizes(index).T
+        address, each = {"seed": self.seed, "epoch": epoch, "index": index}, []
+        for view, crop in enumerate(self.view.crops):
+            box, flip = crops.boxes(crop, heights, widths, **address, view=view)
             each.append(
                 np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
             )
-        return CropRequest(tuple(each), tuple(recipe.size for recipe in self.view.crops))
+        return CropRequest(tuple(each), tuple(crop.size for crop in self.view.crops))
 
-    def _batch(
-        self, request: CropRequest, crop: tuple[Tensor, ...], epoch: int, k: int
-    ) -> Batch | None:
-        """None: all its pictures are skipped."""
+    def _batch(self, epoch: int, k: int, request: CropRequest, pending: Pending) -> Iterator[Batch]:
+        """Batch `k`; nothing where all its pictures are skipped."""
+        cropped, errors = pending.result()
         index = request.rows[0][:, 0].copy()
-        if request.errors:
-            places = self._sound_places(request)
+        if errors:
+            places = self._sound_places(len(index), errors)
             if not len(places):
-                return None
+                return
             index = index[places]
-            crop = tuple(each[torch.from_numpy(places).to(each.device)] for each in crop)
-        return Batch(
-            crops=crop,
+            cropped = tuple(each[torch.from_numpy(places).to(each.device)] for each in cropped)
+        yield Batch(
+            crops=cropped,
             index=torch.from_numpy(index),
             label=torch.from_numpy(self.data.labels[index]),
             epoch_step=torch.tensor([epoch, epoch * len(self) + k], dtype=torch.int64),
         )
 
-    def _sound_places(self, request: CropRequest) -> np.ndarray:
-        """The places of a batch that its pictures are taken from, where some are spoilt."""
-        reasons = [reason for _, reason in sorted(request.errors)]
+    def _sound_places(self, images: int, errors: list[tuple[int, str]]) -> np.ndarray:
+        """The places of a batch that its pictures are taken from, where some cannot be read."""
+        reasons = [reason for _, reason in sorted(errors)]
         if self.on_bad_record == "stop":
             raise DamagedRecord(f"{reasons[0]}, or leave it out with --on-bad-record skip")
         for reason in reasons:
             if reason not in self.skipped:
                 self.skipped.add(reason)
                 logging.getLogger("fastrot").warning("skipped: %s", reason)
-        places = np.arange(len(request.rows[0]))
-        sound = np.setdiff1d(places, [place for place, _ in request.errors])
+        places = np.arange(images)
+        sound = np.setdiff1d(places, [place for place, _ in errors])
         if not self.view.shuffled:
             return sound
         if not len(sound):
@@ -206,14 +188,8 @@ class Loader:
     def _places(self, k: int) -> np.ndarray:
         rank, world = self._shared_by
         images = self.images if self._share is None else len(self._share)
-        return sampler.places(
-            images,
-            batch=self.batch,
-            rank=rank,
-            world=world,
-            number=k,
-            ragged=not self.view.shuffled,
-        )
+        how = {"batch": self.batch, "rank": rank, "world": world, "number": k}
+        return sampler.places(images, **how, ragged=not self.view.shuffled)
 
     def _own_rows(self) -> np.ndarray:
         return self._all_rows()[self.rank :: self.world]

@@ -16,6 +16,7 @@ from jaxtyping import Int64, UInt8
 
 UNKNOWN = "path unknown"
 
+Triple = tuple[float, ...]
 _SEAL = b',\n "crc": '
 
 
@@ -37,6 +38,14 @@ def unsealed(document: bytes) -> dict[str, Any]:
         raise ValueError("its checksum does not agree")
     facts.pop("crc", None)
     return facts
+
+
+def known(facts: dict[str, Any]) -> tuple[Triple | None, Triple | None, np.ndarray | None]:
+    """mean, std and numbers of `core.Data`, where the document has them."""
+    triples = (facts.get(name) for name in ("mean", "std"))
+    mean, std = (None if each is None else tuple(map(float, each)) for each in triples)
+    numbers = facts.get("numbers")
+    return mean, std, None if numbers is None else np.array(numbers, np.int64)
 
 
 def side(base: Path, name: str) -> Path:

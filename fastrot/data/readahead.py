@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Integer
 
 from fastrot.core import CropRequest
 
@@ -35,7 +35,9 @@ def announce(
 
 
 def runs(
-    files: Int64[np.ndarray, " n"], ptr: UInt64[np.ndarray, " n"], size: UInt64[np.ndarray, " n"]
+    files: Integer[np.ndarray, " n"],
+    ptr: Integer[np.ndarray, " n"],
+    size: Integer[np.ndarray, " n"],
 ) -> Iterator[tuple[int, int, int]]:
     """File, first byte (of a page of memory) and length of records that lie side by side, in pieces.
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from fastrot.core import CropRequest
+
 KEPT = 8  # free buffers of one size; what is beyond goes back to the system
 
 
@@ -21,14 +23,18 @@ class Ring:
     which also waits for copies under way.
     """
 
-    def __init__(self, *, pinned: bool = False):
-        self.pinned = pinned
+    def __init__(self) -> None:
         self._free: dict[int, deque[np.ndarray]] = {}  # by size in bytes
 
-    def take(self, images: int, size: int) -> UInt8[Tensor, "b s s 3"]:
+    def buffers(self, request: CropRequest, *, pinned: bool = False) -> tuple[Tensor, ...]:
+        """A buffer of any content for each crop of a batch."""
+        images = len(request.rows[0])
+        return tuple(self.take(images, size, pinned=pinned) for size in request.sizes)
+
+    def take(self, images: int, size: int, *, pinned: bool = False) -> UInt8[Tensor, "b s s 3"]:
         """A buffer of any content."""
         shape = (images, size, size, 3)
-        if self.pinned:
+        if pinned:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         free = self._free.setdefault(math.prod(shape), deque(maxlen=KEPT))
         try:

@@ -1,20 +1,23 @@
 """Pictures that cost nothing: the ceiling of every loader, and data for trying where there is none."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
-from fastrot.core import CropRequest
+from fastrot.core import CropRequest, Data
 from fastrot.data.keys import order_fingerprint
+from fastrot.data.reader import ThreadedReader
+from fastrot.data.ring import Ring
 
 IMAGES = 1_281_167  # as many as ImageNet's, so that an epoch costs what one of ImageNet would
 SIDE = 256  # pixels; the pictures' height and width
 CLASSES = 1000
 
 
-class Synthetic:
+class Synthetic(Data):
     """`core.Data` of random pixels: `synthetic`, or `synthetic:1000` for a thousand pictures.
 
     Crops are cut from one fixed strip of noise, at an offset that follows from row and box: equal boxes of
@@ -22,8 +25,6 @@ class Synthetic:
     """
 
     format = "synthetic"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     def __init__(self, images: int = IMAGES):
         self.rows = images
@@ -34,6 +35,7 @@ class Synthetic:
         )  # spread evenly
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self._noise = np.random.default_rng(0).integers(0, 256, 2**22, dtype=np.uint8)
+        self._ring = Ring()
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         return np.full((len(rows), 2), SIDE, np.int32)
@@ -41,18 +43,27 @@ class Synthetic:
     def name(self, row: int) -> str:
         return f"noise {row}"
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        pinned = device.type == "cuda"
-        for request in plan:
-            crops = []
-            for rows, size in zip(request.rows, request.sizes, strict=True):
-                out = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
-                flat = out.numpy().reshape(len(rows), -1)
-                length = flat.shape[1]
-                starts = (rows @ np.array([7919, 31, 37, 41, 43, 47])) % (len(self._noise) - length)
-                for i, start in enumerate(starts.tolist()):
-                    flat[i] = self._noise[start : start + length]
-                crops.append(out)
-            yield tuple(crops)
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        return self.picture(row).reshape(-1)
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        out = np.empty((1, SIDE, SIDE, 3), np.uint8)
+        self._cut(np.array([[row, 0, 0, SIDE, SIDE, 0]]), out)
+        return out[0]
+
+    def open_reader(self, device: torch.device, workers: int) -> ThreadedReader:
+        return ThreadedReader(self._fill, self._ring, device, 0)
+
+    def _fill(
+        self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
+    ) -> list[tuple[int, str]]:
+        for rows, crop in zip(request.rows, out, strict=True):
+            self._cut(rows, crop.numpy())
+        return []
+
+    def _cut(self, rows: np.ndarray, out: np.ndarray) -> None:
+        flat = out.reshape(len(rows), -1)
+        length = flat.shape[1]
+        starts = (rows @ np.array([7919, 31, 37, 41, 43, 47])) % (len(self._noise) - length)
+        for i, start in enumerate(starts.tolist()):
+            flat[i] = self._noise[start : start + length]

@@ -422,8 +422,8 @@ def run_identity_of(
         "threads": torch.get_num_threads(),
         "device": machine.device_name(device),
         "torch": str(torch.__version__),
-        "decoder": getattr(data, "decoder", "fastrot's own"),
-        "data": f"{getattr(data, 'format', type(data).__name__)} {cfg.data}",
+        "decoder": data.decoder,
+        "data": f"{data.format} {cfg.data}",
     }
 
 
@@ -573,7 +573,7 @@ def _greeting(cfg, state: TrainState, loader, val_loader, run, run_identity, sav
             if state.device.type == "cpu"
             else ""
         ),
-        *getattr(loader.data, "describe", list)(),
+        *loader.data.describe(),
         *state.schedule.describe(),
         *state.method.describe(),
         *([_GRAPH] if cfg.graph else []),
@@ -687,8 +687,8 @@ def _bound(
     m = bounds.with_floors(m, least, loader.view, cfg, state.device)
     setting = bounds.Setting(
         workers=loader.workers,
-        format=getattr(loader.data, "format", None),
-        placement=getattr(loader.data, "chosen", None),
+        format=loader.data.format,
+        placement=loader.data.chosen,
         precision=cfg.precision,
         compiled=cfg.compile,
         graphed=cfg.graph if dist.world() == 1 else None,

@@ -12,7 +12,7 @@ from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError, Whole
 from fastrot.core import View
 from fastrot.data import ahead
-from fastrot.data.beton.load import Beton, DamagedRecord
+from fastrot.data.beton.read import Beton, DamagedRecord
 from fastrot.data.beton.write import BetonOptions, convert
 from fastrot.data.ring import KEPT, Ring
 

@@ -13,9 +13,8 @@ from truth import photo
 from fastrot import native
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, Whole, Within
-from fastrot.core import View
-from fastrot.data.beton import load
-from fastrot.data.beton.load import Beton
+from fastrot.core import CropRequest, View
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=native.why())
@@ -123,9 +122,7 @@ def test_both_forms_find_the_same_damage(files, tmp_path, kind):
     for row in damaged_copies(files[kind], tmp_path, 120):
         told = []
         for data in both(tmp_path / files[kind].name):
-            request = load.CropRequest(
-                (rows[row : row + 1].copy(),) if row < 11 else (rows[:1],), (8,)
-            )
+            request = CropRequest((rows[row : row + 1].copy(),) if row < 11 else (rows[:1],), (8,))
             request.rows[0][:, 0] = row
             (crop,) = next(iter(data.pictures([request], torch.device("cpu"), 0)))
             told.append((request.errors, None if request.errors else crop.numpy().tobytes()))
@@ -150,7 +147,7 @@ def test_an_epoch_that_is_broken_off_ends_its_threads(files, quick):
 
 
 def test_a_box_outside_its_picture_is_an_error_in_both_forms(files):
-    request = load.CropRequest((np.array([[0, 500, 0, 4, 4, 0]], np.int64),), (8,))
+    request = CropRequest((np.array([[0, 500, 0, 4, 4, 0]], np.int64),), (8,))
     for data in both(files["jpg"]):
         with pytest.raises(ValueError, match="lies outside the picture"):
             next(iter(data.pictures([request], torch.device("cpu"), 1)))

@@ -11,7 +11,7 @@ WIDTHS = np.array([500, 375, 64, 256, 1000], np.int32)
 INDEX = np.array([0, 1, 2, 1_281_166, 77])
 MIRRORED = [0, 1, 0, 0, 1]
 
-GOLDEN = {  # recipe, view -> boxes, flips: a resumed run and every loader see the same pixels
+GOLDEN = {  # crop, view -> boxes, flips: a resumed run and every loader see the same pixels
     "random-resized": (
         RandomResized(),
         0,
@@ -81,15 +81,15 @@ GOLDEN = {  # recipe, view -> boxes, flips: a resumed run and every loader see t
 }
 
 
-def drawn(recipe, height, width, images=20_000, **address):
+def drawn(crop, height, width, images=20_000, **address):
     sizes = np.full(images, height, np.int32), np.full(images, width, np.int32)
     address = {"seed": 0, "epoch": 0, **address}
-    return crops.boxes(recipe, *sizes, index=np.arange(images), **address)
+    return crops.boxes(crop, *sizes, index=np.arange(images), **address)
 
 
-@pytest.mark.parametrize(("recipe", "view", "golden", "flips"), GOLDEN.values(), ids=GOLDEN)
-def test_boxes_are_as_ever(recipe, view, golden, flips):
-    box, flip = crops.boxes(recipe, HEIGHTS, WIDTHS, seed=5, epoch=2, index=INDEX, view=view)
+@pytest.mark.parametrize(("crop", "view", "golden", "flips"), GOLDEN.values(), ids=GOLDEN)
+def test_boxes_are_as_ever(crop, view, golden, flips):
+    box, flip = crops.boxes(crop, HEIGHTS, WIDTHS, seed=5, epoch=2, index=INDEX, view=view)
     assert box.tolist() == golden
     assert flip.astype(int).tolist() == flips
 
@@ -116,14 +116,14 @@ def test_each_part_of_the_address_counts(part):
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 256), (100, 700)])
 def test_random_resized_draws_torchvisions_distribution(height, width):
     transforms = pytest.importorskip("torchvision.transforms")
-    recipe = RandomResized()
-    ours, flip = drawn(recipe, height, width)
+    crop = RandomResized()
+    ours, flip = drawn(crop, height, width)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
     draw = transforms.RandomResizedCrop.get_params
     theirs = np.array(
-        [draw(picture, list(recipe.scale), list(recipe.ratio)) for _ in range(4000)], np.float64
+        [draw(picture, list(crop.scale), list(crop.ratio)) for _ in range(4000)], np.float64
     )
     torch.random.set_rng_state(state)
     mine = ours.astype(np.float64)
@@ -143,13 +143,13 @@ def test_random_resized_draws_torchvisions_distribution(height, width):
 
 
 @pytest.mark.parametrize(
-    "recipe",
+    "crop",
     [RandomResized(), RandomResized(scale=(1.0, 1.0)), Within(), Within(random=False), Whole()],
-    ids=lambda recipe: type(recipe).__name__,
+    ids=lambda crop: type(crop).__name__,
 )
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (375, 500), (65_535, 2)])
-def test_boxes_lie_inside(recipe, height, width):
-    box, _ = drawn(recipe, height, width, images=2000)
+def test_boxes_lie_inside(crop, height, width):
+    box, _ = drawn(crop, height, width, images=2000)
     y, x, h, w = box.T
     assert (y >= 0).all()
     assert (x >= 0).all()
@@ -258,11 +258,11 @@ def test_a_read_only_picture_will_do():
     sampled(picture, 0, 0, 50, 50, 1, 32)
 
 
-# ---- what goes with a recipe ----
+# ---- what goes with a crop ----
 
 
 @pytest.mark.parametrize(
-    ("recipe", "golden"),
+    ("crop", "golden"),
     [
         (RandomResized(), Within(size=224, short=256, random=False, flip=False)),
         (RandomResized(size=64), Within(size=64, short=73, random=False, flip=False)),
@@ -271,15 +271,15 @@ def test_a_read_only_picture_will_do():
         (Whole(size=48, flip=True), Whole(size=48)),
     ],
 )
-def test_the_evaluation_view_is_centred_and_never_mirrored(recipe, golden):
-    assert crops.plain(recipe) == golden
+def test_the_evaluation_view_is_centred_and_never_mirrored(crop, golden):
+    assert crops.plain(crop) == golden
 
 
 SIZES = np.array([[40, 90], [300, 200], [400, 400]], np.int32)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "enlarge"),
+    ("crop", "enlarge"),
     [
         (Shifted(size=40), False),
         (RandomResized(size=200), False),
@@ -287,18 +287,18 @@ SIZES = np.array([[40, 90], [300, 200], [400, 400]], np.int32)
         (Whole(size=999), False),
     ],
 )
-def test_pictures_large_enough_pass(recipe, enlarge):
-    crops.check_sizes(recipe, SIZES, enlarge=enlarge)
+def test_pictures_large_enough_pass(crop, enlarge):
+    crops.check_sizes(crop, SIZES, enlarge=enlarge)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "enlarge", "words"),
+    ("crop", "enlarge", "words"),
     [
         (Shifted(size=41), True, "row 0 has a short side of 40: set --image-size 40"),
         (RandomResized(size=201), False, "at most 200: set --image-size 200"),
         (Within(), False, "--enlarge"),
     ],
 )
-def test_pictures_too_small_are_refused(recipe, enlarge, words):
+def test_pictures_too_small_are_refused(crop, enlarge, words):
     with pytest.raises(UsageError, match=words):
-        crops.check_sizes(recipe, SIZES, enlarge=enlarge)
+        crops.check_sizes(crop, SIZES, enlarge=enlarge)

@@ -94,7 +94,7 @@ def test_on_a_cpu_the_crops_are_those_of_our_own_reader_to_the_bit(written, name
 @pytest.mark.parametrize("view", [ONE, OVER, TWO], ids=["one", "over-the-border", "two"])
 def test_crops_that_dali_makes_differ_by_rounding_alone(written, view):
     """What a GPU is asked for, by the same operators on the CPU; Whole(12) halves three times."""
-    from fastrot.data.dali import ThroughDali
+    from fastrot.data.tars.dali import ThroughDali
 
     data = open_data(written["tars"])
     most, mean = apart(epoch(data, view), epoch(ThroughDali(data, resizes=True), view))
@@ -105,7 +105,8 @@ def test_crops_that_dali_makes_differ_by_rounding_alone(written, view):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_dali_itself_turns_before_it_crops(odd, orientation):
     """Not asked of it, since another decoder of DALI's might not: its CPU one does."""
-    from fastrot.data import dali, pictures
+    from fastrot.data import pictures
+    from fastrot.data.tars import dali
 
     (file,) = odd.rglob(f"turn{orientation}.jpg")
     encoded = np.fromfile(file, np.uint8)
@@ -133,7 +134,7 @@ def test_what_is_known_of_the_data_is_what_it_says_without_dali(written):
 
 
 def test_epochs_share_a_pipeline_and_two_loaders_do_not(written, monkeypatch):
-    from fastrot.data import dali
+    from fastrot.data.tars import dali
 
     built, build = [], dali.Graph.built
     monkeypatch.setattr(
@@ -207,7 +208,7 @@ def test_a_bad_picture_is_named_and_the_rest_goes_on(spoilt):
 
 def test_a_picture_that_dali_alone_refuses_is_decoded_by_us(written, monkeypatch, caplog):
     """The same crops whether it is met for the first time, in another batch, or known of."""
-    from fastrot.data import dali
+    from fastrot.data.tars import dali
 
     every = SimpleNamespace(is_upright_jpeg=lambda *_: True)  # DALI is given the GIF too
     monkeypatch.setattr(dali, "pictures", every)
@@ -280,7 +281,7 @@ def test_what_holds_no_jpegs_is_refused(written, tmp_path):
 
 
 def test_where_dali_is_missing_its_loader_is_refused(written, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastrot.data.dali", None)
+    monkeypatch.setitem(sys.modules, "fastrot.data.tars.dali", None)
     with pytest.raises(UsageError, match=r"cannot import DALI .* make dali"):
         open_data(written["tars"], "dali")
 
@@ -288,7 +289,7 @@ def test_where_dali_is_missing_its_loader_is_refused(written, monkeypatch):
 def test_a_gpu_that_dali_cannot_use_is_one_sentence(written):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    from fastrot.data import dali
+    from fastrot.data.tars import dali
 
     with pytest.raises(UsageError, match=r"--loader dali cannot use the GPU \(.*choose another"):
         dali._Pipe(dali.Graph(0, 1, 4, False, (24,), 0))

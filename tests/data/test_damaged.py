@@ -9,7 +9,7 @@ import torch
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Within
 from fastrot.core import DamagedRecord, View
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 
 TRAINING = View(crops=(RandomResized(size=24), RandomResized(size=16)))

@@ -25,7 +25,7 @@ from fastrot import train
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict[str, Path]:
     """The same photos, from PNGs, as jpg and as raw."""
-    import fastrot.data.beton.load_ffcv  # noqa: F401 (imports FFCV without its typed dict)
+    import fastrot.data.beton.ffcv  # noqa: F401 (imports FFCV without its typed dict)
 
     root = tmp_path_factory.mktemp("ffcv")
     for i, picture in enumerate(PHOTOS):
@@ -255,16 +255,16 @@ def test_sound_records_without_checksums_are_read(spoilt):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_operation_that_raises_ends_the_epoch_with_that_error(written, monkeypatch, workers):
-    from fastrot.data.beton import load_ffcv
+    from fastrot.data.beton import ffcv
 
-    crop, calls = load_ffcv._crop, iter(range(100))
+    crop, calls = ffcv._crop, iter(range(100))
 
     def broken(*args):
         if next(calls) == 5:
             raise ZeroDivisionError("in an operation")
         crop(*args)
 
-    monkeypatch.setattr(load_ffcv, "_crop", broken)
+    monkeypatch.setattr(ffcv, "_crop", broken)
     loader = open_loader(written["jpg"], RANDOM, batch=4, workers=workers, loader="ffcv")
     threads, met = set(threading.enumerate()), []
 

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 from truth import DATA, photo
 
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.files import SUFFIXES
 from fastrot.data.sources.cifar10 import CIFAR_SPLITS
 

@@ -98,7 +98,7 @@ def data(request, prepared) -> Data:
     if request.param == "ffcv" and "ffcv" not in prepared:
         prepared["ffcv"] = open_data(prepared["beton"].path, "ffcv")
     if request.param.startswith("dali-") and request.param not in prepared:
-        from fastrot.data.dali import ThroughDali
+        from fastrot.data.tars.dali import ThroughDali
 
         prepared[request.param] = ThroughDali(prepared[request.param.removeprefix("dali-")])
     return prepared[request.param]
@@ -381,7 +381,7 @@ def test_a_subset_in_data_order_is_its_rows(data, tmp_path):
 
 
 def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastrot.data.beton.load_ffcv", None)
+    monkeypatch.setitem(sys.modules, "fastrot.data.beton.ffcv", None)
     with pytest.raises(UsageError, match=r"cannot import FFCV .* make ffcv"):
         open_data(prepared["beton"].path, "ffcv")
 

@@ -71,7 +71,7 @@ def test_the_sheet_turns_counter_clockwise(look, tmp_path):
 
 
 def test_every_damaged_record_is_named(look, beton, capsys):
-    from fastrot.data.beton.load import Beton
+    from fastrot.data.beton.read import Beton
 
     contents = Beton(beton).contents
     data = bytearray(beton.read_bytes())
@@ -107,7 +107,7 @@ def test_prepared_data_of_ours_is_told(look, ours, capsys):
 
 def test_records_damaged_in_three_ways_are_all_named(look, ours, capsys):
     """A flipped bit, a tail of zeros, bytes of another picture: each by row and path, and no other."""
-    from fastrot.data.beton.load import Beton
+    from fastrot.data.beton.read import Beton
 
     data = Beton(ours)
     names, c = [data.name(row) for row in range(37)], data.contents
@@ -194,7 +194,7 @@ def test_damaged_stretches_of_a_pack_are_named(look, pack, capsys):
 
 
 def test_names_of_rows_are_those_of_their_lines(ours):
-    from fastrot.data.beton.load import Beton
+    from fastrot.data.beton.read import Beton
 
     data = Beton(ours)
     lines = data.path / "set.paths.jsonl" if ours.is_dir() else Path(f"{ours}.paths.jsonl")

@@ -14,8 +14,9 @@ from fastrot.config import UsageError
 from fastrot.core import DamagedRecord
 from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.manifest import sealed
-from fastrot.data.pack import bc4, layout, read, write
-from fastrot.data.pack.read import PackFile, open_pack
+from fastrot.data.pack import bc4, layout, write
+from fastrot.data.pack import file as opened
+from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.write import write_pack
 from fastrot.data.pictures import decode, shrink
 
@@ -194,7 +195,7 @@ def test_the_decoder_on_the_page_gives_the_same_bits(tmp_path):
 @pytest.fixture
 def small(tmp_path, monkeypatch) -> Path:
     """A pack of 20 pictures in which checksums cover 4,096 bytes each."""
-    for module in (read, write):
+    for module in (opened, write):
         monkeypatch.setattr(module, "BLOCK", 4096)
     pictures = [photo(i, 30 + i, 50) for i in range(20)]
     names = [f"here/{i}.jpg" for i in range(20)]
@@ -235,7 +236,7 @@ def test_a_pack_is_what_the_page_says(small):
 
 
 def test_what_is_opened_is_what_was_put_in(small):
-    pack = open_pack(small)
+    pack = PackFile(small)
     assert (pack.rows, len(pack), pack.encoding, pack.classes) == (20, 20, "ycc", ("a", "b", "c"))
     assert pack.name(0) == "here/0.jpg"
     assert pack.name(19) == "here/19.jpg"
@@ -246,12 +247,12 @@ def test_what_is_opened_is_what_was_put_in(small):
         wanted = layout.decode(layout.encode(picture, "ycc"), *picture.shape[:2])
         np.testing.assert_array_equal(pack.picture(row), wanted)
     (small / "paths.jsonl").unlink()
-    assert open_pack(small).name(3) == "path unknown"
+    assert PackFile(small).name(3) == "path unknown"
 
 
 def test_raw_is_exact(tmp_path):
     pictures = [photo(i, 9 + i, 20) for i in range(6)]
-    pack = open_pack(write_pack(tmp_path / "a.pack", pictures, encoding="raw"))
+    pack = PackFile(write_pack(tmp_path / "a.pack", pictures, encoding="raw"))
     assert pack.tiles.shape == (sum(p.size for p in pictures) // 3, 3)
     assert pack.labels.tolist() == [-1] * 6
     for row, picture in enumerate(pictures):
@@ -260,12 +261,12 @@ def test_raw_is_exact(tmp_path):
 
 def test_a_changed_byte_is_found_where_it_lies(small):
     """The pictures of its block are refused, by name; all others are as they were."""
-    whole = open_pack(small)
+    whole = PackFile(small)
     wanted = [whole.picture(row) for row in range(20)]
     data = bytearray((small / "tiles.npy").read_bytes())
     data[3 * 4096 + 77] ^= 4
     (small / "tiles.npy").write_bytes(data)
-    pack = open_pack(small)
+    pack = PackFile(small)
     bad = []
     for row in range(20):
         try:
@@ -286,7 +287,7 @@ def test_a_changed_byte_is_found_where_it_lies(small):
 
 
 def test_rows_of_a_block_are_those_with_a_byte_in_it(small):
-    pack, offset = open_pack(small), 128
+    pack, offset = PackFile(small), 128
     for block in range(len(pack.meta["checksums"]["tiles.npy"])):
         wanted = [
             row
@@ -410,9 +411,9 @@ BAD = {
 @pytest.mark.parametrize("how", BAD)
 def test_what_is_no_whole_pack_is_refused_in_one_sentence(small, how):
     harm, words = BAD[how]
-    open_pack(small)
+    PackFile(small)
     harm(small)
     with pytest.raises(UsageError, match=words) as refused:
-        open_pack(small)
+        PackFile(small)
     assert str(small) in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -20,8 +20,9 @@ from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data import ahead, crops
 from fastrot.data.loader import Loader
-from fastrot.data.pack import load, read, write
-from fastrot.data.pack.load import Pack, choose
+from fastrot.data.pack import file as opened
+from fastrot.data.pack import read, write
+from fastrot.data.pack.read import Pack, choose
 
 ROOT = Path(__file__).parents[2]
 ROWS = 24
@@ -34,7 +35,7 @@ GB = 10**9
 def folder(request, tmp_path_factory):
     """Pictures of odd sizes, in blocks of 4 kB instead of 64 MB."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (write, read, load):
+        for module in (write, opened, read):
             patch.setattr(module, "BLOCK", 4096)
         path = tmp_path_factory.mktemp("pack") / "a.pack"
         pictures = [photo(i, 24 + i, 61 - 3 * (i % 7)) for i in range(ROWS)]
@@ -172,7 +173,7 @@ def subset() -> np.ndarray:
 @pytest.mark.parametrize("rows", [None, subset()], ids=["all", "some"])
 def test_resident_pictures_give_the_same_crops(folder, rows, workers):
     data = Pack(folder)
-    placed = load._Resident(data.file, rows, CPU)
+    placed = read._Resident(data.file, rows, CPU)
     request = all_rows_request(data)
     want = wanted(data, request)
     assert placed.covers(None) == (rows is None)
@@ -192,7 +193,7 @@ def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
     request = all_rows_request(data)
     with ahead.threads(workers, "pack") as pool:
-        begun = load._Pinned(data.file, None, CPU).begin(request, pool)
+        begun = read._Pinned(data.file, None, CPU).begin(request, pool)
         assert equal(begun.done(), wanted(data, request))
 
 
@@ -200,10 +201,10 @@ def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
     data = Pack(folder)
     index = np.arange(ROWS)
     box = np.array([[i, 9, 5, 10, 12, 0] for i in index])
-    asked, real = [], load.unpack_crops
+    asked, real = [], read.unpack_crops
     made = lambda pack, *how: asked.append(pack) or real(pack, *how)  # noqa: E731
-    monkeypatch.setattr(load, "unpack_crops", made)
-    load._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).done()
+    monkeypatch.setattr(read, "unpack_crops", made)
+    read._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).done()
     rows = slice(8, 24) if data.file.encoding == "ycc" else slice(9, 19)
     heights = np.minimum(data.file.sizes[:, 0], rows.stop) - rows.start
     assert asked[0].sizes[:, 0].tolist() == heights.tolist()
@@ -235,9 +236,9 @@ def test_a_gpu_too_small_is_told_with_what_is_missing():
 def test_a_view_is_placed_once_and_the_choice_is_said(folder, monkeypatch):
     kinds = []
     for kind in ("_Resident", "_Pinned"):
-        real = getattr(load, kind)
+        real = getattr(read, kind)
         made = lambda file, rows, device, real=real: kinds.append(real) or real(file, rows, CPU)  # noqa: E731
-        monkeypatch.setattr(load, kind, made)
+        monkeypatch.setattr(read, kind, made)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (130 * GB, 140 * GB))
     data = Pack(folder)
     for rows in (subset(), subset()[:3], np.array([1, 2])):
@@ -308,7 +309,7 @@ def test_batches_are_waited_for_under_python_o_too(tmp_path):
         "import numpy as np, torch\n"
         "from fastrot import native\n"
         "from fastrot.core import CropRequest\n"
-        "from fastrot.data.pack.load import Pack\n"
+        "from fastrot.data.pack.read import Pack\n"
         "waited, plain = [], native.Work.wait\n"
         "native.Work.wait = lambda work: waited.append(1) or plain(work)\n"
         "request = CropRequest((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"

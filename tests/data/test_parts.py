@@ -15,7 +15,7 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError
 from fastrot.core import DamagedRecord, View
 from fastrot.data.beton import write
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 
 PARTS = ("0000000000.beton", "0000000010.beton", "0000000020.beton", "0000000030.beton")
 VIEW = View(crops=(RandomResized(size=24), Shifted(size=24)))

@@ -9,9 +9,9 @@ from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError
 from fastrot.core import View
 from fastrot.data import prepare, readahead, sampler
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
-from fastrot.data.pack.load import Pack
+from fastrot.data.pack.read import Pack
 from fastrot.data.pack.write import write_pack
 
 

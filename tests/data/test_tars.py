@@ -23,7 +23,7 @@ from fastrot.core import DamagedRecord, View
 from fastrot.data import conversion, prepare
 from fastrot.data import pictures as decoding
 from fastrot.data.tars import layout
-from fastrot.data.tars.load import Tars
+from fastrot.data.tars.read import Tars
 from fastrot.data.tars.write import TarsOptions, convert
 
 ROOT = Path(__file__).parents[2]

@@ -20,10 +20,10 @@ from fastrot import entry
 from fastrot.config import UsageError
 from fastrot.data import ranks
 from fastrot.data.beton import write as beton_write
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
 from fastrot.data.folder import Folder
 from fastrot.data.pack import write
-from fastrot.data.pack.read import open_pack
+from fastrot.data.pack.file import PackFile
 from fastrot.data.pictures import decode, shrink
 from fastrot.data.sources.open import open_source
 
@@ -90,7 +90,7 @@ def unbroken(mixed, tmp_path_factory) -> dict[str, bytes]:
 @pytest.mark.parametrize("how", [{}, {"short_side": 36}, {"max_side": 50}], ids=str)
 def test_raw_gives_back_every_bit(pictures, tmp_path, how):
     told = convert(pictures, tmp_path / "a.pack", encoding="raw", **how)
-    pack, source = open_pack(tmp_path / "a.pack"), open_source("imagefolder", pictures)
+    pack, source = PackFile(tmp_path / "a.pack"), open_source("imagefolder", pictures)
     for row, wanted in enumerate(upright(pictures, **how)):
         np.testing.assert_array_equal(pack.picture(row), wanted)
     assert pack.labels.tolist() == [record.label for record in source.records]
@@ -121,7 +121,7 @@ def test_tiles_are_those_of_the_pictures(pictures, tmp_path):
 def test_centre_squares(pictures, tmp_path, short):
     out = tmp_path / "a.pack"
     convert(pictures, out, encoding="raw", short_side=short, center_crop=True)
-    pack = open_pack(out)
+    pack = PackFile(out)
     for row, whole in enumerate(upright(pictures, short_side=short)):
         side = min(whole.shape[:2])
         top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
@@ -136,7 +136,7 @@ def test_centre_squares(pictures, tmp_path, short):
 def test_it_is_the_folder_in_all_but_pixels(mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
     convert(mixed, tmp_path / "a.pack", short_side=40)
-    pack, folder = open_pack(tmp_path / "a.pack"), Folder(mixed)
+    pack, folder = PackFile(tmp_path / "a.pack"), Folder(mixed)
     rows = [i for i, name in enumerate(map(folder.name, range(folder.rows))) if "cut" not in name]
     assert pack.keys.tolist() == folder.keys[rows].tolist()
     assert pack.numbers.tolist() == [i for i in range(39) if i not in (20, 38)]
@@ -145,7 +145,7 @@ def test_it_is_the_folder_in_all_but_pixels(mixed, tmp_path, monkeypatch):
 def test_shuffled(pictures, tmp_path):
     for name, seed in {"a": None, "b": 5, "c": 5}.items():
         convert(pictures, tmp_path / f"{name}.pack", encoding="raw", shuffle=seed)
-    a, b, c = (open_pack(tmp_path / f"{name}.pack") for name in "abc")
+    a, b, c = (PackFile(tmp_path / f"{name}.pack") for name in "abc")
     assert files(b.path) == files(c.path)
     assert sorted(b.numbers) == [*range(37)] != b.numbers.tolist()
     for row, number in enumerate(b.numbers.tolist()):
@@ -286,7 +286,7 @@ def test_a_beton_keeps_its_rows(mixed, tmp_path, kind):
     root = beton_write.convert(source, part=9).out
     out = tmp_path / "a.pack"
     told = convert(root, out, source="beton", encoding="raw")
-    pack, beton = open_pack(out), Beton(root)
+    pack, beton = PackFile(out), Beton(root)
     assert (told.written, told.seen, told.rejects) == (37, 37, [])
     assert pack.fingerprint == beton.fingerprint
     assert pack.keys.tolist() == beton.keys.tolist()
@@ -306,13 +306,13 @@ def test_a_beton_of_ffcv_itself_is_a_source_too(tmp_path):
     fields = {"image": "image", "label": ("int", np.arange(13) % 4)}
     root = write_beton(tmp_path / "a.beton", photos, fields, page=2**14, modes="raw")
     convert(root, tmp_path / "a.pack", source="beton", encoding="raw")
-    pack, beton = open_pack(tmp_path / "a.pack"), Beton(root)
+    pack, beton = PackFile(tmp_path / "a.pack"), Beton(root)
     assert pack.fingerprint == beton.fingerprint
     assert pack.name(7) == "00000007"
     for row, picture in enumerate(photos):
         np.testing.assert_array_equal(pack.picture(row), picture)
     convert(root, tmp_path / "b.pack", source="beton", encoding="raw", shuffle=1)
-    mixed_up = open_pack(tmp_path / "b.pack")
+    mixed_up = PackFile(tmp_path / "b.pack")
     assert mixed_up.keys.tolist() == mixed_up.numbers.tolist() != [*range(13)]
     for row, number in enumerate(mixed_up.numbers.tolist()):
         np.testing.assert_array_equal(mixed_up.picture(row), photos[number])
@@ -333,7 +333,7 @@ def test_damaged_records_of_a_beton_are_rejects(pictures, tmp_path):
     told = convert(root, tmp_path / "a.pack", source="beton")
     assert [path for path, _ in told.rejects] == [whole.name(5), whole.name(8)]
     assert {why for _, why in told.rejects} == {"its checksum does not agree"}
-    pack = open_pack(tmp_path / "a.pack")
+    pack = PackFile(tmp_path / "a.pack")
     rows = [row for row in range(37) if row not in (5, 8)]
     assert pack.keys.tolist() == whole.keys[rows].tolist()
     assert pack.numbers.tolist() == rows
@@ -363,7 +363,7 @@ def test_a_beton_without_labels(pictures, tmp_path):
     )
     root = beton_write.convert(source).out
     convert(root, tmp_path / "a.pack", source="beton", label_from="none")
-    pack = open_pack(tmp_path / "a.pack")
+    pack = PackFile(tmp_path / "a.pack")
     assert (pack.labels == -1).all()
     assert pack.classes == ()
     with pytest.raises(UsageError, match=r"--split val: a .beton has no splits"):
@@ -423,7 +423,7 @@ def test_a_link_stays_a_link(pictures, tmp_path):
     convert(pictures, out)
     convert(pictures, out, encoding="raw", overwrite=True)
     assert out.is_symlink()
-    assert open_pack(there).encoding == "raw"
+    assert PackFile(there).encoding == "raw"
     assert [p.name for p in there.parent.iterdir()] == ["pack"]
 
 

@@ -1,265 +1,329 @@
-"""Opens a pack: checks what can be checked without reading the pictures, and maps these into memory.
+"""Reads a pack: on a GPU its pictures are decoded there, by the kernel that cuts the crops; on a CPU in threads.
 
-The pictures' array is checked by `check`, or 64 MB at a time where something in them is first asked for.
+Placement of the pictures for a GPU:
+
+    resident  in its memory, those of a view's rows; a batch crosses the bus as boxes, 48 bytes a crop
+    pinned    in host memory, which the system keeps the mapped file in; threads gather the tile rows under a
+              batch's boxes into pinned memory, which is copied to the GPU and decoded there
+    auto      resident where that leaves a third of the GPU's memory to the training, else pinned
+
+Not tried: a kernel that reads the tiles over the bus.
+
+Kernels and copies go to the stream that is current when a batch is drawn: the Loader's side stream.
+
+For a GPU all checksums are compared before the first batch; on a CPU each 64 MB when first asked for.
 """
 
-import threading
-import zlib
-from collections.abc import Callable, Iterator
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8, UInt64
+import torch
+from jaxtyping import Int32, Int64, UInt8
+from torch import Tensor
 
-from fastrot.config import UsageError
-from fastrot.core import DamagedRecord
-from fastrot.data.keys import order_fingerprint
-from fastrot.data.manifest import Paths, unsealed
+from fastrot import native
+from fastrot.config import Placement, UsageError
+from fastrot.core import CropRequest, Data, Decoded, Pending
+from fastrot.data import crops
 from fastrot.data.pack import layout
-from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
-from fastrot.entry import cores
+from fastrot.data.pack.file import PackFile
+from fastrot.data.pack.layout import BLOCK, WIDTH
+from fastrot.data.readahead import announce
+from fastrot.data.reader import PooledReader, ThreadedReader, in_tasks
+from fastrot.data.ring import Ring
+from fastrot.ops.blocks import PackTensors, decoded_box, unpack_crops
 
-_AGAIN = "copy or prepare it again"
+KEPT_FOR_TRAINING = 1 / 3  # of a GPU's memory, by auto
+GB = 1e9
 
 
-class PackFile:
-    """A pack of pictures, opened. Raises UsageError, in one sentence, where it is none or not whole.
+class Pack(Data):
+    """`core.Data` of a pack.
 
-    encoding     "ycc" or "raw"
-    array        the file that holds the pictures: tiles.npy or pixels.npy
-    map          its memory map, from its first byte on
-    tiles        uint8 [tiles, 48] or [pixels, 3]: all pictures, one after the other, mapped into memory
-    first        int64 [rows + 1]: where each picture begins in `tiles`; the last is its length
-    sizes        int32 [rows, 2]: heights and widths
-    labels       int64 [rows]; -1 where there is none
-    keys         uint64 [rows]: hash of each path
-    numbers      int64 [rows], each row's index in torchvision's ImageFolder, where these differ; None: the row
-    mean, std    of red, green, blue, in 0..1, before encoding
-    meta         what meta.json says
+    file       what was opened
+    placement  as asked for; `place` chooses
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.meta = _meta(self.path)
-        self.encoding: layout.Encoding = self.meta["encoding"]
-        self.rows = int(self.meta["rows"])
-        self._checksums: dict[str, list[int]] = self.meta["checksums"]
-        self.array = BODY[self.encoding]
-        arrays = {name: self._opened(name) for name in layout.arrays(self.encoding)}
-        self.tiles: UInt8[np.ndarray, "t c"] = arrays[self.array]
-        blocks = len(self._checksums[self.array])
-        self._read, self._whole = np.zeros(blocks, bool), np.zeros(blocks, bool)
-        self._checking = threading.Lock()
-        for name in arrays:
-            if name != self.array:
-                self.check(name)
-        self.first: Int64[np.ndarray, " m"] = arrays["first.npy"]
-        self.sizes: Int32[np.ndarray, "n 2"] = arrays["sizes.npy"]
-        self.labels: Int64[np.ndarray, " n"] = arrays["labels.npy"]
-        self.keys: UInt64[np.ndarray, " n"] = arrays["keys.npy"]
-        self.classes: tuple[str, ...] = tuple(self.meta["classes"])
-        self.mean, self.std = (tuple(map(float, self.meta[name])) for name in ("mean", "std"))
-        self.fingerprint: str = self.meta["fingerprint"]
-        numbers = self.meta["numbers"]
-        self.numbers = None if numbers is None else np.array(numbers, np.int64)
-        self._paths = Paths(self.path / "paths.jsonl")
-        self._agree()
+    format = "pack"
+
+    def __init__(self, path: str | Path, placement: Placement = "auto"):
+        self.file = PackFile(path)
+        self.path: Path = self.file.path
+        self.placement: Placement = placement
+        self.rows, self.labels, self.keys = self.file.rows, self.file.labels, self.file.keys
+        self.classes, self.fingerprint = self.file.classes, self.file.fingerprint
+        self.mean, self.std, self.numbers = self.file.mean, self.file.std, self.file.numbers
+        self.native = native.load() is not None
+        self._placed: list[_Resident | _Pinned] = []
+        self._said: list[str] = []
+        self._ring = Ring()
 
     def __len__(self) -> int:
         return self.rows
 
-    def rows_of(self, row: int) -> UInt8[np.ndarray, "t c"]:
-        """The tiles [t, 48] or pixels [t, 3] of a picture, in the file, not checked."""
-        return self.tiles[self.first[row] : self.first[row + 1]]
-
-    def places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
-        """File (0: there is one), first byte and bytes of pictures."""
-        width, first, end = WIDTH[self.encoding], self.first[rows], self.first[rows + 1]
-        start, length = (each.astype(np.uint64) for each in (first, end - first))
-        return np.zeros_like(rows), start * width + self._offset, length * width
-
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole picture, from checked bytes. Raises DamagedRecord."""
-        if reasons := self.damage(np.array([row])):
-            raise DamagedRecord(reasons[0])
-        return layout.decode(self.rows_of(row), *self.sizes[row].tolist())
-
-    def damage(self, rows: Int64[np.ndarray, " b"], threads: int = 1) -> dict[int, str]:
-        """Which of these pictures lie in a damaged stretch: a sentence, by the place in `rows`.
-
-        Each 64 MB are read once, when something in them is first asked for.
-        """
-        width, at = WIDTH[self.encoding], self._offset
-        begin = (at + width * self.first[rows]) // BLOCK
-        end = (at + width * self.first[rows + 1] - 1) // BLOCK
-        blocks = np.unique(
-            np.concatenate([np.arange(a, b + 1) for a, b in zip(begin, end, strict=True)])
-        )
-        if not self._read[blocks].all():
-            with self._checking:  # else every thread would read the block that all want first
-                unread = blocks[~self._read[blocks]].tolist()
-                with ThreadPoolExecutor(threads) as pool:
-                    self._whole[unread] = [*pool.map(self._agrees, repeat(self.array), unread)]
-                self._read[unread] = True
-        damaged = blocks[~self._whole[blocks]]
-        found = {}
-        for block in damaged[::-1].tolist():  # the first one is told
-            for place in np.flatnonzero((begin <= block) & (block <= end)).tolist():
-                row = int(rows[place])
-                found[place] = (
-                    f"row {row} of {self.path} ({self.name(row)}) may be damaged: the checksum of "
-                    f"{self._where(self.array, block)} does not agree; {_AGAIN}, and "
-                    f"dataprep/look.py {self.path} --verify names every damaged stretch"
-                )
-        return found
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        return self.file.sizes[rows]
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""
-        return self._paths.of(row)
+        return self.file.name(row)
 
-    def check(self, name: str | None = None, threads: int | None = None) -> None:
-        """Read a whole array (None: the pictures') and compare its checksums.
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a picture's tiles or pixels, not checked."""
+        return self.file.rows_of(row).reshape(-1)
 
-        Raises UsageError, which names the first damaged stretch. `threads`: None: all cores.
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        return self.file.picture(row)
+
+    def place(self, rows: Int64[np.ndarray, " n"] | None, device: torch.device) -> None:
+        """Say which rows (None: all) will be asked for, and where. A Loader does it, before its first epoch.
+
+        Raises UsageError where the pictures do not fit into the GPU, or are damaged.
         """
-        name = name or self.array
-        for block in self.damaged(name, threads):
-            what = f"{self.path / name} is damaged"
-            raise UsageError(
-                f"{what}: the checksum of {self._where(name, block)} differs; {_AGAIN}"
-            )
-
-    def damaged(self, name: str, threads: int | None = None) -> Iterator[int]:
-        """The blocks of 64 MB of an array whose checksums differ, in order, by `threads` (None: all cores)."""
-        count = len(self._checksums[name])
-        with ThreadPoolExecutor(min(count, threads or cores())) as pool:
-            right = pool.map(self._agrees, repeat(name), range(count))
-            for block, fine in enumerate(right):
-                if name == self.array:
-                    self._whole[block], self._read[block] = fine, True
-                if not fine:
-                    yield block
-
-    def rows_in(self, block: int) -> range:
-        """The pictures of which something lies in a block of the pictures' array."""
-        width, at = WIDTH[self.encoding], self._offset
-        begins, ends = (max(b * BLOCK - at, 0) for b in (block, block + 1))
-        first = int(np.searchsorted(self.first, begins // width, side="right")) - 1
-        stop = int(np.searchsorted(self.first, -(-ends // width), side="left"))
-        return range(first, min(stop, self.rows))
-
-    # ---- inside ----
-
-    def _opened(self, name: str) -> np.ndarray:
-        """An array, mapped, of the shape and length that meta.json asks for. Raises UsageError."""
-        file = self.path / name
-        dtype, width = layout.arrays(self.encoding)[name]
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            size = file.stat().st_size
-        except FileNotFoundError:
-            raise UsageError(f"{file} is missing: copy it too, or prepare the pack again") from None
-        except (ValueError, EOFError):
-            raise UsageError(f"{file} is cut short or damaged: {_AGAIN}") from None
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
-        if size != array.offset + array.nbytes or -(-size // BLOCK) != len(self._checksums[name]):
-            raise UsageError(f"{file} has {size:,} bytes, which is not what was written: {_AGAIN}")
-        length = {self.array: self.meta[LENGTH[self.encoding]], "first.npy": self.rows + 1}
-        shape = (length.get(name, self.rows), *([] if width is None else [width]))
-        if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-            raise UsageError(
-                f"{file} is {array.dtype} {list(array.shape)}, and meta.json wants {dtype} "
-                f"{list(shape)}: {_AGAIN}"
-            )
-        if name == self.array:
-            self._offset = array.offset
-            self.map = array._mmap  # it begins with the file: the header is shorter than a page
-        return array.view(np.ndarray)
-
-    def _agree(self) -> None:
-        """Raises UsageError where the arrays are each whole, but not of one pack."""
-        wanted = layout.firsts(self.sizes, self.encoding)
-        if (self.sizes < 1).any() or not np.array_equal(self.first, wanted):
-            raise UsageError(
-                f"{self.path} is damaged: first.npy and sizes.npy do not agree; {_AGAIN}"
-            )
-        if wanted[-1] != len(self.tiles):
-            raise UsageError(
-                f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}"
-            )
-        if order_fingerprint(self.keys, self.labels) != self.fingerprint:
-            raise UsageError(
-                f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}"
-            )
-
-    def _agrees(self, name: str, block: int) -> bool:
-        """Whether 64 MB of a file have their checksum."""
-        crc = 0
-        with open(self.path / name, "rb") as file:
-            file.seek(block * BLOCK)
-            left = BLOCK
-            while left and (data := file.read(min(left, 2**20))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
-        return crc == self._checksums[name][block]
-
-    def _where(self, name: str, block: int) -> str:
-        """A block in words."""
-        last = block + 1 == len(self._checksums[name])
-        return f"bytes {block * BLOCK:,} to " + ("the end" if last else f"{(block + 1) * BLOCK:,}")
-
-
-def open_pack(path: str | Path) -> PackFile:
-    """See PackFile."""
-    return PackFile(path)
-
-
-_WANTED: dict[str, Callable[[Any], bool]] = {  # of meta.json, to be read at all
-    "rows": lambda v: type(v) is int and v > 0,
-    "encoding": lambda v: v in BODY,
-    "classes": lambda v: isinstance(v, list),
-    "mean": lambda v: isinstance(v, list) and len(v) == 3,
-    "std": lambda v: isinstance(v, list) and len(v) == 3,
-    "fingerprint": lambda v: isinstance(v, str),
-    "numbers": lambda v: v is None or isinstance(v, list),
-    "checksums": lambda v: isinstance(v, dict),
-}
-
-
-def _meta(path: Path) -> dict[str, Any]:
-    """What meta.json says, checked. Raises UsageError."""
-    file = path / META
-    if not path.is_dir():
-        raise UsageError(
-            f"{path} is no pack: name the folder NAME.pack (dataprep/to_pack.py writes one)"
+        if device.type != "cuda":
+            if self.placement != "auto":
+                raise UsageError(
+                    f"--placement {self.placement} is for a GPU, and this runs on {device}: leave it out, "
+                    "or run it with --device cuda"
+                )
+            return
+        if any(placed.device == device and placed.covers(rows) for placed in self._placed):
+            return
+        if not self._placed:
+            self.file.check()
+        free, total = torch.cuda.mem_get_info(device)
+        wanted = self._bytes(rows)
+        chosen = self.chosen = choose(self.placement, wanted, free, total, str(self.path))
+        kind = _Resident if chosen == "resident" else _Pinned
+        self._placed.append(kind(self.file, rows, device))
+        self._said.append(
+            f"{wanted / GB:.1f} GB of {self.path} are {PLACES[chosen]} (--placement {chosen}); "
+            f"the GPU had {free / GB:.1f} of {total / GB:.1f} GB free"
         )
-    try:
-        document = file.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path} is no whole pack, since it has no {META}: copy it too, or prepare the pack again"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
-    try:
-        facts = unsealed(document)
-        if b'\n "crc": ' not in document:
-            raise ValueError("it has no checksum of its own")
-    except ValueError as error:
-        raise UsageError(f"{file} has changed since it was written ({error}): {_AGAIN}") from None
-    if facts.get("format") != "pack":
-        raise UsageError(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
-    if facts.get("version") != VERSION:
-        raise UsageError(
-            f"{path} is a pack of version {facts.get('version')}, and this program reads version "
-            f"{VERSION}: prepare it again with dataprep/to_pack.py"
+
+    def _bytes(self, rows: Int64[np.ndarray, " n"] | None) -> int:
+        if rows is None:
+            return self.file.tiles.nbytes
+        return (
+            int((self.file.first[rows + 1] - self.file.first[rows]).sum())
+            * self.file.tiles.shape[1]
         )
-    for name, fits in _WANTED.items():
-        if not fits(facts.get(name)):
-            raise UsageError(f"{file} has no usable {name!r}: prepare the pack again")
-    if missing := layout.arrays(facts["encoding"]).keys() - facts["checksums"].keys():
-        raise UsageError(f"{file} has no checksums of {min(missing)}: prepare the pack again")
-    return facts
+
+    def describe(self) -> list[str]:
+        """Where the pictures are, and what decodes them."""
+        if self._said:
+            return self._said
+        if self.native:
+            return [f"tiles are decoded by the C++ extension, {native.why()}"]
+        return [f"tiles are decoded by PyTorch, without the C++ extension: {native.why()}"]
+
+    def open_reader(self, device: torch.device, workers: int) -> PooledReader:
+        if device.type == "cuda":
+            return _PlacedReader(self, device, workers)
+        fill = partial(_fill, PackTensors(*map(_tensor, self.file.arrays)))
+        in_c = self._in_c if self.native else None
+        advise = partial(self._look_at, max(1, workers))
+        return ThreadedReader(fill, self._ring, device, workers, advise=advise, in_c=in_c)
+
+    def placed_for(
+        self, rows: Int64[np.ndarray, " b"], device: torch.device
+    ) -> "_Resident | _Pinned":
+        """Where these pictures are; all of the data are placed where they are nowhere yet."""
+        for placed in self._placed:
+            if placed.device == device and placed.covers(rows):
+                return placed
+        self.place(None, device)
+        return self._placed[-1]
+
+    def announce(self, request: CropRequest) -> None:
+        announce(request, [self.file.map], self.file.places)
+
+    def _look_at(self, threads: int, request: CropRequest) -> list[tuple[int, str]]:
+        """Announce a batch, and say which of its pictures lie in a damaged stretch."""
+        self.announce(request)
+        return [*self.file.damage(request.rows[0][:, 0], threads).items()]
+
+    def _in_c(
+        self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
+    ) -> list[native.Work]:
+        how = (*self.file.arrays, self.file.encoding)
+        return [pool.pack_crops(*how, *each) for each in zip(request.rows, out, strict=True)]
+
+
+def _fill(
+    pack: PackTensors, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
+) -> list[tuple[int, str]]:
+    """The crops of some places of a batch, on a CPU: decoded by PyTorch, resampled by OpenCV."""
+    for rows, crop in zip(request.rows, out, strict=True):
+        for place in places:
+            index, y, x, height, width, flip = rows[place].tolist()
+            box = decoded_box(pack, index, y, x, height, width)
+            whole = np.array([0, 0, 0, height, width, flip])
+            crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, crop[place].numpy())
+    return []
+
+
+# ---- on a GPU ----
+
+PLACES = {"resident": "in GPU memory", "pinned": "in host memory, copied ahead"}
+
+
+def choose(
+    asked: Placement, wanted: int, free: int, total: int, path: str
+) -> Literal["resident", "pinned"]:
+    """Where `wanted` bytes go, with so many of the GPU's free. Raises UsageError where they do not fit as asked."""
+    if asked == "resident" and wanted > free:
+        raise UsageError(
+            f"--placement resident wants {wanted / GB:.1f} GB of GPU memory for {path}, "
+            f"{(wanted - free) / GB:.1f} GB more than are free: choose --placement pinned, which keeps it "
+            "in host memory"
+        )
+    if asked != "auto":
+        return asked
+    return "resident" if wanted <= free - KEPT_FOR_TRAINING * total else "pinned"
+
+
+class _PlacedReader(PooledReader):
+    """Crops made on a GPU, each batch from where its pictures are."""
+
+    def __init__(self, data: Pack, device: torch.device, workers: int):
+        super().__init__(workers)
+        self._data, self._device = data, device
+
+    def begin(self, request: CropRequest) -> Pending:
+        placed = self._data.placed_for(request.rows[0][:, 0], self._device)
+        if isinstance(placed, _Pinned):
+            self._data.announce(request)
+        return placed.begin(request, self.pool)
+
+
+class _Resident:
+    """Pictures of some rows in the device's memory.
+
+    pack   those pictures
+    index  of each row, its number in `pack`, -1 where it is not there; None: the row itself
+    """
+
+    def __init__(self, file: PackFile, rows: Int64[np.ndarray, " n"] | None, device: torch.device):
+        self.device = device
+        self.index = None
+        sizes = file.sizes
+        if rows is not None:
+            rows = np.unique(rows)
+            self.index = np.full(file.rows, -1, np.int64)
+            self.index[rows] = np.arange(len(rows))
+            sizes = file.sizes[rows]
+        first = layout.firsts(sizes, file.encoding)
+        tiles = torch.empty(int(first[-1]), WIDTH[file.encoding], dtype=torch.uint8, device=device)
+        at = 0
+        for piece in _pieces(file, rows):
+            tiles[at : at + len(piece)].copy_(_tensor(piece))
+            at += len(piece)
+        small = (torch.from_numpy(np.array(each)).to(device) for each in (first, sizes))
+        self.pack = PackTensors(tiles, *small)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: another stream will read it
+
+    def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
+        """Whether all these pictures (None: of the data) are here."""
+        return self.index is None or (rows is not None and bool((self.index[rows] >= 0).all()))
+
+    def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Pending:
+        rows, at = request.rows, self.index
+        boxes = rows if at is None else [_with_index(each, at[each[:, 0]]) for each in rows]
+        return Pending(lambda: _unpacked(self.pack, boxes, request.sizes, self.device))
+
+
+class _Pinned:
+    """Pictures in the mapped file, of which each batch's are copied to the device."""
+
+    def __init__(self, file: PackFile, rows: Int64[np.ndarray, " n"] | None, device: torch.device):
+        self.device, self._file = device, file
+
+    def covers(self, rows: Int64[np.ndarray, " n"] | None) -> bool:
+        return True
+
+    def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Pending:
+        """Gather what lies under the boxes, whole rows of tiles: of a batch, a pack of its own."""
+        file, images = self._file, len(request.rows[0])
+        index = request.rows[0][:, 0]
+        edge = layout.SIDE if file.encoding == "ycc" else 1
+        tops = np.min([rows[:, 1] for rows in request.rows], axis=0)
+        ends = np.max([rows[:, 1] + rows[:, 3] for rows in request.rows], axis=0)
+        heights, widths = file.sizes[index].astype(np.int64).T
+        tops = np.clip(tops, 0, heights - 1) // edge * edge
+        ends = np.minimum(-(-np.clip(ends, 1, heights) // edge) * edge, heights)
+        across = -(-widths // edge)
+        sizes = np.stack([ends - tops, widths], axis=1).astype(np.int32)
+        start = file.first[index] + tops // edge * across
+        first = layout.firsts(sizes, file.encoding)
+        pins, shape = self.device.type == "cuda", (int(first[-1]), file.tiles.shape[1])
+        tiles = torch.empty(shape, dtype=torch.uint8, pin_memory=pins)
+        into = tiles.numpy()
+
+        def gather(places: Iterable[int]) -> None:
+            for i in places:
+                length = first[i + 1] - first[i]
+                into[first[i] : first[i + 1]] = file.tiles[start[i] : start[i] + length]
+
+        waits = in_tasks(pool, images, gather)
+        boxes = [_with_index(rows, np.arange(images)) for rows in request.rows]
+        for rows in boxes:
+            rows[:, 1] -= tops
+
+        def result() -> Decoded:
+            for wait in waits:
+                wait()
+            small = (_sent(each, self.device) for each in (first, sizes))
+            pack = PackTensors(tiles.to(self.device, non_blocking=True), *small)
+            return _unpacked(pack, boxes, request.sizes, self.device)
+
+        return Pending(result)
+
+
+def _with_index(
+    rows: Int64[np.ndarray, "b 6"], index: Int64[np.ndarray, " b"]
+) -> Int64[np.ndarray, "b 6"]:
+    """The boxes of pictures with other numbers."""
+    return np.concatenate([index[:, None], rows[:, 1:]], axis=1)
+
+
+def _unpacked(
+    pack: PackTensors,
+    boxes: Iterable[Int64[np.ndarray, "b 6"]],
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> Decoded:
+    pairs = zip(boxes, sizes, strict=True)
+    return Decoded(tuple(unpack_crops(pack, _sent(rows, device), size) for rows, size in pairs), [])
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _pieces(file: PackFile, rows: Int64[np.ndarray, " n"] | None) -> Iterator[np.ndarray]:
+    """The tiles of these rows, in order, in pieces of about 64 MB."""
+    most = BLOCK // file.tiles.shape[1]
+    if rows is None:
+        for start in range(0, len(file.tiles), most):
+            yield file.tiles[start : start + most]
+        return
+    ends = np.cumsum(file.first[rows + 1] - file.first[rows])
+    for _, some in itertools.groupby(range(len(rows)), lambda i: int(ends[i]) // most):
+        yield np.concatenate([file.rows_of(int(rows[i])) for i in some])
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """It shares the mapped file's memory, which nobody writes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

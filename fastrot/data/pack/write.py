@@ -24,8 +24,8 @@ from fastrot.data import conversion, prepare
 from fastrot.data.conversion import Found, Work
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
+from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
-from fastrot.data.pack.read import PackFile
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.data.sources.records import Record, Source
 from fastrot.disk import replace_bytes, write_atomically

@@ -87,7 +87,7 @@ def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool)
         )
     if split is not None:
         raise UsageError(f"--split {split}: a .beton has no splits; name the file of one")
-    from fastrot.data.beton.load import Beton  # which needs torch
+    from fastrot.data.beton.read import Beton  # which needs torch
 
     data = Beton(root)
     labels = data.labels.tolist() if label_from == "folder" else [-1] * data.rows

@@ -10,8 +10,16 @@ NAME/rejects.jsonl  {"path", "reason"} of each picture left out, where there are
 """
 
 import tarfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt64
+
+from fastrot.config import UsageError
+from fastrot.data.keys import order_fingerprint
+from fastrot.data.manifest import unsealed
 
 BLOCK = 512  # bytes: headers and contents begin at multiples
 RECORD = 20 * BLOCK  # a tar's length is a multiple, as GNU tar and tarfile write it
@@ -32,6 +40,7 @@ ROW = np.dtype(
 ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `files.sniff` says; others are their own
 INDEX_VERSION = "v1.2"  # of the .idx files
 VERSION = 1  # of all that lies beside them
+AGAIN = "copy it again, or prepare the pictures again with dataprep/to_dali.py"
 
 
 def header(name: str, size: int) -> bytes:
@@ -56,3 +65,29 @@ def length_in(block: bytes) -> int | None:
 
 def shard_name(number: int, ending: str = "tar") -> str:
     return f"{number:05d}.{ending}"
+
+
+class Index(NamedTuple):
+    manifest: dict[str, Any]  # what shards.json says
+    rows: np.ndarray  # ROW [n]
+    keys: UInt64[np.ndarray, " n"]
+
+
+def read_index(folder: Path) -> Index:
+    """Raises UsageError where a file is missing or damaged, or they are not of one conversion."""
+    rows: np.ndarray
+    keys: np.ndarray
+    try:
+        manifest = unsealed((folder / MANIFEST).read_bytes())
+        rows, keys = (np.load(folder / name, allow_pickle=False) for name in (ROWS, KEYS))
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}): {AGAIN}") from None
+    except (ValueError, EOFError):
+        manifest, rows, keys = {"version": VERSION}, np.zeros(0), np.zeros(0)
+    if (version := manifest.get("version")) != VERSION:
+        raise UsageError(f"{folder} is of version {version}, not {VERSION}: {AGAIN}")
+    whole = (rows.dtype, keys.dtype) == (ROW, "u8") and rows.shape == keys.shape
+    whole = whole and zlib.crc32(rows.tobytes()) == manifest["rows_crc"]
+    if not whole or order_fingerprint(keys, rows["label"]) != manifest["fingerprint"]:
+        raise UsageError(f"{folder / MANIFEST}, or an .npy beside it, is damaged: {AGAIN}")
+    return Index(manifest, rows, keys)

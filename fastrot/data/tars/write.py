@@ -28,7 +28,7 @@ from fastrot.data.files import HEAD, sniff
 from fastrot.data.manifest import sealed
 from fastrot.data.ranks import ALONE, Ranks
 from fastrot.data.tars import layout
-from fastrot.data.tars.index import read_index
+from fastrot.data.tars.layout import read_index
 from fastrot.disk import replace_bytes, write_atomically
 
 QUALITY = 90  # of the JPEGs where only a size is given

@@ -18,8 +18,8 @@ Needs ffcv and numba (`make ffcv`), so nothing imports this file but `assemble.o
 import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,10 +36,10 @@ from numba.types import ExternalFunction, int32, int64, uint8, uint32, uint64, u
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord
-from fastrot.data.ahead import AHEAD, buffers
+from fastrot.core import CropRequest, DamagedRecord, Decoded, Pending, Reader
 from fastrot.data.beton.layout import IMAGE
-from fastrot.data.beton.load import Beton
+from fastrot.data.beton.read import Beton
+from fastrot.data.reader import AHEAD
 
 
 @contextlib.contextmanager
@@ -76,51 +76,41 @@ class FfcvBeton(Beton):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self._loader = _loader_of(self, self._decode_batch)
-        manager = self._loader.memory_manager
-        at = np.searchsorted(manager.ptrs, self._ptr).clip(max=len(manager.ptrs) - 1)
-        if not (manager.ptrs[at] == self._ptr).all() or not (manager.sizes[at] == self._size).all():
+        self.loader = _loader_of(self, self._decode_batch)
+        manager = self.loader.memory_manager
+        at = np.searchsorted(manager.ptrs, self._start).clip(max=len(manager.ptrs) - 1)
+        found = manager.ptrs[at], manager.sizes[at]
+        if not all(map(np.array_equal, found, (self._start, self._bytes))):
             raise UsageError(
                 f"FFCV would take other bytes of {path} for its pictures: choose --loader beton"
             )
 
     def describe(self) -> list[str]:
-        """For the beginning of a run: what decodes."""
         return [f"crops are decoded by {self.decoder}, in our order"]
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """See `core.Data`. `workers` threads decode, FFCV's own among them; 0 is taken for 1."""
-        ring = self._ring[device.type == "cuda"]
-        epoch = _Epoch(self._loader, max(workers, 1))
-        ahead = 0
-        try:
-            for request in plan:
-                self._announce(request)
-                epoch.feed.put(_Work(request, buffers(ring, request), epoch.together))
-                ahead += 1
-                if ahead > AHEAD:
-                    ahead -= 1
-                    yield next(epoch)
-            for _ in range(ahead):
-                yield next(epoch)
-        finally:
-            epoch.close()
+    def open_reader(self, device: torch.device, workers: int, in_c: None = None) -> "_Reader":
+        """`workers` threads decode, FFCV's own among them; 0 is taken for 1."""
+        return _Reader(self, device, max(workers, 1))
 
-    def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> tuple[Tensor, ...]:
+    def begun(self, request: CropRequest, *, pinned: bool) -> tuple[Tensor, ...]:
+        """The buffers of a batch whose bytes are announced."""
+        self._announce(request)
+        return self._ring.buffers(request, pinned=pinned)
+
+    def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> Decoded:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""
         jobs = _jobs(metadata[work.request.rows[0][:, 0]], *storage)
         spare = max(_spare(boxes, jobs) for boxes in work.request.rows)
         into = [crop.numpy() for crop in work.out]
-        starts = iter(range(0, len(jobs), TASK))
+        starts, errors = iter(range(0, len(jobs), TASK)), []
 
         def share() -> None:
             for start in starts:  # all threads draw from the same
-                self._decode_part(work.request, jobs, into, slice(start, start + TASK), spare)
+                part = slice(start, start + TASK)
+                errors.extend(self._decode_part(work.request, jobs, into, part, spare))
 
         work.together(share)
-        return work.out
+        return Decoded(work.out, errors)
 
     def _decode_part(
         self,
@@ -129,26 +119,25 @@ class FfcvBeton(Beton):
         into: list[np.ndarray],
         part: slice,
         spare: int,
-    ) -> None:
-        """Whole pictures into this thread's own memory, then from there the box of each recipe."""
-        rows, jobs = request.rows[0][part, 0].tolist(), jobs[part]
+    ) -> list[tuple[int, str]]:
+        """Whole pictures into this thread's own memory, then from there the boxes of each crop; what is damaged."""
+        rows, jobs, errors = request.rows[0][part, 0].tolist(), jobs[part], []
         for place, (row, job) in enumerate(zip(rows, jobs, strict=True), part.start):
             try:
                 self._check(row, job)
             except DamagedRecord as error:
                 job[SIZE] = 0  # passed over below
-                request.errors.append((place, str(error)))
-        memory = self._memory(spare + 3 * int(jobs[:, HEIGHT] @ jobs[:, WIDTH]))
+                errors.append((place, str(error)))
+        memory = self._scratch.take(spare + 3 * int(jobs[:, HEIGHT] @ jobs[:, WIDTH]))
         _decode(jobs, memory.ctypes.data + spare)
         for place in np.flatnonzero(jobs[:, FAILED]).tolist():
-            try:
-                self._damaged(rows[place], "libjpeg-turbo cannot decode all of it")
-            except DamagedRecord as error:
-                request.errors.append((part.start + place, str(error)))
+            damaged = self._damaged(rows[place], "libjpeg-turbo cannot decode all of it")
+            errors.append((part.start + place, str(damaged)))
         for boxes, pixels in zip(request.rows, into, strict=True):
             _crop(jobs, boxes[part], pixels[part], memory[None, :spare])
             for place in np.flatnonzero(boxes[part, 5]).tolist():
                 cv2.flip(pixels[part][place], 1, dst=pixels[part][place])
+        return errors
 
     def _check(self, row: int, job: np.ndarray) -> None:
         """Raises DamagedRecord where the checksum, or for want of one the JPEG's own size, does not agree."""
@@ -158,17 +147,10 @@ class FfcvBeton(Beton):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
-            self._damaged(row, str(error))
+            raise self._damaged(row, str(error)) from None
         if (height, width) != (job[HEIGHT], job[WIDTH]):
-            found = f"{height} x {width}"
-            self._damaged(row, f"it is {found} pixels, its row says {job[HEIGHT]} x {job[WIDTH]}")
-
-    def _memory(self, wanted: int) -> np.ndarray:
-        """Bytes of this thread, of any content."""
-        held = getattr(self._scratch, "buffer", None)
-        if held is None or len(held) < wanted:
-            held = self._scratch.buffer = np.empty(wanted, np.uint8)
-        return held
+            found, said = f"{height} x {width}", f"{job[HEIGHT]} x {job[WIDTH]}"
+            raise self._damaged(row, f"it is {found} pixels, its row says {said}")
 
 
 class _Work(NamedTuple):
@@ -177,6 +159,7 @@ class _Work(NamedTuple):
     request: CropRequest
     out: tuple[Tensor, ...]
     together: Callable[[Callable[[], None]], None]  # runs a function on all threads of the epoch
+    future: Future[Decoded]
 
 
 def _jobs(found: np.ndarray, file: np.ndarray, ptrs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -201,14 +184,14 @@ def _spare(boxes: np.ndarray, jobs: np.ndarray) -> int:
 class _Decoder(Operation):
     """The one operation of FFCV's pipeline."""
 
-    def __init__(self, decode: Callable[..., tuple[Tensor, ...]]):
+    def __init__(self, decode: Callable[..., Decoded]):
         super().__init__()
         self.decode = decode
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
         return dataclasses.replace(previous_state, jit_mode=True), None
 
-    def generate_code(self) -> Callable[..., tuple[Tensor, ...]]:
+    def generate_code(self) -> Callable[..., Decoded]:
         return lambda work, memory, metadata, storage: self.decode(work, metadata, storage)
 
 
@@ -228,11 +211,11 @@ class _Records(OSCacheManager):
         pass
 
 
-def _loader_of(beton: Beton, decode: Callable[..., tuple[Tensor, ...]]) -> Any:
+def _loader_of(beton: Beton, decode: Callable[..., Decoded]) -> Any:
     """FFCV's Loader of the file, compiled by nobody, its labels off: it carries batches of ours to `decode`."""
     names = [name for name, _ in beton.contents.fields]
     image = next(name for name, kind in beton.contents.fields if kind == IMAGE)
-    ahead = AHEAD + 1  # all that `pictures` ever has under way: FFCV's thread never waits for room
+    ahead = AHEAD + 1  # all that `_Reader` ever has under way: FFCV's thread never waits for room
     module, kept = ffcv.loader.loader, (Compiler.is_enabled, OSCacheManager)
     Compiler.is_enabled, module.OSCacheManager = False, _Records
     try:
@@ -251,8 +234,26 @@ def _loader_of(beton: Beton, decode: Callable[..., tuple[Tensor, ...]]) -> Any:
         Compiler.is_enabled, module.OSCacheManager = kept
 
 
+class _Reader(Reader):
+    def __init__(self, data: FfcvBeton, device: torch.device, threads: int):
+        self._data, self._pinned = data, device.type == "cuda"
+        self._epoch = _Epoch(data.loader, threads)
+
+    def begin(self, request: CropRequest) -> Pending:
+        out = self._data.begun(request, pinned=self._pinned)
+        work = _Work(request, out, self._epoch.together, Future())
+        self._epoch.feed.put(work)
+        return Pending(work.future.result)
+
+    def ahead(self, images: int) -> int:
+        return AHEAD
+
+    def close(self) -> None:
+        self._epoch.close()
+
+
 class _Epoch(EpochIterator):
-    """FFCV's iterator, fed batch by batch: it hands errors on, and ends when it is told to."""
+    """FFCV's thread, fed batch by batch: it hands errors on, and ends when it is told to."""
 
     def __init__(self, loader: Any, threads: int):
         self.feed: SimpleQueue[_Work | None] = SimpleQueue()
@@ -265,17 +266,10 @@ class _Epoch(EpochIterator):
             if self.terminate_event.is_set():
                 continue
             try:
-                result = self.run_pipeline(number, work, 0, None)
+                work.future.set_result(self.run_pipeline(number, work, 0, None)[0])
             except BaseException as error:
-                result = error
-            self.output_queue.put(result)
-            del work, result  # else this frame would keep the buffers from being used again
-
-    def __next__(self) -> tuple[Tensor, ...]:
-        result = self.output_queue.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result[0]
+                work.future.set_exception(error)
+            del work  # else this frame would keep the buffers from being used again
 
     def together(self, work: Callable[[], None]) -> None:
         """Run it on all threads of the epoch, to the end."""

@@ -4,7 +4,7 @@ Bytes enter through `external_source`, batch by batch, straight from the memory 
 boxes travel with them. DALI's own readers are not used: they shuffle in a buffer, and cannot start in the middle of
 an epoch of ours.
 
-With one recipe DALI decodes nothing but the box; with several, or where a box reaches over the border, the whole
+With one crop a picture DALI decodes nothing but the box; with several, or where a box reaches over the border, the whole
 picture, once. On a CPU that is all it does: `crops.resample` makes the crops, so that they equal those of all our
 readers to the bit, and in less time, since DALI's resize there takes longer than its decoding. On a GPU crops are
 resized and mirrored by DALI and stay there; each halving of `crops.resample` is a resize by 2 of its own, so that
@@ -15,7 +15,7 @@ DALI is given upright JPEGs in colour or grey, whose header agrees with what is 
 
     what DALI does                                                       what is done about it
     one picture that it cannot decode ends the pipeline                  it is found, one by one; a new one goes on
-    another batch, thread count or number of recipes: another pipeline   each is kept, and used again
+    another batch, thread count or number of crops: another pipeline     each is kept, and used again
     a box outside the picture ends the pipeline                          that batch is decoded whole, then cropped
 
 Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open_data`, when asked.
@@ -27,10 +27,10 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import nvidia.dali
@@ -41,9 +41,9 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord, Data
+from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending
 from fastrot.data import crops, pictures
-from fastrot.data.ahead import begun, in_order
+from fastrot.data.reader import PooledReader, in_tasks
 from fastrot.data.ring import Ring
 
 IN_DALI = 3  # batches that DALI is given at a time
@@ -51,19 +51,7 @@ READ_AHEAD = 2  # batches whose bytes are read before DALI asks for them
 STAND_IN = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)), np.uint8)
 
 
-class Encoded(Data, Protocol):
-    """Data that hands out its pictures' bytes."""
-
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
-        """The bytes of a picture. Raises DamagedRecord."""
-        ...
-
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The picture, decoded. Raises DamagedRecord."""
-        ...
-
-
-class ThroughDali:
+class ThroughDali(Data):
     """`core.Data` of what `data` holds.
 
     resizes  DALI also makes the crops on a CPU, as it does on a GPU
@@ -71,53 +59,40 @@ class ThroughDali:
 
     decoder = f"DALI {nvidia.dali.__version__}"
 
-    def __init__(self, data: Encoded, *, resizes: bool = False):
-        self.data, self.resizes = data, resizes
+    def __init__(self, data: Data, *, resizes: bool = False):
+        self.data, self.resizes, self.format = data, resizes, data.format
         self.rows, self.labels, self.classes = data.rows, data.labels, data.classes
         self.keys, self.fingerprint = data.keys, data.fingerprint
-        self.mean, self.std = data.mean, data.std
+        self.mean, self.std, self.numbers = data.mean, data.std, data.numbers
+        self.rejected = data.rejected
+        self.ring = Ring()
         self._idle: list[_Pipe] = []
-        self._ring = Ring()
         self._odd: set[int] = set()  # rows that DALI could not decode
 
-    def __getattr__(self, name: str) -> Any:
-        """`format`, `name`, `numbers`, `path`, ...: those of the data."""
-        if name == "data" or name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.data, name)
-
     def describe(self) -> list[str]:
-        """For the beginning of a run: what decodes."""
         return [f"pictures are decoded by {self.decoder}, in our order"]
 
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self.data.sizes(rows)
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """See `core.Data`. `workers` threads of DALI's and as many of ours; 0 is taken for 1."""
-        workers = max(workers, 1)
-        resizes = self.resizes or device.type == "cuda"
-        gpu = _number(device) if device.type == "cuda" else None
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="dali")
-        read = (begun(pool, job, len(job), self._read) for job in map(_Job, plan))
-        jobs = in_order(read, workers, exactly=READ_AHEAD)
-        decoded = self._decoded(jobs, gpu, workers, resizes)
-        crop = self._place_ours if resizes else _resample
-        try:
-            cropped = (begun(pool, job, len(job), crop) for job in decoded)
-            yield from (job.out for job in in_order(cropped, workers, exactly=1))
-        finally:
-            decoded.close()
-            pool.shutdown(cancel_futures=True)
+    def name(self, row: int) -> str:
+        return self.data.name(row)
 
-    def _read(self, job: "_Job", start: int, stop: int) -> None:
-        """The bytes of pictures `start` to `stop` of a batch; those that are not for DALI are decoded here."""
-        sizes = self.data.sizes(job.request.rows[0][start:stop, 0])
-        job.sizes[start:stop] = sizes
-        for place, (height, width) in enumerate(sizes.tolist(), start):
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        return self.data.record(row)
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        return self.data.picture(row)
+
+    def open_reader(self, device: torch.device, workers: int) -> "_Reader":
+        """`workers` threads of DALI's and as many of ours; 0 is taken for 1."""
+        return _Reader(self, device, max(workers, 1))
+
+    def read(self, job: "_Job", places: Iterable[int]) -> None:
+        """The bytes of some pictures of a batch; those that are not for DALI are decoded here."""
+        for place in places:
             row = job.row(place)
+            height, width = job.sizes[place].tolist()
             try:
                 record = self.data.record(row)
                 if row not in self._odd and pictures.is_upright_jpeg(record, height, width):
@@ -125,26 +100,10 @@ class ThroughDali:
                 else:
                     job.ours[place] = self.data.picture(row)
             except DamagedRecord as error:
-                job.spoil(place, str(error))
+                job.errors.append((place, str(error)))
 
-    def _decoded(
-        self, jobs: Iterator["_Job"], gpu: int | None, threads: int, resizes: bool
-    ) -> Iterator["_Job"]:
-        """The jobs with DALI's pixels: of boxes or pictures; where it resizes, the crops."""
-        waiting = _Waiting(jobs)
-        while (job := waiting.first()) is not None:
-            pipe = self._pipe(job.graph(gpu, threads, resizes))
-            try:
-                for job, pixels in pipe.through(waiting):
-                    yield self._with_pixels(job, pixels, pipe.graph)
-            except _Broken as broken:
-                self._find_odd(broken, pipe.graph)
-                continue  # all that was under way waits again, for a new pipeline
-            finally:
-                if pipe.drained():
-                    self._idle.append(pipe)
-
-    def _pipe(self, graph: "Graph") -> "_Pipe":
+    def take_pipe(self, graph: "Graph") -> "_Pipe":
+        """A pipeline that does this, a new one where none is idle."""
         fitting = [pipe for pipe in self._idle if pipe.graph.serves(graph)]
         if not fitting:
             return _Pipe(graph)
@@ -152,43 +111,28 @@ class ThroughDali:
         self._idle.remove(pipe)
         return pipe
 
-    def _with_pixels(self, job: "_Job", pixels: Any, graph: "Graph") -> "_Job":
-        if graph.gpu is not None:
-            job.out = tuple(_copied(crop.as_tensor(), graph.gpu) for crop in pixels)
-            return job
-        job.out = tuple(self._ring.take(len(job), size) for size in job.request.sizes)
-        if graph.sizes is None:
-            (job.pixels,), job.whole = pixels, graph.whole
-        else:
-            for out, crop in zip(job.out, pixels, strict=True):
-                out.numpy()[:] = np.asarray(crop.as_tensor())
-        return job
+    def give_back(self, pipe: "_Pipe") -> None:
+        if pipe.drained():
+            self._idle.append(pipe)
 
-    def _place_ours(self, job: "_Job", start: int, stop: int) -> None:
-        """Among crops that DALI made, those of pictures `start` to `stop` that it was not given."""
-        for place in job.ours.keys() & {*range(start, stop)}:
-            for rows, out in zip(job.request.rows, job.out, strict=True):
-                crop = torch.empty(out.shape[1:], dtype=torch.uint8)
-                crops.resample(job.ours[place], rows[place], crop.numpy())
-                out[place] = crop
-
-    def _find_odd(self, broken: "_Broken", graph: "Graph") -> None:
-        """Which pictures of a batch DALI cannot decode: these are ours from now on, or spoilt.
+    def find_odd(self, broken: "_Broken", graph: "Graph") -> None:
+        """Which pictures of a batch DALI cannot decode: these are ours from now on, or damaged.
 
         All of the batch, where it decodes each of them alone.
         """
-        job, probe, odd = broken.job, None, []
+        job, odd = broken.job, []
         asked = [place for place, record in enumerate(job.records) if record is not STAND_IN]
-        for place in asked:
-            probe = probe or _Pipe(graph._replace(batch=1, threads=1))
-            try:
-                (_,) = probe.through(_Waiting(iter([job.alone(place)])))
-            except _Broken:
-                odd.append(place)
-            if not probe.drained():
-                probe = None
         if not asked:
             raise RuntimeError("DALI cannot decode its stand-in") from broken
+        alone = graph._replace(batch=1, threads=1)
+        probe = _Pipe(alone)
+        for place in asked:
+            probe.feed(job.alone(place))
+            try:
+                probe.take()
+            except _Broken:
+                odd.append(place)
+                probe = _Pipe(alone)
         for place in odd or asked:
             row = job.row(place)
             self._odd.add(row)
@@ -199,12 +143,97 @@ class ThroughDali:
                     "row %d is decoded without DALI, which says: %s", row, broken.reason
                 )
             except DamagedRecord as error:
-                job.spoil(place, str(error))
+                job.errors.append((place, str(error)))
 
 
-def _resample(job: "_Job", start: int, stop: int) -> None:
-    """The crops of pictures `start` to `stop` of a batch, out of what was decoded of them."""
-    for place in range(start, stop):
+class _Reader(PooledReader):
+    """Batches on their way: their bytes are read, DALI decodes them, they are cropped."""
+
+    def __init__(self, data: ThroughDali, device: torch.device, threads: int):
+        super().__init__(threads)
+        self._data = data
+        self._gpu = _number(device) if device.type == "cuda" else None
+        self._resizes = data.resizes or self._gpu is not None
+        self._read = deque[_Job]()  # not given to DALI
+        self._pipe: _Pipe | None = None
+
+    def begin(self, request: CropRequest) -> Pending:
+        job = _Job(request, self._data.sizes(request.rows[0][:, 0]))
+        job.waits = in_tasks(self.pool, len(job), partial(self._data.read, job))
+        self._read.append(job)
+        return Pending(partial(self._result, job))
+
+    def ahead(self, images: int) -> int:
+        return READ_AHEAD + IN_DALI + 1
+
+    def close(self) -> None:
+        super().close()
+        if self._pipe is not None:
+            self._data.give_back(self._pipe)
+
+    def _result(self, job: "_Job") -> Decoded:
+        self._decode(job)
+        if self._pipe is not None and self._pipe.jobs:
+            self._decode(self._pipe.jobs[0][0])  # cropped while the one before is used
+        job.wait()
+        return Decoded(job.out, job.errors)
+
+    def _decode(self, wanted: "_Job") -> None:
+        """Take batches out of DALI, up to this one; what is done to its pictures there is begun."""
+        while not wanted.decoded:
+            pipe = self._feed()
+            try:
+                job, pixels = pipe.take()
+            except _Broken as broken:  # all that was in it waits again, for a new pipeline
+                self._read.extendleft(reversed([job for job, _ in pipe.jobs]))
+                self._pipe = None
+                self._data.find_odd(broken, pipe.graph)
+                continue
+            self._with_pixels(job, pixels, pipe.graph)
+            crop = _place_ours if self._resizes else _resample
+            job.waits, job.decoded = in_tasks(self.pool, len(job), partial(crop, job)), True
+
+    def _feed(self) -> "_Pipe":
+        """Give DALI as many batches as it holds at a time, of those that one pipeline serves; the pipeline."""
+        while self._read and (self._pipe is None or len(self._pipe.jobs) < IN_DALI):
+            job = self._read[0]
+            job.wait()
+            graph = job.graph(self._gpu, self.workers, self._resizes)
+            if self._pipe is not None and not self._pipe.graph.serves(graph):
+                if self._pipe.jobs:
+                    break
+                self._data.give_back(self._pipe)
+                self._pipe = None
+            if self._pipe is None:
+                self._pipe = self._data.take_pipe(graph)
+            self._pipe.feed(self._read.popleft())
+        assert self._pipe is not None
+        return self._pipe
+
+    def _with_pixels(self, job: "_Job", pixels: Any, graph: "Graph") -> None:
+        if graph.gpu is not None:
+            job.out = tuple(_copied(crop.as_tensor(), graph.gpu) for crop in pixels)
+            return
+        job.out = self._data.ring.buffers(job.request)
+        if graph.sizes is None:
+            (job.pixels,), job.whole = pixels, graph.whole
+        else:
+            for out, crop in zip(job.out, pixels, strict=True):
+                out.numpy()[:] = np.asarray(crop.as_tensor())
+
+
+def _place_ours(job: "_Job", places: Iterable[int]) -> None:
+    """Among crops that DALI made, those of pictures that it was not given."""
+    for place in job.ours.keys() & {*places}:
+        for rows, out in zip(job.request.rows, job.out, strict=True):
+            crop = torch.empty(out.shape[1:], dtype=torch.uint8)
+            crops.resample(job.ours[place], rows[place], crop.numpy())
+            out[place] = crop
+
+
+def _resample(job: "_Job", places: Iterable[int]) -> None:
+    """The crops of pictures, out of what was decoded of them."""
+    for place in places:
         for rows, out in zip(job.request.rows, job.out, strict=True):
             row, into = rows[place], out[place].numpy()
             if place in job.ours:
@@ -220,16 +249,18 @@ class _Job:
     """A batch under way. A place without a record of its own has the stand-in's."""
 
     request: CropRequest
+    sizes: np.ndarray  # int32 [b, 2]
     records: list[np.ndarray] = field(init=False)
-    sizes: np.ndarray = field(init=False)  # int32 [b, 2]
     ours: dict[int, np.ndarray] = field(default_factory=dict)  # place -> the picture, by `pictures`
+    errors: list[tuple[int, str]] = field(default_factory=list)
+    waits: list[Callable[[], None]] = field(default_factory=list)  # for what threads do with it
+    decoded: bool = False
     pixels: Any = None  # by DALI: boxes or whole pictures
     whole: bool = False
     out: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         self.records = [STAND_IN] * len(self)
-        self.sizes = np.zeros((len(self), 2), np.int32)
 
     def __len__(self) -> int:
         return len(self.request.rows[0])
@@ -237,14 +268,16 @@ class _Job:
     def row(self, place: int) -> int:
         return int(self.request.rows[0][place, 0])
 
-    def spoil(self, place: int, why: str) -> None:
-        self.request.errors.append((place, why))
+    def wait(self) -> None:
+        for wait in self.waits:
+            wait()
 
     def alone(self, place: int) -> "_Job":
         """One picture of it, as a batch."""
         one = slice(place, place + 1)
-        job = _Job(CropRequest(tuple(rows[one] for rows in self.request.rows), self.request.sizes))
-        job.records, job.sizes = self.records[one], self.sizes[one]
+        request = CropRequest(tuple(rows[one] for rows in self.request.rows), self.request.sizes)
+        job = _Job(request, self.sizes[one])
+        job.records = self.records[one]
         return job
 
     def graph(self, gpu: int | None, threads: int, resizes: bool) -> "Graph":
@@ -256,7 +289,7 @@ class _Job:
         return Graph(gpu, threads, len(self), whole, sizes, halvings)
 
     def taps(self) -> list[np.ndarray]:
-        """`crops.taps` of each picture, for each recipe."""
+        """`crops.taps` of each picture, for each crop."""
         return [
             np.array([crops.taps(h, w, size) for h, w in rows[:, 3:5].tolist()])
             for rows, size in zip(self.request.rows, self.request.sizes, strict=True)
@@ -268,34 +301,13 @@ class _Job:
         return bool(((y < 0) | (x < 0) | (y + h > height) | (x + w > width)).any())
 
 
-class _Waiting:
-    """Jobs that DALI has not done, oldest first."""
-
-    def __init__(self, jobs: Iterator[_Job]):
-        self._jobs, self._drawn = jobs, deque[_Job]()
-
-    def first(self) -> _Job | None:
-        if not self._drawn:
-            self._drawn.extend([job] if (job := next(self._jobs, None)) else [])
-        return self._drawn[0] if self._drawn else None
-
-    def take(self) -> _Job:
-        return self._drawn.popleft()
-
-    def put_back(self, jobs: Iterable[_Job]) -> None:
-        self._drawn.extendleft(reversed([*jobs]))
-
-
-# ---- DALI's pipelines ----
-
-
 class Graph(NamedTuple):
     """What a pipeline does.
 
     gpu       its number; None: the CPU
     batch     pictures, at most
-    whole     pictures are decoded whole, and then cropped; else the box of the one recipe alone
-    sizes     pixels a side of the crops of each recipe; None: it only decodes
+    whole     pictures are decoded whole, and then cropped; else the box of the one crop alone
+    sizes     pixels a side of each crop; None: it only decodes
     halvings  resizes by 2 behind the first, at most; a crop that needs fewer passes through the rest unchanged
     """
 
@@ -324,7 +336,7 @@ class Graph(NamedTuple):
                     fed.append(np.minimum(taps, 2**k).astype(np.float32))
         return fed
 
-    def built(self, source: Any) -> Pipeline:
+    def built(self) -> Pipeline:
         """Raises UsageError where DALI cannot use the GPU."""
         pipeline = Pipeline(
             batch_size=self.batch,
@@ -340,15 +352,12 @@ class Graph(NamedTuple):
         elif not self.whole:
             kinds += boxes
         with pipeline:
-            fed = fn.external_source(
-                source=source,
-                num_outputs=len(kinds),
-                dtype=[dtype for dtype, _ in kinds],
-                ndim=[ndim for _, ndim in kinds],
-                batch=True,
-                no_copy=True,
+            how = {"batch": True, "no_copy": True}
+            fed = (
+                fn.external_source(name=f"fed{number}", dtype=dtype, ndim=ndim, **how)
+                for number, (dtype, ndim) in enumerate(kinds)
             )
-            pipeline.set_outputs(*self._outputs(iter(fed)))
+            pipeline.set_outputs(*self._outputs(fed))
         try:
             pipeline.build()
         except RuntimeError as error:
@@ -396,70 +405,38 @@ class _Broken(Exception):
 
 
 class _Pipe:
-    """A pipeline, to be used by one epoch at a time."""
+    """A pipeline, to be used by one epoch at a time.
+
+    jobs  that are in it, oldest first, with what it was fed: DALI keeps no copy
+    """
 
     def __init__(self, graph: Graph):
-        self.graph = graph
-        self._under_way = deque[
-            tuple[_Job, list[Any]]
-        ]()  # with what it was fed: DALI keeps no copy
-        self._waiting: _Waiting | None = None
-        self._error: BaseException | None = None
-        self._broken = False
-        self._pipeline = graph.built(self._feed)
+        self.graph, self.jobs = graph, deque[tuple[_Job, list[Any]]]()
+        self._pipeline = graph.built()
+        self._pipeline._first_iter = False  # else its first run is several, of batches not fed yet
 
-    def through(self, waiting: _Waiting) -> Iterator[tuple[_Job, Any]]:
-        """Jobs and DALI's outputs of them, up to the first job that wants another pipeline. Raises _Broken."""
-        self._waiting = waiting
-        while True:
-            self._pipeline.schedule_run()
-            try:
-                outputs = self._pipeline.share_outputs()
-                self._pipeline.release_outputs()  # they stay until nobody holds them
-            except StopIteration:
-                break
-            except RuntimeError as error:
-                self._broken = True
-                jobs = [job for job, _ in self._under_way]
-                waiting.put_back(jobs)
-                raise _Broken(jobs[0], _gist(error)) from error
-            yield self._under_way.popleft()[0], outputs
-        if self._error is not None:
-            raise self._error
+    def feed(self, job: _Job) -> None:
+        fed = self.graph.inputs(job)
+        for number, each in enumerate(fed):
+            self._pipeline.feed_input(f"fed{number}", each)
+        self._pipeline.schedule_run()
+        self.jobs.append((job, fed))
 
-    def _feed(self) -> list[Any]:
-        """DALI asks for the next batch. Nothing else is raised here: it would be taken for DALI's own error."""
+    def take(self) -> tuple[_Job, Any]:
+        """The oldest batch in it, and DALI's outputs of it. Raises _Broken."""
         try:
-            job = None if self._waiting is None else self._waiting.first()
-            if job is None or not self._fits(job):
-                raise StopIteration
-            fed = self.graph.inputs(job)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self._error = error
-            raise StopIteration from None
-        assert self._waiting is not None
-        self._under_way.append((self._waiting.take(), fed))
-        return fed
-
-    def _fits(self, job: _Job) -> bool:
-        graph = self.graph
-        return graph.serves(job.graph(graph.gpu, graph.threads, graph.sizes is not None))
+            outputs = self._pipeline.share_outputs()
+            self._pipeline.release_outputs()  # they stay until nobody holds them
+        except RuntimeError as error:
+            raise _Broken(self.jobs[0][0], _gist(error)) from error
+        return self.jobs.popleft()[0], outputs
 
     def drained(self) -> bool:
         """Whether it can be used again, with nothing left in it."""
-        self._waiting = self._error = None
-        with contextlib.suppress(RuntimeError):
-            while not self._broken and not self._pipeline.empty():
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
-            if not self._broken:
-                self._pipeline.schedule_run()  # hears that there is nothing more: only then can it be reset
-                self._pipeline.reset()
-                self._under_way.clear()
-                return True
-        return False
+        with contextlib.suppress(_Broken):
+            while self.jobs:
+                self.take()
+        return not self.jobs
 
 
 def _gist(error: RuntimeError) -> str:

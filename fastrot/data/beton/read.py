@@ -11,30 +11,23 @@ JPEG with one flipped bit decodes without complaint four times in five.
 A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its parts would be merged into.
 """
 
-import bisect
-import mmap
-import threading
 import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
-from torch import Tensor
 
 from fastrot import native
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord
-from fastrot.data import crops
-from fastrot.data.ahead import Begun, Crew, buffers, in_order
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
 from fastrot.data.keys import order_fingerprint
-from fastrot.data.manifest import Paths, side, unsealed
-from fastrot.data.readahead import announce
-from fastrot.data.ring import Ring
+from fastrot.data.manifest import Paths, known, side, unsealed
+from fastrot.data.mapped import MappedData, MappedFile, Memory, mapped
+from fastrot.data.reader import InC, ThreadedReader
 from fastrot.disk import allow_open_files
 
 LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label
@@ -47,10 +40,9 @@ _AGAIN = "copy or prepare it again"
 _MENDED = "remove {} and run the same dataprep/to_ffcv.py command, which makes it anew"
 
 
-class Beton:
+class Beton(MappedData):
     """`core.Data` of a `.beton` file, or of a folder of whole parts.
 
-    numbers   each row's index in torchvision's ImageFolder, where these differ; None: the row itself
     contents  header, rows and table
     manifest  what FILE.beton.json says; empty where there is none
     native    whether the C++ extension makes the crops
@@ -59,83 +51,39 @@ class Beton:
     format = "beton"
 
     def __init__(self, path: str | Path):
+        super().__init__()
         self.path = Path(path)
         opened = _opened_set if self.path.is_dir() else _opened_file
-        self._files, self.contents, beside = opened(self.path)
-        self._first = [file.first for file in self._files]
-        self._ptr, self._size = self.contents.ptr, self.contents.size
+        self._files, each, self.contents, beside = opened(self.path)
+        self._which = np.repeat(np.arange(len(each)), each)
+        self._start, self._bytes = self.contents.ptr, self.contents.size
         self._sizes, self._raw = self.contents.sizes, self.contents.raw
         self.labels = self.contents.labels
-        self.rows = len(self._ptr)
+        self.rows = len(self.labels)
         self.manifest, self._crc = beside.manifest, beside.crc
         self.keys = np.arange(self.rows, dtype=np.uint64) if beside.keys is None else beside.keys
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self.classes = tuple(self.manifest.get("classes", _names(self.labels)))
-        self.mean, self.std = (_triple(self.manifest.get(name)) for name in ("mean", "std"))
-        numbers = self.manifest.get("numbers")
-        self.numbers = None if numbers is None else np.array(numbers, np.int64)
-        self._paths = Paths(
-            side(self.path / "set" if self.path.is_dir() else self.path, "paths.jsonl")
-        )
-        self._ring = {pinned: Ring(pinned=pinned) for pinned in (False, True)}
-        self._scratch = threading.local()
+        self.mean, self.std, self.numbers = known(self.manifest)
+        base = self.path / "set" if self.path.is_dir() else self.path
+        self._paths = Paths(side(base, "paths.jsonl"))
         self._records_in = native.Files([file.bytes for file in self._files])
         self.native = native.load() is not None
 
-    def __len__(self) -> int:
-        return self.rows
-
-    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
-        """Heights and widths."""
-        return self._sizes[rows]
-
-    def name(self, row: int) -> str:
-        """Where the picture came from, if FILE.beton.paths.jsonl tells."""
-        return self._paths.of(row)
-
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
-        """The bytes of a record as they lie in the file, checked against their crc32."""
-        start = int(self._ptr[row])
-        data = self._file_of(row).bytes[start : start + int(self._size[row])]
-        if self._crc is not None and zlib.crc32(data.data) != self._crc[row]:
-            self._damaged(row, "its checksum does not agree")
-        return data
-
-    def _file_of(self, row: int) -> "_File":
-        return self._files[bisect.bisect_right(self._first, row) - 1]
-
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The whole picture, decoded into memory of its own (raw ones: read-only, in the file)."""
-        return self._decode(row, None)
-
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """See `core.Data`. `workers` threads; 0: the caller's own, nothing read ahead."""
-        ring = self._ring[device.type == "cuda"]
-        crew = _InC(self, workers) if self.native else Crew(self.fill, workers, "beton")
-        try:
-            yield from in_order((self._begin(crew, request, ring) for request in plan), workers)
-        finally:
-            crew.close()
-
-    def _begin(self, crew: "_InC | Crew", request: CropRequest, ring: Ring) -> Begun:
-        self._announce(request)
-        return crew.begin(request, buffers(ring, request))
-
-    def _announce(self, request: CropRequest) -> None:
-        announce(request, [file.map for file in self._files], self._places)
-
     def describe(self) -> list[str]:
-        """For the beginning of a run: which form of the reader it is."""
         if self.native:
             return [f"crops are decoded by the C++ extension, {native.why()}"]
         return [f"crops are decoded by simplejpeg, without the C++ extension: {native.why()}"]
 
-    def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
-        """File, first byte and bytes of records."""
-        files = np.searchsorted(self._first, rows, side="right") - 1
-        return files, self._ptr[rows], self._size[rows]
+    def open_reader(
+        self, device: torch.device, workers: int, in_c: InC | None = None
+    ) -> ThreadedReader:
+        return super().open_reader(device, workers, self._in_c if self.native else None)
+
+    def _in_c(
+        self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
+    ) -> list[native.Work]:
+        return [pool.jpeg_crops(self.records(request.rows[0][:, 0]), request.rows, out)]
 
     def records(self, rows: Int64[np.ndarray, " b"]) -> native.Records:
         """Where the records of rows lie, for the C++ extension."""
@@ -145,69 +93,29 @@ class Beton:
             self._records_in, which, start, size, self._sizes[rows], self._raw[rows], crcs
         )
 
-    def fill(self, request: CropRequest, out: tuple[Tensor, ...], start: int, stop: int) -> None:
-        """Pictures `start` to `stop` of a batch: decode each once, resample it for each recipe."""
-        into = [crop.numpy() for crop in out]
-        for i in range(start, stop):
-            try:
-                picture = self._decode(int(request.rows[0][i, 0]), self._scratch)
-            except DamagedRecord as error:
-                request.errors.append((i, str(error)))
-                continue
-            for rows, pixels in zip(request.rows, into, strict=True):
-                crops.resample(picture, rows[i], pixels[i])
-
-    def _decode(self, row: int, scratch: threading.local | None) -> np.ndarray:
-        """`scratch`: decode into this thread's own memory, which the next picture overwrites."""
+    def _decode(self, row: int, memory: Memory) -> UInt8[np.ndarray, "h w 3"]:
         data = self.record(row)
         height, width = self._sizes[row].tolist()
         if self._raw[row]:
             return data.reshape(height, width, 3)
-        wanted = height * width * 3
-        buffer = None if scratch is None else getattr(scratch, "buffer", None)
-        if buffer is None or len(buffer) < wanted:
-            buffer = np.empty(wanted, np.uint8)
-            if scratch is not None:
-                scratch.buffer = buffer
         try:  # a JPEG larger than its row says would not fit, and is refused before it is decoded
-            picture = simplejpeg.decode_jpeg(data, buffer=buffer[:wanted])
+            picture = simplejpeg.decode_jpeg(data, buffer=memory(3 * height * width))
         except ValueError as error:
-            self._damaged(row, str(error))
+            raise self._damaged(row, str(error)) from None
         if picture.shape != (height, width, 3):
             found = "{} x {}".format(*picture.shape)
-            self._damaged(row, f"it is {found} pixels, its row says {height} x {width}")
+            raise self._damaged(row, f"it is {found} pixels, its row says {height} x {width}")
         return picture
 
-    def _damaged(self, row: int, why: str) -> NoReturn:
+    def _damaged(self, row: int, why: str) -> DamagedRecord:
         again, part = _AGAIN, ""
         if self.path.is_dir():
             file = self._file_of(row).path.name
             again, part = f"copy {file} again, or {_MENDED.format(file)}", f", in {file}"
-        raise DamagedRecord(
+        return DamagedRecord(
             f"row {row} of {self.path} ({self.name(row)}{part}) is damaged, {why}: {again}; "
             f"dataprep/look.py {self.path} --verify names every damaged row"
-        ) from None
-
-
-class _InC:
-    """Batches made by the C++ extension's threads; what these leave alone is decoded in Python."""
-
-    def __init__(self, data: Beton, workers: int):
-        self._data, self._pool = data, native.Pool(workers)
-
-    def begin(self, request: CropRequest, out: tuple[Tensor, ...]) -> Begun:
-        records = self._data.records(request.rows[0][:, 0])
-        work = self._pool.jpeg_crops(records, request.rows, [crop.numpy() for crop in out])
-
-        def done() -> tuple[Tensor, ...]:
-            for place in np.flatnonzero(work.wait() != native.FINE).tolist():
-                self._data.fill(request, out, place, place + 1)
-            return out
-
-        return Begun(len(request.rows[0]), done)
-
-    def close(self) -> None:
-        self._pool.close()
+        )
 
 
 # ---- the file ----
@@ -227,34 +135,11 @@ class Contents(NamedTuple):
     crc_table: int
 
 
-class _File(NamedTuple):
-    """A file in memory."""
-
-    path: Path
-    first: int  # the row that its first one is
-    map: mmap.mmap
-    bytes: UInt8[np.ndarray, " n"]
-
-
-def _opened_file(path: Path) -> tuple[list[_File], Contents, "_Side"]:
-    file, contents = _opened_alone(path)
-    return [file], contents, _side_files(path, contents)
-
-
-def _opened_alone(path: Path, first: int = 0) -> tuple[_File, Contents]:
-    mapped = _mapped(path)
-    file = _File(path, first, mapped, np.frombuffer(mapped, np.uint8))
-    return file, _parse(file.bytes, path)
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise UsageError(f"{path} is empty: {_AGAIN}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): name another file") from None
+def _opened_file(path: Path) -> tuple[list[MappedFile], list[int], Contents, "_Side"]:
+    """The file; its rows; what is in it and beside it."""
+    file = mapped(path, _AGAIN)
+    contents = _parse(file.bytes, path)
+    return [file], [len(contents.ptr)], contents, _side_files(path, contents)
 
 
 def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
@@ -398,8 +283,8 @@ def _compare(found: _Side, contents: Contents, refusal: str) -> None:
 # ---- a set of parts ----
 
 
-def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
-    """The parts that set.json lists, each checked as a file is. Raises UsageError, which names the part."""
+def _opened_set(folder: Path) -> tuple[list[MappedFile], list[int], Contents, _Side]:
+    """The parts that set.json lists, each checked as a file is; the rows of each. Raises UsageError, which names the part."""
     base, again = folder / "set", "run the same dataprep/to_ffcv.py command again"
     for name in ("json", "crc.npy", "keys.npy"):
         if not side(base, name).exists():
@@ -408,29 +293,23 @@ def _opened_set(folder: Path) -> tuple[list[_File], Contents, _Side]:
             )
     damaged = f"{base}.json, .crc.npy or .keys.npy is damaged: copy it again, or {again}"
     found = _read_side(base, damaged)
-    files, each, rows = [], [], 0
+    files, each = [], []
     listed = found.manifest.get("parts", [])
     allow_open_files(len(listed))
     for part in listed:
         path = folder / part["file"]
         if not path.exists():
             raise UsageError(f"{path} is missing: copy it too, or {again}, which makes it anew")
-        file, contents = _opened_alone(path, rows)
-        if (part["head_crc"], part["table_crc"]) != (contents.crc_rows, contents.crc_table):
+        files.append(mapped(path, _AGAIN))
+        each.append(_parse(files[-1].bytes, path))
+        if (part["head_crc"], part["table_crc"]) != (each[-1].crc_rows, each[-1].crc_table):
             raise UsageError(
                 f"{path} has changed since it was written: copy it again, or {again}, which makes it anew"
             )
-        files.append(file)
-        each.append(contents)
-        rows += len(contents.ptr)
     if not files:
         raise UsageError(damaged)
     arrays = ("ptr", "size", "sizes", "raw", "labels")
     joined = {name: np.concatenate([getattr(c, name) for c in each]) for name in arrays}
     contents = each[0]._replace(**joined, page=max(c.page for c in each), crc_rows=0, crc_table=0)
     _compare(found, contents, damaged)
-    return files, contents, found
-
-
-def _triple(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(map(float, values))
+    return files, [len(c.ptr) for c in each], contents, found

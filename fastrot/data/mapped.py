@@ -1,0 +1,127 @@
+"""Data whose pictures' records lie in memory-mapped files: what a .beton and tar shards share."""
+
+import mmap
+import threading
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Int64, UInt8
+from torch import Tensor
+
+from fastrot.config import UsageError
+from fastrot.core import CropRequest, DamagedRecord, Data
+from fastrot.data.manifest import Paths
+from fastrot.data.readahead import announce
+from fastrot.data.reader import InC, ThreadedReader, fill_decoded
+from fastrot.data.ring import Ring
+
+Memory = Callable[[int], UInt8[np.ndarray, " n"]]  # gives so many bytes of any content
+
+
+class MappedFile(NamedTuple):
+    path: Path
+    map: mmap.mmap
+    bytes: UInt8[np.ndarray, " n"]
+
+
+class MappedData(Data):
+    """Records in files, each compared with its crc32 when it is asked for.
+
+    A format says where they lie, and how one is decoded. Arrays hold a number for each row.
+    """
+
+    _files: list[MappedFile]
+    _which: np.ndarray  # the file
+    _start: np.ndarray  # the record's first byte in it
+    _bytes: np.ndarray
+    _sizes: Int32[np.ndarray, "n 2"]  # the picture's height and width, upright
+    _crc: np.ndarray | None  # uint32; None: there are no checksums
+    _paths: Paths
+
+    def __init__(self) -> None:
+        self._ring, self._scratch = Ring(), Scratch()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+        return self._sizes[rows]
+
+    def name(self, row: int) -> str:
+        """Where the picture came from, if paths.jsonl tells."""
+        return self._paths.of(row)
+
+    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+        """The bytes of a picture as they lie in the file, compared with their crc32. Raises DamagedRecord."""
+        start = int(self._start[row])
+        data = self._file_of(row).bytes[start : start + int(self._bytes[row])]
+        if self._crc is not None and zlib.crc32(data.data) != self._crc[row]:
+            raise self._damaged(row, "its checksum does not agree")
+        return data
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole picture, upright (a raw one: read-only, in the file). Raises DamagedRecord."""
+        return self._decode(row, partial(np.empty, dtype=np.uint8))
+
+    @abstractmethod
+    def _decode(self, row: int, memory: Memory) -> UInt8[np.ndarray, "h w 3"]:
+        """The picture, in memory that it asks for. Raises DamagedRecord."""
+
+    @abstractmethod
+    def _damaged(self, row: int, why: str) -> DamagedRecord:
+        """What is said of a record."""
+
+    def _file_of(self, row: int) -> MappedFile:
+        return self._files[self._which[row]]
+
+    def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
+        """File, first byte and bytes of records."""
+        return self._which[rows], self._start[rows], self._bytes[rows]
+
+    def open_reader(
+        self, device: torch.device, workers: int, in_c: InC | None = None
+    ) -> ThreadedReader:
+        how = {"advise": self._announce, "in_c": in_c}
+        return ThreadedReader(self.fill, self._ring, device, workers, **how)
+
+    def fill(
+        self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
+    ) -> list[tuple[int, str]]:
+        """The crops of some places of a batch, decoded in Python; place and sentence of what cannot be read."""
+        rows = request.rows[0][:, 0]
+        return fill_decoded(
+            lambda place: self._decode(int(rows[place]), self._scratch.take), request, out, places
+        )
+
+    def _announce(self, request: CropRequest) -> list[tuple[int, str]]:
+        announce(request, [file.map for file in self._files], self._places)
+        return []
+
+
+class Scratch(threading.local):
+    """Memory of each thread, of any content, which it uses again."""
+
+    held = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> UInt8[np.ndarray, " n"]:
+        if len(self.held) < size:
+            self.held = np.empty(size, np.uint8)
+        return self.held[:size]
+
+
+def mapped(path: Path, again: str) -> MappedFile:
+    """A file in memory. Raises UsageError, which ends with what to do."""
+    try:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise UsageError(f"{path} is empty: {again}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): {again}") from None
+    return MappedFile(path, memory, np.frombuffer(memory, np.uint8))

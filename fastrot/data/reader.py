@@ -1,0 +1,116 @@
+"""Crops made by threads of this process: how batches are shared out to them, and what a thread does with a picture."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrot import native
+from fastrot.core import CropRequest, DamagedRecord, Decoded, Pending, Reader
+from fastrot.data import crops
+from fastrot.data.ring import Ring
+
+TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
+AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
+
+T = TypeVar("T")
+Errors = list[tuple[int, str]]  # place in the batch, one sentence
+Fill = Callable[[CropRequest, tuple[Tensor, ...], Iterable[int]], Errors]
+InC = Callable[[native.Pool, CropRequest, list[np.ndarray]], Sequence[native.Work]]
+
+
+class PooledReader(Reader):
+    """A Reader with a pool of Python's threads. 0 workers: nothing is read ahead."""
+
+    def __init__(self, workers: int, *, in_c: bool = False):
+        self.workers = workers
+        python = workers > 0 and not in_c
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if python else None
+
+    def ahead(self, images: int) -> int:
+        return max(AHEAD, 2 * self.workers // -(-images // TASK)) if self.workers else 0
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+class ThreadedReader(PooledReader):
+    """Fills the buffers of batches.
+
+    fill    makes the crops of some places of a batch, in Python
+    in_c    begins a batch on threads of the C++ extension; what these leave alone goes to `fill`. None: Python's threads
+    advise  hears of each request before it is begun; what it says of its pictures goes to the errors
+    """
+
+    def __init__(
+        self,
+        fill: Fill,
+        ring: Ring,
+        device: torch.device,
+        workers: int,
+        *,
+        advise: Callable[[CropRequest], Errors] = lambda _: [],
+        in_c: InC | None = None,
+    ):
+        super().__init__(workers, in_c=in_c is not None)
+        self._pinned = device.type == "cuda"
+        self._fill, self._ring, self._advise, self._in_c = fill, ring, advise, in_c
+        self._native = None if in_c is None else native.Pool(workers)
+
+    def begin(self, request: CropRequest) -> Pending:
+        damaged = self._advise(request)
+        out = self._ring.buffers(request, pinned=self._pinned)
+        fill = partial(self._fill, request, out)
+        if self._native is None or self._in_c is None:
+            waits = in_tasks(self.pool, len(request.rows[0]), fill)
+        else:
+            works = self._in_c(self._native, request, [crop.numpy() for crop in out])
+            waits = [lambda: fill(_left(works))]
+        return Pending(lambda: Decoded(out, [*damaged, *(e for wait in waits for e in wait())]))
+
+    def close(self) -> None:
+        super().close()
+        if self._native is not None:
+            self._native.close()
+
+
+def in_tasks(
+    pool: ThreadPoolExecutor | None, images: int, work: Callable[[Iterable[int]], T]
+) -> list[Callable[[], T]]:
+    """`work(places)` of the pictures of a batch, by the pool: what waits for each task, and raises what it raised.
+
+    None: the work is done by whoever waits.
+    """
+    if pool is None:
+        return [partial(work, range(images))]
+    places = range(images)
+    return [pool.submit(work, places[at : at + TASK]).result for at in range(0, images, TASK)]
+
+
+def _left(works: Sequence[native.Work]) -> list[int]:
+    """The places that the extension has left alone in any of a batch's crops."""
+    return np.flatnonzero(np.any([work.wait() != native.FINE for work in works], axis=0)).tolist()
+
+
+def fill_decoded(
+    decode: Callable[[int], np.ndarray],
+    request: CropRequest,
+    out: tuple[Tensor, ...],
+    places: Iterable[int],
+) -> Errors:
+    """Decode the pictures at some places of a batch once each, resample them for each crop; those that cannot be."""
+    errors, into = [], [crop.numpy() for crop in out]
+    for place in places:
+        try:
+            picture = decode(place)
+        except DamagedRecord as error:
+            errors.append((place, str(error)))
+            continue
+        for rows, pixels in zip(request.rows, into, strict=True):
+            crops.resample(picture, rows[place], pixels[place])
+    return errors
