@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,16 +195,18 @@ class LessMemory(threading.Thread):
 class Reading(Beton):
     """The reader, with a checksum of each record in the place of its crops."""
 
-    def _fill(self, request: CropRequest, out: Any, start: int, stop: int) -> None:
-        for row in request.rows[0][start:stop, 0].tolist():
-            zlib.crc32(self.record(row))
+    def fill(self, request: CropRequest, out: Any, places: Iterable[int]) -> list:
+        for place in places:
+            zlib.crc32(self.record(int(request.rows[0][place, 0])))
+        return []
 
 
 def of_ours(name: str, path: str, workers: int, mode: str, epochs: int) -> list[Epoch]:
     """Epochs of our reader; for a fresh process."""
     data = Reading(path) if mode != CROPS else Beton(path)
+    data.native = data.native and mode == CROPS
     if name == UNADVISED:
-        data._announce = lambda request: None
+        data._announce = lambda request: []
     view = View(
         crops=(RandomResized(size=SIZE if mode == CROPS else 1),),
         shuffled=name != DATA_ORDER,

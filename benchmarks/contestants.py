@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,7 +32,7 @@ import fastrot.assemble
 from benchmarks import measure
 from fastrot import native
 from fastrot.config import Placement, RandomResized, UsageError
-from fastrot.core import CropRequest, Data, View
+from fastrot.core import CropRequest, Data, Decoded, Pending, Reader, View
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import WIDTH, firsts
 from fastrot.ops.blocks import PackTensors, unpack_crops
@@ -148,11 +148,11 @@ def bytes_of(path: Path) -> int:
 # ---- ours ----
 
 
-class Repeated:
+class Repeated(Data):
     """The same pictures `times` over, as data: an epoch as long as a steady measurement wants."""
 
     def __init__(self, data: Data, times: int):
-        self.data, self.rows = data, data.rows * times
+        self.data, self.rows, self.format = data, data.rows * times, data.format
         self.labels, self.keys = np.tile(data.labels, times), np.tile(data.keys, times)
         self.classes, self.mean, self.std = data.classes, data.mean, data.std
         self.fingerprint = f"{data.fingerprint} x {times}"
@@ -160,10 +160,20 @@ class Repeated:
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         return self.data.sizes(rows % self.data.rows)
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        return self.data.pictures(map(self._once, plan), device, workers)
+    def name(self, row: int) -> str:
+        return self.data.name(row % self.data.rows)
+
+    def record(self, row: int) -> np.ndarray:
+        return self.data.record(row % self.data.rows)
+
+    def picture(self, row: int) -> np.ndarray:
+        return self.data.picture(row % self.data.rows)
+
+    def open_reader(self, device: torch.device, workers: int) -> Reader:
+        reader = self.data.open_reader(device, workers)
+        begin = reader.begin
+        reader.begin = lambda request: begin(self._once(request))  # type: ignore[method-assign]
+        return reader
 
     def _once(self, request: CropRequest) -> CropRequest:
         rows = [each.copy() for each in request.rows]
@@ -207,7 +217,7 @@ def without_native(path: Path, batch: int, workers: int) -> Run:
         os.environ.update({} if before is None else {"FASTROT_NATIVE": before})
 
 
-class FullPack:
+class FullPack(Data):
     """A pack of any number of pictures in the device's memory: those of a small one, copied there again and again.
 
     `core.Data`, for a Loader. Each row has tiles of its own at a place of its own: nothing wraps round as it is read,
@@ -222,8 +232,7 @@ class FullPack:
         self.labels, self.keys = (
             np.resize(each, pictures) for each in (self.few.labels, self.few.keys)
         )
-        self.mean: tuple[float, ...] | None = self.few.mean
-        self.std: tuple[float, ...] | None = self.few.std
+        self.mean, self.std = self.few.mean, self.few.std
         self.fingerprint = f"{self.few.fingerprint} to {pictures}"
         self._sizes = np.resize(self.few.sizes, (pictures, 2))
         self._first = firsts(self._sizes, self.few.encoding)
@@ -231,6 +240,15 @@ class FullPack:
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         return self._sizes[rows]
+
+    def name(self, row: int) -> str:
+        return self.few.name(row % self.few.rows)
+
+    def record(self, row: int) -> np.ndarray:
+        return self.few.rows_of(row % self.few.rows).reshape(-1)
+
+    def picture(self, row: int) -> np.ndarray:
+        return self.few.picture(row % self.few.rows)
 
     def place(self, rows: np.ndarray | None, device: torch.device) -> None:
         """Copy, once: the small pack to the device, and there piece by piece behind itself."""
@@ -256,20 +274,26 @@ class FullPack:
             f"{self.nbytes / 1e9:.1f} GB in the device's memory"
         ]
 
-    def pictures(
-        self, plan: Iterable[CropRequest], device: torch.device, workers: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """As a resident pack gives them: boxes are sent, crops are made on the device."""
+    def open_reader(self, device: torch.device, workers: int) -> Reader:
         self.place(None, device)
         assert self.pack is not None
-        for request in plan:
-            sent = map(torch.from_numpy, request.rows)
-            if device.type == "cuda":
-                sent = (each.pin_memory().to(device, non_blocking=True) for each in sent)
-            yield tuple(
-                unpack_crops(self.pack, boxes, size)
-                for boxes, size in zip(sent, request.sizes, strict=True)
-            )
+        return OnDevice(self.pack, device)
+
+
+class OnDevice(Reader):
+    """As a resident pack gives them: boxes are sent, crops are made on the device."""
+
+    def __init__(self, pack: PackTensors, device: torch.device):
+        self.pack, self.device = pack, device
+
+    def begin(self, request: CropRequest) -> Pending:
+        return Pending(lambda: Decoded(tuple(map(self._made, request.rows, request.sizes)), []))
+
+    def _made(self, rows: np.ndarray, size: int) -> Tensor:
+        boxes = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            boxes = boxes.pin_memory().to(self.device, non_blocking=True)
+        return unpack_crops(self.pack, boxes, size)
 
 
 def full_pack(

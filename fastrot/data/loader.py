@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -101,7 +101,7 @@ class Loader:
         how = {"batch": self.batch, "rank": rank, "world": self.world}
         return sampler.batches(self.images, **how, ragged=not self.view.shuffled)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Generator[Batch, None, None]:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
         reader = self.data.open_reader(self.device, self.workers)
         with contextlib.closing(reader):

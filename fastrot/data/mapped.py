@@ -15,7 +15,7 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord, Data
+from fastrot.core import CropRequest, DamagedRecord, Data, Reader
 from fastrot.data.manifest import Paths
 from fastrot.data.readahead import announce
 from fastrot.data.reader import InC, ThreadedReader, fill_decoded
@@ -84,11 +84,13 @@ class MappedData(Data):
         """File, first byte and bytes of records."""
         return self._which[rows], self._start[rows], self._bytes[rows]
 
-    def open_reader(
-        self, device: torch.device, workers: int, in_c: InC | None = None
-    ) -> ThreadedReader:
-        how = {"advise": self._announce, "in_c": in_c}
+    def open_reader(self, device: torch.device, workers: int) -> Reader:
+        how = {"advise": self._announce, "in_c": self._in_c()}
         return ThreadedReader(self.fill, self._ring, device, workers, **how)
+
+    def _in_c(self) -> InC | None:
+        """How the C++ extension begins a batch; None: it cannot."""
+        return None
 
     def fill(
         self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]

@@ -70,7 +70,7 @@ class ThreadedReader(PooledReader):
             waits = in_tasks(self.pool, len(request.rows[0]), fill)
         else:
             works = self._in_c(self._native, request, [crop.numpy() for crop in out])
-            waits = [lambda: fill(_left(works))]
+            waits = [partial(_fill_left, fill, works)]
         return Pending(lambda: Decoded(out, [*damaged, *(e for wait in waits for e in wait())]))
 
     def close(self) -> None:
@@ -92,9 +92,11 @@ def in_tasks(
     return [pool.submit(work, places[at : at + TASK]).result for at in range(0, images, TASK)]
 
 
-def _left(works: Sequence[native.Work]) -> list[int]:
-    """The places that the extension has left alone in any of a batch's crops."""
-    return np.flatnonzero(np.any([work.wait() != native.FINE for work in works], axis=0)).tolist()
+def _fill_left(fill: Callable[[Iterable[int]], Errors], works: Sequence[native.Work]) -> Errors:
+    """Fill the places that the extension has left alone in any of a batch's crops."""
+    states = [work.wait() != native.FINE for work in works]
+    left = np.flatnonzero(np.any(states, axis=0)).tolist()
+    return fill(left) if left else []
 
 
 def fill_decoded(

@@ -16,6 +16,7 @@ import dataclasses
 import mmap
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64
 
 from fastrot import assemble
 from fastrot.config import Config
-from fastrot.core import DTYPES, Batch, CropRequest, DamagedRecord, Data, View
+from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Pending, View
 from fastrot.data.loader import Loader
 from fastrot.data.pack import layout
 from fastrot.speed import bounds, cost
@@ -284,13 +285,6 @@ class _Reading:
     reread: float | None = None
 
 
-def record_of(data: Any, row: int) -> UInt8[np.ndarray, " n"]:
-    """The bytes of a picture as its format holds them. Raises DamagedRecord."""
-    if data.format == "pack":
-        return data.file.rows_of(row).reshape(-1)
-    return data.record(row)
-
-
 def _read(data: Any, rows: Int64[np.ndarray, " n"], workers: int, budget: TimeBudget) -> _Reading:
     """Read what time allows of these rows, and then the same again."""
     budget.begin("reading", SHARES["read"])
@@ -316,7 +310,7 @@ def _touched(
         size = 0
         for row in some.tolist():
             try:
-                record = record_of(data, row)
+                record = data.record(row)
                 record[:: mmap.PAGESIZE].max()  # a mapped page is read when it is looked at
                 size += record.nbytes
             except DamagedRecord as error:
@@ -382,17 +376,14 @@ def _rate(
 
     The first batch of each worker is not counted: they begin, and hand out what they have together.
     """
-
-    def plan() -> Iterator[CropRequest]:
-        at = np.arange(batch)
+    at, lead, done, begun = np.arange(batch), max(1, workers), 0, 0.0
+    pending = deque[Pending]()
+    with contextlib.closing(loader.data.open_reader(loader.device, workers)) as reader:
         while True:
-            yield loader.request(rows[at % len(rows)], 0)
-            at += batch
-
-    drawn = loader.data.pictures(plan(), loader.device, workers)
-    lead, done, begun = max(1, workers), 0, 0.0
-    with _closed(drawn):
-        for _ in drawn:
+            while len(pending) <= reader.ahead(batch):
+                pending.append(reader.begin(loader.request(rows[at % len(rows)], 0)))
+                at += batch
+            pending.popleft().result()
             done += 1
             if done == lead:
                 wait_for(loader.device)
@@ -447,7 +438,7 @@ def _formats(
             tried = assemble.open_data(path)
             loader = assemble.open_loader(tried, view, batch=1, workers=0, enlarge=True)
             everyone = np.arange(tried.rows)
-            size = sum(record_of(tried, row).nbytes for row in everyone.tolist()) / tried.rows
+            size = sum(tried.record(row).nbytes for row in everyone.tolist()) / tried.rows
             budget.begin(f"decoding as a .{name}", SHARES["formats"] / 4)
             rate = _rate(loader, everyone, min(16, tried.rows), 0, budget)
             forms[name] = FormatTrial(bytes=size, decode_one=rate, convert=convert)

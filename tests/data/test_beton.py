@@ -11,9 +11,9 @@ from truth import photo
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError, Whole
 from fastrot.core import View
-from fastrot.data import ahead
 from fastrot.data.beton.read import Beton, DamagedRecord
 from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.reader import AHEAD
 from fastrot.data.ring import KEPT, Ring
 
 PHOTOS = [photo(i, 40 + 3 * i, 90 - 4 * i) for i in range(11)]
@@ -294,7 +294,7 @@ def test_buffers_are_used_again_and_stay_few(ours, monkeypatch):
     for number in range(5):
         for _ in loader.epoch(number):
             pass
-    assert 0 < made.count(2 * 24 * 24 * 3) <= ahead.AHEAD + 6  # in 5 epochs of 18 batches
+    assert 0 < made.count(2 * 24 * 24 * 3) <= AHEAD + 6  # in 5 epochs of 18 batches
 
 
 def test_a_buffer_is_given_back_when_the_last_reader_is_gone():

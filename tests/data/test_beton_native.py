@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asked import asked
 from plain_beton import write_beton
 from truth import photo
 
@@ -20,7 +21,7 @@ from fastrot.data.beton.write import BetonOptions, convert
 pytestmark = pytest.mark.skipif(native.load() is None, reason=native.why())
 PHOTOS = [photo(i, 40 + 3 * i, 90 - 4 * i) for i in range(11)]
 VIEWS = {
-    "two-recipes": View(crops=(RandomResized(size=24), RandomResized(size=40))),
+    "two-crops": View(crops=(RandomResized(size=24), RandomResized(size=40))),
     "over-the-border": View(crops=(Shifted(size=32, pad=6),)),
     "within": View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False),
     "much-smaller": View(crops=(Whole(size=7),), shuffled=False),
@@ -124,8 +125,8 @@ def test_both_forms_find_the_same_damage(files, tmp_path, kind):
         for data in both(tmp_path / files[kind].name):
             request = CropRequest((rows[row : row + 1].copy(),) if row < 11 else (rows[:1],), (8,))
             request.rows[0][:, 0] = row
-            (crop,) = next(iter(data.pictures([request], torch.device("cpu"), 0)))
-            told.append((request.errors, None if request.errors else crop.numpy().tobytes()))
+            (((crop,), errors),) = asked(data, [request])
+            told.append((errors, None if errors else crop.numpy().tobytes()))
         assert told[0] == told[1]
         found += bool(told[0][0])
     assert found == 120 if kind == "jpg" else 40 < found < 120
@@ -135,7 +136,7 @@ def test_both_forms_find_the_same_damage(files, tmp_path, kind):
 def test_an_epoch_that_is_broken_off_ends_its_threads(files, quick):
     before = set(Path("/proc/self/task").iterdir())
     data = both(files["jpg"])[0 if quick else 1]
-    loader = open_loader(data, VIEWS["two-recipes"], batch=4, workers=3, enlarge=True)
+    loader = open_loader(data, VIEWS["two-crops"], batch=4, workers=3, enlarge=True)
     for number in range(5):
         batches = loader.epoch(number)
         next(batches)
@@ -150,7 +151,7 @@ def test_a_box_outside_its_picture_is_an_error_in_both_forms(files):
     request = CropRequest((np.array([[0, 500, 0, 4, 4, 0]], np.int64),), (8,))
     for data in both(files["jpg"]):
         with pytest.raises(ValueError, match="lies outside the picture"):
-            next(iter(data.pictures([request], torch.device("cpu"), 1)))
+            asked(data, [request], 1)
 
 
 def test_which_form_runs_is_said(files, monkeypatch):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from asked import asked
 from PIL import Image
 from test_run import TINY, assert_same_bits
 from truth import photo
@@ -36,7 +37,6 @@ pytestmark = [
 ]
 PHOTOS = [photo(i, 60 + 7 * (i % 5), 80 + 9 * (i % 4)) for i in range(26)]
 RANDOM = View(crops=(RandomResized(size=32),))
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -214,9 +214,9 @@ def test_a_flipped_bit_is_named_by_the_checksum(spoilt):
     flip_bit_in_scan(spoilt, 7)
     data = open_data(spoilt, "ffcv")
     request = request_of([3, 7, 11, 7], data)
-    (crop,) = next(iter(data.pictures([request], CPU, 2)))
-    assert sorted(place for place, _ in request.errors) == [1, 3]
-    for _, sentence in request.errors:
+    (((crop,), errors),) = asked(data, [request], 2)
+    assert sorted(place for place, _ in errors) == [1, 3]
+    for _, sentence in errors:
         assert f"row 7 of {spoilt} ({data.name(7)})" in sentence
         assert "checksum" in sentence
     assert np.array_equal(crop[2].numpy(), cropped(whole(data, 11), request.rows[0][2], 16))
@@ -237,8 +237,8 @@ def test_without_a_checksum_the_decoder_is_believed(spoilt):
         file.write(other)
     data = open_data(bare, "ffcv")
     request = request_of([0, 1, 2, 3, 4, 5, 9, 10], data)
-    list(data.pictures([request], CPU, 1))
-    said = dict(sorted(request.errors))
+    ((_, errors),) = asked(data, [request], 1)
+    said = dict(sorted(errors))
     assert list(said) == [5, 6]
     assert "row 5" in said[5]
     assert "cannot decode" in said[5]
@@ -249,8 +249,8 @@ def test_sound_records_without_checksums_are_read(spoilt):
     bare = Path(shutil.copy(spoilt, spoilt.with_name("alone.beton")))
     data = open_data(bare, "ffcv")
     request = request_of(list(range(data.rows)), data)
-    list(data.pictures([request], CPU, 2))
-    assert not request.errors
+    ((_, errors),) = asked(data, [request], 2)
+    assert not errors
 
 
 @pytest.mark.parametrize("workers", [1, 2])

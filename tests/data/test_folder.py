@@ -1,6 +1,5 @@
 """A folder as Data: rows, sizes and their cache, crops out of worker processes."""
 
-import itertools
 import logging
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from asked import asked
 from PIL import Image
 from truth import photo
 
@@ -22,8 +22,6 @@ from fastrot.data import pictures as decoder
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.loader import Loader
 from fastrot.data.sources.open import open_source
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +44,8 @@ def headers(monkeypatch):
     return read
 
 
-def request(data: folder.Folder, rows, *recipes, epoch: int = 0) -> CropRequest:
-    loader = Loader(data, View(crops=recipes or (Whole(size=16),)), batch=1)
+def request(data: folder.Folder, rows, *crops, epoch: int = 0) -> CropRequest:
+    loader = Loader(data, View(crops=crops or (Whole(size=16),)), batch=1)
     return loader.request(np.array(rows, np.int64), epoch)
 
 
@@ -141,13 +139,11 @@ def test_the_cache_lies_where_the_user_wants_it(pictures, tmp_path, monkeypatch)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_are_the_boxes_of_the_decoded_pictures(pictures, workers):
     data = folder.Folder(pictures)
-    recipes = (RandomResized(size=24), Shifted(size=16))
-    work = [request(data, rows, *recipes) for rows in ([3, 36, 5], [0], [7, 7], list(range(9)))]
-    done = list(data.pictures(iter(work), CPU, workers))
-    assert len(done) == 4
-    for asked, got in zip(work, done, strict=True):
-        assert isinstance(got, tuple)
-        for boxes, size, crop in zip(asked.rows, asked.sizes, got, strict=True):
+    both = (RandomResized(size=24), Shifted(size=16))
+    work = [request(data, rows, *both) for rows in ([3, 36, 5], [0], [7, 7], list(range(9)))]
+    for request_, (got, errors) in zip(work, asked(data, work, workers), strict=True):
+        assert not errors
+        for boxes, size, crop in zip(request_.rows, request_.sizes, got, strict=True):
             assert crop.shape == (len(boxes), size, size, 3)
             assert crop.dtype == torch.uint8
             for box, pixels in zip(boxes, crop.numpy(), strict=True):
@@ -172,23 +168,6 @@ def test_epochs_are_the_same_for_any_number_of_workers(pictures):
     assert len(seen[0]) == 5
     assert seen[0] == seen[1] == seen[2]
     assert (torch.get_rng_state() == before).all()
-
-
-def test_a_long_plan_is_read_only_a_little_ahead(pictures):
-    data = folder.Folder(pictures)
-    drawn = itertools.count()
-    work = request(data, [1, 2])
-
-    def endless():
-        while True:
-            next(drawn)
-            yield work
-
-    done = data.pictures(endless(), CPU, 2)
-    for _ in range(3):
-        next(done)
-    assert next(drawn) <= 3 + 2 * 2
-    done.close()
 
 
 def children() -> int:
@@ -222,23 +201,13 @@ def test_a_picture_that_changed_is_named(pictures, tmp_path, workers, change, sa
     shutil.copytree(pictures, root)
     data = folder.Folder(root)
     change(root / "class0" / "006.jpg")
-    work = [request(data, [0, 1]), request(data, [5, 2])]
-    done = list(data.pictures(iter(work), CPU, workers))
-    assert len(done) == 2
-    assert work[0].errors == []
-    [(place, told)] = work[1].errors
+    sound, changed = asked(data, [request(data, [0, 1]), request(data, [5, 2])], workers)
+    assert sound.errors == []
+    [(place, told)] = changed.errors
     assert place == 1
     assert re.search(f"row 2, 'class0/006.jpg'.*{said}", told)
     assert "\n" not in told
     assert children() == 0
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unforeseen_error_names_the_picture_too(pictures, workers):
-    data = folder.Folder(pictures)
-    outside = CropRequest((np.array([[4, 900, 900, 8, 8, 0]]),), (8,))
-    with pytest.raises(RuntimeError, match=r"row 4, 'class0/012.jpg'"):
-        next(data.pictures(iter([outside]), CPU, workers))
 
 
 @pytest.mark.parametrize("what", ["length", "time"])

@@ -6,11 +6,13 @@ test_loaders.py.
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from asked import asked
 from PIL import Image
 from truth import photo
 
@@ -18,7 +20,7 @@ from fastrot import native
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
-from fastrot.data import ahead, crops
+from fastrot.data import crops
 from fastrot.data.loader import Loader
 from fastrot.data.pack import file as opened
 from fastrot.data.pack import read, write
@@ -48,7 +50,7 @@ def batches(data, view=VIEW, *, batch=5, workers=0, **how) -> list:
 
 
 def all_rows_request(data: Pack) -> CropRequest:
-    """Every row once, in an order of its own, by both recipes of VIEW."""
+    """Every row once, in an order of its own, by both crops of VIEW."""
     index = np.random.default_rng(0).permutation(ROWS)
     return Loader(data, VIEW, batch=ROWS).request(index, 3)
 
@@ -78,7 +80,7 @@ def test_crops_are_those_of_the_decoded_pictures(folder, form, workers, monkeypa
         pytest.skip("the C++ extension is not built")
     data = Pack(folder)
     request = all_rows_request(data)
-    (found,) = data.pictures([request], CPU, workers)
+    ((found, _),) = asked(data, [request], workers)
     assert equal(found, wanted(data, request))
     words = "C++ extension" if form == "c" else "without the C++ extension: FASTROT_NATIVE=0"
     assert words in data.describe()[0]
@@ -184,17 +186,19 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
         here = np.isin(request.rows[0][:, 0], rows)
         request = CropRequest(tuple(each[here] for each in request.rows), request.sizes)
         want = [each[here] for each in want]
-    with ahead.threads(workers, "pack") as pool:
-        assert equal(placed.begin(request, pool).done(), want)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found, _ = placed.begin(request, pool if workers else None).result()
+    assert equal(found, want)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
     request = all_rows_request(data)
-    with ahead.threads(workers, "pack") as pool:
-        begun = read._Pinned(data.file, None, CPU).begin(request, pool)
-        assert equal(begun.done(), wanted(data, request))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        placed = read._Pinned(data.file, None, CPU)
+        found, _ = placed.begin(request, pool if workers else None).result()
+    assert equal(found, wanted(data, request))
 
 
 def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
@@ -204,7 +208,7 @@ def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
     asked, real = [], read.unpack_crops
     made = lambda pack, *how: asked.append(pack) or real(pack, *how)  # noqa: E731
     monkeypatch.setattr(read, "unpack_crops", made)
-    read._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).done()
+    read._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).result()
     rows = slice(8, 24) if data.file.encoding == "ycc" else slice(9, 19)
     heights = np.minimum(data.file.sizes[:, 0], rows.stop) - rows.start
     assert asked[0].sizes[:, 0].tolist() == heights.tolist()
@@ -313,7 +317,7 @@ def test_batches_are_waited_for_under_python_o_too(tmp_path):
         "waited, plain = [], native.Work.wait\n"
         "native.Work.wait = lambda work: waited.append(1) or plain(work)\n"
         "request = CropRequest((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"
-        f"list(Pack({str(folder)!r}).pictures([request], torch.device('cpu'), 1))\n"
+        f"Pack({str(folder)!r}).open_reader(torch.device('cpu'), 1).begin(request).result()\n"
         "raise SystemExit(waited != [1])\n"
     )
     assert subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT).returncode == 0

@@ -79,14 +79,10 @@ def test_a_beton_reads_blocks_ahead_in_one_piece(tmp_path, keep_parts):
 def test_a_loader_tells_of_each_block_once(start, monkeypatch):
     view = View(crops=(RandomResized(size=16),), blocks=(8, 4))
     loader = open_loader("synthetic:200", view, batch=5, workers=0)
-    told, plain = [], loader.data.pictures
-
-    def heard(plan, device, workers):
-        return plain(
-            (told.append(request.prefetch) or request for request in plan), device, workers
-        )
-
-    monkeypatch.setattr(loader.data, "pictures", heard)
+    told, reader = [], loader.data.open_reader(loader.device, 0)
+    begin = reader.begin
+    reader.begin = lambda request: told.append(request.prefetch) or begin(request)
+    monkeypatch.setattr(loader.data, "open_reader", lambda *_: reader)
     drawn = np.concatenate([batch.index.numpy() for batch in loader.epoch(0, start)])
     rows = np.concatenate(told)
     assert len(np.unique(rows)) == len(rows) <= len(drawn) + 8 * 4

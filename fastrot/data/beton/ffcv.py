@@ -88,7 +88,7 @@ class FfcvBeton(Beton):
     def describe(self) -> list[str]:
         return [f"crops are decoded by {self.decoder}, in our order"]
 
-    def open_reader(self, device: torch.device, workers: int, in_c: None = None) -> "_Reader":
+    def open_reader(self, device: torch.device, workers: int) -> "_Reader":
         """`workers` threads decode, FFCV's own among them; 0 is taken for 1."""
         return _Reader(self, device, max(workers, 1))
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 
 from fastrot import native
@@ -27,7 +26,7 @@ from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYP
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import Paths, known, side, unsealed
 from fastrot.data.mapped import MappedData, MappedFile, Memory, mapped
-from fastrot.data.reader import InC, ThreadedReader
+from fastrot.data.reader import InC
 from fastrot.disk import allow_open_files
 
 LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field that make it the label
@@ -75,12 +74,10 @@ class Beton(MappedData):
             return [f"crops are decoded by the C++ extension, {native.why()}"]
         return [f"crops are decoded by simplejpeg, without the C++ extension: {native.why()}"]
 
-    def open_reader(
-        self, device: torch.device, workers: int, in_c: InC | None = None
-    ) -> ThreadedReader:
-        return super().open_reader(device, workers, self._in_c if self.native else None)
+    def _in_c(self) -> InC | None:
+        return self._jpeg_crops if self.native else None
 
-    def _in_c(
+    def _jpeg_crops(
         self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
     ) -> list[native.Work]:
         return [pool.jpeg_crops(self.records(request.rows[0][:, 0]), request.rows, out)]
