@@ -1,6 +1,7 @@
 """Shared by all tests: kernels run in Triton's interpreter where there is no GPU; nothing is downloaded."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a process
 import pytest
 from PIL import Image
 from truth import photo
+
+if sys.version_info < (3, 11):
+    # Triton wants kernels bare: they are marked no_type_check, which the last jaxtyping for Python 3.10 does not look at
+    from jaxtyping._import_hook import JaxtypingTransformer
+
+    wrapped = JaxtypingTransformer.visit_FunctionDef
+
+    def visit(self, node):
+        bare = any(getattr(mark, "id", "") == "no_type_check" for mark in node.decorator_list)
+        return node if bare else wrapped(self, node)
+
+    JaxtypingTransformer.visit_FunctionDef = visit
 
 
 def pytest_collection_modifyitems(items):
