@@ -34,10 +34,10 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# One pip run for either: the second of two would build the extension again.
+# One pip run for either, since each builds the extension; Python compiles what it imports (40 s that pip would take).
 $(VENV)/installed $(VENV)/installed-dev: $(VENV)/made pyproject.toml setup.py $(wildcard fastrot/native/*.?pp)
 	@echo "installing fastrot into $(VENV) (torch is large: this can take a few minutes)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(if $(filter %-dev,$@),[dev])'
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e '.$(if $(filter %-dev,$@),[dev])'
 	@touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
