@@ -81,8 +81,7 @@ kernels: $(VENV)/installed
 
 bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders
-	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cold
-	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_native
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_loaders --cold
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_conversion
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_train --preset decoupling-alexnet

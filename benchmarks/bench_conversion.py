@@ -2,11 +2,10 @@
 
     python -m benchmarks.bench_conversion [--root FOLDER] [--out FILE.jsonl or FOLDER] [--quick]
 
-The originals are linked several times over and converted at short side 256 and quality 90. LRSchedule are per CPU-second of
+The originals are linked several times over and converted at short side 256 and quality 90. Rates are per CPU-second of
 the process and its workers: busy neighbours change them little.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from benchmarks import contestants, measure
+from benchmarks import contestants, measure, runs
 from benchmarks.bench_loaders import children, fresh, own_memory
 from benchmarks.contestants import SHORT, installed, originals, row
 from fastrot import entry
@@ -158,7 +157,8 @@ def linked(root: Path, source: Path, over: int) -> int:
 
 def convert(root: Path, out: Path, workers: int, *more: str) -> tuple[float, float]:
     """Run to_ffcv.py, with `more` knobs; the most MB of its own that the parent held, and the most that any worker did."""
-    command = contestants.conversion("to_ffcv.py", root, out, workers, "--quality", "90", *more)
+    knobs = contestants.conversion(root, workers, "--quality", "90", *more)
+    command = runs.command("dataprep/to_ffcv.py", *knobs, "--out", out)
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peaks = [0.0, 0.0]
 
@@ -182,24 +182,16 @@ def convert(root: Path, out: Path, workers: int, *more: str) -> tuple[float, flo
 
 def main() -> int:
     """Measure, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, help="class folders of original pictures")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
+    parser = runs.parser(__doc__, "root", "work", "quick")
     asked = parser.parse_args()
     root, work, workers = originals(asked.root), asked.work, cores()
     work.mkdir(parents=True, exist_ok=True)
     times, reps, over = ((1, 2), 2, 1) if asked.quick else ((4, 12), 3, 4)
-    out = measure.results("cpu", asked.out) if asked.out or not asked.quick else None
     rows = itertools.chain(
         conversion_rows(root, work, workers=workers, times=times),
         conversion_ratio_rows(root, work, workers=workers, reps=reps, over=over),
     )
-    for each in rows:
-        if out is not None:
-            measure.append(out, each)
-        measure.say(each)
+    runs.keep(rows, asked)
     return 0
 
 

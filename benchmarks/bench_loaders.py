@@ -1,24 +1,38 @@
-"""What loaders cost on the same pictures: rates, waits beside a training step, first batch, memory, bytes.
+"""What loaders cost on the same pictures: rates, waits beside a training step, first batch, memory, bytes; cold epochs.
 
     python -m benchmarks.bench_loaders [--root FOLDER] [--out FILE.jsonl or FOLDER] [--only NAME] [--quick]
+    python -m benchmarks.bench_loaders --max-side 400        the same of larger pictures, their rates alone
+    python -m benchmarks.bench_loaders --cold                epochs whose bytes are not in memory yet
+    python -m benchmarks.bench_loaders --against CHECKOUT    this checkout's loaders beside another's, in turns; nothing is kept
 
 The originals are prepared once in each format (contestants.py), at short side 256 and quality 90, into --work. All
 loaders then make 224-pixel random-resized, mirrored crops with as many workers as there are cores, in turns (A B C A B
 C ...), each as one long epoch over the same pictures again and again, so that starting workers is not what is measured.
-LRSchedule are per CPU-second of the process and its workers: busy neighbours change them little. Pictures lie in the page cache.
+Rates are per CPU-second of the process and its workers: busy neighbours change them little. Pictures lie in the page cache.
 
 Beside a training step: after each batch a stand-in for the step keeps the device busy, a matrix product on one core
 (on a GPU as many operations as AlexNet's step takes). What it costs by itself is subtracted from nothing: images/s
 are those of both together, and the share of the time in which the step waited for its batch is told.
+
+Cold: the .beton's records are copied into two files of --mb megabytes, sorted by class, as a folder is, and shuffled. Before
+each epoch the file's pages are dropped (posix_fadvise), which mincore confirms; the epoch runs in a process of its own and
+makes a checksum of each record in the place of its crops, so that the disk binds and not the decoder. `mixing` is
+arithmetic: labels per batch of sorted classes of ImageNet's size, without a picture.
 """
 
-import argparse
+import contextlib
+import ctypes
 import itertools
+import json
+import mmap
 import multiprocessing
+import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +41,7 @@ import numpy as np
 import torch
 
 import fastrot.assemble
-from benchmarks import contestants, measure
+from benchmarks import contestants, measure, runs
 from benchmarks.contestants import (
     DALI,
     FFCV,
@@ -45,6 +59,12 @@ from benchmarks.contestants import (
     row,
 )
 from fastrot import entry
+from fastrot.config import BLOCKS, RandomResized, RunError, UsageError
+from fastrot.core import CropRequest, View
+from fastrot.data import sampler
+from fastrot.data.beton.read import Beton
+from fastrot.data.beton.write import Packer
+from fastrot.disk import write_atomically
 from fastrot.entry import cores
 
 BATCH = 64
@@ -56,6 +76,8 @@ TARGETS = {  # times, per core
     (OURS, FFCV): 1.1,
     (THROUGH_FFCV, FFCV): 0.95,
     (THROUGH_DALI, DALI): 1.0,
+    (NATIVE, FFCV): 1.7,
+    (NATIVE, UINT8): 7.0,
 }
 STEP_S = 0.02  # what the stand-in for a step takes on a CPU: so much computing a batch of 64
 STEP_FLOP = (
@@ -76,7 +98,7 @@ class Rate(NamedTuple):
 
 
 def rates(
-    runs: dict[str, Run],
+    opened_runs: dict[str, Run],
     step: Callable[[], Any] = lambda: None,
     *,
     seconds: float,
@@ -85,12 +107,12 @@ def rates(
 ) -> dict[str, list[Rate]]:
     """The rate of each loader, `reps` times in turns of about `seconds`, with a step after each batch."""
     images = {}
-    for name, run in runs.items():
+    for name, run in opened_runs.items():
         _rate(run, step, warm)  # files into the page cache, code into memory
         images[name] = max(warm, round(seconds * _rate(run, step, warm).per_s))
-    found = {name: [] for name in runs}
+    found = {name: [] for name in opened_runs}
     for _ in range(reps):
-        for name, run in runs.items():
+        for name, run in opened_runs.items():
             found[name].append(_rate(run, step, images[name]))
     return found
 
@@ -144,13 +166,14 @@ def loader_rows(
     """A row for each loader, alone and beside a step, and for the ratios that have a target."""
     workers, opened = formats.workers, {name: formats.of(c.format) for name, c in chosen.items()}
     images = fastrot.assemble.open_data(formats.beton()).rows
-    runs = {name: c.open(opened[name], batch, workers) for name, c in chosen.items()}
-    alone = rates(runs, seconds=seconds, reps=reps, warm=2 * batch)
+    opened_runs = {name: c.open(opened[name], batch, workers) for name, c in chosen.items()}
+    alone = rates(opened_runs, seconds=seconds, reps=reps, warm=2 * batch)
     shape = {"size": SIZE, "batch": batch, "workers": workers}
+    large = f", long side {formats.max_side}" if formats.max_side else ""
     for name, found in alone.items():
         yield row(
-            "loader",
-            name,
+            "reader" if large else "loader",
+            f"{name}{large}",
             mode=chosen[name].mode,
             shape=shape,
             dtype=chosen[name].dtype,
@@ -164,19 +187,19 @@ def loader_rows(
             pairs = zip(alone[one], alone[other], strict=True)
             yield row(
                 "ratio",
-                f"{one} / {other}",
+                f"{one} / {other}{large}",
                 mode="per core",
                 shape=shape,
                 dtype=chosen[other].dtype,
                 **measure.middle([a.per_core / b.per_core for a, b in pairs], "times"),
-                target=target,
-                better="higher",
+                **({} if large else {"target": target, "better": "higher"}),
             )
-    yield from _busy_rows(runs, chosen, shape, device, seconds, reps)
+    if not large:
+        yield from _busy_rows(opened_runs, chosen, shape, device, seconds, reps)
 
 
 def _busy_rows(
-    runs: dict[str, Run],
+    opened_runs: dict[str, Run],
     chosen: dict[str, Contestant],
     shape: dict[str, int],
     device: str,
@@ -187,7 +210,7 @@ def _busy_rows(
     torch.set_num_threads(1)  # of the step; the loaders have threads of their own
     batch, step = shape["batch"], StandIn(device, shape["batch"])
     ceiling = {"none": lambda images: iter([batch] * (images // batch))}
-    crops = {name: run for name, run in runs.items() if chosen[name].mode == "crops"}
+    crops = {name: run for name, run in opened_runs.items() if chosen[name].mode == "crops"}
     found = rates(ceiling | crops, step, seconds=seconds, reps=reps, warm=2 * batch)
     torch.set_num_threads(threads)
     for name, each in found.items():
@@ -341,41 +364,263 @@ def children(process: str | int) -> list[int]:
         return []
 
 
+# ---- cold ----
+
+
+def blocks_name(blocks: tuple[int, int], shuffled: bool = False) -> str:
+    return f"blocks of {blocks[0]}, {blocks[1]} a window" + ", shuffled file" * shuffled
+
+
+SMALL = (BLOCKS[0], BLOCKS[1] // 4)
+DATA_ORDER, FULL = "data order", "full permutation"
+ORDERS = {  # blocks, whether the file is the shuffled one
+    DATA_ORDER: (None, False),
+    FULL: (None, False),
+    blocks_name(BLOCKS): (BLOCKS, False),
+    blocks_name(SMALL): (SMALL, False),
+    blocks_name(BLOCKS, True): (BLOCKS, True),
+}
+
+
+class Epoch(NamedTuple):
+    """What an epoch cost."""
+
+    images: int
+    seconds: float
+    first: float  # seconds to the first batch
+    cpu: float
+    read: float  # MB that this process had the disk read
+    resident: float  # MB of the file in memory at its end
+    bits: float  # entropy of the labels of a batch, in the mean
+
+
+def repeated(source: Beton, out: Path, megabytes: int, *, seed: int | None = None) -> Path:
+    """The records of `source` again and again, sorted by label, or shuffled by `seed`; made where it is missing."""
+    if out.exists():
+        return out
+    rows = np.argsort(source.labels, kind="stable")
+    records = [source.record(row).tobytes() for row in range(source.rows)]
+    copies = -(-megabytes * MB // sum(map(len, records)))
+    rows = np.repeat(rows, copies)
+    if seed is not None:
+        rows = np.random.default_rng(seed).permutation(rows)
+
+    def write(file: Any) -> None:
+        with contextlib.closing(Packer(file, len(rows))) as packer:
+            for row in rows.tolist():
+                height, width = source.sizes(np.array([row]))[0].tolist()
+                shape = {"mode": 0, "height": height, "width": width}
+                packer.add(records[row], **shape, label=int(source.labels[row]))
+            packer.finish()
+
+    write_atomically(out, write)
+    return out
+
+
+class Pages:
+    """The pages of a file that are in memory."""
+
+    def __init__(self, path: Path):
+        self.path, self.bytes = path, path.stat().st_size
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.at = np.frombuffer(self.map, np.uint8).ctypes.data
+        self.library = ctypes.CDLL(None, use_errno=True)
+
+    def resident(self) -> np.ndarray:
+        """bool, one a page."""
+        pages = np.zeros(-(-self.bytes // mmap.PAGESIZE), np.uint8)
+        arguments = (ctypes.c_void_p(self.at), ctypes.c_size_t(self.bytes))
+        if self.library.mincore(*arguments, pages.ctypes.data_as(ctypes.c_void_p)):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return (pages & 1).astype(bool)
+
+    def megabytes(self) -> float:
+        return float(self.resident().sum()) * mmap.PAGESIZE / MB
+
+    def drop(self, maps: list[mmap.mmap]) -> None:
+        """Raises UsageError where another process keeps them; a page that a map of this one refers to stays: `maps` let go."""
+        for _ in range(20):
+            for each in maps:
+                each.madvise(mmap.MADV_DONTNEED)
+            with open(self.path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if (left := self.megabytes()) < self.bytes / MB / 100:
+                return
+            time.sleep(0.1)
+        raise UsageError(f"{left:.0f} MB of {self.path} stay in memory: end what else reads it")
+
+
+class Reading(Beton):
+    """The reader, with a checksum of each record in the place of its crops."""
+
+    def fill(self, request: CropRequest, out: Any, places: Iterable[int]) -> list:
+        for place in places:
+            zlib.crc32(self.record(int(request.rows[0][place, 0])))
+        return []
+
+
+def cold_epoch(name: str, path: str, workers: int) -> Epoch:
+    """An epoch of our reader in one of ORDERS; for a fresh process."""
+    data, pages = Reading(path), Pages(Path(path))
+    data.native = False
+    crops = (RandomResized(size=1),)
+    view = View(crops=crops, shuffled=name != DATA_ORDER, blocks=ORDERS[name][0])
+    loader = fastrot.assemble.open_loader(data, view, batch=BATCH, workers=workers, enlarge=True)
+    pages.drop([pages.map, *(file.map for file in data._files)])
+    read, wall, cpu = read_bytes(), time.perf_counter(), measure.cpu_seconds()
+    drawn, first = [], 0.0
+    for batch in loader.epoch(0):
+        first = first or time.perf_counter() - wall
+        drawn.append(batch.label.numpy().copy())
+    wall, cpu = time.perf_counter() - wall, measure.cpu_seconds() - cpu
+    mixed = float(np.mean([bits(each) for each in drawn if len(each) == BATCH]))
+    read = (read_bytes() - read) / MB
+    return Epoch(sum(map(len, drawn)), wall, first, cpu, read, pages.megabytes(), mixed)
+
+
+def read_bytes() -> int:
+    """What this process had the disk read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
+
+
+def bits(labels: np.ndarray) -> float:
+    """Entropy of a batch's labels."""
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log2(share)).sum())
+
+
+def mixing_rows(batch: int = 256, ranks: int = 8, samples: int = 400) -> Iterator[dict[str, Any]]:
+    """Entropy of labels per batch, of the global one and of a rank's own, on sorted classes of ImageNet's size."""
+    images, classes = contestants.IMAGENET, 1000
+    labels = np.arange(images) * classes // images
+    orders: dict[str, Any] = {FULL: sampler.ShuffledSampler(images, seed=0, epoch=0)}
+    for block, window in (BLOCKS, SMALL, (4 * BLOCKS[0], BLOCKS[1] // 4)):
+        one = sampler.BlockSampler(images, seed=0, epoch=0, block=block, window=window)
+        orders[blocks_name((block, window))] = one
+    for name, rows in orders.items():
+        for what, rank, world in (("a batch", 0, 1), (f"a rank of {ranks}", 3, ranks)):
+            at = {"batch": batch, "rank": rank, "world": world, "ragged": False}
+            count = sampler.batches(images, **at)
+            steps = np.unique(np.linspace(0, count - 1, samples).astype(int)).tolist()
+            found = [bits(labels[rows[sampler.places(images, number=k, **at)]]) for k in steps]
+            yield cold_row(
+                "mixing",
+                name,
+                mode=f"labels of {what}, {images:,} pictures sorted by {classes:,} classes",
+                shape={"batch": batch},
+                **measure.middle(found, "bits"),
+                most_bits=float(np.log2(min(batch, classes))),
+            )
+
+
+def cold_rows(files: list[Path], *, workers: int, reps: int) -> Iterator[dict[str, Any]]:
+    """Each order in turns, `reps` times; `files`: the sorted one, the shuffled one."""
+    found: dict[str, list[Epoch]] = {name: [] for name in ORDERS}
+    for _, name in itertools.product(range(reps), ORDERS):
+        found[name].append(fresh(cold_epoch, name, str(files[ORDERS[name][1]]), workers))
+    for name, each in found.items():
+        yield epoch_row(name, each, workers, files[0].stat().st_size / MB)
+
+
+def epoch_row(name: str, each: list[Epoch], workers: int, megabytes: float) -> dict[str, Any]:
+    def middle(values: Iterable[float]) -> float:
+        return measure.middle(list(values), "")["p50"]
+
+    return cold_row(
+        "cold epoch",
+        name,
+        mode="reading alone",
+        shape={"batch": BATCH, "workers": workers, "MB": round(megabytes)},
+        **measure.middle([e.images / e.seconds for e in each], "images/s"),
+        images_per_core=middle(e.images / e.cpu for e in each),
+        read_mb=middle(e.read for e in each),
+        kb_per_image=middle(1024 * e.read / e.images for e in each),
+        resident_mb=middle(e.resident for e in each),
+        first_batch_s=middle(e.first for e in each),
+        label_bits=middle(e.bits for e in each),
+        most_bits=float(np.log2(BATCH)),
+    )
+
+
+def cold_row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
+    return measure.row(what, theme="cold", variant=variant, **fields)
+
+
+def all_cold_rows(formats: Formats, megabytes: int, reps: int) -> Iterator[dict[str, Any]]:
+    """Mixing, then epochs. Raises UsageError where pages cannot be dropped."""
+    if not hasattr(os, "posix_fadvise") or not Path("/proc/self/io").exists():
+        raise UsageError("pages can be dropped and reads be counted on Linux alone: run it there")
+    yield from mixing_rows()
+    source, files = Beton(formats.beton()), []
+    for name, seed in (("sorted", None), ("shuffled", 0)):
+        out = formats.work / f"{source.path.stem}-{megabytes}mb-{name}.beton"
+        files.append(repeated(source, out, megabytes, seed=seed))
+    yield from cold_rows(files, workers=formats.workers, reps=reps)
+
+
+# ---- two checkouts, side by side ----
+
+
+def against(other: Path, formats: Formats, *, seconds: float, reps: int) -> Iterator[str]:
+    """A line for each format: images/s and core here and there, and their ratio, measured in turns."""
+    for name in ("beton", "pack", "root", "shards"):
+        path, found = formats.of(name), {measure.ROOT: [], other: []}
+        for _, checkout in itertools.product(range(reps), found):
+            command = runs.command("benchmarks/rate.py", path.resolve(), formats.workers, seconds)
+            env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=checkout)
+            if done.returncode:
+                raise RunError(f"{name} of {checkout} could not be measured: {done.stderr[-1000:]}")
+            found[checkout].append(json.loads(done.stdout.splitlines()[-1]))
+        here, there = found.values()
+        told = [name.replace("root", "folder")]
+        for field, unit in (("per_core", "images/s and core"), ("images_per_s", "images/s")):
+            mine, others = (
+                measure.middle([e[field] for e in each], "")["p50"] for each in (here, there)
+            )
+            ratios = [a[field] / b[field] for a, b in zip(here, there, strict=True)]
+            told.append(
+                f"{mine:,.0f} here, {others:,.0f} there: {measure.middle(ratios, '')['p50']:.3f} times the {unit}"
+            )
+        yield f"{'; '.join(told)} (here: {here[0]['native']}; there: {there[0]['native']})"
+
+
 # ---- the command ----
 
 
-def main() -> int:
+def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, help="class folders of original pictures")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
+    parser = runs.parser(__doc__, "root", "work", "device", "quick")
     parser.add_argument("--only", action="append", help="a loader's name; may be given again")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one"
-    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
     parser.add_argument("--reps", type=int, default=5, help="turns of each loader")
-    parser.add_argument("--quick", action="store_true", help="a short look; kept only with --out")
-    asked = parser.parse_args()
-    formats = Formats(originals(asked.root), asked.work, cores())
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-side", type=int, help="prepare by the long side instead")
+    parser.add_argument("--cold", action="store_true", help="epochs from the disk")
+    parser.add_argument("--mb", type=int, default=1000, help="size of the files that --cold reads")
+    parser.add_argument("--against", type=Path, help="another checkout")
+    asked = parser.parse_args(args)
+    formats = Formats(originals(asked.root), asked.work, cores(), asked.max_side)
+    seconds, reps = (0.5, 2) if asked.quick else (asked.seconds, asked.reps)
+    if asked.against:
+        for line in against(asked.against, formats, seconds=seconds, reps=reps):
+            print(line, flush=True)
+        return 0
+    if asked.cold:
+        reps = 1 if asked.quick else 2
+        runs.keep(all_cold_rows(formats, 60 if asked.quick else asked.mb, reps), asked)
+        return 0
     only = asked.only
-    if asked.quick and device == "cuda" and not only:
+    if asked.quick and asked.device == "cuda" and not only:
         only = [OURS, *contestants.ON_A_GPU]
     chosen = contestants.present(only)
     few = {name: each for name, each in chosen.items() if not asked.quick or name == OURS}
-    images = fastrot.assemble.open_data(formats.beton()).rows
-    out = measure.results(device, asked.out) if asked.out or not asked.quick else None
-    seconds, reps = (0.5, 2) if asked.quick else (asked.seconds, asked.reps)
-    rows = itertools.chain(
-        loader_rows(formats, chosen, device=device, seconds=seconds, reps=reps),
-        process_rows(formats, few, reps=reps, images=images),
-    )
-    for each in rows:
-        if out is not None:
-            measure.append(out, each)
-        measure.say(each)
+    rows = loader_rows(formats, chosen, device=asked.device, seconds=seconds, reps=reps)
+    runs.keep(rows, asked)
+    if not asked.max_side:
+        images = fastrot.assemble.open_data(formats.beton()).rows
+        runs.keep(process_rows(formats, few, reps=reps, images=images), asked)
     return 0
 
 

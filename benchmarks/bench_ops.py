@@ -11,13 +11,11 @@ float32, so ours of either kind of rows is compared with that. Its limit is the 
 several ways of only reading as many random rows, taken in turns with the rest.
 """
 
-import argparse
 import functools
 import itertools
 import multiprocessing
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,22 +27,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import measure
+from benchmarks import billion, measure, runs
+from benchmarks.measure import IMAGENET
 from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.space_to_depth import space_to_depth_of
 from fastrot.config import AlexNet, RandomResized
-from fastrot.core import DataInfo
 from fastrot.data import crops
 from fastrot.data.pack import layout
-from fastrot.methods.bank import Bank
 from fastrot.ops import norm
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
 from fastrot.ops.rotate import SpaceToDepth, rotated_views, rotated_views_reference
 from fastrot.ops.rows import update_rows
-from fastrot.training import checkpoint
 
 try:
     import triton
@@ -54,7 +50,7 @@ except ModuleNotFoundError:  # torch's builds for the CPU come without it
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROTATIONS = (0, 1, 2, 3)
-BATCH, NEGATIVES, DIM, PICTURES = 192, 4096, 128, 1_281_167  # of decoupling-alexnet on ImageNet
+BATCH, NEGATIVES, DIM, PICTURES = 192, 4096, 128, IMAGENET  # of decoupling-alexnet
 FEW = 100_000  # pictures of a quick look; their bank is still larger than a CPU's cache
 RANKS = 64  # whose features a replicated bank takes in, in one step
 TEMPERATURE, MOMENTUM, EPS = 0.07, 0.5, 1e-7
@@ -119,7 +115,7 @@ def bench_rotate(device: str, seconds: float, peak: float, shapes: list[tuple], 
                 "rotated_views",
                 form,
                 mode="forward",
-                shape={"images": images, "size": size, "turns": len(ROTATIONS)},
+                shape={"images": images, "size": size, "rotations": len(ROTATIONS)},
                 dtype=_name(dtype),
                 **spread,
                 **rates(moved, spread, copy=peak),
@@ -166,7 +162,7 @@ def bench_first_convolution(
         out, _ = results["plain"]
         # two products of the matrices that the plain form has; the folded form's zeros are no work done
         flop = 2 * 2 * out.numel() * 3 * kernel**2
-        shape = {"images": images, "size": size, "turns": len(ROTATIONS), "width": width}
+        shape = {"images": images, "size": size, "rotations": len(ROTATIONS), "width": width}
         for form, times in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(times)
             yield row(
@@ -676,25 +672,11 @@ def extra_memory(device: str, variant: str, knobs: dict[str, int]) -> float:
 
 def bench_saved_bank(device: str, knobs: dict[str, int], reps: int) -> Iterator[dict[str, Any]]:
     """Seconds to check a bank for what is not finite and write it, as a checkpoint does, and to take it back."""
-    known = dict(rows=None, data_rows=knobs["pictures"], data_fingerprint="", classes=0, size=224)
-    known |= dict(mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.float32, fingerprint="")
-    info = DataInfo(images=knobs["pictures"], seed=0, device=torch.device(device), **known)
-    bank = Bank(info, knobs["dim"], dtype=torch.float32, sharded=False, momentum=0.5)
-    saved, loaded = [], []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "last.pt"
-        for _ in range(reps):
-            begun = time.perf_counter()
-            state = bank.state_dict()
-            assert checkpoint.all_finite(list(state.values()))
-            checkpoint.save(path, {"method": state})
-            written = time.perf_counter()
-            bank.load_state_dict(checkpoint.load(path)["method"])
-            loaded.append(time.perf_counter() - written)
-            saved.append(written - begun)
+        each = [billion.bank_times(knobs["pictures"], device, Path(folder))[0] for _ in range(reps)]
     shape = {"dim": knobs["dim"], "pictures": knobs["pictures"]}
-    for variant, seconds in (("saved", saved), ("loaded", loaded)):
-        took = measure.middle(seconds, "s")
+    for variant in ("saved", "loaded"):
+        took = measure.middle([times[variant] for times in each], "s")
         wanted = {"target": SAVED_IN, "better": "lower"} if variant == "saved" else {}
         yield row("bank in a checkpoint", variant, shape=shape, dtype="float32", **took, **wanted)
 
@@ -771,20 +753,10 @@ def describe(row: dict[str, Any]) -> str:
 
 def main() -> int:
     """Measure, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/<device's name>.jsonl"
-    )
-    parser.add_argument("--quick", action="store_true", help="small shapes, half a second each")
-    asked = parser.parse_args()
-    out, failed = measure.results(asked.device, asked.out), 0
+    asked, failed = runs.parser(__doc__, "device", "quick").parse_args(), 0
     for part in parts(asked.device, asked.quick):
         try:
-            for each in part:
-                measure.append(out, each)
-                measure.say(each, describe(each))
+            runs.keep(part, asked, describe)
         except Exception:  # the other parts are wanted all the same
             traceback.print_exc()
             failed = 1

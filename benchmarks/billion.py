@@ -7,8 +7,6 @@ nothing of it is scaled up), bytes a picture of prepared files, of what lies bes
 pictures a second and core of both writers, seconds to make, save and load a bank. All else is arithmetic on these rows: the page of the report tells it.
 """
 
-import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import contestants, measure
+from benchmarks import contestants, measure, runs
+from benchmarks.measure import IMAGENET
 from fastrot import assemble, entry
 from fastrot.config import RandomResized
 from fastrot.core import DataInfo, View
@@ -28,12 +27,9 @@ from fastrot.data import sampler
 from fastrot.methods.bank import Bank
 from fastrot.training import checkpoint
 
-PICTURES, IMAGENET = 1_000_000_000, 1_281_167
-BATCH, NEGATIVES, DIM = 192, 4096, 128  # of decoupling-alexnet
+PICTURES = 1_000_000_000
+BATCH, DIM = 192, 128  # of decoupling-alexnet
 ROWS, QUICK_ROWS = 1_000_000, 20_000  # of the bank that is measured
-RANKS = (8, 64, 512)
-CORES = (16, 128, 1024)
-RATES = (20_000, 200_000)  # images/s: one H200's target, and ten times that
 ABOUT = "figures of a billion pictures are arithmetic on the lines that are named; only orders were measured at that many rows"
 
 
@@ -79,8 +75,8 @@ def file_rows(formats: contestants.Formats) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(dir=formats.work) as folder:
             out = Path(folder) / f"made.{name}"
             used = measure.cpu_seconds()
-            command = contestants.conversion(script, root, out, formats.workers, *knobs)
-            subprocess.run(command, check=True, capture_output=True)
+            words = contestants.conversion(root, formats.workers, *knobs)
+            runs.run(f"dataprep/{script}", *words, "--out", out, quiet=True)
             used = measure.cpu_seconds() - used
             data = assemble.open_data(out)
             files = {each.name: each for each in contestants.files_of(Path(folder))}
@@ -145,34 +141,38 @@ def held_bytes(data: Any) -> int:
     return sum(seen.values())
 
 
-def bank_rows(rows: int, work: Path) -> Iterator[dict[str, Any]]:
-    """Rows a second of a bank that is made, saved as a checkpoint saves it, and taken back."""
+def bank_times(rows: int, device: str, folder: Path) -> tuple[dict[str, float], Bank, int]:
+    """Seconds to make a bank, to check and save it as a checkpoint does, to take it back; the bank, and the file's bytes."""
     known: dict[str, Any] = dict(rows=None, data_rows=rows, data_fingerprint="", classes=0, size=1)
     known |= dict(mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.float32, fingerprint="")
-    info = DataInfo(images=rows, seed=0, device=torch.device("cpu"), **known)
+    info = DataInfo(images=rows, seed=0, device=torch.device(device), **known)
+    path, clock = folder / "last.pt", [time.perf_counter()]
+    bank = Bank(info, DIM, dtype=torch.float32, sharded=False, momentum=0.5)
+    clock.append(time.perf_counter())
+    state = bank.state_dict()
+    assert checkpoint.all_finite(list(state.values()))
+    checkpoint.save(path, {"method": state})
+    clock.append(time.perf_counter())
+    bank.load_state_dict(checkpoint.load(path)["method"])
+    clock.append(time.perf_counter())
+    took = dict(zip(("made", "saved", "loaded"), np.diff(clock).tolist(), strict=True))
+    return took, bank, path.stat().st_size
+
+
+def bank_rows(rows: int, work: Path) -> Iterator[dict[str, Any]]:
+    """Rows a second of a bank that is made, saved as a checkpoint saves it, and taken back."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        path, took = Path(folder) / "last.pt", {}
-        begun = time.perf_counter()
-        bank = Bank(info, DIM, dtype=torch.float32, sharded=False, momentum=0.5)
-        took["made"] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        state = bank.state_dict()
-        assert checkpoint.all_finite(list(state.values()))
-        checkpoint.save(path, {"method": state})
-        took["saved"] = time.perf_counter() - begun
-        begun = time.perf_counter()
-        bank.load_state_dict(checkpoint.load(path)["method"])
-        took["loaded"] = time.perf_counter() - begun
-        for variant, seconds in took.items():
-            yield row(
-                "bank",
-                f"float32 rows {variant}",
-                **measure.middle([rows / seconds], "rows/s"),
-                gb_per_s=rows * DIM * 4 / seconds / 1e9,
-                bytes_a_row=path.stat().st_size / rows,
-                place_bytes=bank.place.numel() * bank.place.element_size() / rows,
-                shape={"rows": rows, "dim": DIM},
-            )
+        took, bank, size = bank_times(rows, "cpu", Path(folder))
+    for variant, seconds in took.items():
+        yield row(
+            "bank",
+            f"float32 rows {variant}",
+            **measure.middle([rows / seconds], "rows/s"),
+            gb_per_s=rows * DIM * 4 / seconds / 1e9,
+            bytes_a_row=size / rows,
+            place_bytes=bank.place.numel() * bank.place.element_size() / rows,
+            shape={"rows": rows, "dim": DIM},
+        )
 
 
 def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
@@ -184,25 +184,19 @@ def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, help="class folders of original pictures")
-    parser.add_argument("--work", type=Path, default=Path("prepared"), help="for prepared files")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.jsonl")
-    parser.add_argument("--quick", action="store_true", help="a small bank; kept only with --out")
+    parser = runs.parser(__doc__, "root", "work", "quick")
     asked = parser.parse_args(args)
     root = contestants.originals(asked.root)
     asked.work.mkdir(parents=True, exist_ok=True)
     formats = contestants.Formats(root, asked.work, entry.cores())
-    made = [
-        *order_rows(0.05 if asked.quick else 1.0),
-        *file_rows(formats),
-        opening_row(formats.beton(), QUICK_ROWS if asked.quick else ROWS),
-        *bank_rows(QUICK_ROWS if asked.quick else ROWS, asked.work),
-    ]
-    for each in made:
-        if asked.out or not asked.quick:
-            measure.append(measure.results("cpu", asked.out), each)
-        measure.say(each)
+    rows = QUICK_ROWS if asked.quick else ROWS
+    for made in (
+        order_rows(0.05 if asked.quick else 1.0),
+        file_rows(formats),
+        [opening_row(formats.beton(), rows)],
+        bank_rows(rows, asked.work),
+    ):
+        runs.keep(made, asked)
     return 0
 
 

@@ -12,8 +12,6 @@ import io
 import itertools
 import math
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 import fastrot.assemble
-from benchmarks import measure
+from benchmarks import measure, runs
+from benchmarks.measure import IMAGENET
 from fastrot import native
 from fastrot.config import Placement, RandomResized, UsageError
 from fastrot.core import CropRequest, Data, Decoded, Pending, Reader, View
@@ -41,7 +40,6 @@ SIZE = 224  # pixels a side of a crop
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT = 256  # pixels of a prepared picture's short side
 SYNTHETIC = 1000  # pictures
-IMAGENET = 1_281_167  # pictures
 
 Run = Callable[[int], Iterator[int]]
 
@@ -66,6 +64,7 @@ class Formats:
     root: Path  # class folders of original pictures
     work: Path
     workers: int
+    max_side: int | None = None  # of a prepared picture; None: its short side is SHORT
 
     def of(self, name: str) -> Path:
         """Where a format lies: a method of this class by its name, `root`, or `synthetic`."""
@@ -112,27 +111,20 @@ class Formats:
         return folder
 
     def _made(self, script: str, name: str, *knobs: str) -> Path:
+        size = () if self.max_side is None else ("--max-side", self.max_side)
         out = self.work / name.format(self.root.name)
-        if not out.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            command = conversion(script, self.root, out, self.workers, *knobs)
-            told = subprocess.run(command, capture_output=True, text=True)
-            if told.returncode:
-                raise UsageError(
-                    f"{self.root} could not be converted ({told.stderr.strip()[-300:]}): run  "
-                    f"{' '.join(command)}  to see why"
-                )
-        return out
+        if size:
+            out = out.with_name(out.name.replace("-256", f"-long{self.max_side}"))
+        return runs.convert(script, out, *conversion(self.root, self.workers, *knobs, size=size))
 
 
-def conversion(script: str, root: Path, out: Path, workers: int, *knobs: str) -> list[str]:
-    """The command that prepares a folder of pictures."""
-    at = measure.ROOT / "dataprep" / script
-    more = ("--source", "imagefolder", "--root", root, "--out", out, "--workers", workers)
-    return [
-        sys.executable,
-        *map(str, (at, *more, "--short-side", SHORT, "--allow-rejects", *knobs)),
-    ]
+def conversion(root: Path, workers: int, *knobs: Any, size: tuple = ()) -> tuple:
+    """The words by which a script of dataprep/ prepares a folder of pictures, but for where to."""
+    return (
+        *("--source", "imagefolder", "--root", root, "--workers", workers, "--allow-rejects"),
+        *(size or ("--short-side", SHORT)),
+        *knobs,
+    )
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Rows say where they come from; a page holds each row's figure and no other; no test times anything."""
 
+import argparse
 import importlib.util
 import json
 import re
@@ -19,6 +20,7 @@ from benchmarks import (
     contestants,
     forms,
     measure,
+    rate,
     runs,
 )
 from fastrot.assemble import open_data
@@ -30,6 +32,7 @@ from fastrot.ops.rotate import SpaceToDepth
 FROM = {"what", "gpu", "cpu", "cores", "commit", "dirty", "when", "command"}
 FROM |= {"python", "torch", "torchvision", "numpy", "simplejpeg", "opencv"}
 FIGURE = {"unit", "p20", "p50", "p80", "reps"}
+FEW = ["beton", "beton, whole pictures decoded"]  # loaders that take no second to start
 FFCV = importlib.util.find_spec("ffcv") is not None
 
 
@@ -90,6 +93,7 @@ def test_ffcvs_writer_is_fed_the_pictures_that_ours_makes(tmp_path, originals):
 
 
 @pytest.mark.ffcv
+@pytest.mark.soak
 @pytest.mark.skipif(not FFCV, reason="FFCV is not installed: make ffcv")
 def test_conversion_is_measured_beside_ffcvs_writer(tmp_path, originals):
     knobs = {"workers": 1, "reps": 1, "over": 1}
@@ -98,9 +102,13 @@ def test_conversion_is_measured_beside_ffcvs_writer(tmp_path, originals):
     assert all(set(row) >= FROM | FIGURE for row in rows)
 
 
-@pytest.mark.slow
-def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
-    formats, chosen = contestants.Formats(originals, tmp_path / "work", 1), contestants.present()
+@pytest.mark.parametrize(
+    "only", [FEW, pytest.param(None, marks=pytest.mark.soak)], ids=["few", "all"]
+)
+def test_loaders_are_measured_on_made_pictures(tmp_path, originals, only, monkeypatch):
+    monkeypatch.setitem(bench_loaders.TARGETS, tuple(FEW), 0.1)
+    formats = contestants.Formats(originals, tmp_path / "work", 1)
+    chosen = contestants.present(only)
     knobs = {"device": "cpu", "seconds": 0.01, "reps": 1, "batch": 4}
     rows = list(bench_loaders.loader_rows(formats, chosen, **knobs))
     crops = [name for name, each in chosen.items() if each.mode == "crops"]
@@ -118,10 +126,10 @@ def test_loaders_are_measured_on_made_pictures(tmp_path, originals):
     assert all(0 <= row["waited"] <= 1 for row in beside)
     size = {row["format"]: row["bytes_per_image"] for row in alone}
     assert size["beton"] * 20 == contestants.bytes_of(formats.beton())
-    assert size["synthetic:1000"] == 0
+    assert size.get("synthetic:1000", 0) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_first_batch_and_memory_are_measured_in_fresh_processes(tmp_path, originals):
     formats = contestants.Formats(originals, tmp_path / "work", 1)
     chosen = contestants.present([contestants.OURS])
@@ -131,6 +139,32 @@ def test_first_batch_and_memory_are_measured_in_fresh_processes(tmp_path, origin
         *(("memory growth", contestants.OURS), ("memory slope", contestants.OURS)),
     ]
     assert all(row["p50"] > 0 for row in rows if row["what"] in ("first batch", "memory"))
+
+
+def test_two_checkouts_are_measured_in_turns(tmp_path, monkeypatch):
+    """Both start the same script, each with its own PYTHONPATH."""
+    asked = []
+
+    def run(command, env, cwd, **_):
+        asked.append((command[1], env["PYTHONPATH"]))
+        rate = 100.0 if cwd == measure.ROOT else 80.0
+        said = json.dumps({"images_per_s": 2 * rate, "per_core": rate, "native": "there"})
+        return argparse.Namespace(returncode=0, stdout=f"{said}\n", stderr="")
+
+    monkeypatch.setattr(bench_loaders.subprocess, "run", run)
+    formats = argparse.Namespace(of=lambda name: tmp_path / name, workers=2)
+    lines = list(bench_loaders.against(tmp_path, formats, seconds=1.0, reps=2))
+    assert [line.split(";")[0] for line in lines] == ["beton", "pack", "folder", "shards"]
+    assert "100 here, 80 there: 1.250 times the images/s and core" in lines[0]
+    script = str(measure.ROOT / "benchmarks" / "rate.py")
+    assert asked[:2] == [(script, str(measure.ROOT)), (script, str(tmp_path.resolve()))]
+
+
+def test_the_script_that_every_checkout_runs_says_its_rate(capsys):
+    rate.main("synthetic:100", "0", "0.01")
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"images_per_s", "per_core", "native"}
+    assert found["per_core"] > 0
 
 
 def test_a_pack_is_copied_to_any_size_and_no_index_wraps_round(tmp_path, monkeypatch):
