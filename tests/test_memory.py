@@ -1,6 +1,7 @@
 """Out of memory: one sentence with the batch that fits. Nets that have room for so many views and no more."""
 
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -14,68 +15,94 @@ from fastrot import assemble, config, entry, train
 from fastrot.backbones.staged import Staged
 from fastrot.config import RunError, UsageError
 from fastrot.speed import memory
+from fastrot.speed.cost import random_batch
+from fastrot.speed.timer import StepTimer
 from fastrot.training import loop
-from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.state import TrainState
+from fastrot.training.optim import LRSchedule
+from fastrot.training.state import TrainState, build
 
 ROOT = Path(__file__).parents[1]
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 CPU = torch.device("cpu")
 
 
-def room_for(pictures: int, monkeypatch) -> list[int]:
-    """A trunk that takes the four views of so many pictures; the sizes that it was asked for in training."""
-    outputs, asked = Staged.outputs, []
+def room_for(pictures: int, monkeypatch) -> tuple[list[int], list[bool]]:
+    """A trunk that takes the four views of so many pictures. The sizes that it was asked for in training; whether the
+    views of one that failed were still held when the next was asked for.
+    """
+    outputs, asked, held, failed = Staged.outputs, [], [], []
 
     def limited(self, x, names):
         if self.training:
             asked.append(len(x) // 4)
+            held.append(any(views() is not None for views in failed))
             if len(x) > 4 * pictures:
+                failed.append(weakref.ref(x))
                 raise torch.OutOfMemoryError(str(FULL))
         return outputs(self, x, names)
 
     monkeypatch.setattr(Staged, "outputs", limited)
-    return asked
+    return asked, held
+
+
+def test_the_batch_that_is_told_begins_the_run_in_the_same_folder(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    asked, held = room_for(5, monkeypatch)
+    assert entry.status(lambda: go(pictures, tmp_path, "--batch", "16")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fastrot: --batch 16 does not fit into the memory of this machine (")
+    assert told.endswith(": --batch 4 does\n")
+    assert told.count("\n") == 1
+    assert asked == [16, 8, 4]
+    assert not any(held)  # what the failed step held would take the room of the smaller batch
+    assert not (tmp_path / "checkpoints").exists()
+    assert go(pictures, tmp_path, "--batch", "4", "--max-steps", "1") == 0
+
+
+@pytest.fixture(scope="module")
+def loader(pictures):
+    view = assemble.training_view(cfg_of(pictures))
+    return assemble.open_loader(pictures, view, batch=16, enlarge=True)
+
+
+def cfg_of(pictures) -> config.Config:
+    return config.resolved(train.command_line([*TINY, "--data", str(pictures), "--batch", "16"]))
+
+
+def state_of(cfg, loader, momentum: bool = False) -> TrainState:
+    schedule = LRSchedule(cfg.schedule, epochs=1, batches=9, steps=9, lr=0.1)
+    state = build(cfg, assemble.data_info(cfg, loader, None, CPU, torch.float32), schedule)
+    if momentum:
+        loop.train_step(state, random_batch(loader.view, 2, CPU))
+    return state
 
 
 @pytest.mark.parametrize(
     ("room", "tried", "found"),
-    [(15, [8], 8), (7, [8, 4], 4), (3, [8, 4, 2], 2), (1, [8, 4, 2, 1], 1)],
+    [
+        (15, [8], "--batch 16 does not fit into .*: --batch 8 does$"),
+        (3, [8, 4, 2], ": --batch 2 does$"),
+        (1, [8, 4, 2, 1], ": --batch 1 does$"),
+        (0, [8, 4, 2, 1], r"^demo is too large for .* even with --batch 1: .*--backbone.width"),
+    ],
 )
-def test_the_batch_that_fits_is_found_by_halving(
-    room, tried, found, pictures, tmp_path, monkeypatch, capsys
-):
-    asked = room_for(room, monkeypatch)
-    status = entry.status(lambda: go(pictures, tmp_path, "--batch", "16"))
-    assert status == 2
-    told = capsys.readouterr().err
-    assert told.startswith("fastrot: --batch 16 does not fit into the memory of this machine (")
-    assert told.endswith(f": --batch {found} does\n")
-    assert told.count("\n") == 1
-    assert asked == [16, *tried]
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_the_told_batch_begins_the_run_in_the_same_folder(pictures, tmp_path, monkeypatch):
-    room_for(5, monkeypatch)
-    with pytest.raises(UsageError, match=r"--batch 8 does not fit .*: --batch 4 does$"):
-        go(pictures, tmp_path, "--batch", "8")
-    assert go(pictures, tmp_path, "--batch", "4", "--max-steps", "2") == 0
-
-
-def test_a_net_without_room_for_one_picture_is_told(pictures, tmp_path, monkeypatch):
-    room_for(0, monkeypatch)
-    with pytest.raises(
-        UsageError, match=r"demo is too large for .* even with --batch 1: .*--backbone.width"
-    ):
-        go(pictures, tmp_path)
+def test_the_batch_that_fits_is_found_by_halving(room, tried, found, pictures, loader, monkeypatch):
+    cfg = cfg_of(pictures)
+    built = memory.Built(loader, state_of(cfg, loader), StepTimer(CPU))
+    asked, _ = room_for(room, monkeypatch)
+    told = memory.out_of_memory_error(cfg, CPU, built)
+    assert isinstance(told, UsageError)
+    assert re.search(found, str(told))
+    assert asked == tried
 
 
 def test_a_net_or_bank_that_cannot_be_built_is_told(pictures, tmp_path, monkeypatch):
-    def too_large(*_):
-        raise FULL
+    def fails(*_):
+        raise error
 
-    monkeypatch.setattr(assemble, "method", too_large)
+    error = FULL
+    monkeypatch.setattr(assemble, "method", fails)
     with pytest.raises(UsageError, match=r"the network of demo is too large for"):
         go(pictures, tmp_path)
     args = ["decoupling-alexnet", *TINY[1:], "--data", str(pictures), "--out", str(tmp_path / "b")]
@@ -83,53 +110,21 @@ def test_a_net_or_bank_that_cannot_be_built_is_told(pictures, tmp_path, monkeypa
         UsageError, match=r"and its memory bank is too large for .*--method.bank-dtype bf16"
     ):
         train.main(args)
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")  # goes its way
+    with pytest.raises(RuntimeError, match="mat1"):
+        go(pictures, tmp_path)
 
 
-@pytest.mark.parametrize(("at", "kind"), [(2, UsageError), (3, RunError), (11, RunError)])
-def test_a_batch_is_looked_for_before_the_first_log_line_alone(
-    at, kind, pictures, tmp_path, monkeypatch
-):
+def test_behind_the_first_log_line_no_batch_is_looked_for(pictures, tmp_path, monkeypatch):
     step = loop.train_step
 
     def full(state, batch):
-        if state.step == at:
+        if state.step == 3:
             raise FULL
         return step(state, batch)
 
     monkeypatch.setattr(loop, "train_step", full)
-    with pytest.raises(kind) as told:
-        go(pictures, tmp_path)
-    if kind is RunError:
-        assert f"step {at + 1} did not fit" in str(told.value)
-        assert "the same command goes on" in str(told.value)
-    else:
-        assert str(told.value).endswith("--batch 2 does")
-
-
-def test_the_failed_step_is_let_go_before_the_trial(pictures, tmp_path, monkeypatch):
-    """Else its activations would take the room of the smaller batch."""
-    outputs, held, alive = Staged.outputs, [], []
-
-    def limited(self, x, names):
-        if self.training:
-            alive.append([ref() is not None for ref in held])
-            held.append(weakref.ref(x))
-            if len(x) > 4:
-                raise torch.OutOfMemoryError(str(FULL))
-        return outputs(self, x, names)
-
-    monkeypatch.setattr(Staged, "outputs", limited)
-    with pytest.raises(UsageError, match="--batch 1 does"):
-        go(pictures, tmp_path)
-    assert alive == [[], [False], [False, False]]
-
-
-def test_another_error_goes_its_way(pictures, tmp_path, monkeypatch):
-    def wrong(*_):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(loop, "train_step", wrong)
-    with pytest.raises(RuntimeError, match="mat1"):
+    with pytest.raises(RunError, match=r"^step 4 did not fit .* the same command goes on"):
         go(pictures, tmp_path)
 
 
@@ -140,32 +135,14 @@ def test_a_cpus_allocator_has_its_own_words():
     assert not memory.is_full(RuntimeError("mat1"))
 
 
-def state_of(pictures, momentum: bool) -> tuple[TrainState, config.Config, assemble.Loader]:
-    cfg = config.resolved(train.command_line([*TINY, "--data", str(pictures), "--batch", "8"]))
-    loader = assemble.open_loader(pictures, assemble.training_view(cfg), batch=8, enlarge=True)
-    torch.manual_seed(0)
-    method = assemble.method(cfg, assemble.data_info(cfg, loader, None, CPU, torch.float32))
-    state = TrainState(
-        method=method,
-        net=method.net,
-        optimizer=sgd(method.net, cfg.optim, 0.0),
-        schedule=LRSchedule(cfg.schedule, epochs=1, batches=9, steps=9, lr=0.1),
-        device=CPU,
-        dtype=torch.float32,
-    )
-    if momentum:
-        loop.train_step(state, next(loader.epoch(0)))
-    return state, cfg, loader
-
-
 @pytest.mark.parametrize("momentum", [False, True])
-def test_nothing_of_a_trial_stays(pictures, momentum, monkeypatch):
-    state, cfg, loader = state_of(pictures, momentum)
+def test_nothing_of_a_trial_stays(pictures, loader, momentum, monkeypatch):
+    state = state_of(cfg_of(pictures), loader, momentum)
     state.method.net.eval()
     weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
     optimiser, random = repr(state.optimizer.state_dict()), torch.get_rng_state()
     room_for(3, monkeypatch)
-    assert memory.largest(state, loader.view, cfg.batch) == 2
+    assert memory.largest(state, loader.view, 16) == 2
     assert all(torch.equal(v, weights[k]) for k, v in state.method.net.state_dict().items())
     assert repr(state.optimizer.state_dict()) == optimiser
     assert torch.equal(torch.get_rng_state(), random)
@@ -210,7 +187,7 @@ if __name__ == "__main__":  # and not where the loader's workers import it
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("full", ["0,1", "1"], ids=["all-ranks", "rank-1"])
+@pytest.mark.parametrize("full", [pytest.param("0,1", marks=pytest.mark.soak), "1"])
 def test_ranks_look_each_for_itself_in_the_middle_of_a_backward_pass(pictures, tmp_path, full):
     script = tmp_path / "full.py"
     script.write_text(SCRIPT)

@@ -1,7 +1,9 @@
 """--profile: a trace, a table, and a run that is the same with it."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import chaos
 import pytest
@@ -10,6 +12,7 @@ from test_run import go, leaves
 from fastrot.speed import profile
 from fastrot.speed.profile import MARK, parts
 from fastrot.training import checkpoint
+from fastrot.training.state import TrainState
 
 
 def table(folder) -> dict[str, float]:
@@ -19,7 +22,7 @@ def table(folder) -> dict[str, float]:
 
 
 def test_a_profile_is_written_and_changes_nothing(pictures, tmp_path):
-    length = ["--max-steps", "18", "--log-every", "4"]
+    length = ["--max-steps", "15", "--log-every", "4"]
     assert go(pictures, tmp_path / "a", *length, "--profile") == 0
     assert go(pictures, tmp_path / "b", *length) == 0
     states = [leaves(checkpoint.load(tmp_path / x / "checkpoints" / "last.pt")) for x in "ab"]
@@ -41,11 +44,17 @@ def test_a_profile_is_written_and_changes_nothing(pictures, tmp_path):
     assert f"profile of steps 11 to 15 of this start: {tmp_path / 'a' / 'profile'}" in log
 
 
-@pytest.mark.parametrize(("steps", "told"), [("1", "1 to 1"), ("7", "3 to 7")])
-def test_a_short_run_is_profiled_to_its_end(steps, told, pictures, tmp_path):
-    assert go(pictures, tmp_path, "--max-steps", steps, "--profile") == 0
-    words = (tmp_path / "profile" / "table.txt").read_text()
-    assert words.startswith(f"steps {told} of this start")
+@pytest.mark.parametrize(
+    ("steps", "graphed", "traced"),
+    [(1, False, (0, 0)), (7, False, (2, 6)), (99, False, (10, 14)), (99, True, (12, 16))],
+)
+def test_a_short_run_is_profiled_to_its_end_and_a_graph_behind_its_recording(
+    steps, graphed, traced
+):
+    state: Any = object.__new__(TrainState)
+    state.graphed = object() if graphed else None
+    seen = profile.Profile(state, Path(), steps, print)
+    assert (seen.first, seen.last) == traced
 
 
 def event(name, start, end, kernels=(), kind="CPU"):

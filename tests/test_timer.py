@@ -5,10 +5,9 @@ import time
 
 import pytest
 import torch
-from test_run import TINY, go
+from test_run import go
 
-from fastrot import train
-from fastrot.data.synthetic import Synthetic
+from fastrot.data.loader import Loader
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Ceilings
 from fastrot.speed.timer import WARM, StepTimer
@@ -86,39 +85,27 @@ def verdict_of(folder) -> tuple[str, str]:
 
 
 def test_a_run_with_a_slow_loader_is_bound_by_decode(tmp_path, monkeypatch, capsys):
-    pictures = Synthetic.pictures
+    at_once = Loader.request
 
-    def throttled(self, *args):
-        for crops in pictures(self, *args):
-            time.sleep(0.4)
-            yield crops
+    def throttled(self, index, epoch):
+        time.sleep(0.25)
+        return at_once(self, index, epoch)
 
-    monkeypatch.setattr(Synthetic, "pictures", throttled)
-    assert go("synthetic:64", tmp_path, "--hold-out", "0", "--max-steps", "6") == 0
+    monkeypatch.setattr(Loader, "request", throttled)
+    args = ["--hold-out", "0", "--max-steps", "4", "--log-every", "2"]
+    assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
     assert kind == "decode"
     assert "nothing to do but wait for data" in said
     assert f"verdict                        {said}" in capsys.readouterr().out
 
 
-@pytest.fixture
-def waits_for_nothing(monkeypatch):
-    """A run that never waited for its data, whatever else this machine does."""
-    line = StepTimer.line
+def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch):
+    line = StepTimer.line  # it never waits for its data, whatever else this machine does
     monkeypatch.setattr(StepTimer, "line", lambda self, rate, _: line(self, rate, 0.0))
-
-
-def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch, waits_for_nothing):
     monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
     args = ["--max-steps", "4", "--log-every", "2", "--hold-out", "0"]
     assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
     assert kind == "arithmetic"
     assert "at this CPU's measured peak" in said
-
-
-def test_a_run_of_small_steps_is_bound_by_calls(tmp_path, monkeypatch, waits_for_nothing):
-    monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e6, gb_per_s=1e6))
-    args = [*TINY, "--data", "synthetic:64", "--out", str(tmp_path), "--batch", "1"]
-    assert train.main([*args, "--hold-out", "0", "--max-steps", "9"]) == 0
-    assert verdict_of(tmp_path)[0] == "launch"

@@ -114,7 +114,7 @@ def verdict(
         "arithmetic": (_by_device, _multiply_faster),
     }[kind]
     return (
-        f"bound by {kind} at {images_per_s:,.0f} images/s: {how_much(m, kind, device)}; "
+        f"bound by {kind} at {digits(images_per_s)} images/s: {how_much(m, kind, device)}; "
         f"{way(m, device, setting)}"
     )
 
@@ -227,10 +227,13 @@ def _name(device: torch.device) -> str:
     return "GPU" if device.type == "cuda" else "CPU"
 
 
+def digits(value: float) -> str:
+    """`1,234`, and three digits of what is less than a hundred."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _ms(seconds: float) -> str:
-    """Three digits, in milliseconds; whole ones from 100 on."""
-    ms = 1e3 * seconds
-    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+    return f"{digits(1e3 * seconds)} ms"
 
 
 # ---- floors and ceilings ----

@@ -1,0 +1,250 @@
+"""The doctor's measurements: they name what binds on machines that are slow on purpose, for every format."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from truth import photo
+
+from fastrot import assemble, config
+from fastrot.config import AlexNet, RandomResized, RotNet
+from fastrot.data import folder as folder_module
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.beton.write import convert as write_beton
+from fastrot.data.loader import Loader
+from fastrot.data.pack.read import Pack
+from fastrot.data.pack.write import PackOptions
+from fastrot.data.pack.write import convert as convert_to_pack
+from fastrot.data.tars.read import Tars
+from fastrot.data.tars.write import TarsOptions
+from fastrot.data.tars.write import convert as write_tars
+from fastrot.presets import PRESETS
+from fastrot.speed import bounds, probe
+from fastrot.speed.advice import Measurements
+
+CPU = torch.device("cpu")
+TINY = AlexNet(width=0.1, kernel=5, stride=2)
+
+
+def cfg_of(*, size=32, batch=8, backbone=TINY) -> config.Config:
+    cfg = dataclasses.replace(
+        PRESETS["demo"](),
+        method=RotNet(crop=RandomResized(size=size)),
+        backbone=backbone,
+        batch=batch,
+        precision="fp32",
+        enlarge=True,
+    )
+    return config.resolved(cfg)
+
+
+def measured(data, *, cfg=None, workers=1, seconds=0.3, **more) -> Measurements:
+    cfg = cfg_of() if cfg is None else cfg
+    return probe.measure(cfg, data, CPU, workers=workers, seconds=seconds, **more)
+
+
+def bound(found: Measurements) -> bounds.Bound:
+    return bounds.bound(found.measured)
+
+
+@pytest.fixture(scope="module")
+def formats(pictures, tmp_path_factory) -> dict[str, str]:
+    """The same 37 pictures in every format, by name; synthetic."""
+    out = tmp_path_factory.mktemp("formats")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTROT_CACHE_DIR", str(out / "cache"))
+        assemble.open_data(pictures)
+    made = {"source": "imagefolder", "root": pictures, "workers": 0}
+    write_beton(BetonOptions(**made, out=out / "p.beton"))
+    parts: Any = write_beton(BetonOptions(**made, out=out / "q.beton", keep_parts=True), part=9)
+    convert_to_pack(PackOptions(**made, out=out / "p.pack"))
+    write_tars(TarsOptions(**made, out=out / "tars"))
+    paths = {"folder": pictures, "beton": out / "p.beton", "set": parts.out}
+    paths |= {"pack": out / "p.pack", "tars": out / "tars", "synthetic": "synthetic:50"}
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A folder of large JPEGs: 3 megapixels each."""
+    root = tmp_path_factory.mktemp("large")
+    picture = Image.fromarray(photo(0, 1500, 2000))
+    for i in range(12):
+        picture.save(root / f"{i}.jpg", quality=92)
+    return root
+
+
+# ---- machines that are slow on purpose ----
+
+
+class SlowTars(Tars):
+    """Shards on a disk that takes its time over every picture."""
+
+    def record(self, row: int):
+        time.sleep(0.04)
+        return super().record(row)
+
+
+def test_a_throttled_disk_is_named(formats):
+    found = measured(SlowTars(formats["tars"]))
+    assert bound(found) == "read"
+    assert found.read is not None
+    assert found.load < found.read < 25
+    assert found.decode > found.read
+
+
+def test_a_throttled_disk_under_a_folder_is_named(formats, monkeypatch):
+    at_once = folder_module._bytes
+
+    def slow(root, path):
+        time.sleep(0.05)
+        return at_once(root, path)
+
+    monkeypatch.setattr(folder_module, "_bytes", slow)  # forked worker processes have it too
+    assert bound(measured(assemble.open_data(formats["folder"]), seconds=1.0)) == "read"
+
+
+def test_one_worker_with_large_pictures_is_named(tmp_path):
+    picture = Image.fromarray(photo(0, 1500, 2000))
+    for i in range(6):
+        picture.save(tmp_path / f"{i}.jpg", quality=92)
+    found = measured(assemble.open_data(tmp_path), cfg=cfg_of(batch=4))
+    assert bound(found) == "decode"
+    assert found.read is not None
+    assert found.read > found.decode
+
+
+@pytest.fixture
+def slow_loader(monkeypatch):
+    """A Loader that takes 50 ms for every batch, whatever the data."""
+    at_once = Loader.request
+
+    def slow(self, index, epoch):
+        time.sleep(0.05)
+        return at_once(self, index, epoch)
+
+    monkeypatch.setattr(Loader, "request", slow)
+
+
+def test_a_slow_decoder_is_not_taken_for_a_slow_disk(formats, slow_loader):
+    assert bound(measured(assemble.open_data(formats["tars"]))) == "decode"
+
+
+def test_pictures_that_are_made_are_neither_read_nor_decoded_however_long_it_takes(slow_loader):
+    found = measured(assemble.open_data("synthetic:1000"), workers=0)
+    assert bound(found) not in ("read", "decode", "copy")
+    assert found.read is None
+    assert found.measured.step > 0.05
+
+
+def test_a_large_net_is_bound_by_its_own_step(formats):
+    large = cfg_of(size=96, backbone=AlexNet(width=0.5))
+    found = measured(assemble.open_data(formats["pack"]), cfg=large)
+    assert bound(found) in ("arithmetic", "memory", "launch")
+    assert found.load > found.step
+
+
+# ---- every format ----
+
+
+@pytest.mark.parametrize("name", ["folder", "set", "pack"])  # others: above and below
+def test_every_format_has_its_figures(formats, name):
+    data: Any = assemble.open_data(formats[name])
+    found = measured(data, seconds=0.2)
+    rates = [found.read, found.decode, found.load, found.step, found.train]
+    assert all(rate is not None and 0 < rate < float("inf") for rate in rates)
+    assert (found.images, found.damaged) == (data.rows, ())
+    if name == "folder":
+        sizes = [os.path.getsize(Path(formats[name]) / data.name(row)) for row in range(data.rows)]
+        assert min(sizes) <= (found.bytes or 0) <= max(sizes)
+    if name == "pack":
+        assert found.pack_bytes == data.file.tiles.nbytes
+
+
+def test_pictures_that_cannot_be_read_are_told(formats, tmp_path):
+    whole = bytearray(Path(formats["beton"]).read_bytes())
+    data: Any = assemble.open_data(formats["beton"])
+    for row in range(0, 37, 3):
+        start = int(data.contents.ptr[row]) + 40
+        whole[start : start + 8] = b"damaged!"
+    for file in Path(formats["beton"]).parent.glob("p.beton.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "p.beton").write_bytes(whole)
+    found = measured(assemble.open_data(tmp_path / "p.beton"))
+    assert 0 < len(found.damaged) <= 13
+    assert all(int(said.split()[1]) % 3 == 0 for said in found.damaged)
+    assert "is damaged" in found.damaged[0]
+
+
+def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
+    data = assemble.open_data(formats["folder"])
+    sizes = data.sizes(np.arange(data.rows))
+    for short in (31, 48, 300):
+        out = tmp_path / f"{short}.pack"
+        made = {"source": "imagefolder", "root": Path(formats["folder"]), "workers": 0}
+        convert_to_pack(PackOptions(**made, out=out, short_side=short))
+        assert probe.pack_bytes(data, sizes, short) == Pack(out).file.tiles.nbytes
+
+
+# ---- how it measures ----
+
+
+def test_a_batch_is_as_large_as_there_is_time_for(monkeypatch):
+    """A step that takes 10 ms a picture and should take 3: of 192 pictures those are timed that fit four times."""
+    taken = []
+
+    def step(state, batch):
+        taken.append(len(batch.index))
+        time.sleep(0.01 * len(batch.index))
+
+    monkeypatch.setattr(probe, "train_step", step)
+    monkeypatch.setattr(bounds, "floors", lambda *_: {"arithmetic": 0.002, "memory": 0.001})
+    found = measured(assemble.open_data("synthetic:500"), cfg=cfg_of(batch=192), seconds=2.0)
+    assert set(taken) == {found.batch}
+    assert found.batch == int(2.0 * probe.SHARES["step"] / probe.STEPS / probe.SLOWER / 0.003)
+    assert 70 < found.step <= 100
+
+
+def test_what_is_waited_for_and_what_not():
+    """Steps of 8 pictures that take 100 ms alone, on the data 160 ms, 60 ms of them waiting."""
+    step, together = probe.StepTimer(CPU), probe.StepTimer(CPU)
+    step.line(80.0, 0.0)
+    together.line(50.0, 0.375)
+    m = probe._measured(together, step, 8, 200.0, 400.0, CPU)
+    assert (m.step, m.wait, m.busy) == tuple(map(pytest.approx, (0.16, 0.06, 0.1)))
+    assert (m.read, m.decode) == (0.04, 0.02)
+    hiccup = probe._measured(together, step, 8, 2000.0, 4000.0, CPU)  # for data: 6 ms a batch
+    assert hiccup.wait == pytest.approx(0.006)
+    made = probe._measured(together, step, 8, None, 4000.0, CPU)
+    assert (made.wait, made.busy, made.read) == (0.0, made.step, None)
+    ahead = probe._measured(together, step, 8, 20.0, 400.0, CPU)  # 420 ms a batch
+    assert (ahead.step, ahead.busy) == (pytest.approx(0.42), pytest.approx(0.1))
+    gpu = probe._measured(together, step, 8, 200.0, 400.0, torch.device("cuda"))
+    assert gpu.busy == pytest.approx(0.1)  # a step's on random pixels
+
+
+def test_decoding_is_what_reading_again_leaves():
+    assert probe.decode_alone(100.0, 200.0) == pytest.approx(200.0)
+    assert probe.decode_alone(100.0, 100.0) == pytest.approx(100.0 / probe.NOISE)
+
+
+def test_the_first_log_line_is_not_counted_and_the_batches_are_closed():
+    closed = []
+
+    def batches():
+        try:
+            while True:
+                yield probe.random_batch(assemble.training_view(cfg_of()), 2, CPU)
+        finally:
+            closed.append(True)
+
+    work = iter([0.3, 0.05, 9.0])
+    timer = probe._timed(batches(), lambda _: time.sleep(next(work)), CPU, 0.1, line=1)
+    assert (timer.lines, closed) == (2, [True])
+    assert 0.05 <= probe._of(timer, 2).step < 0.3
