@@ -14,9 +14,9 @@ from fastrot.config import AlexNet, Config, Decoupling, UsageError, knob, resolv
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
+from fastrot.training.device import choose_precision
 from fastrot.training.graph import WARM_UP
 from fastrot.training.optim import LRSchedule
-from fastrot.training.session import choose_precision
 from fastrot.training.state import TrainState, build
 
 WORDS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ def __getattr__(name: str):
     """`fastrot.load`, `fastrot.open_data`, `fastrot.open_loader`: imported when first asked for."""
     if name in ("load", "open_data", "open_loader"):
         from fastrot import assemble
+        from fastrot.evals import trained
 
-        return getattr(assemble, name)
+        return getattr(trained if name == "load" else assemble, name)
     raise AttributeError(f"module 'fastrot' has no attribute {name!r}")

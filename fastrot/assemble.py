@@ -3,7 +3,6 @@
 A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import nn
 
 from fastrot import config, dist
 from fastrot.backbones.alexnet import alexnet
@@ -26,8 +24,6 @@ from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
-from fastrot.ops.rotate import rotated_views
-from fastrot.training import checkpoint
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
 METHODS = {
@@ -268,82 +264,7 @@ def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
     return View(crops=(crops.plain(cfg.method.crop),), shuffled=False, rows=rows)
 
 
-# ---- a trained network ----
-
-
-class Trunk(nn.Module):
-    """A trained backbone with the statistics it was trained under, in eval mode.
-
-    stages  names that `features` can be asked for, first to last
-    size    pixels a side of the crops it was trained on
-    """
-
-    def __init__(self, net: Staged, cfg: Config):
-        super().__init__()
-        self.net = net.eval().requires_grad_(False)
-        self.mean, self.std = cfg.mean, cfg.std
-        self.size = cfg.method.crop.size
-        self.stages = net.stages
-        self.config = cfg
-
-    @torch.no_grad()
-    def features(self, images: UInt8[Tensor, "b s s 3"], stage: str) -> Float[Tensor, "b ..."]:
-        """Features of square uint8 pictures behind a named stage, in float32.
-
-        [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage. Raises
-        UsageError for a stage that the network has not.
-        """
-        if stage not in self.stages:
-            raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
-        images = images.to(next(self.net.parameters()).device)
-        views = rotated_views(images, (0,), self.mean, self.std, dtype=torch.float32)
-        return self.net.outputs(views, (stage,))[0].contiguous()
-
-
-def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
-    """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
-    path = checkpoint.of_run(run)
-    state = checkpoint.load(path)
-    cfg = config.from_plain(state["config"])
-    trunk = backbone(cfg.backbone, cfg.method.crop.size)
-    checkpoint.load_weights(trunk, trunk_weights(state["net"]), str(path))
-    return Trunk(trunk, cfg).to(device)
-
-
-def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a net's weights that belong to its trunk, under the trunk's own names."""
-    return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
-
-
-def trained_method(run: str | Path, device: torch.device) -> Method:
-    """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
-
-    What a method keeps for training alone is left out.
-    """
-    path = checkpoint.of_run(run)
-    state = checkpoint.load(path)
-    cfg, known = config.from_plain(state["config"]), state["facts"]
-    cfg = dataclasses.replace(cfg, method=METHODS[type(cfg.method)].for_inference(cfg.method))
-    built = method(
-        cfg,
-        DataInfo(
-            images=1,
-            rows=None,
-            data_rows=1,
-            data_fingerprint="",
-            classes=known.get("classes", 0),
-            mean=cfg.mean,
-            std=cfg.std,
-            size=cfg.method.crop.size,
-            seed=cfg.seed,
-            device=device,
-            dtype=torch.float32,
-            fingerprint=known["fingerprint"],
-        ),
-    )
-    checkpoint.load_weights(built.net, state["net"], str(path))
-    built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    return built
+# ---- what is trained ----
 
 
 def data_info(

@@ -179,10 +179,25 @@ class Reader(ABC):
         """End its threads and processes, with what is under way."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The score that a run is known by: on its page and in its last words."""
+
+    title: str = "Accuracy"
+    score: str = "accuracy"  # one of those that `Method.score` gives
+    chance: float | None = None  # what guessing gives; None: nothing is guessed
+
+    def say(self, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        return f"{value:.1%}" if self.score == "accuracy" else f"{value:.3g}"
+
+
 class Method(ABC):
     """A task: what it wants to see, what the network makes of it, what it costs."""
 
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
+    headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
 
     @staticmethod
@@ -204,7 +219,7 @@ class Method(ABC):
 
     @abstractmethod
     def views(self, batch: Batch) -> Any:
-        """Pixels for the net. No gradient."""
+        """Pixels for the net, [v, 3, s, s] or a tuple of such. No gradient. An evaluation's batch has one crop."""
 
     @abstractmethod
     def losses(self, outputs: Any, batch: Batch) -> Losses:

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from fastrot import assemble, machine
     from fastrot.dist import place
     from fastrot.speed import probe
-    from fastrot.training.session import choose_device, choose_precision
+    from fastrot.training.device import choose_device, choose_precision
 
     device = choose_device(cfg.device, place())
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastrot import config, entry
-from fastrot.config import Config, LoaderName, RunError, UsageError
+from fastrot import entry
+from fastrot.config import LoaderName, RunError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fastrot.core import Data
     from fastrot.evals.rotation import Answers
+    from fastrot.evals.trained import Trained
 
 AGAIN = "give the same command again"  # the way out where a process was lost
 
@@ -55,59 +56,6 @@ def _words(argv: list[str]) -> tuple[str, str | None, list[str]]:
     return argv[0], argv[1], argv[2:]
 
 
-# ---- what was trained ----
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a checkpoint says of itself."""
-
-    source: Path  # the run's folder, or the checkpoint
-    cfg: Config
-    facts: dict[str, Any]
-    step: int
-
-
-def nets_of(run: str | Path) -> list[Trained]:
-    """The net of a run or checkpoint; of a folder of folds those of all of them, in order.
-
-    Raises UsageError where a fold is missing, unfinished, or one of another --folds.
-    """
-    from fastrot.training import checkpoint
-    from fastrot.training.session import folds_in
-
-    folders = folds_in(Path(run))
-    if not folders:
-        return [_trained(Path(run))]
-    begun = {f: _trained(f) for f in folders if checkpoint.of_run(f).exists()}
-    folds = max((net.cfg.folds or 0 for net in begun.values()), default=0)
-    for fold in range(max(folds, 1)):
-        folder = Path(run) / f"fold{fold}"
-        if folder not in begun:
-            raise UsageError(
-                f"{folder} holds no trained net: train with --folds {folds or 'F'} --out {run} first, to the end"
-            )
-        net = begun[folder]
-        if (net.cfg.folds, net.cfg.fold) != (folds, fold):
-            raise UsageError(
-                f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
-                f"{folds} belongs: train it in another folder"
-            )
-        if net.step < net.facts["steps"]:
-            raise UsageError(
-                f"{folder} is not trained to its end (step {net.step} of {net.facts['steps']}): the command "
-                "that began it goes on there"
-            )
-    return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
-
-
-def _trained(source: Path) -> Trained:
-    from fastrot.training import checkpoint
-
-    state = checkpoint.load(checkpoint.of_run(source))
-    return Trained(source, config.from_plain(state["config"]), state["facts"], state["step"])
-
-
 # ---- rotation ----
 
 
@@ -128,8 +76,10 @@ def rotation(run: str, knobs: Rotation) -> int:
     """Print how often the nets are right, and write the table where one is asked for."""
     from fastrot import assemble, dist
     from fastrot.evals.rotation import exactly
+    from fastrot.evals.trained import nets_of
     from fastrot.methods import rotation_table
-    from fastrot.training.session import choose_device, joined
+    from fastrot.training.device import choose_device
+    from fastrot.training.session import joined
 
     for name, least in {"batch": 1, "workers": 0}.items():
         if (value := getattr(knobs, name)) is not None and value < least:
@@ -166,7 +116,7 @@ def rotation(run: str, knobs: Rotation) -> int:
     return 0
 
 
-def _folds(nets: list[Trained], data: "Data", name: str) -> "np.ndarray":
+def _folds(nets: "list[Trained]", data: "Data", name: str) -> "np.ndarray":
     """The fold of each row, whose net never saw it; -1 where there is one net for all."""
     import numpy as np
 
@@ -175,7 +125,7 @@ def _folds(nets: list[Trained], data: "Data", name: str) -> "np.ndarray":
     if len(nets) == 1:
         return np.full(data.rows, -1, np.int8)
     for net in nets:
-        if net.facts["data_fingerprint"] != data.fingerprint:
+        if net.identity["data_fingerprint"] != data.fingerprint:
             raise UsageError(
                 f"--data {name} holds other pictures than {net.source} was trained on, so that no fold says "
                 f"which net never saw them: give the same --data, or name {net.source} alone"
@@ -187,6 +137,7 @@ def _asked(nets, knobs: Rotation, data: "Data", fold: "np.ndarray", here, device
     """What the nets say of all rows; on every rank."""
     from fastrot import assemble
     from fastrot.evals.rotation import Answers, ask
+    from fastrot.evals.trained import trained_method
 
     share = entry.share_of_cores(here.local_world)
     answers = Answers.none_yet(data.rows)
@@ -204,7 +155,7 @@ def _asked(nets, knobs: Rotation, data: "Data", fold: "np.ndarray", here, device
                     enlarge=net.cfg.enlarge,
                     on_bad_record=knobs.on_bad_record,
                 )
-            method = assemble.trained_method(net.source, device)
+            method = trained_method(net.source, device)
             ask(method, loader, answers, lambda pictures: count(pictures * here.world))
     return answers.of_all_ranks()
 
@@ -234,7 +185,7 @@ def _counted(pictures: int, rank: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, advance=done)
 
 
-def _shares_right(answers: "Answers", fold: "np.ndarray", nets: list[Trained]) -> list[str]:
+def _shares_right(answers: "Answers", fold: "np.ndarray", nets: "list[Trained]") -> list[str]:
     from fastrot.training.journal import table
 
     asked = answers.asked > 0
@@ -249,14 +200,14 @@ def _shares_right(answers: "Answers", fold: "np.ndarray", nets: list[Trained]) -
     return table(rows)
 
 
-def _cautions(answers: "Answers", nets: list[Trained], data: "Data") -> list[str]:
+def _cautions(answers: "Answers", nets: "list[Trained]", data: "Data") -> list[str]:
     lines = []
     if unread := int((answers.asked == 0).sum()):
         lines.append(
             f"{unread:,} of {data.rows:,} pictures cannot be read: their probabilities are 0, so that PU weights "
             "leave them as they are"
         )
-    seen = nets[0].facts.get("data_fingerprint") in (None, data.fingerprint)
+    seen = nets[0].identity.get("data_fingerprint") in (None, data.fingerprint)
     if len(nets) == 1 and seen:
         lines.append(
             "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"

@@ -82,7 +82,9 @@ def test_a_measured_budget_leaves_the_bank_as_it_was(pictures, tmp_path):
     """--budget takes steps to measure; the run begins as if it had not."""
     budget = ["--budget", "1s", "--max-steps", "3"]
     go(pictures, tmp_path / "measured", *budget)
-    epochs = checkpoint.load(tmp_path / "measured" / "checkpoints" / "last.pt")["facts"]["epochs"]
+    epochs = checkpoint.load(tmp_path / "measured" / "checkpoints" / "last.pt")["run_identity"][
+        "epochs"
+    ]
     go(pictures, tmp_path / "told", "--epochs", str(epochs), "--max-steps", "3")
     a, b = (
         checkpoint.load(tmp_path / name / "checkpoints" / "last.pt")

@@ -16,6 +16,7 @@ from test_run import go
 from fastrot import assemble, config, evaluate, train
 from fastrot.config import RunError, UsageError
 from fastrot.data.keys import fold_of, held_out
+from fastrot.evals.trained import trained_method
 from fastrot.methods import rotation_table
 from fastrot.methods.rotnet import RotNet
 from fastrot.ops.rotate import rotated_views
@@ -74,7 +75,7 @@ def test_each_number_is_what_the_net_says_of_that_picture_and_turn(trained, pict
     table = table_of(trained, pictures, tmp_path / "a.npz")
     state = checkpoint.load(trained / "checkpoints" / "last.pt")
     cfg = config.from_plain(state["config"])
-    net = assemble.trained_method(trained, torch.device("cpu")).net
+    net = trained_method(trained, torch.device("cpu")).net
     loader = assemble.open_loader(
         pictures, assemble.evaluation_view(cfg), batch=1, workers=0, enlarge=True
     )
@@ -231,7 +232,7 @@ UNSOUND = {
         "fold1 was trained as fold 0 of --folds 2, where fold 1 of 2 belongs",
     ),
     "of-other-data": (
-        lambda run: altered(run / LAST, lambda s: s["facts"].update(data_fingerprint="x")),
+        lambda run: altered(run / LAST, lambda s: s["run_identity"].update(data_fingerprint="x")),
         "other pictures than .*fold1 was trained on",
     ),
     "damaged": (
@@ -304,7 +305,7 @@ def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, cap
         train.main([*args, str(other)])
     train.main([*args, str(pictures)])
     state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["facts"]["method"]["pu_table"] == table.digest
+    assert state["run_identity"]["method"]["pu_table"] == table.digest
     file.unlink()
     capsys.readouterr()
     assert ask(tmp_path / "run") == 0  # without bank and table

@@ -26,7 +26,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.data.loader import Loader
 from fastrot.entry import Preempted
 from fastrot.methods.rotnet import RotNet
-from fastrot.training import checkpoint, journal, loop
+from fastrot.training import budget, checkpoint, journal, loop
 
 STEPS = 20  # of TINY: epochs of 8 or 9 steps
 
@@ -171,9 +171,9 @@ def test_measuring_a_budget_ends_where_no_picture_can_be_read():
             return 4
 
         def epoch(self, number, start=0):
-            return iter(())
+            return (batch for batch in ())
 
-    assert loop._seconds_each(Empty(), 5, 3, torch.device("cpu"), print) == 0
+    assert budget._seconds_each(Empty(), 5, 3, torch.device("cpu"), print) == 0
 
 
 def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_path, monkeypatch):

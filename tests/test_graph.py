@@ -13,7 +13,8 @@ from fastrot import assemble, config, dist, train
 from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Losses
 from fastrot.methods.decoupling import EMA, Decoupling
-from fastrot.training import session
+from fastrot.training import device as devices
+from fastrot.training import loop, session
 from fastrot.training.graph import WARM_UP, Graphed, Recorder
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
@@ -262,7 +263,7 @@ def test_a_whole_run_is_the_same_with_a_graph(pictures, tmp_path, on_tape, capsy
 
 
 def test_not_a_number_stops_a_recorded_run_too(pictures, tmp_path, on_tape, monkeypatch):
-    step = session.loop.train_step
+    step = loop.train_step
 
     def poisoned(state, batch):
         if state.step == 16:
@@ -270,7 +271,7 @@ def test_not_a_number_stops_a_recorded_run_too(pictures, tmp_path, on_tape, monk
                 next(state.method.net.parameters()).fill_(torch.nan)
         return step(state, batch)
 
-    monkeypatch.setattr(session.loop, "train_step", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     args = ["--data", str(pictures), "--out", str(tmp_path), "--graph"]
     with pytest.raises(RunError, match="not finite at step 18"):
         train.main([*TINY, *args])
@@ -301,21 +302,21 @@ WRONG = {
 @pytest.mark.parametrize(("knobs", "here", "device", "names"), WRONG.values(), ids=WRONG)
 def test_forms_that_do_not_fit_are_refused(knobs, here, device, names):
     with pytest.raises(UsageError, match=names) as refused:
-        session.check_fast_forms(config.Config(**{"precision": "bf16", **knobs}), here, device)
+        devices.check_fast_forms(config.Config(**{"precision": "bf16", **knobs}), here, device)
     assert "\n" not in str(refused.value)
 
 
 def test_a_graph_wants_the_kernels_and_torchs_optimiser(monkeypatch):
-    monkeypatch.setattr(session, "check_apex", lambda: None)
+    monkeypatch.setattr(devices, "check_apex", lambda: None)
     apex = config.Config(graph=True, precision="bf16", optim=config.Sgd(kernel="apex"))
     with pytest.raises(UsageError, match="no rate that a graph can read"):
-        session.check_fast_forms(apex, dist.Place(), GPU)
+        devices.check_fast_forms(apex, dist.Place(), GPU)
     cfg = config.Config(graph=True, precision="bf16")
-    session.check_fast_forms(cfg, dist.Place(), GPU)
-    session.check_fast_forms(config.Config(), dist.Place(world=2), CPU)
+    devices.check_fast_forms(cfg, dist.Place(), GPU)
+    devices.check_fast_forms(config.Config(), dist.Place(world=2), CPU)
     monkeypatch.setenv("FASTROT_OPS", "reference")
     with pytest.raises(UsageError, match="FASTROT_OPS=reference"):
-        session.check_fast_forms(cfg, dist.Place(), GPU)
+        devices.check_fast_forms(cfg, dist.Place(), GPU)
 
 
 def test_a_mode_of_compile_wants_compile(pictures, tmp_path):

@@ -76,7 +76,7 @@ def test_a_lost_connection_is_told_from_other_faults(
         monkeypatch.setattr(dist, "world", lambda: world)
         raise error
 
-    monkeypatch.setattr(session, "_train", fails)
+    monkeypatch.setattr(session, "_built", fails)
     with pytest.raises(kind) as raised:
         go(pictures, tmp_path)
     assert type(raised.value) is kind

@@ -21,7 +21,9 @@ from fastrot.core import View
 from fastrot.data import crops
 from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions, convert
-from fastrot.training import checkpoint, loop, session
+from fastrot.presets import PRESETS
+from fastrot.training import budget, checkpoint, loop, resume, session
+from fastrot.training.device import choose_threads
 from fastrot.training.state import Progress
 
 TINY = ["demo", "--image-size", "32", "--batch", "4", "--backbone.width", "0.1", "--enlarge"]
@@ -169,16 +171,16 @@ def test_start_from_begins_with_the_weights_of_another_run(straight, pictures, t
 
 def test_budget_chooses_the_epochs_and_keeps_them(pictures, tmp_path, capsys, monkeypatch):
     args = ["--schedule.steps", "None", "--budget", "3s"]
-    monkeypatch.setattr(loop, "_seconds_each", lambda *_: 0.1)  # a machine of known speed
+    monkeypatch.setattr(budget, "_seconds_each", lambda *_: 0.1)  # a machine of known speed
     go(pictures, tmp_path, *args, "--max-steps", "2")
     said = capsys.readouterr().out
     assert "--budget 3s: an epoch takes" in said
     steps = json.loads((tmp_path / "environment.json").read_text())
     assert steps["ranks"] == 1
-    epochs = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["facts"]["epochs"]
+    epochs = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["run_identity"]["epochs"]
     batches = len(np.load(tmp_path / "rows-train.npy")) // 4
     assert epochs == int(3 / (0.1 * batches + 0.1))
-    monkeypatch.setattr(loop, "_seconds_each", lambda *_: 1e9)
+    monkeypatch.setattr(budget, "_seconds_each", lambda *_: 1e9)
     go(pictures, tmp_path, *args, "--max-steps", "3")
     assert f"{epochs} epochs, as first chosen" in capsys.readouterr().out
 
@@ -323,7 +325,7 @@ def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
 def test_budgets_are_times(text, seconds):
-    assert session.seconds_of(text) == seconds
+    assert budget.seconds_of(text) == seconds
 
 
 def test_story_is_plain(straight):
@@ -410,8 +412,8 @@ def test_another_global_batch_is_another_run(straight, pictures):
 def test_another_decoder_is_told_and_an_older_run_is_not_asked():
     facts = {"ranks": 1, "threads": 1, "device": "cpu", "torch": "2", "data": "beton x"}
     now = {**facts, "decoder": "fastrot's own"}
-    assert session._other_machine({"facts": facts}, now) == []
-    (told,) = session._other_machine({"facts": {**facts, "decoder": "FFCV 1"}}, now)
+    assert resume.other_machine({"run_identity": facts}, now) == []
+    (told,) = resume.other_machine({"run_identity": {**facts, "decoder": "FFCV 1"}}, now)
     assert "decoder were FFCV 1, now fastrot's own" in told
 
 
@@ -431,7 +433,7 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     monkeypatch.setattr(assemble, "open_data", opened)
     for val in ("pictures", "more"):
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
-        cfg = dataclasses.replace(session.PRESETS["demo"](), placement="pinned", **named)
+        cfg = dataclasses.replace(PRESETS["demo"](), placement="pinned", **named)
         with pytest.raises(RunError):
             session._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
     assert asked == [("auto", "pinned"), ("tars", "pinned")]
@@ -471,9 +473,9 @@ def test_processes_on_a_cpu_share_its_cores(env, wish, processes, device, thread
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(session, "share_of_cores", lambda processes: 8 // processes)
+    monkeypatch.setattr("fastrot.training.device.share_of_cores", lambda processes: 8 // processes)
     here = dist.Place(world=processes, local_world=processes)
-    assert session.choose_threads(wish, here, torch.device(device)) == threads
+    assert choose_threads(wish, here, torch.device(device)) == threads
 
 
 def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypatch):
@@ -481,6 +483,6 @@ def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypa
     try:
         go(pictures, tmp_path, "--threads", "2", "--max-steps", "1")
         assert "1 worker for pictures, 2 threads for the network" in capsys.readouterr().out
-        assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["facts"]["threads"] == 2
+        assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["run_identity"]["threads"] == 2
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from torch import nn
 from truth import golden
 
 import fastrot
-from fastrot import assemble, config, train
+from fastrot import config, train
 from fastrot.backbones import alexnet
 from fastrot.backbones.space_to_depth import (
     SpaceToDepthConv2d,
@@ -25,6 +25,7 @@ from fastrot.config import UsageError
 from fastrot.core import Batch
 from fastrot.evals.filters import first_filters
 from fastrot.evals.rotation import rotation_guesses
+from fastrot.evals.trained import trained_method
 from fastrot.ops.rotate import SpaceToDepth, rotated_views
 from fastrot.training import checkpoint
 
@@ -238,7 +239,7 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
 
 def test_its_evaluation_runs(pictures, tmp_path):
     assert go(pictures, tmp_path / "run", "--backbone.space-to-depth") == 0
-    method = assemble.trained_method(tmp_path / "run", torch.device("cpu"))
+    method = trained_method(tmp_path / "run", torch.device("cpu"))
     assert method.net.get_submodule("trunk").space_to_depth is not None
     crops = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
     nothing = torch.zeros(2, dtype=torch.int64)

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,12 @@ import yaml
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
+from fastrot import dist
+from fastrot.core import Batch, Headline, Method
 from fastrot.disk import replace_bytes
 from fastrot.evals.filters import first_filters
 from fastrot.evals.picture import FAINT, INK, legible, rotated_sheet
+from fastrot.evals.rotation import rotation_guesses
 from fastrot.training.journal import read_lines
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ CURVES = ("accuracy", "loss", "throughput", "filters")
 def draw(
     run: Path,
     *,
+    headline: Headline = Headline(),  # noqa: B008 (frozen)
     net: nn.Module | None = None,
     images: UInt8[Tensor, "n s s 3"] | None = None,
     guesses: Float[Tensor, "n 4 4"] | None = None,
@@ -40,7 +45,7 @@ def draw(
     `guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t. Without `net`
     or `images`, their plots of an earlier call stay.
     """
-    log, plots = RunLog(run), run / "plots"
+    log, plots = RunLog(run, headline), run / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     _save(plots / "accuracy.png", _accuracy(log))
     _save(plots / "loss.png", _loss(log))
@@ -54,11 +59,38 @@ def draw(
     return run / "index.html"
 
 
+class LivePage:
+    """The page of a run that goes on: drawn by rank 0, unless it were to cost more than a twentieth of the time."""
+
+    def __init__(self, run: Path, method: Method, shown: Batch | None):
+        self.run, self.method, self.shown = run, method, shown  # held-out pictures
+        self.drawn, self.cost = (
+            -math.inf,
+            0.0,
+        )  # when it was last drawn, and the seconds that it took
+
+    def at_epoch(self) -> None:
+        if dist.rank() == 0 and time.perf_counter() - self.drawn > 20 * self.cost:
+            self.draw()
+
+    def draw(self) -> None:
+        begun, shown = time.perf_counter(), self.shown
+        draw(
+            self.run,
+            headline=self.method.headline,
+            net=self.method.net,
+            images=None if shown is None else shown.images.cpu(),
+            guesses=None if shown is None else rotation_guesses(self.method, shown),
+        )
+        self.drawn = time.perf_counter()
+        self.cost = self.drawn - begun
+
+
 class RunLog:
     """What the files of a run's folder tell; each may be missing."""
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, headline: Headline = Headline()):  # noqa: B008 (frozen)
+        self.run, self.headline = run, headline
         self.lines = [line for line in read_lines(run / "metrics.jsonl") if "step" in line]
         self.step = int(self.last("step") or 0)
         self.config, self.environment = _read(run / "config.yaml"), _read(run / "environment.json")
@@ -66,12 +98,10 @@ class RunLog:
         # where a finished run was sent on its way again, the old summary no longer holds
         self.summary = summary if (_number(summary.get("steps")) or 0) >= self.step else {}
 
-        method, first = self.config.get("method"), self.lines[0] if self.lines else {}
-        kind = method.get("type") if isinstance(method, dict) else None
-        self.rotations = kind in ("RotNet", "Decoupling")
-        self.chance = _number(self.summary.get("chance", 0.25 if self.rotations else None))
-        self.before = _number(self.summary.get("val_accuracy_first", first.get("val_accuracy")))
-        self.after = self.figure("val_accuracy")
+        first, judged = self.lines[0] if self.lines else {}, f"val_{headline.score}"
+        self.chance = _number(self.summary.get("chance", headline.chance))
+        self.before = _number(self.summary.get(f"{judged}_first", first.get(judged)))
+        self.after = self.figure(judged)
         self.footer = self._machine_and_versions()
 
     def curve(self, name: str) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
@@ -93,6 +123,14 @@ class RunLog:
     def figure(self, name: str) -> float | None:
         """Of the whole run where it has ended, else the latest."""
         return _number(self.summary[name]) if name in self.summary else self.last(name)
+
+    def say(self, value: float | None) -> str:
+        """The headline's score."""
+        return (
+            _percent(value)
+            if value is None or self.headline.score == "accuracy"
+            else f"{value:.3g}"
+        )
 
     def _machine_and_versions(self) -> str:
         known = {k.removeprefix("versions."): v for k, v in _leaves(self.environment).items()}
@@ -248,16 +286,17 @@ def _save(path: Path, figure: "Figure") -> None:
 def _page(log: RunLog) -> str:
     text, plots = html.escape, log.run / "plots"
     state = f"step {log.step:,} · epoch {log.last('epoch') or 0:g}"
-    accuracy = f"{_percent(log.before)} <i>→</i> {_percent(log.after)}"
+    score, say = log.headline.score, log.say
+    figure = f"{say(log.before)} <i>→</i> {say(log.after)}"
     note = f"held-out pictures, before training → {'after' if log.summary else 'so far'}"
     if log.after is None:  # nothing is held out
-        accuracy, note = _percent(log.last("accuracy")), "pictures that it trains on"
-    elif not any("val_accuracy" in line for line in log.lines[1:]):
-        accuracy, note = _percent(log.before), "held-out pictures, before training"
+        figure, note = say(log.last(score)), "pictures that it trains on"
+    elif not any(f"val_{score}" in line for line in log.lines[1:]):
+        figure, note = say(log.before), "held-out pictures, before training"
     note += "" if log.chance is None else f" · chance {_percent(log.chance)}"
     speed, seconds = log.figure("images_per_s"), _number(log.summary.get("seconds"))
     tiles = [
-        ("Rotation accuracy" if log.rotations else "Accuracy", accuracy, note),
+        (text(log.headline.title), figure, note),
         ("Images per second", "-" if speed is None else f"{speed:,.0f}", "in training"),
         ("Waiting for data", _percent(log.figure("wait_share")), "share of training time"),
     ]

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fastrot import config, dist
 from fastrot.backbones.staged import Staged
 from fastrot.config import UsageError
-from fastrot.core import DTYPES, Batch, DataInfo, Losses, Method
+from fastrot.core import DTYPES, Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.bank import Bank
 from fastrot.methods.rotation_table import pu_weights, read
-from fastrot.methods.rotnet import ROTATIONS, rotation_labels
+from fastrot.methods.rotnet import HEADLINE, ROTATIONS, rotation_labels
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
 from fastrot.ops.rotate import rotated_views
@@ -71,9 +71,13 @@ class DecouplingNet(nn.Module):
 class Decoupling(Method):
     """PU-weighted rotation loss + spread of the other half over a picture's rotations + NCE against the bank."""
 
+    headline = HEADLINE
+
     def __init__(self, cfg: config.Decoupling, trunk: Staged, info: DataInfo):
         self.cfg, self.info = cfg, info
         self.net, self.space_to_depth = DecouplingNet(trunk, cfg), trunk.space_to_depth
+        if not cfg.lambda_cls:  # there is no head that answers
+            self.headline = Headline(title="Spread over rotations", score="loss")
         self.bank: Bank | None = None
         if _has_bank(cfg):
             self.bank = Bank(

@@ -8,15 +8,18 @@ from torch.nn import functional as F
 from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
-from fastrot.core import Batch, DataInfo, Losses, Method
+from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
 ROTATIONS = (0, 1, 2, 3)  # times 90 degrees counter-clockwise; the label of a view is its rotation
+HEADLINE = Headline(title="Rotation accuracy", chance=1 / len(ROTATIONS))
 
 
 class RotNet(Method):
     """All four rotations of each crop in one batch; mean cross-entropy over the 4 B views."""
+
+    headline = HEADLINE
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, len(ROTATIONS))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
-from fastrot.core import Batch, DataInfo, Losses, Method
+from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
@@ -21,6 +21,7 @@ class Supervised(Method):
     def __init__(self, cfg: config.Supervised, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, info.classes)
         self.info, self.space_to_depth = info, trunk.space_to_depth
+        self.headline = Headline(chance=1 / info.classes)
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:

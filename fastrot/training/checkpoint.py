@@ -13,7 +13,12 @@ from fastrot import dist
 from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
-VERSION = 2  # 2: `validated_step`
+VERSION = 3  # of the file's keys
+RENAMED = {  # keys of version 2, which is read too, and what they are called now
+    "judged": "validated_step",
+    "story": "progress",
+    "facts": "run_identity",
+}
 
 
 def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
@@ -71,6 +76,16 @@ def of_run(source: str | Path) -> Path:
     return path / "checkpoints" / "last.pt" if path.is_dir() else path
 
 
+def folds_in(folder: Path) -> list[Path]:
+    """The runs of --folds that a folder holds, by their names."""
+    return sorted(path.parent for path in folder.glob("fold[0-9]*/config.yaml"))
+
+
+def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a net's weights that belong to its trunk, under the trunk's own names."""
+    return {k.removeprefix("trunk."): v for k, v in weights.items() if k.startswith("trunk.")}
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint into host memory, each entry checked against its CRC first."""
     if not path.exists():
@@ -94,13 +109,14 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} is no checkpoint that can be read ({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
+    found = state.get("version") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or found not in (VERSION - 1, VERSION):
         raise UsageError(
-            f"{path} has version {found!r}, this fastrot reads version {VERSION}: "
+            f"{path} has version {found!r}, this fastrot reads versions {VERSION - 1} and {VERSION}: "
             "use the fastrot that wrote it"
         )
-    return state
+    state = {RENAMED.get(name, name): v for name, v in dict[str, Any](state).items()}
+    return state | {"version": VERSION}
 
 
 def random_state(device: torch.device) -> list[dict[str, Tensor]]:

@@ -4,14 +4,18 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from fastrot import assemble
+from fastrot import assemble, dist
 from fastrot.config import Config
-from fastrot.core import DataInfo, Method
+from fastrot.core import Batch, DataInfo, Method
+from fastrot.data.loader import Loader
+from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
 from fastrot.training.graph import Cuda, Graphed
 from fastrot.training.journal import Meter
@@ -115,3 +119,43 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
         dtype=info.dtype,
         graphed=Graphed(Cuda(info.device)) if cfg.graph else None,
     )
+
+
+def warm_up_ddp(state: TrainState, batch: Batch) -> None:
+    """One forward and backward through DDP, forgotten again; before the first step of every start.
+
+    DDP puts its gradients into other buckets after its first backward. The order of a sum over three or
+    more ranks follows the buckets, so a resumed run that began with the first ones would differ in the
+    last bits from one that was never broken off.
+    """
+    if dist.world() == 1:
+        return
+    buffers = [(b, b.clone()) for b in state.method.net.buffers()]
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), state.autocast():
+        outputs = state.net(state.method.views(batch))
+    pulled(outputs).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    for buffer, before in buffers:
+        buffer.data.copy_(before)
+
+
+def pulled(outputs: Any) -> Tensor:
+    """A number whose gradient reaches all outputs of a net, whatever its losses are."""
+    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack([t.float().mean() for t in leaves]).sum()
+
+
+@dataclass
+class Session:
+    """One start of a run: what it is made of."""
+
+    cfg: Config
+    folder: Path
+    saved: dict[str, Any] | None  # the checkpoint that it goes on from
+    begun: float  # by time.perf_counter
+    loader: Loader
+    val_loader: Loader | None
+    state: TrainState
+    identity: dict[str, Any]  # what a resumed run must agree with, beside the config
+    step_timer: StepTimer

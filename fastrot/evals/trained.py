@@ -1,0 +1,137 @@
+"""What a run has trained, to be asked and not trained further: its trunk, its task, the nets of its folds."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from fastrot import assemble, config
+from fastrot.backbones.staged import Staged
+from fastrot.config import Config, UsageError
+from fastrot.core import DataInfo, Method
+from fastrot.ops.rotate import rotated_views
+from fastrot.training import checkpoint
+
+
+class Trunk(nn.Module):
+    """A trained backbone with the statistics it was trained under, in eval mode.
+
+    stages  names that `features` can be asked for, first to last
+    size    pixels a side of the crops it was trained on
+    """
+
+    def __init__(self, net: Staged, cfg: Config):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.mean, self.std = cfg.mean, cfg.std
+        self.size = cfg.method.crop.size
+        self.stages = net.stages
+        self.config = cfg
+
+    @torch.no_grad()
+    def features(self, images: UInt8[Tensor, "b s s 3"], stage: str) -> Float[Tensor, "b ..."]:
+        """Features of square uint8 pictures behind a named stage, in float32.
+
+        [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage. Raises
+        UsageError for a stage that the network has not.
+        """
+        if stage not in self.stages:
+            raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
+        images = images.to(next(self.net.parameters()).device)
+        views = rotated_views(images, (0,), self.mean, self.std, dtype=torch.float32)
+        return self.net.outputs(views, (stage,))[0].contiguous()
+
+
+def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
+    """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
+    path = checkpoint.of_run(run)
+    state = checkpoint.load(path)
+    cfg = config.from_plain(state["config"])
+    trunk = assemble.backbone(cfg.backbone, cfg.method.crop.size)
+    checkpoint.load_weights(trunk, checkpoint.trunk_weights(state["net"]), str(path))
+    return Trunk(trunk, cfg).to(device)
+
+
+def trained_method(run: str | Path, device: torch.device) -> Method:
+    """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
+
+    What a method keeps for training alone is left out.
+    """
+    path = checkpoint.of_run(run)
+    state = checkpoint.load(path)
+    cfg, known = config.from_plain(state["config"]), state["run_identity"]
+    cfg = dataclasses.replace(
+        cfg, method=assemble.METHODS[type(cfg.method)].for_inference(cfg.method)
+    )
+    built = assemble.method(
+        cfg,
+        DataInfo(
+            images=1,
+            rows=None,
+            data_rows=1,
+            data_fingerprint="",
+            classes=known.get("classes", 0),
+            mean=cfg.mean,
+            std=cfg.std,
+            size=cfg.method.crop.size,
+            seed=cfg.seed,
+            device=device,
+            dtype=torch.float32,
+            fingerprint=known["fingerprint"],
+        ),
+    )
+    checkpoint.load_weights(built.net, state["net"], str(path))
+    built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return built
+
+
+# ---- a run's nets, or those of its folds ----
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of itself."""
+
+    source: Path  # the run's folder, or the checkpoint
+    cfg: Config
+    identity: dict[str, Any]  # of the run: see training/resume.py
+    step: int
+
+
+def nets_of(run: str | Path) -> list[Trained]:
+    """The net of a run or checkpoint; of a folder of folds those of all of them, in order.
+
+    Raises UsageError where a fold is missing, unfinished, or one of another --folds.
+    """
+    folders = checkpoint.folds_in(Path(run))
+    if not folders:
+        return [_trained(Path(run))]
+    begun = {f: _trained(f) for f in folders if checkpoint.of_run(f).exists()}
+    folds = max((net.cfg.folds or 0 for net in begun.values()), default=0)
+    for fold in range(max(folds, 1)):
+        folder = Path(run) / f"fold{fold}"
+        if folder not in begun:
+            raise UsageError(
+                f"{folder} holds no trained net: train with --folds {folds or 'F'} --out {run} first, to the end"
+            )
+        net = begun[folder]
+        if (net.cfg.folds, net.cfg.fold) != (folds, fold):
+            raise UsageError(
+                f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
+                f"{folds} belongs: train it in another folder"
+            )
+        if net.step < net.identity["steps"]:
+            raise UsageError(
+                f"{folder} is not trained to its end (step {net.step} of {net.identity['steps']}): the command "
+                "that began it goes on there"
+            )
+    return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
+
+
+def _trained(source: Path) -> Trained:
+    state = checkpoint.load(checkpoint.of_run(source))
+    return Trained(source, config.from_plain(state["config"]), state["run_identity"], state["step"])

@@ -1,0 +1,116 @@
+"""How long a run is: its schedule, and with --budget as many epochs as fit into a time."""
+
+import contextlib
+import copy
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from fastrot import dist
+from fastrot.config import Config, UsageError
+from fastrot.core import Batch
+from fastrot.data.loader import Loader
+from fastrot.machine import wait_for
+from fastrot.training import checkpoint
+from fastrot.training.graph import WARM_UP
+from fastrot.training.loop import train_step
+from fastrot.training.optim import LRSchedule
+from fastrot.training.state import TrainState
+
+
+def schedule_of(cfg: Config, epochs: int, batches: int) -> LRSchedule:
+    """So many epochs of so many batches, or --schedule.steps."""
+    steps = epochs * batches
+    if cfg.schedule.steps is not None:
+        steps = cfg.schedule.steps
+        epochs = math.ceil(steps / batches)
+    return LRSchedule(cfg.schedule, epochs=epochs, batches=batches, steps=steps, lr=cfg.lr)
+
+
+def set_length(
+    state: TrainState,
+    cfg: Config,
+    saved: dict[str, Any] | None,
+    loader: Loader,
+    val_loader: Loader | None,
+) -> list[str]:
+    """With --budget: measure, choose the epochs, say so. A resumed run keeps those first chosen."""
+    if cfg.budget is None:
+        return []
+    if saved is not None:
+        state.schedule = schedule_of(cfg, saved["run_identity"]["epochs"], len(loader))
+        return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
+    seconds = seconds_of(cfg.budget)
+    epochs, epoch = epochs_within(seconds, state, loader, val_loader)
+    state.schedule = schedule_of(cfg, epochs, len(loader))
+    line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
+    return [line + (", which is longer than the budget" if epoch > seconds else "")]
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `30min`, `1.5h` in seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"--budget got {text!r}: it wants a time such as 90s, 30min or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+
+
+def epochs_within(
+    seconds: float, state: TrainState, loader: Loader, val_loader: Loader | None
+) -> tuple[int, float]:
+    """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
+
+    Measures 20 training steps and up to 5 validation batches after some to warm up; undoes what they did.
+    """
+    weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
+    rest = {k: copy.deepcopy(v) for k, v in vars(state.method).items() if k != "net"}
+    random = checkpoint.random_state(state.device)
+    state.method.net.train()
+    warm = 3 if state.graphed is None else WARM_UP + 2
+    step = _seconds_each(loader, 20, warm, state.device, lambda batch: train_step(state, batch))
+    epoch = step * len(loader)
+    state.method.net.load_state_dict(weights)
+    vars(state.method).update(rest)
+    state.optimizer.state.clear()
+    state.__post_init__()  # the gradient scaler begins anew
+    state.fresh = True
+    state._put_elsewhere()
+    if val_loader is not None:
+        state.method.net.eval()
+        epoch += len(val_loader) * _seconds_each(
+            val_loader, 5, 3, state.device, lambda b: _look(state, b)
+        )
+    checkpoint.set_random_state(random, state.device)
+    return dist.agree((max(1, int(seconds // epoch)), epoch))
+
+
+@torch.no_grad()
+def _look(state: TrainState, batch: Batch) -> None:
+    with state.autocast():
+        state.method.score(state.method.net(state.method.views(batch)), batch)
+
+
+def _seconds_each(
+    loader: Loader, steps: int, warm: int, device: torch.device, work: Callable[[Batch], Any]
+) -> float:
+    """Seconds a batch, loading included, after some batches to warm up; short epochs are begun again."""
+    done, begun = 0, time.perf_counter()
+    while done < warm + steps:
+        before, batches = done, cast(Any, loader.epoch(0))
+        with contextlib.closing(batches):
+            for batch in batches:
+                if done == warm:
+                    wait_for(device)
+                    begun = time.perf_counter()
+                work(batch)
+                done += 1
+                if done == warm + steps:
+                    break
+        if done == before:
+            return 0.0  # there is none: this rank's share is empty, or cannot be read
+    wait_for(device)
+    return (time.perf_counter() - begun) / steps

@@ -1,0 +1,156 @@
+"""What people are told of a run: at its beginning, and as its summary."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from fastrot import dist, machine
+from fastrot.config import Config
+from fastrot.data.loader import Loader
+from fastrot.presets import PRESETS
+from fastrot.speed import bounds
+from fastrot.speed.bounds import Measured
+from fastrot.speed.cost import StepCost
+from fastrot.training.graph import WARM_UP
+from fastrot.training.journal import table
+from fastrot.training.state import Session
+
+
+def greeting(s: Session) -> list[str]:
+    """What the run is, a line each."""
+    cfg, state, who = s.cfg, s.state, s.identity
+    trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
+    judged = "none" if s.val_loader is None else f"{s.val_loader.images:,}"
+    threads = f", {_counted(who['threads'], 'thread')} for the network"
+    lines = [
+        f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
+        f"{trained:,} parameters, {cfg.precision} on {who['device']}",
+        f"{s.loader.images:,} pictures of {cfg.data}, judged on {judged}",
+        *_judged_by_what_it_learns_from(cfg, s.loader, s.val_loader),
+    ]
+    if cfg.folds:
+        lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
+    lines += [
+        f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
+        f"{state.schedule.epochs} epochs of {len(s.loader)} steps, {state.schedule.steps} steps in all",
+        f"{_counted(s.loader.workers, 'worker')} for pictures"
+        + (threads if state.device.type == "cpu" else ""),
+        *s.loader.data.describe(),
+        *state.schedule.describe(),
+        *state.method.describe(),
+    ]
+    if cfg.graph:
+        lines.append(f"each step is one CUDA graph, recorded after {WARM_UP} steps of this start")
+    paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else who["global_batch"]
+    if who["global_batch"] != paper:
+        lines.append(
+            f"the preset's global batch is {paper}: the learning rate does not follow by itself, set --lr"
+        )
+    last = f"writing to {s.folder}" if s.saved is None else f"resumed at step {state.step}"
+    return [*lines, last]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _judged_by_what_it_learns_from(cfg: Config, loader: Loader, val_loader) -> list[str]:
+    """A line where the names of most pictures of --val are names of pictures that are trained on."""
+    if cfg.val is None or val_loader is None:
+        return []
+    each = [
+        side.data.keys if side.rows is None else side.data.keys[side.rows]
+        for side in (loader, val_loader)
+    ]
+    nameless = any(
+        np.array_equal(s.data.keys, np.arange(s.data.rows)) for s in (loader, val_loader)
+    )
+    shared = 0 if nameless else int(np.isin(each[1], each[0]).sum())
+    if shared <= len(each[1]) / 2:
+        return []
+    return [
+        f"{shared:,} of the {len(each[1]):,} pictures of --val are named as pictures that are trained on: "
+        "accuracy on them is none on pictures never seen, unless they are others of the same names"
+    ]
+
+
+def summary(s: Session, least: StepCost) -> dict[str, Any]:
+    """summary.json: where the run has come to, and what bound it. `least`: what a step costs at least."""
+    state, progress = s.state, s.state.progress
+    return {
+        "preset": s.cfg.preset,
+        "steps": state.step,
+        "epochs": state.step / state.schedule.batches,
+        "images": progress.images,
+        "seconds": round(progress.seconds, 3),
+        "seconds_in_all": round(time.perf_counter() - s.begun, 3),
+        "images_per_s": progress.images_per_s(),
+        "wait_share": progress.wait_share(),
+        "val_accuracy_first": progress.val_first.get("accuracy"),
+        "val_accuracy": progress.val.get("accuracy"),
+        "val_loss": progress.val.get("loss"),
+        "val": progress.val,
+        "chance": state.method.headline.chance,
+        "method": state.method.describe(),
+        "skipped_records": progress.skipped,
+        "device": machine.device_name(state.device),
+        "versions": machine.versions(),
+        **_bound(s, least),
+    }
+
+
+def _bound(s: Session, least: StepCost) -> dict[str, str]:
+    """What bound the run, and the sentence on it; of a run that had ended already, what was said then."""
+    state, cfg, data = s.state, s.cfg, s.loader.data
+    m = s.step_timer.measured(cfg.batch)
+    if m is None:  # no step was taken
+        path = s.folder / "summary.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if before.get("steps") == state.step and {"bound", "verdict"} <= before.keys():
+            return {name: before[name] for name in ("bound", "verdict")}
+        step = state.progress.seconds / max(1, state.step)
+        m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
+    m = bounds.with_floors(m, least, s.loader.view, cfg, state.device)
+    setting = bounds.Setting(
+        workers=s.loader.workers,
+        format=data.format,
+        placement=data.chosen,
+        precision=cfg.precision,
+        compiled=cfg.compile,
+        graphed=cfg.graph if dist.world() == 1 else None,
+        fused=getattr(cfg.backbone, "fuse", None),
+    )
+    said = bounds.verdict(m, state.device, state.progress.images_per_s(), setting)
+    return {"bound": bounds.bound(m), "verdict": said}
+
+
+def last_words(summary: dict[str, Any], s: Session) -> list[str]:
+    """The summary for people, and where all of it stands."""
+    run, headline, progress = s.folder, s.state.method.headline, s.state.progress
+    files = {
+        "checkpoint": "checkpoints/last.pt",
+        "curves and pictures": "index.html",
+        "pictures": "plots",
+        "numbers": "metrics.jsonl",
+        "TensorBoard": "tb",
+    }
+    first, last = (
+        headline.say(each.get(headline.score)) for each in (progress.val_first, progress.val)
+    )
+    chance = "" if headline.chance is None else f", chance {headline.say(headline.chance)}"
+    speed = f"{summary['images_per_s']:,.0f} images/s, {summary['images']:,} images in {summary['seconds']:.0f} s"
+    rows = [
+        (f"{headline.score} on held-out pictures", f"{last} (before training {first}{chance})"),
+        ("speed", speed),
+        ("waiting for data", f"{summary['wait_share']:.1%}"),
+        ("verdict", summary["verdict"]),
+        *(("method", line) for line in summary["method"]),
+    ]
+    if skipped := summary["skipped_records"]:
+        rows.append(
+            ("damaged records skipped", f"{len(skipped):,}, named in {run / 'summary.json'}")
+        )
+    rows += [(name, str(run / file)) for name, file in files.items() if (run / file).exists()]
+    return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]

@@ -1,0 +1,121 @@
+"""What a run goes on from: its last checkpoint, and what must agree with it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrot import config, dist, machine
+from fastrot.config import Config, UsageError
+from fastrot.core import Data
+from fastrot.data.loader import Loader
+from fastrot.training import checkpoint
+
+LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
+
+
+def last_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The latest checkpoint; refused where it is damaged, with the name of the one before it."""
+    folder = run / "checkpoints"
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists() and previous.exists():  # somebody took a damaged one away
+        last = previous
+    if not last.exists():
+        return None
+    try:
+        return checkpoint.load(last)
+    except UsageError as error:
+        kept = sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
+        older = [path for path in (*kept, previous) if path.exists() and path != last]
+        way = f"move {older[-1]} in its place" if older else "remove it to begin anew"
+        raise UsageError(f"{error}; {way}, or use --out NEW") from error
+
+
+def check_settings(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) -> None:
+    """Refuse knobs that would make it another run, each by name, before any part is built."""
+    found = config.differences(saved["config"], config.to_plain(cfg))
+    found.pop("batch", None)  # the global batch is what counts
+    if saved["config"]["statistics"] == "data":
+        found = {k: v for k, v in found.items() if k not in ("mean", "std")}  # will come again
+    before, now = saved["run_identity"]["global_batch"], cfg.batch * here.world
+    if before != now:
+        found["batch x processes"] = (before, now)
+    if found:
+        each = "; ".join(
+            f"{name if ' ' in name else config.knob(name)} was {old}, now {new}"
+            for name, (old, new) in found.items()
+        )
+        raise UsageError(
+            f"{run} holds a run of other settings ({each}): use --out NEW for a new run, "
+            f"--out NEW --start-from {run} to begin one with its weights, or the settings it had"
+        )
+
+
+def check_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse other pictures, or another order of them."""
+    if before["fingerprint"] != now["fingerprint"]:
+        raise UsageError(
+            f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
+            f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
+        )
+
+
+def check_method(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse what the method itself says that a resumed run must agree with."""
+    if before["method"] != now["method"]:
+        raise UsageError(
+            f"{run} disagrees with what its method needs (was {before['method']}, now {now['method']}): "
+            "use --out NEW"
+        )
+
+
+def check_one_folder(saved: dict[str, Any] | None, run: Path) -> None:
+    """Refuse a folder that is another one for another rank. Called on all ranks."""
+    places = dist.everyones(saved and (saved["step"], saved["validated_step"]))
+    if any(place != places[0] for place in places):
+        raise UsageError(
+            f"--out {run} is not the same folder for all ranks: choose one on a file system "
+            "that all machines share"
+        )
+
+
+def other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """One line where something differs that changes bits but not what is computed."""
+    if saved is None:
+        return []
+    names = ("ranks", "threads", "device", "torch", "data", "decoder")
+    before = {"decoder": now["decoder"], **saved["run_identity"]}  # older runs did not tell
+    other = [f"{n} were {before[n]}, now {now[n]}" for n in names if before[n] != now[n]]
+    return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
+
+
+def start_from(net: torch.nn.Module, source: str) -> None:
+    """The weights of another run or checkpoint: all of them, or where its head is another task's its trunk's."""
+    try:
+        state = checkpoint.load(checkpoint.of_run(source))
+    except UsageError as error:
+        raise UsageError(f"--start-from: {error}") from error
+    mine, theirs = net.state_dict(), state["net"]
+    if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
+        net.load_state_dict(theirs)
+        return
+    trunk = net.get_submodule("trunk")  # another task's head: its trunk alone
+    checkpoint.load_weights(trunk, checkpoint.trunk_weights(theirs), source)
+
+
+def run_identity_of(
+    cfg: Config, data: Data, loader: Loader, here: dist.Place, device: torch.device
+) -> dict[str, Any]:
+    """What decides a run's numbers beside its config; goes into checkpoints."""
+    return {
+        "fingerprint": loader.fingerprint,
+        "data_fingerprint": data.fingerprint,
+        "images": loader.images,
+        "global_batch": cfg.batch * here.world,
+        "ranks": here.world,
+        "threads": torch.get_num_threads(),
+        "device": machine.device_name(device),
+        "torch": str(torch.__version__),
+        "decoder": data.decoder,
+        "data": f"{data.format} {cfg.data}",
+    }
