@@ -35,6 +35,28 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs in this process draw no page and take the machine's ceilings for known: three times as fast, the same bits."""
+    from fastrot.speed import bounds
+
+    known = bounds.Ceilings(tflops=0.1, gb_per_s=10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastrot.evals.page.draw", lambda *_, **__: None)
+        patch.setattr(bounds, "ceilings", lambda *_, **__: known)
+        yield
+
+
+@pytest.fixture(scope="session")
+def straight(pictures, tmp_path_factory) -> Path:
+    """A run of test_run's 20 steps, two and a half epochs, never broken off. Not to be written into."""
+    from test_run import go
+
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert go(pictures, out) == 0
+    return out
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """An image folder of three classes and 37 JPEGs and PNGs of different sizes."""

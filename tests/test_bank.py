@@ -10,7 +10,8 @@ from test_decoupling import Features, a_batch, features, info
 from fastrot import config, dist
 from fastrot.methods import bank
 from fastrot.methods.bank import Bank
-from fastrot.methods.decoupling import EMA, Decoupling
+from fastrot.methods.contrast import EMA
+from fastrot.methods.decoupling import Decoupling
 
 
 class Ranks:
@@ -134,9 +135,9 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
     def steps(method: Decoupling, rank: int, first=None):
         batch, outputs = a_batch(index[rank], step=6), method.net.heads(seen[rank])
         method.before_first_step(outputs, batch)
-        of_first = method.mean_exp.clone()
+        of_first = method.contrast.mean_exp.clone()
         if first is not None:
-            method.mean_exp = first.clone()
+            method.contrast.mean_exp = first.clone()
         losses = method.losses(outputs, batch)
         method.after_step(outputs, batch, losses)
         return of_first, losses.terms["loss_nce"], losses.metrics["z"], method
@@ -145,12 +146,12 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
     for rank in (0, 1):
         own = np.arange(rank, images, 2)
         method = built(cfg, info(len(own), rows=own, data_rows=images))
-        alone.append((method, method.bank.rows.clone()))
+        alone.append((method, method.contrast.bank.rows.clone()))
     ranks = Ranks(2, monkeypatch)
 
     def work(rank: int):
         method = built(cfg, info(images))
-        method.bank.rows.copy_(alone[rank][1])
+        method.contrast.bank.rows.copy_(alone[rank][1])
         return steps(method, rank)
 
     shared = ranks.each(work)
@@ -159,13 +160,13 @@ def test_a_rank_with_a_share_of_the_bank_is_a_run_of_its_pictures_alone(monkeypa
     for rank, (first, loss, z, method) in enumerate(shared):
         torch.testing.assert_close(first, (firsts[0] + firsts[1]) / 2)
         mine, rows = alone[rank]
-        mine.bank.rows.copy_(rows)
+        mine.contrast.bank.rows.copy_(rows)
         _, expected, of_batch, _ = steps(mine, rank, first)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(z, of_batch)
-        assert torch.equal(method.bank.rows, mine.bank.rows)
+        assert torch.equal(method.contrast.bank.rows, mine.contrast.bank.rows)
         followed = EMA * first + (1 - EMA) * z / len(rows)
-        torch.testing.assert_close(method.mean_exp, followed)
+        torch.testing.assert_close(method.contrast.mean_exp, followed)
 
 
 def test_each_rank_takes_its_own_z_back_and_others_their_mean(monkeypatch):
@@ -174,20 +175,20 @@ def test_each_rank_takes_its_own_z_back_and_others_their_mean(monkeypatch):
 
     def work(rank: int):
         method = built(cfg, info(9))
-        method.mean_exp = torch.tensor(float(rank + 1))
+        method.contrast.mean_exp = torch.tensor(float(rank + 1))
         state = method.state_dict()
-        method.mean_exp = torch.tensor(0.0)
+        method.contrast.mean_exp = torch.tensor(0.0)
         return state, method
 
     (state, first), (_, second) = ranks.each(work)
     assert state["mean_exp"].tolist() == [1, 2]
     ranks.each(lambda rank: (first, second)[rank].load_state_dict(state))
-    assert (float(first.mean_exp), float(second.mean_exp)) == (1, 2)
+    assert (float(first.contrast.mean_exp), float(second.contrast.mean_exp)) == (1, 2)
     monkeypatch.undo()
     one = built(cfg, info(9))
     one.load_state_dict(state)
-    assert float(one.mean_exp) == 1.5
-    assert torch.equal(one.bank.rows, state["bank.rows"])
+    assert float(one.contrast.mean_exp) == 1.5
+    assert torch.equal(one.contrast.bank.rows, state["bank.rows"])
 
 
 def test_a_sharded_bank_asks_for_a_view_that_each_rank_owns():

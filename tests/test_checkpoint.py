@@ -1,11 +1,18 @@
 import os
+import shutil
 
+import chaos
 import pytest
 import torch
+from test_run import leaves
 from torch import nn
+from truth import GOLDEN
 
+from fastrot import config, train
 from fastrot.config import UsageError
 from fastrot.training import checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def written(path):
@@ -47,12 +54,6 @@ def test_a_want_of_memory_is_no_damage(tmp_path, monkeypatch, reader):
     monkeypatch.setattr(reader, fails)
     with pytest.raises(MemoryError):
         checkpoint.load(path)
-
-
-def test_another_version_is_refused(tmp_path):
-    torch.save({"version": 999}, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="version 999"):
-        checkpoint.load(tmp_path / "x.pt")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -102,3 +103,43 @@ def test_random_numbers_go_on_where_they_were():
     first = torch.rand(3)
     checkpoint.set_random_state(states, cpu)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it(tmp_path):
+    """Two of one run, by the last code that wrote that version, at steps 3 and 6: tiny decoupling, bank and all."""
+    kept, last = GOLDEN / "checkpoint_v2", tmp_path / "checkpoints" / "last.pt"
+    args = ["decoupling-alexnet", "--image-size", "32", "--enlarge", "--batch", "4", "--workers"]
+    args += ["0", "--backbone.width", "0.0098", "--backbone.kernel", "5", "--backbone.stride", "2"]
+    args += ["--method.dim", "4", "--method.negatives", "3", "--schedule.steps", "6", "--log-every"]
+    args += ["2", "--checkpoint-every", "3", "--no-tensorboard", "--precision", "fp32", "--device"]
+    args += ["cpu", "--data", "synthetic:24", "--out", str(tmp_path)]
+    train.main([*args, "--max-steps", "1"])  # its rows-*.npy
+    shutil.copyfile(kept / "at_step_3.pt", last)
+    train.main(args)
+    mine, theirs = checkpoint.load(last), checkpoint.load(kept / "at_step_6.pt")
+    (then, now), alike = (
+        (each["run_identity"] for each in (theirs, mine)),
+        ("device", "torch", "threads"),
+    )
+    if all(then[name] == now[name] for name in alike):
+        for state in (mine, theirs):
+            state["config"] = config.to_plain(config.from_plain(state["config"]))  # knobs' names
+        own, others = leaves(mine), leaves(theirs)
+        assert own.keys() == others.keys()
+        assert [name for name in own if not chaos.same(own[name], others[name])] == []
+    for part in ("net", "method"):  # on another processor to its rounding
+        assert mine[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(mine[part][name], value, rtol=1e-4, atol=1e-4)
+    assert mine["version"] == checkpoint.VERSION
+    assert mine["progress"]["images"] == theirs["progress"]["images"]
+    assert now["fingerprint"] == then["fingerprint"]
+
+
+@pytest.mark.parametrize("version", [1, 999])
+def test_another_version_is_refused_in_a_sentence(tmp_path, version):
+    torch.save({"version": version}, tmp_path / "x.pt")
+    with pytest.raises(
+        UsageError, match=f"has version {version}, .* use the fastrot that wrote it"
+    ):
+        checkpoint.load(tmp_path / "x.pt")

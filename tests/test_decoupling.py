@@ -16,6 +16,7 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import Decoupling, UsageError
 from fastrot.core import Batch, DataInfo
 from fastrot.methods import decoupling
+from fastrot.methods.contrast import Contrast
 from fastrot.methods.rotation_table import RotationTable, pu_weights, write
 from fastrot.presets import PRESETS
 from fastrot.training.loop import train_step
@@ -46,15 +47,19 @@ def info(images: int, *, rows=None, data_rows=None, dtype=torch.float64, **other
     return DataInfo(**known | other)
 
 
-class Given(decoupling.Decoupling):
+class Given(Contrast):
     """With the negatives that the original drew."""
 
-    def __init__(self, cfg, trunk, known):
-        super().__init__(cfg, trunk, known)
-        self.idx: torch.Tensor | None = None
+    idx: torch.Tensor | None = None
 
     def negatives(self, batch):
         return super().negatives(batch) if self.idx is None else self.idx
+
+
+def with_given(*parts) -> decoupling.Decoupling:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoupling, "Contrast", Given)
+        return decoupling.Decoupling(*parts)
 
 
 def a_batch(index, epoch: int = 0, step: int = 0, crops: torch.Tensor | None = None) -> Batch:
@@ -77,12 +82,14 @@ def case_of(name: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(f"{name}__"): v for k, v in LOSSES.items() if k.startswith(f"{name}__")}
 
 
-def as_the_original(case: dict[str, np.ndarray], meta: dict) -> tuple[Given, torch.Tensor]:
+def as_the_original(
+    case: dict[str, np.ndarray], meta: dict
+) -> tuple[decoupling.Decoupling, torch.Tensor]:
     """The method with the case's heads, bank and negatives; and the features as a leaf."""
     lam = meta["lam"]
     weights = dict(lambda_cls=lam["cls"], lambda_mse=lam["mse"], lambda_nce=lam["nce"])
     cfg = Decoupling(negatives=meta["K"], temperature=T, gamma=float(meta["gamma"]), **weights)
-    method = Given(cfg, Features(4096), info(meta["N"]))
+    method = with_given(cfg, Features(4096), info(meta["N"]))
     method.net.double()
     draw = np.random.RandomState(int(case["weights_seed"]))
     draw.standard_normal((4 * meta["B"], 4096))  # made the features
@@ -97,12 +104,13 @@ def as_the_original(case: dict[str, np.ndarray], meta: dict) -> tuple[Given, tor
     method.net.load_state_dict(
         {k: torch.from_numpy(v.astype(np.float32)).double() for k, v in heads.items() if k in own}
     )
-    if method.bank is not None:
-        method.bank.rows = torch.from_numpy(case["bank"]).double()
-        method.mean_exp = torch.tensor(meta["Z_in"] / meta["N"], dtype=torch.float64)
+    if method.contrast is not None:
+        method.contrast.bank.rows = torch.from_numpy(case["bank"]).double()
+        method.contrast.mean_exp = torch.tensor(meta["Z_in"] / meta["N"], dtype=torch.float64)
     prob = torch.from_numpy(case["prob"]).reshape(-1, 4).numpy()
     method.weights = torch.from_numpy(pu_weights(prob, float(meta["gamma"])))
-    method.idx = torch.from_numpy(case["idx"][:, 1:]).long()
+    if method.contrast is not None:
+        method.contrast.idx = torch.from_numpy(case["idx"][:, 1:]).long()
     return method, torch.from_numpy(case["feature"]).double().requires_grad_()
 
 
@@ -132,17 +140,17 @@ def test_losses_and_gradients_are_the_originals(name):
         assert losses.metrics["prec_cls"].item() * 100 == pytest.approx(case["f64_prec_cls"])
         np.testing.assert_allclose(grads["rotation.bias"], case["f64_grad_cls_b"], **exact)
     if meta["lam"]["nce"]:
-        assert method.bank is not None
+        assert method.contrast is not None
         np.testing.assert_allclose(outputs.embedding.detach(), case["f64_embed"], **exact)
         np.testing.assert_allclose(grads["embed.bias"], case["f64_grad_norm_b"], **exact)
         rowsum = grads["embed.weight"].sum(axis=1)
         np.testing.assert_allclose(rowsum, case["f64_grad_norm_w_rowsum"], rtol=1e-10, atol=1e-11)
-        z = method.mean_exp.item() * method.bank.population
+        z = method.contrast.mean_exp.item() * method.contrast.bank.population
         np.testing.assert_allclose(
             z, case["f64_Z"], rtol=2e-7
         )  # a float32 buffer, where it is given
         method.after_step(outputs, batch, losses)
-        rows = method.bank.rows[torch.from_numpy(case["rows"])]
+        rows = method.contrast.bank.rows[torch.from_numpy(case["rows"])]
         np.testing.assert_allclose(rows, case["f64_rows_after"], **exact)
 
 
@@ -166,11 +174,11 @@ def test_six_steps_are_the_originals():
     meta = json.loads(str(file["meta_json"]))
     trunk = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
     cfg = Decoupling(dim=meta["D"], negatives=meta["K"], temperature=T)
-    method = Given(cfg, trunk, info(meta["N"], dtype=torch.float32))
+    method = with_given(cfg, trunk, info(meta["N"], dtype=torch.float32))
     method.net.double()
     method.net.load_state_dict(our_names(file, "init", method.net))
-    assert method.bank is not None
-    method.bank.rows = torch.from_numpy(file["bank"]).double()
+    assert method.contrast is not None
+    method.contrast.bank.rows = torch.from_numpy(file["bank"]).double()
     method.weights = torch.from_numpy(pu_weights(file["prob"].reshape(-1, 4), float(meta["gamma"])))
     preset = PRESETS["decoupling-alexnet"]()
     state = TrainState(
@@ -186,18 +194,22 @@ def test_six_steps_are_the_originals():
     for step, epoch in enumerate(file["epochs"].tolist()):
         state.step = epoch
         assert state.schedule(epoch) == file["lr"][step]
-        method.idx = torch.from_numpy(file[f"idx_step{step}"][:, 1:]).long()
+        contrast_of(method).idx = torch.from_numpy(file[f"idx_step{step}"][:, 1:]).long()
         crops = torch.from_numpy(file["image_u8"][step])
         losses = train_step(state, a_batch(file["index"][step], epoch, step, crops))
         seen = [losses.metrics["prec_cls"] * 100, losses.total]
         seen += [losses.terms[f"loss_{name}"] for name in ("cls", "mse", "nce")]
         np.testing.assert_allclose([s.item() for s in seen], file["f64_records"][step], **exact)
-        np.testing.assert_allclose(method.bank.rows, file[f"f64_step{step}_bank_after"], **exact)
+        np.testing.assert_allclose(
+            method.contrast.bank.rows, file[f"f64_step{step}_bank_after"], **exact
+        )
         if step in (0, 5):
             after = our_names(file, f"f64_step{step}_after", method.net)
             for name, value in method.net.state_dict().items():
                 np.testing.assert_allclose(value, after[name], **exact, err_msg=name)
-    np.testing.assert_allclose(method.mean_exp.item() * meta["N"], file["f64_Z"], rtol=1e-12)
+    np.testing.assert_allclose(
+        method.contrast.mean_exp.item() * meta["N"], file["f64_Z"], rtol=1e-12
+    )
     method.net.eval()
     with torch.no_grad():
         batch = a_batch(file["index"][0], crops=torch.from_numpy(file["image_u8"][0]))
@@ -210,13 +222,22 @@ def test_six_steps_are_the_originals():
 # ---- what the original does not have, or does wrong ----
 
 
+def contrast_of(method: decoupling.Decoupling) -> Contrast:
+    assert method.contrast is not None
+    return method.contrast
+
+
+def bank_of(method: decoupling.Decoupling):
+    return contrast_of(method).bank
+
+
 def small(cfg: Decoupling, images: int = 9, **known) -> decoupling.Decoupling:
     torch.manual_seed(0)
     method = decoupling.Decoupling(cfg, Features(12), info(images, **known))
     method.net.double()
-    if method.bank is not None:
-        method.bank.rows = method.bank.rows.double()
-        method.mean_exp = torch.tensor(1.5, dtype=torch.float64)
+    if method.contrast is not None:
+        method.contrast.bank.rows = method.contrast.bank.rows.double()
+        method.contrast.mean_exp = torch.tensor(1.5, dtype=torch.float64)
     return method
 
 
@@ -229,8 +250,8 @@ def test_the_proximal_term_and_its_gradient():
     cfg = Decoupling(dim=5, lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0, proximal=0.3)
     method = small(cfg)
     batch, index = a_batch([3, 7, 0]), torch.tensor([3, 7, 0])
-    assert method.bank is not None
-    row = method.bank.rows[index]
+    assert method.contrast is not None
+    row = method.contrast.bank.rows[index]
     embedding = torch.nn.functional.normalize(torch.randn(3, 5, dtype=torch.float64), dim=1)
     embedding.requires_grad_()
 
@@ -281,13 +302,13 @@ def test_a_zero_vector_is_embedded_without_nan():
 
 def test_row_and_feature_that_cancel_out_leave_a_row_that_recovers():
     method = small(Decoupling(dim=5, negatives=4))
-    assert method.bank is not None
+    assert method.contrast is not None
     unit = torch.eye(5, dtype=torch.float64)[:1]
-    method.bank.rows[4] = -unit[0]
-    method.bank.update(torch.tensor([4]), unit)
-    assert torch.equal(method.bank.rows[4], torch.zeros(5, dtype=torch.float64))
-    method.bank.update(torch.tensor([4]), unit)
-    assert torch.equal(method.bank.rows[4], unit[0])
+    method.contrast.bank.rows[4] = -unit[0]
+    method.contrast.bank.update(torch.tensor([4]), unit)
+    assert torch.equal(method.contrast.bank.rows[4], torch.zeros(5, dtype=torch.float64))
+    method.contrast.bank.update(torch.tensor([4]), unit)
+    assert torch.equal(method.contrast.bank.rows[4], unit[0])
 
 
 def test_pu_weights_begin_at_the_papers_epoch_scaled_to_the_run(tmp_path):
@@ -327,9 +348,9 @@ def test_a_moving_z_follows_the_batches():
     method = small(Decoupling(dim=5, negatives=40, z="ema"))
     outputs, batch = method.net.heads(features(3)), a_batch([1, 2, 3])
     losses = method.losses(outputs, batch)
-    before, now = method.mean_exp.clone(), losses.metrics["z"] / 9
+    before, now = method.contrast.mean_exp.clone(), losses.metrics["z"] / 9
     method.after_step(outputs, batch, losses)
-    torch.testing.assert_close(method.mean_exp, 0.99 * before + 0.01 * now)
+    torch.testing.assert_close(method.contrast.mean_exp, 0.99 * before + 0.01 * now)
     method.before_first_step(outputs, batch)  # the same rows no more: the bank has been written
 
 
@@ -338,22 +359,22 @@ def test_z_of_the_first_batch_is_the_mean_over_positives_and_negatives():
     outputs, batch = method.net.heads(features(3)), a_batch([1, 2, 3])
     expected = method.losses(outputs, batch).metrics["z"] / 9
     method.before_first_step(outputs, batch)
-    torch.testing.assert_close(method.mean_exp, expected)
+    torch.testing.assert_close(method.contrast.mean_exp, expected)
 
 
 def test_the_bank_holds_rows_of_the_training_view_alone():
     rows = np.array([1, 4, 5, 8])
     method = small(Decoupling(dim=5, negatives=300), 4, rows=rows, data_rows=10)
-    assert method.bank is not None
-    assert method.bank.population == 4
-    assert method.bank.place.tolist() == [-1, 0, -1, -1, 1, 2, -1, -1, 3, -1]
+    assert method.contrast is not None
+    assert method.contrast.bank.population == 4
+    assert method.contrast.bank.place.tolist() == [-1, 0, -1, -1, 1, 2, -1, -1, 3, -1]
     outputs = method.net.heads(features(2))
     with pytest.raises(UsageError, match="out of range"):
         method.losses(outputs, a_batch([4, 9]))
 
 
 def test_a_fresh_row_has_a_mean_square_length_of_one():
-    bank = small(Decoupling(dim=32), 4000).bank
+    bank = bank_of(small(Decoupling(dim=32), 4000))
     assert bank is not None
     assert bank.rows.square().sum(1).mean().item() == pytest.approx(1, abs=0.02)
     assert bank.rows.abs().max().item() <= np.sqrt(3 / 32)
@@ -386,8 +407,11 @@ def test_the_other_half_is_judged_by_the_same_head():
 
 
 def test_a_bank_of_other_pictures_is_refused():
-    bank, other = small(Decoupling(dim=5)).bank, small(Decoupling(dim=5), fingerprint="g").bank
-    wide = small(Decoupling(dim=6)).bank
+    bank, other = (
+        bank_of(small(Decoupling(dim=5))),
+        bank_of(small(Decoupling(dim=5), fingerprint="g")),
+    )
+    wide = bank_of(small(Decoupling(dim=6)))
     assert bank is not None
     assert other is not None
     assert wide is not None
@@ -426,7 +450,7 @@ def test_without_any_term_there_is_nothing_to_learn():
 def test_negatives_are_addressed_by_seed_picture_and_step_and_may_leave_out_the_own_row():
     for exclude in (False, True):
         cfg = Decoupling(dim=5, negatives=7, exclude_self=exclude)
-        draw = small(cfg, seed=11).negatives(a_batch([3, 7], epoch=2, step=40))
+        draw = contrast_of(small(cfg, seed=11)).negatives(a_batch([3, 7], epoch=2, step=40))
         assert (draw.count, draw.seed, int(draw.step), draw.exclude_self) == (7, 11, 40, exclude)
         assert draw.index.tolist() == [3, 7]
 
@@ -441,8 +465,8 @@ def test_the_knobs_of_the_instance_term_reach_it():
         method.before_first_step(outputs, batch)
         losses = method.losses(outputs, batch)
         method.after_step(outputs, batch, losses)
-        assert method.bank is not None
-        return losses.terms["loss_nce"].item(), method.bank.rows
+        assert method.contrast is not None
+        return losses.terms["loss_nce"].item(), method.contrast.bank.rows
 
     plain, rows = value()
     for knobs in (dict(temperature=0.2), dict(negatives=41), dict(contrast="infonce")):
@@ -483,10 +507,10 @@ def test_infonce_at_a_low_temperature_goes_on():
     """exp(s / T) is beyond float32 there; the loss is not, nor anything that a checkpoint waits for."""
     method = small(Decoupling(dim=5, negatives=4, contrast="infonce", temperature=0.01))
     method.net.float()
-    assert method.bank is not None
+    assert method.contrast is not None
     outputs = method.net.heads(features(2).float())
-    method.bank.rows = method.bank.rows.float()
-    method.bank.rows[:2] = outputs.embedding.detach()
+    method.contrast.bank.rows = method.contrast.bank.rows.float()
+    method.contrast.bank.rows[:2] = outputs.embedding.detach()
     losses = method.losses(outputs, a_batch([0, 1]))
     assert torch.isfinite(losses.total)
     assert all(torch.isfinite(v) for v in losses.metrics.values())
@@ -519,8 +543,8 @@ def test_half_precision_stays_inside_the_network(dtype):
     assert parts.embedding.dtype == torch.float32
     torch.testing.assert_close(parts.embedding.norm(dim=1), torch.ones(4))
     assert {v.dtype for v in losses.terms.values()} == {torch.float32}
-    assert method.bank is not None
-    assert {method.bank.rows.dtype, method.mean_exp.dtype} == {torch.float32}
+    assert method.contrast is not None
+    assert {method.contrast.bank.rows.dtype, method.contrast.mean_exp.dtype} == {torch.float32}
     assert torch.isfinite(losses.total)
 
 
@@ -547,9 +571,9 @@ def test_features_that_cannot_be_halved_are_refused():
 def test_the_proximal_term_alone_writes_the_bank_too():
     method = small(Decoupling(dim=5, lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0, proximal=1.0))
     outputs, batch = method.net.heads(features(2)), a_batch([1, 2])
-    assert method.bank is not None
-    before = method.bank.rows.clone()
+    assert method.contrast is not None
+    before = method.contrast.bank.rows.clone()
     method.after_step(outputs, batch, method.losses(outputs, batch))
-    changed = (method.bank.rows != before).any(dim=1)
+    changed = (method.contrast.bank.rows != before).any(dim=1)
     assert changed.nonzero().flatten().tolist() == [1, 2]
     assert set(method.state_dict()) == {"bank.rows", "bank.fingerprint"}  # there is no Z

@@ -14,6 +14,7 @@ from fastrot.methods import rotation_table
 from fastrot.methods.decoupling import Decoupling
 from fastrot.training import checkpoint, journal, loop
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 TASK = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
 TASK += ["--method.dim", "16", "--method.negatives", "60", "--method.z", "ema"]
 

@@ -23,6 +23,7 @@ from fastrot.ops.rotate import rotated_views
 from fastrot.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick_runs")
 SHORT = ["--schedule.steps", "6"]
 
 

@@ -28,15 +28,8 @@ from fastrot.entry import Preempted
 from fastrot.methods.rotnet import RotNet
 from fastrot.training import budget, checkpoint, journal, loop
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 STEPS = 20  # of TINY: epochs of 8 or 9 steps
-
-
-@pytest.fixture(scope="module")
-def straight(pictures, tmp_path_factory):
-    """A run that nothing happens to."""
-    out = tmp_path_factory.mktemp("runs") / "straight"
-    assert go(pictures, out) == 0
-    return out
 
 
 def last(run):

@@ -17,6 +17,7 @@ from fastrot.data.keys import fold_of, held_out
 from fastrot.training import loop
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick_runs")
 STEPS = 8
 SHORT = ["--schedule.steps", str(STEPS)]  # of each fold: epochs of 3 or 4 steps
 FOLDS = [*SHORT, "--folds", "2"]

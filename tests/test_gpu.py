@@ -15,7 +15,7 @@ from fastrot import assemble, config, train
 from fastrot.data.pack.write import PackOptions, convert
 from fastrot.ops.choice import using
 from fastrot.speed import bounds
-from fastrot.training import checkpoint, loop, report
+from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import train_step, validate
 from fastrot.training.optim import LRSchedule, sgd
@@ -243,13 +243,13 @@ def test_a_profile_tells_the_gpus_time_by_parts(pictures, tmp_path):
 
 def test_a_runs_verdict_knows_the_hosts_and_the_gpus_time(pictures, tmp_path, monkeypatch):
     found = []
-    measured = report.completed
+    measured = bounds.with_floors
 
     def kept(*args):
         found.append(measured(*args))
         return found[-1]
 
-    monkeypatch.setattr(report, "completed", kept)
+    monkeypatch.setattr(bounds, "with_floors", kept)
     train.main([*ON_GPU, "--data", "synthetic:400", "--out", str(tmp_path), "--hold-out", "0"])
     (m,) = found
     assert None not in (m.issue, m.busy, m.copy, m.arithmetic, m.memory)

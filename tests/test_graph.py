@@ -12,7 +12,8 @@ from test_run import TINY, assert_same_bits, told
 from fastrot import assemble, config, dist, train
 from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Losses
-from fastrot.methods.decoupling import EMA, Decoupling
+from fastrot.methods.contrast import EMA
+from fastrot.methods.decoupling import Decoupling
 from fastrot.training import device as devices
 from fastrot.training import loop, session
 from fastrot.training.graph import WARM_UP, Graphed, Recorder
@@ -177,10 +178,10 @@ class Rebound(Decoupling):
     """Z put into a new tensor each step."""
 
     def after_step(self, outputs, batch, losses) -> None:
-        assert self.bank is not None
-        self.bank.update(batch.index, outputs.embedding.detach())
-        now = losses.metrics["z"].detach() / self.bank.population
-        self.mean_exp = EMA * self.mean_exp + (1 - EMA) * now
+        assert self.contrast is not None
+        self.contrast.bank.update(batch.index, outputs.embedding.detach())
+        now = losses.metrics["z"].detach() / self.contrast.bank.population
+        self.contrast.mean_exp = EMA * self.contrast.mean_exp + (1 - EMA) * now
 
 
 class Asking(Decoupling):

@@ -1,5 +1,6 @@
 """A run's page: one file, true figures, drawn from whatever the run's folder holds."""
 
+import functools
 import json
 import re
 import time
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_run import go
 from torch import nn
 from truth import photo
 
 from fastrot.evals import page, picture
 from fastrot.evals.filters import first_filters
-from fastrot.evals.page import RunLog, draw
+from fastrot.evals.page import RunLog
 from fastrot.evals.picture import rotated_sheet, said
+from fastrot.methods.rotnet import HEADLINE
 
 HOSTILE = "<script>alert('x')</script> & \"quote\" $\\frac$ 漢 {brace}"
+draw = functools.partial(page.draw, headline=HEADLINE)
 ROTNET = "method:\n  type: RotNet\nbackbone:\n  type: AlexNet\npreset: demo\n"
 
 
@@ -106,6 +110,15 @@ def test_a_run_is_drawn_from_its_first_line_on(tmp_path, lines, torn):
     assert "nan" not in words(text)
     if judged(0, 0.25) in lines:
         assert "25% held-out pictures, before training · chance 25%" in words(text)
+
+
+def test_a_run_draws_its_page_as_it_goes(pictures, tmp_path):
+    assert go(pictures, tmp_path, "--max-steps", "9") == 0
+    text = words((tmp_path / "index.html").read_text())
+    assert "Rotation accuracy" in text
+    assert "chance 25%" in text
+    names = {p.stem for p in (tmp_path / "plots").iterdir()}
+    assert names == {"accuracy", "loss", "throughput", "filters", "turned"}
 
 
 def test_an_empty_folder_is_drawn(tmp_path):
@@ -252,7 +265,7 @@ def test_decoupling_is_drawn_with_its_other_half_and_the_chance_of_turns(tmp_pat
         judged(10, 0.5) | other,
         config=ROTNET.replace("RotNet", "Decoupling"),
     )
-    log = page.RunLog(run)
+    log = page.RunLog(run, HEADLINE)
     assert log.chance == 0.25
     (axes,) = page._accuracy(log).axes
     assert "held-out, other half" in axes.get_legend_handles_labels()[1]

@@ -12,18 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastrot import config, dist
+from fastrot import config
 from fastrot.backbones.staged import Staged
 from fastrot.config import UsageError
-from fastrot.core import DTYPES, Batch, DataInfo, Headline, Losses, Method
-from fastrot.methods.bank import Bank
+from fastrot.core import Batch, DataInfo, Headline, Losses, Method
+from fastrot.methods.contrast import Contrast
 from fastrot.methods.rotation_table import pu_weights, read
 from fastrot.methods.rotnet import HEADLINE, ROTATIONS, rotation_labels
 from fastrot.methods.scores import classification_scores, wide
-from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
 from fastrot.ops.rotate import rotated_views
-
-EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 
 
 class Parts(NamedTuple):
@@ -78,17 +75,11 @@ class Decoupling(Method):
         self.net, self.space_to_depth = DecouplingNet(trunk, cfg), trunk.space_to_depth
         if not cfg.lambda_cls:  # there is no head that answers
             self.headline = Headline(title="Spread over rotations", score="loss")
-        self.bank: Bank | None = None
+        self.contrast: Contrast | None = None
         if _has_bank(cfg):
-            self.bank = Bank(
-                info,
-                cfg.dim,
-                dtype=DTYPES[cfg.bank_dtype],
-                sharded=cfg.bank == "sharded",
-                momentum=cfg.bank_momentum,
+            self.contrast = Contrast(
+                cfg, info, wants_z=cfg.lambda_nce > 0 and cfg.contrast == "nce"
             )
-        # Z / population: mean of exp(s / T); so it does not depend on how many rows a rank holds
-        self.mean_exp = torch.full((), torch.nan, device=info.device)
         self.weights, self.pu_epoch, self.table_digest = None, cfg.pu_from, None
         if cfg.pu_table is not None:
             table = read(cfg.pu_table, rows=info.data_rows, fingerprint=info.data_fingerprint)
@@ -123,27 +114,9 @@ class Decoupling(Method):
             space_to_depth=self.space_to_depth,
         )
 
-    def negatives(self, batch: Batch) -> Draw:
-        """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
-        return Draw(
-            self.cfg.negatives,
-            self.info.seed,
-            batch.index,
-            batch.epoch_step[1],
-            exclude_self=self.cfg.exclude_self,
-        )
-
     def before_first_step(self, outputs: Parts, batch: Batch) -> None:
-        """Z, from the first batch of all ranks."""
-        if self._wants_z():
-            assert self.bank is not None
-            assert outputs.embedding is not None
-            mean = estimate_z(
-                *self._contrasted(outputs.embedding, batch),
-                temperature=self.cfg.temperature,
-                population=1,
-            )
-            self.mean_exp = dist.sum_over_ranks(mean) / dist.world()
+        if self.contrast is not None and outputs.embedding is not None:
+            self.contrast.before_first_step(outputs.embedding, batch)
 
     def losses(self, outputs: Parts, batch: Batch) -> Losses:
         terms, metrics = {}, {}
@@ -155,9 +128,14 @@ class Decoupling(Method):
             metrics |= {"accuracy": right, "prec_cls": right}
         if self.cfg.lambda_mse:
             terms["loss_mse"] = self.cfg.lambda_mse * _spread(outputs.other).mean()
-        if outputs.embedding is not None:
-            more, seen = self._instance_terms(outputs.embedding, batch)
-            terms, metrics = terms | more, metrics | seen
+        if self.contrast is not None and outputs.embedding is not None:
+            if self.cfg.lambda_nce:
+                each, z = self.contrast.loss(outputs.embedding, batch)
+                terms["loss_nce"] = self.cfg.lambda_nce * each.mean()
+                metrics |= z
+            if self.cfg.proximal:
+                apart = self.contrast.distance(outputs.embedding, batch)
+                terms["loss_proximal"] = self.cfg.proximal * apart.mean()
         return Losses(terms, metrics)
 
     def score(self, outputs: Parts, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -187,54 +165,28 @@ class Decoupling(Method):
     def rotation_logits(self, outputs: Parts) -> Tensor | None:
         return outputs.logits
 
-    @torch.no_grad()
     def after_step(self, outputs: Parts, batch: Batch, losses: Losses) -> None:
-        """The embedding of before the step goes into the bank; Z follows where it shall."""
-        if self.bank is None:
-            return
-        assert outputs.embedding is not None
-        self.bank.update(batch.index, outputs.embedding.detach())
-        if self.cfg.z == "ema" and self._wants_z():
-            now = losses.metrics["z"].detach() / self.bank.population
-            if not self.bank.sharded:
-                now = dist.sum_over_ranks(now) / dist.world()
-            # in place: a captured graph goes on reading this tensor
-            self.mean_exp.copy_(EMA * self.mean_exp + (1 - EMA) * now)
+        if self.contrast is not None and outputs.embedding is not None:
+            self.contrast.after_step(outputs.embedding, batch, losses.metrics.get("z"))
 
     def state_dict(self) -> dict[str, Tensor]:
-        if self.bank is None:
-            return {}
-        state = {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
-        if self._wants_z():
-            state["mean_exp"] = dist.gather_rows(
-                self.mean_exp[None]
-            )  # a rank's own, with a sharded bank
-        return state
+        return {} if self.contrast is None else self.contrast.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.bank is None:
-            return
-        names = {name for name in state if name.startswith("bank.")}
-        self.bank.load_state_dict({name.removeprefix("bank."): state[name] for name in names})
-        if self._wants_z():
-            each = state["mean_exp"].to(self.mean_exp.device)
-            own = each[dist.rank()] if len(each) == dist.world() else each.mean()
-            self.mean_exp = own.clone()
+        if self.contrast is not None:
+            self.contrast.load_state_dict(state)
 
     def resume_contract(self) -> dict[str, Any]:
-        found: dict[str, Any] = {} if self.bank is None else {"bank": self.bank.resume_contract()}
+        found = {} if self.contrast is None else self.contrast.resume_contract()
         return found if self.table_digest is None else found | {"pu_table": self.table_digest}
 
     def describe(self) -> list[str]:
-        lines = [] if self.bank is None else [self.bank.describe()]
+        lines = [] if self.contrast is None else [self.contrast.bank.describe()]
         if self.weights is not None:
             lines.append(f"PU weights from epoch {self.pu_epoch} on, of {self.cfg.pu_table}")
         return lines
 
     # ---- inside ----
-
-    def _wants_z(self) -> bool:
-        return self.cfg.lambda_nce > 0 and self.cfg.contrast == "nce"
 
     def _weight(self, batch: Batch, like: Tensor) -> Float[Tensor, " v"] | float:
         """1, or 1 - p ** gamma of each rotated copy: one that looks upright may be a wrong label."""
@@ -242,34 +194,6 @@ class Decoupling(Method):
             return 1.0
         weights = self.weights[batch.index].flatten().to(like.dtype)
         return torch.where(batch.epoch_step[0] >= self.pu_epoch, weights, torch.ones_like(weights))
-
-    def _contrasted(
-        self, embedding: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | Draw]:
-        assert self.bank is not None
-        return embedding, self.bank.rows, self.bank.place[batch.index], self.negatives(batch)
-
-    def _instance_terms(
-        self, embedding: Float[Tensor, "b d"], batch: Batch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        assert self.bank is not None
-        terms, metrics = {}, {}
-        if self.cfg.lambda_nce:
-            population = self.bank.population
-            loss, mass = nce_loss_and_mass(
-                *self._contrasted(embedding, batch),
-                temperature=self.cfg.temperature,
-                z=self.mean_exp * population if self._wants_z() else None,
-                population=population,
-                kind=self.cfg.contrast,
-            )
-            terms["loss_nce"] = self.cfg.lambda_nce * loss.mean()
-            if self._wants_z():
-                metrics["z"] = mass.mean() / (self.cfg.negatives + 1) * population  # of this batch
-        if self.cfg.proximal:
-            apart = (embedding - self.bank.of(batch.index)).square().sum(dim=1)
-            terms["loss_proximal"] = self.cfg.proximal * apart.mean()
-        return terms, metrics
 
 
 def _has_bank(cfg: config.Decoupling) -> bool:

@@ -1,0 +1,130 @@
+"""Features told apart by a memory bank: a picture's own row against K rows of others, by NCE or InfoNCE.
+
+Shapes.  B pictures, D features of unit length, K negatives drawn for each picture and step.
+Z.       NCE's constant, from the first batch of all ranks; it stays, or follows as a moving mean. It is kept as
+         Z / population, the mean of exp(s / T), which does not depend on how many rows a rank holds.
+"""
+
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastrot import dist
+from fastrot.core import DTYPES, Batch, DataInfo
+from fastrot.methods.bank import Bank
+from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
+
+EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
+
+
+@runtime_checkable
+class Knobs(Protocol):
+    """What a method's config says of its bank; meanings and papers stand there (config.Decoupling)."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def negatives(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def bank_momentum(self) -> float: ...
+    @property
+    def contrast(self) -> Literal["nce", "infonce"]: ...
+    @property
+    def z(self) -> Literal["frozen", "ema"]: ...
+    @property
+    def exclude_self(self) -> bool: ...
+    @property
+    def bank(self) -> Literal["replicated", "sharded"]: ...
+    @property
+    def bank_dtype(self) -> Literal["fp32", "bf16"]: ...
+
+
+class Contrast:
+    """A bank, and what is asked of it. `wants_z`: whether NCE's constant is; else no loss is, or InfoNCE's."""
+
+    def __init__(self, cfg: Knobs, info: DataInfo, *, wants_z: bool | None = None):
+        self.cfg, self.info = cfg, info
+        self.wants_z = cfg.contrast == "nce" if wants_z is None else wants_z
+        self.bank = Bank(
+            info,
+            cfg.dim,
+            dtype=DTYPES[cfg.bank_dtype],
+            sharded=cfg.bank == "sharded",
+            momentum=cfg.bank_momentum,
+        )
+        self.mean_exp = torch.full((), torch.nan, device=info.device)
+
+    def negatives(self, batch: Batch) -> Tensor | Draw:
+        """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
+        return Draw(
+            self.cfg.negatives,
+            self.info.seed,
+            batch.index,
+            batch.epoch_step[1],
+            exclude_self=self.cfg.exclude_self,
+        )
+
+    def before_first_step(self, features: Float[Tensor, "b d"], batch: Batch) -> None:
+        """Z, from the first batch of all ranks."""
+        if self.wants_z:
+            asked = self._asked(features, batch)
+            mean = estimate_z(*asked, temperature=self.cfg.temperature, population=1)
+            self.mean_exp = dist.sum_over_ranks(mean) / dist.world()
+
+    def loss(
+        self, features: Float[Tensor, "b d"], batch: Batch
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+        """Each picture's loss, and of this batch `z`, where there is one."""
+        population = self.bank.population
+        loss, mass = nce_loss_and_mass(
+            *self._asked(features, batch),
+            temperature=self.cfg.temperature,
+            z=self.mean_exp * population if self.wants_z else None,
+            population=population,
+            kind=self.cfg.contrast,
+        )
+        if not self.wants_z:
+            return loss, {}
+        return loss, {"z": mass.mean() / (self.cfg.negatives + 1) * population}
+
+    def distance(self, features: Float[Tensor, "b d"], batch: Batch) -> Float[Tensor, " b"]:
+        """Square distance from each picture's own row."""
+        return (features - self.bank.of(batch.index)).square().sum(dim=1)
+
+    @torch.no_grad()
+    def after_step(self, features: Tensor, batch: Batch, z: Tensor | None) -> None:
+        """The features of before the step go into the bank; Z follows where it shall. `z`: of the batch."""
+        self.bank.update(batch.index, features.detach())
+        if self.cfg.z == "ema" and self.wants_z:
+            assert z is not None
+            now = z.detach() / self.bank.population
+            if not self.bank.sharded:
+                now = dist.sum_over_ranks(now) / dist.world()
+            # in place: a captured graph goes on reading this tensor
+            self.mean_exp.copy_(EMA * self.mean_exp + (1 - EMA) * now)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"bank.{name}": value for name, value in self.bank.state_dict().items()}
+        if self.wants_z:  # a rank's own, with a sharded bank
+            state["mean_exp"] = dist.gather_rows(self.mean_exp[None])
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        names = {name for name in state if name.startswith("bank.")}
+        self.bank.load_state_dict({name.removeprefix("bank."): state[name] for name in names})
+        if self.wants_z:
+            each = state["mean_exp"].to(self.mean_exp.device)
+            own = each[dist.rank()] if len(each) == dist.world() else each.mean()
+            self.mean_exp = own.clone()
+
+    def resume_contract(self) -> dict[str, Any]:
+        return {"bank": self.bank.resume_contract()}
+
+    def _asked(
+        self, features: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | Draw]:
+        return features, self.bank.rows, self.bank.place[batch.index], self.negatives(batch)
