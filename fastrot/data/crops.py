@@ -126,6 +126,26 @@ def check_sizes(crop: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = 
         )
 
 
+def cut(
+    picture: UInt8[np.ndarray, "h w 3"], row: Int64[np.ndarray, " 6"]
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The box of `row` (index, y, x, height, width, flip): a view, or a copy where it reaches over the border.
+
+    Raises ValueError for a box that lies outside the picture altogether.
+    """
+    _, y, x, h, w, _ = row.tolist()
+    height, width = picture.shape[:2]
+    if y >= 0 and x >= 0 and y + h <= height and x + w <= width:
+        return picture[y : y + h, x : x + w]
+    top, left = max(y, 0), max(x, 0)
+    inside = picture[top : max(y + h, 0), left : max(x + w, 0)]
+    if not inside.size:
+        raise ValueError(f"the box {(y, x, h, w)} lies outside the picture of {height} x {width}")
+    box = np.zeros((h, w, 3), np.uint8)
+    box[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
+    return box
+
+
 def resample(
     picture: UInt8[np.ndarray, "h w 3"],
     row: Int64[np.ndarray, " 6"],
@@ -135,23 +155,10 @@ def resample(
 
     OpenCV's INTER_LINEAR, which is whole numbers throughout, so that other decoders give the same bits. Where a
     side shrinks to less than half, plain bilinear would skip pixels: there the box goes to `taps` times the size,
-    and each pixel is the mean of taps x taps of these. Raises ValueError for a box that lies outside the picture
-    altogether.
+    and each pixel is the mean of taps x taps of these.
     """
-    _, y, x, h, w, flip = row.tolist()
-    height, width = picture.shape[:2]
-    if y >= 0 and x >= 0 and y + h <= height and x + w <= width:
-        box = picture[y : y + h, x : x + w]
-    else:
-        top, left = max(y, 0), max(x, 0)
-        inside = picture[top : max(y + h, 0), left : max(x + w, 0)]
-        if not inside.size:
-            raise ValueError(
-                f"the box {(y, x, h, w)} lies outside the picture of {height} x {width}"
-            )
-        box = np.zeros((h, w, 3), np.uint8)
-        box[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
-    size = out.shape[0]
+    box, size = cut(picture, row), out.shape[0]
+    h, w = box.shape[:2]
     n = taps(h, w, size)
     if n > 1:
         box = cv2.resize(box, (n * size, n * size), interpolation=cv2.INTER_LINEAR)
@@ -160,7 +167,7 @@ def resample(
         cv2.resize(box, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
     else:
         out[:] = box
-    if flip:
+    if row[5]:
         cv2.flip(out, 1, dst=out)
 
 

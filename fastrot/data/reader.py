@@ -104,6 +104,7 @@ def fill_decoded(
     request: CropRequest,
     out: tuple[Tensor, ...],
     places: Iterable[int],
+    resample: Callable[[np.ndarray, np.ndarray, np.ndarray], None] = crops.resample,
 ) -> Errors:
     """Decode the pictures at some places of a batch once each, resample them for each crop; those that cannot be."""
     errors, into = [], [crop.numpy() for crop in out]
@@ -114,5 +115,5 @@ def fill_decoded(
             errors.append((place, str(error)))
             continue
         for rows, pixels in zip(request.rows, into, strict=True):
-            crops.resample(picture, rows[place], pixels[place])
+            resample(picture, rows[place], pixels[place])
     return errors

@@ -111,8 +111,7 @@ def test_ffcvs_reader_finds_every_byte(written, kind):
 
 # what FFCV does to numba's types breaks the finalizers of its own functions
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", ["jpg", "raw"])
-@pytest.mark.parametrize("os_cache", [True, False], ids=["os-cache", "process-cache"])
+@pytest.mark.parametrize(("kind", "os_cache"), [("jpg", True), ("raw", False)])
 def test_ffcvs_loader_reads_every_picture(written, kind, os_cache):
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
@@ -257,14 +256,14 @@ def test_sound_records_without_checksums_are_read(spoilt):
 def test_an_operation_that_raises_ends_the_epoch_with_that_error(written, monkeypatch, workers):
     from fastrot.data.beton import ffcv
 
-    crop, calls = ffcv._crop, iter(range(100))
+    resample, calls = ffcv._resample, iter(range(100))
 
-    def broken(*args):
+    def broken(*how):
         if next(calls) == 5:
             raise ZeroDivisionError("in an operation")
-        crop(*args)
+        resample(*how)
 
-    monkeypatch.setattr(ffcv, "_crop", broken)
+    monkeypatch.setattr(ffcv, "_resample", broken)
     loader = open_loader(written["jpg"], RANDOM, batch=4, workers=workers, loader="ffcv")
     threads, met = set(threading.enumerate()), []
 
@@ -335,31 +334,18 @@ with event.install_recorder("numba:compile") as compiled:
     from fastrot.core import View
     loader = open_loader(sys.argv[1], View(crops=(RandomResized(size=32),)), batch=8, workers=2, loader="ffcv")
     batches = loader.epoch(0)
-    print(next(batches).images.sum().item())
+    next(batches)
     batches.close()
 assert torch.__config__.parallel_info() == before, "torch's threads were set"
 print(len(compiled.buffer))
 """
 
 
-def fresh(path: Path, cache: Path) -> tuple[int, int]:
-    """A sum of pixels, and how much numba compiled, in a process of its own."""
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(path)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    pixels, compiled = map(int, done.stdout.split())
-    return pixels, compiled
-
-
-def test_a_second_process_compiles_nothing(written, tmp_path):
-    first, compiled = fresh(written["jpg"], tmp_path)
-    assert compiled > 0
-    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    assert files
-    assert fresh(written["jpg"], tmp_path) == (first, 0)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+def test_a_process_of_its_own_compiles_nothing_and_leaves_torchs_threads(written):
+    command = [sys.executable, "-c", FRESH, str(written["jpg"])]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
 
 
 def test_numbas_types_are_left_alone(written):
@@ -370,6 +356,7 @@ def test_numbas_types_are_left_alone(written):
     assert flat.mutable
 
 
+@pytest.mark.soak
 def test_a_run_through_ffcv_resumes_to_the_same_bits(written, tmp_path, capsys):
     def go(out: str, *more: str) -> Path:
         argv = [

@@ -7,7 +7,7 @@ are used as they are; rows and boxes go in with each batch. What FFCV 1.0.2 gets
     an epoch broken off                       its thread and memory stay      -> `_Epoch.close` ends it
     a damaged record                          zeros, without a word           -> checksum, else size and return code
     its import, Loader and iterator           set torch's number of threads   -> `_aside`, `_Epoch.run`
-    every process                             compiles for 7 to 9 s           -> `_aside`; two functions, kept on disk
+    every process                             compiles for 7 to 9 s           -> `_aside`; its C code is called as it is
     each epoch                                a picture of memory a batch place and slot -> a few a thread
     each Loader                               dicts of all rows, numba's types changed   -> `_Records`
 
@@ -16,30 +16,28 @@ Needs ffcv and numba (`make ffcv`), so nothing imports this file but `assemble.o
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 import contextlib
-import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import cv2
-import llvmlite.binding
 import numba
 import numba.typed
 import numpy as np
 import simplejpeg
 import torch
-from numba.types import ExternalFunction, int32, int64, uint8, uint32, uint64, uintp, void
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord, Decoded, Pending, Reader
+from fastrot.core import CropRequest, Decoded, Pending, Reader
+from fastrot.data import crops
 from fastrot.data.beton.layout import IMAGE
 from fastrot.data.beton.read import Beton
-from fastrot.data.reader import AHEAD
+from fastrot.data.reader import AHEAD, fill_decoded
 
 
 @contextlib.contextmanager
@@ -56,17 +54,14 @@ def _aside() -> Iterator[None]:
 
 
 with _aside():
-    import ffcv._libffcv
     import ffcv.loader.loader
+    from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader import OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
     from ffcv.pipeline import PipelineSpec
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
-
-TASK = 4  # pictures a thread decodes at once, so that they are still in its cache when they are cropped
-ADDRESS, SIZE, HEIGHT, WIDTH, RAW, PIXELS, FAILED = range(7)  # columns of `jobs`, a row a picture
 
 
 class FfcvBeton(Beton):
@@ -99,58 +94,50 @@ class FfcvBeton(Beton):
 
     def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> Decoded:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""
-        jobs = _jobs(metadata[work.request.rows[0][:, 0]], *storage)
-        spare = max(_spare(boxes, jobs) for boxes in work.request.rows)
-        into = [crop.numpy() for crop in work.out]
-        starts, errors = iter(range(0, len(jobs), TASK)), []
+        rows, (file, ptrs, sizes) = work.request.rows[0][:, 0], storage
+        places, errors = iter(range(len(rows))), []
 
-        def share() -> None:
-            for start in starts:  # all threads draw from the same
-                part = slice(start, start + TASK)
-                errors.extend(self._decode_part(work.request, jobs, into, part, spare))
+        def decode(place: int) -> np.ndarray:
+            row = int(rows[place])
+            raw, width, height, start = metadata[row].tolist()
+            data = file[start : start + int(sizes[np.searchsorted(ptrs, start)])]
+            self._check(row, height, width)
+            if raw:
+                return data.reshape(height, width, 3)
+            out = self._scratch.take(3 * height * width)
+            if imdecode(data, out, height, width, height, width):
+                raise self._damaged(row, "libjpeg-turbo cannot decode all of it")
+            return out.reshape(height, width, 3)
+
+        def share() -> None:  # all threads draw from the same places
+            errors.extend(fill_decoded(decode, work.request, work.out, places, _resample))
 
         work.together(share)
         return Decoded(work.out, errors)
 
-    def _decode_part(
-        self,
-        request: CropRequest,
-        jobs: np.ndarray,
-        into: list[np.ndarray],
-        part: slice,
-        spare: int,
-    ) -> list[tuple[int, str]]:
-        """Whole pictures into this thread's own memory, then from there the boxes of each crop; what is damaged."""
-        rows, jobs, errors = request.rows[0][part, 0].tolist(), jobs[part], []
-        for place, (row, job) in enumerate(zip(rows, jobs, strict=True), part.start):
-            try:
-                self._check(row, job)
-            except DamagedRecord as error:
-                job[SIZE] = 0  # passed over below
-                errors.append((place, str(error)))
-        memory = self._scratch.take(spare + 3 * int(jobs[:, HEIGHT] @ jobs[:, WIDTH]))
-        _decode(jobs, memory.ctypes.data + spare)
-        for place in np.flatnonzero(jobs[:, FAILED]).tolist():
-            damaged = self._damaged(rows[place], "libjpeg-turbo cannot decode all of it")
-            errors.append((part.start + place, str(damaged)))
-        for boxes, pixels in zip(request.rows, into, strict=True):
-            _crop(jobs, boxes[part], pixels[part], memory[None, :spare])
-            for place in np.flatnonzero(boxes[part, 5]).tolist():
-                cv2.flip(pixels[part][place], 1, dst=pixels[part][place])
-        return errors
-
-    def _check(self, row: int, job: np.ndarray) -> None:
+    def _check(self, row: int, height: int, width: int) -> None:
         """Raises DamagedRecord where the checksum, or for want of one the JPEG's own size, does not agree."""
         data = self.record(row)
-        if self._crc is not None or job[RAW]:
+        if self._crc is not None or self._raw[row]:
             return
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            found = simplejpeg.decode_jpeg_header(data)[:2]
         except ValueError as error:
             raise self._damaged(row, str(error)) from None
-        if (height, width) != (job[HEIGHT], job[WIDTH]):
-            found, said = f"{height} x {width}", f"{job[HEIGHT]} x {job[WIDTH]}"
-            raise self._damaged(row, f"it is {found} pixels, its row says {said}")
+        if found != (height, width):
+            said = f"its row says {height} x {width}"
+            raise self._damaged(row, f"it is {found[0]} x {found[1]} pixels, {said}")
+
+
+def _resample(picture: np.ndarray, row: np.ndarray, out: np.ndarray) -> None:
+    """As `crops.resample`, with FFCV's resampler."""
+    box = crops.cut(picture, row)
+    _, y, x, h, w, flip = row.tolist()
+    if box.flags.owndata:  # it reaches over the border
+        picture, y, x = box, 0, 0
+    resize_crop(picture, y, y + h, x, x + w, out)
+    if flip:
+        cv2.flip(out, 1, dst=out)
 
 
 class _Work(NamedTuple):
@@ -160,22 +147,6 @@ class _Work(NamedTuple):
     out: tuple[Tensor, ...]
     together: Callable[[Callable[[], None]], None]  # runs a function on all threads of the epoch
     future: Future[Decoded]
-
-
-def _jobs(found: np.ndarray, file: np.ndarray, ptrs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What FFCV knows of the pictures of a batch: int64 [b, 7]."""
-    jobs = np.zeros((len(found), 7), np.int64)
-    jobs[:, ADDRESS] = found["data_ptr"] + np.uint64(file.ctypes.data)
-    jobs[:, SIZE] = sizes[np.searchsorted(ptrs, found["data_ptr"])]
-    jobs[:, HEIGHT], jobs[:, WIDTH], jobs[:, RAW] = (found[k] for k in ("height", "width", "mode"))
-    return jobs
-
-
-def _spare(boxes: np.ndarray, jobs: np.ndarray) -> int:
-    """Bytes for the largest of the boxes that reach over a border: they are laid out before they are resampled."""
-    _, y, x, h, w, _ = boxes.T
-    over = (y < 0) | (x < 0) | (y + h > jobs[:, HEIGHT]) | (x + w > jobs[:, WIDTH])
-    return int((3 * h * w)[over].max(initial=0))
 
 
 # ---- FFCV's Loader ----
@@ -284,76 +255,3 @@ class _Epoch(EpochIterator):
         if self.is_alive():
             self.join()
         self.pool.shutdown()
-
-
-# ---- FFCV's C code, called for several pictures at once without the interpreter's lock ----
-
-_LIBRARY = ctypes.CDLL(ffcv._libffcv.__file__)
-for _name in ("imdecode", "resize", "my_memcpy"):  # names of our own: others also have a `resize`
-    _address = ctypes.cast(getattr(_LIBRARY, _name), ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(f"fastrot_ffcv_{_name}", _address)
-
-_of_picture = (uintp, uint64, uint32, uint32, uintp, uint32, uint32)  # data, size, h, w, out, h, w
-_plain = (uint32,) * 4 + (int32, int32)  # offset, scale, no crop, no flip
-_imdecode = ExternalFunction("fastrot_ffcv_imdecode", int32(*_of_picture, *_plain))
-_resize = ExternalFunction("fastrot_ffcv_resize", void(*(int64,) * 11))
-_memcpy = ExternalFunction("fastrot_ffcv_my_memcpy", void(uintp, uintp, uint64))
-
-
-def _compiled(signature: Any) -> Callable[[Any], Any]:
-    """Compiled once for this machine: numba keeps it beside this file, else in the user's cache, if it can."""
-
-    def compiled(function: Any) -> Any:
-        how = {"nogil": True, "error_model": "numpy"}
-        try:
-            return numba.njit(signature, cache=True, **how)(function)
-        except (RuntimeError, OSError):  # no folder that can be written to: compiled anew, in 0.5 s
-            return numba.njit(signature, **how)(function)
-
-    return compiled
-
-
-@_compiled(void(int64[:, ::1], int64))
-@no_type_check
-def _decode(jobs, at):
-    """Pixels of each picture, one behind the other from address `at` on; those of a raw one stay where they lie."""
-    for i in range(len(jobs)):
-        address, size = jobs[i, ADDRESS], jobs[i, SIZE]
-        height, width = jobs[i, HEIGHT], jobs[i, WIDTH]
-        if size == 0:
-            continue
-        if jobs[i, RAW]:
-            jobs[i, PIXELS] = address
-            continue
-        status = _imdecode(address, size, height, width, at, height, width, 0, 0, 1, 1, 0, 0)
-        jobs[i, FAILED] = status
-        jobs[i, PIXELS] = at
-        at += 3 * height * width
-
-
-@_compiled(void(int64[:, ::1], int64[:, ::1], uint8[:, :, :, ::1], uint8[:, ::1]))
-@no_type_check
-def _crop(jobs, boxes, out, spare):
-    """The box of each picture, resampled; outside of a picture is 0.
-
-    `spare` [1, bytes]: a Loader of FFCV's that is not ours makes numba's type of flat uint8 arrays read-only.
-    """
-    side = out.shape[1]
-    laid_out = np.int64(spare.ctypes.data)  # numba adds unsigned to signed as floats
-    for i in range(len(jobs)):
-        pixels, height, width = jobs[i, PIXELS], jobs[i, HEIGHT], jobs[i, WIDTH]
-        y, x, h, w = boxes[i, 1], boxes[i, 2], boxes[i, 3], boxes[i, 4]
-        if pixels == 0:
-            continue
-        if y < 0 or x < 0 or y + h > height or x + w > width:
-            spare[0, : 3 * h * w] = 0
-            left, right = max(x, 0), min(x + w, width)
-            for line in range(max(y, 0), min(y + h, height)):
-                if left < right:
-                    _memcpy(
-                        pixels + 3 * (line * width + left),
-                        laid_out + 3 * ((line - y) * w + left - x),
-                        3 * (right - left),
-                    )
-            pixels, height, width, y, x = laid_out, h, w, 0, 0
-        _resize(0, pixels, height, width, y, y + h, x, x + w, out[i].ctypes.data, side, side)
