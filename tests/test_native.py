@@ -326,7 +326,7 @@ def test_a_pool_makes_many_batches_and_ends_at_once(number):
 
 
 @can_build
-@pytest.mark.slow
+@pytest.mark.soak
 def test_no_corruption_reads_or_writes_where_it_may_not(tmp_path):
     done = native_fuzz.fuzz(tmp_path, times=400, threads=2, sanitizer="address,undefined")
     assert done.returncode == 0, done.stderr

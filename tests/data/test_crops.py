@@ -113,7 +113,7 @@ def test_each_part_of_the_address_counts(part):
     assert 0.4 < (flip != turned).mean() < 0.6
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (256, 256), (100, 700)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (100, 700)])
 def test_random_resized_draws_torchvisions_distribution(height, width):
     transforms = pytest.importorskip("torchvision.transforms")
     crop = RandomResized()

@@ -23,7 +23,7 @@ from fastrot.data.tars.write import TarsOptions
 from fastrot.data.tars.write import convert as write_tars
 
 PACKS = ("pack", "raw-pack")
-FORMATS = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
+FORMATS = ("folder", "beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
 OF_ONE_FOLDER = ("folder", "beton", "raw-beton", "parts", *PACKS, "tars")
 THROUGH_FFCV = pytest.param(  # the .beton, by --loader ffcv
     "ffcv",
@@ -46,7 +46,7 @@ THROUGH_DALI = [  # by --loader dali
             ),
         ],
     )
-    for name in ("tars", "folder", "beton")
+    for name in ("tars", "folder")
 ]
 TRAINING = View(crops=(RandomResized(size=24),))
 EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)
@@ -80,7 +80,8 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
     parts = BetonOptions(
         source="imagefolder", root=pictures, out=out / "p.beton", workers=0, keep_parts=True
     )
-    betons = {name: open_data(out / f"{name}.beton") for name in FORMATS if "beton" in name}
+    names = ("beton", "raw-beton", "ffcv-beton")
+    betons = {name: open_data(out / f"{name}.beton") for name in names}
     betons["parts"] = open_data(convert(parts, part=9).out)
     betons |= {name: open_data(out / f"{name}.pack") for _, name in packs}
     tars = TarsOptions(source="imagefolder", root=pictures, out=out / "tars", workers=0, shard=15)
@@ -173,15 +174,14 @@ def test_epochs_and_seeds_differ_and_repeat(data):
 )
 def test_any_number_of_workers_gives_equal_bytes(data, view):
     alone = epoch(data, view, 1)
-    for workers in (1, 2, 3):
+    for workers in (1, 3) if view is TRAINING else (2,):
         assert same(alone, epoch(data, view, 1, workers=workers))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("view", [TRAINING, BLOCKS], ids=["full", "blocks"])
-def test_an_epoch_can_start_in_the_middle(data, workers, view):
+def test_an_epoch_can_start_in_the_middle(data, view):
     whole = epoch(data, view, 2)
-    for start in (1, len(whole) - 1, len(whole)):
+    for start, workers in ((1, 2), (len(whole) - 1, 0), (len(whole), 2)):
         assert same(whole[start:], epoch(data, view, 2, start, workers=workers))
 
 
@@ -196,8 +196,8 @@ def test_two_ranks_draw_the_global_batches_of_one_process(data, view):
         assert all(np.array_equal(wanted[i], got[i]) for i in wanted)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_evaluation_without_overlap(data, world):
+def test_ranks_share_the_evaluation_without_overlap(data):
+    world = 3
     ranks = [b for r in range(world) for b in epoch(data, EVALUATION, rank=r, world=world)]
     assert sorted(by_index(ranks)) == list(range(data.rows))
 
@@ -256,25 +256,23 @@ def test_a_subset_that_cannot_be_is_refused(data, tmp_path, rows, words):
         epoch(data, View(crops=TRAINING.crops, rows=subset(tmp_path, rows)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_recipes_in_one_view(data, workers):
+def test_two_crops_in_one_view(data):
     view = View(crops=(RandomResized(size=24), Whole(size=17)))
-    for batch, one in zip(epoch(data, view, workers=workers), epoch(data, TRAINING), strict=True):
+    for batch, one in zip(epoch(data, view, workers=2), epoch(data, TRAINING), strict=True):
         assert torch.equal(batch.crops[0], one.images)
         assert batch.crops[1].shape == (BATCH, 17, 17, 3)
 
 
-def test_two_equal_recipes_draw_different_boxes(data):
+def test_two_equal_crops_draw_different_boxes(data):
     twice = View(crops=(RandomResized(size=24),) * 2)
     assert all(not torch.equal(*batch.crops) for batch in epoch(data, twice))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_stays_valid_after_later_ones_are_drawn(data, workers):
+def test_a_batch_stays_valid_after_later_ones_are_drawn(data):
     """Also a part of it, or one that outlives its epoch: buffers are used again, but never under a reader."""
-    loader = open_loader(data, TRAINING, batch=3, workers=workers)
+    loader = open_loader(data, TRAINING, batch=3, workers=2)
     kept, copies = [], []
-    for number in range(3):
+    for number in range(2):
         for k, batch in enumerate(loader.epoch(number)):
             keep = batch.images if k % 3 else batch.images[1:, 3:]
             if k % 2:
@@ -363,6 +361,14 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
             assert not apart.any() if same_pixels else apart.mean() < 3
             assert torch.equal(a.index, b.index.cpu())
             assert torch.equal(a.epoch_step, b.epoch_step.cpu())
+
+
+def test_the_plain_device_is_the_current_one(monkeypatch):
+    """`cuda` is not `cuda:0` to torch: a pack would be placed twice."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device, found in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        loader = open_loader("synthetic:20", TRAINING, batch=2, device=device)
+        assert loader.device == torch.device(found)
 
 
 def test_the_fingerprint_knows_the_rows(data, tmp_path):

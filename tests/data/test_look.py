@@ -223,6 +223,7 @@ def test_wrong_use_is_one_sentence(look, beton, capsys, monkeypatch, args, words
     assert said.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_it_runs_as_a_script_from_anywhere(beton, tmp_path):
     done = subprocess.run(
         [sys.executable, LOOK, beton, "--out", "a.png"],

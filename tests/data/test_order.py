@@ -189,8 +189,8 @@ def test_no_picture_keeps_to_the_end_which_training_drops():
     assert (count > 0).mean() > 0.85
 
 
-@pytest.mark.parametrize("images", [100_000, 16 * 128, 1000])
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("images", [20_000, 16 * 128, 1000])
+@pytest.mark.parametrize("world", [2, 8])
 def test_ranks_read_their_own_blocks(images, world):
     shuffled, batch = by_blocks(images, 16, 128), 128 // world
     everywhere = np.arange(images - images % 128)

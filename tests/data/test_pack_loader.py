@@ -4,10 +4,7 @@ damage is told by row, and nobody is left to guess where the pictures are. What 
 test_loaders.py.
 """
 
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -26,7 +23,6 @@ from fastrot.data.pack import file as opened
 from fastrot.data.pack import read, write
 from fastrot.data.pack.read import Pack, choose
 
-ROOT = Path(__file__).parents[2]
 ROWS = 24
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VIEW = View(crops=(RandomResized(size=24), Shifted(size=20, pad=6)))
@@ -176,6 +172,7 @@ def subset() -> np.ndarray:
 def test_resident_pictures_give_the_same_crops(folder, rows, workers):
     data = Pack(folder)
     placed = read._Resident(data.file, rows, CPU)
+    data._placed.append(placed)
     request = all_rows_request(data)
     want = wanted(data, request)
     assert placed.covers(None) == (rows is None)
@@ -186,8 +183,8 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
         here = np.isin(request.rows[0][:, 0], rows)
         request = CropRequest(tuple(each[here] for each in request.rows), request.sizes)
         want = [each[here] for each in want]
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found, _ = placed.begin(request, pool if workers else None).result()
+    with closing(read._PlacedReader(data, CPU, workers)) as reader:
+        found, _ = reader.begin(request).result()
     assert equal(found, want)
 
 
@@ -195,9 +192,9 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
 def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
     request = all_rows_request(data)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        placed = read._Pinned(data.file, None, CPU)
-        found, _ = placed.begin(request, pool if workers else None).result()
+    data._placed.append(read._Pinned(data.file, None, CPU))
+    with closing(read._PlacedReader(data, CPU, workers)) as reader:
+        found, _ = reader.begin(request).result()
     assert equal(found, wanted(data, request))
 
 
@@ -302,22 +299,3 @@ def test_a_gpu_without_room_refuses_a_resident_pack(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 140 * GB))
     with pytest.raises(UsageError, match="more than are free"):
         open_loader(open_data(folder, placement="resident"), VIEW, batch=2, device="cuda")
-
-
-def test_batches_are_waited_for_under_python_o_too(tmp_path):
-    """`python -O` leaves assertions out, and what they would have done."""
-    if native.load() is None:
-        pytest.skip("the C++ extension is not built")
-    folder = write.write_pack(tmp_path / "a.pack", [photo(0, 24, 30)])
-    code = (
-        "import numpy as np, torch\n"
-        "from fastrot import native\n"
-        "from fastrot.core import CropRequest\n"
-        "from fastrot.data.pack.read import Pack\n"
-        "waited, plain = [], native.Work.wait\n"
-        "native.Work.wait = lambda work: waited.append(1) or plain(work)\n"
-        "request = CropRequest((np.array([[0, 0, 0, 8, 8, 0]]),), (8,))\n"
-        f"Pack({str(folder)!r}).open_reader(torch.device('cpu'), 1).begin(request).result()\n"
-        "raise SystemExit(waited != [1])\n"
-    )
-    assert subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT).returncode == 0

@@ -204,6 +204,7 @@ def test_bytes_depend_on_neither_workers_nor_ranks_nor_a_broken_start(odd, shard
 
 
 @pytest.mark.ddp
+@pytest.mark.soak
 def test_two_ranks_write_the_same_shards(odd, shards, tmp_path):
     """Under torchrun: see the test of the shared conversion for the rest of what ranks promise."""
     command = [
