@@ -182,17 +182,12 @@ def in_json(found: "Measurements", subject: "Subject") -> dict[str, Any]:
     """All of it, in plain data; images/s, seconds and bytes."""
     from fastrot.speed import advice, bounds
 
+    here = {name: value for name, value in vars(subject).items() if name != "cfg"}
+    also = {"load": found.load, "bound": bounds.bound(found.measured)}
     return {
         "config": config.to_plain(subject.cfg),
-        "format": subject.format,
-        "here": {
-            "device": str(subject.device),
-            "cores": subject.cores,
-            "memory": subject.memory,
-            "gpu": subject.gpu,
-        },
-        "found": dataclasses.asdict(found)
-        | {"load": found.load, "bound": bounds.bound(found.measured)},
+        "here": here | {"device": str(subject.device)},
+        "found": dataclasses.asdict(found) | also,
         "epoch_s": found.epoch_seconds,
         "advice": advice.advice(found, subject),
     }

@@ -73,10 +73,16 @@ def test_kernels_count_to_the_part_in_which_they_are_launched():
         event("aten::conv", 10, 50, kernels=[300, 20]),
         event(MARK + "backward", 110, 200),
         event("aten::conv_backward", 120, 180, kernels=[500]),  # of another thread
+        event(MARK + "optimiser", 181, 191),
+        event("aten::add_", 182, 183, kernels=[70]),
         event("aten::between", 105, 106, kernels=[9]),
         event("aten::before", -5, -4, kernels=[9]),
         event("kernel", 10, 50, kind="CUDA"),
         event(MARK + "forward", 300, 310),
         event("aten::conv", 301, 302, kernels=[1]),
     ]
-    assert parts(events) == {"forward": (110.0, 321.0), "backward": (90.0, 500.0)}
+    assert parts(events) == {
+        "forward": (110.0, 321.0),
+        "backward": (80.0, 500.0),
+        "optimiser": (10.0, 70.0),
+    }

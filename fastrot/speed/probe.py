@@ -101,7 +101,8 @@ def measure(
     told("building the net")
     state = _build(cfg, whole)
     told("steps on random pixels")
-    most = max(SMALLEST, int(reading.with_decoding(decode) * share["train"] / BATCHES))
+    loading = 1 / decode + (1 / reading.read if reading.read else 0)  # seconds a picture
+    most = max(SMALLEST, int(share["train"] / BATCHES / loading))
     cfg = dataclasses.replace(cfg, batch=min(cfg.batch, most))
     batch = _batch_in_time(state, view, cfg, share["step"])
     cfg = dataclasses.replace(cfg, batch=batch)
@@ -170,10 +171,6 @@ class _Reading:
     from_disk: float | None = None  # share of the bytes
     read: float | None = None
     reread: float | None = None
-
-    def with_decoding(self, decode: float) -> float:
-        """Images/s of both, one after the other."""
-        return 1 / (1 / decode + (1 / self.read if self.read else 0))
 
 
 def _read(

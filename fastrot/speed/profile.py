@@ -99,13 +99,14 @@ def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
     events  torch's FunctionEvents
     """
     host = dict.fromkeys(PARTS, 0.0)
-    spans = []  # of the labels, which never overlap
+    spans = []  # of the labels; none overlap but the optimiser's, which lies within backward
     for event in events:
         part = event.name.removeprefix(MARK)
         if event.name.startswith(MARK) and event.device_type.name == "CPU":
             span = event.time_range
             host[part] += span.end - span.start
             spans.append((span.start, span.end, part))
+    host["backward"] -= host["optimiser"]
     spans.sort()
     starts, device = [start for start, _, _ in spans], dict.fromkeys(PARTS, 0.0)
     for event in events:
@@ -120,54 +121,30 @@ def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
 @contextlib.contextmanager
 def labelled(state: TrainState) -> Iterator[None]:
     """The parts of a step with their names, until the end: the functions stay the same."""
-    label = _Label()
-    method, net = state.method, state.net
+    method, optimizer, net = state.method, state.optimizer, state.net
     instead = [
-        (method, "views", label.round("views", method.views)),
-        (method, "losses", label.round("losses", method.losses)),
-        (method, "after_step", label.round("bank", method.after_step)),
-        (state, "descend", label.round("backward", state.descend)),
+        (method, "views", _label("views", method.views)),
+        (method, "losses", _label("losses", method.losses)),
+        (method, "after_step", _label("bank", method.after_step)),
+        (state, "descend", _label("backward", state.descend)),
+        (optimizer, "step", _label("optimiser", optimizer.step)),
     ]
-    hooks = [
-        state.optimizer.register_step_pre_hook(lambda *_: label("optimiser")),
-        state.optimizer.register_step_post_hook(lambda *_: label(None)),
-    ]
-    state.net = label.round("forward", net)
+    state.net = _label("forward", net)
     for owner, name, function in instead:
         setattr(owner, name, function)
     try:
         yield
     finally:
-        label(None)
         state.net = net
         for owner, name, _ in instead:
             delattr(owner, name)  # the class's own again
-        for hook in hooks:
-            hook.remove()
 
 
-class _Label:
-    """The part that is under way: one after another, never one inside another."""
+def _label(part: str, function: Callable) -> Callable:
+    """The same function, under the name of its part."""
 
-    def __init__(self):
-        self._open: record_function | None = None
+    def named(*args: Any, **options: Any) -> Any:
+        with record_function(MARK + part):
+            return function(*args, **options)
 
-    def __call__(self, part: str | None) -> None:
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-        self._open = None
-        if part is not None:
-            self._open = record_function(MARK + part)
-            self._open.__enter__()
-
-    def round(self, part: str, function: Callable) -> Callable:
-        """The same function, under the name of its part."""
-
-        def named(*args: Any) -> Any:
-            self(part)
-            try:
-                return function(*args)
-            finally:
-                self(None)
-
-        return named
+    return named
