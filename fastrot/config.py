@@ -5,6 +5,7 @@ may set it anew; every other knob must agree (see `differences`).
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -132,16 +133,14 @@ class Decoupling:
     crop: Crop = RandomResized()
     dim: int = 128  # numbers in a picture's embedding, and in its row of the memory bank
     negatives: int = 4096  # K: rows of other pictures that each picture is told from, each step
-    temperature: float = 0.07  # T
+    temperature: float = 0.07  # T: similarities are divided by it
     bank_momentum: float = 0.5  # share of the old row in a new one
     lambda_cls: float = 1.0  # weight of the rotation loss; a term at 0 is not built
-    lambda_mse: float = (
-        1.0  # weight of the spread of the other half over a picture's four rotations
-    )
+    lambda_mse: float = 1.0  # weight of the other half's spread over a picture's four rotations
     lambda_nce: float = 1.0  # weight of telling pictures apart
     proximal: float = 0.0  # weight of |embedding - row|^2 (Wu 2018, eq 9); no original code has it
-    contrast: Literal["nce", "infonce"] = "nce"  # nce: the original; infonce: a softmax over K + 1
-    z: Literal["frozen", "ema"] = "frozen"  # nce's constant: of the first batch, or a moving mean
+    contrast: Literal["nce", "infonce"] = "nce"  # the original's loss, or a softmax over K + 1
+    z: Literal["frozen", "ema"] = "frozen"  # nce's constant Z: of the first batch, or a moving mean
     exclude_self: bool = False  # never draw a picture's own row among its negatives
     bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of its rows; bf16 takes half the memory
@@ -192,27 +191,23 @@ Placement = Literal["auto", "resident", "pinned"]
 class Config:
     """A run: what is trained, on what, for how long."""
 
-    data: str | None = free(
-        None
-    )  # FILE.beton, NAME.pack, a folder of shards or pictures, or synthetic
-    val: str | None = free(None)  # pictures to be judged on; without it --hold-out sets some aside
+    data: str | None = free(None)  # a .beton, a .pack, a folder of tars or pictures, or synthetic
+    val: str | None = free(None)  # validation pictures; without them --hold-out sets some aside
     out: str | None = free(None)  # the run's folder; default runs/PRESET
     epochs: int | None = None  # passes over the data; default: the schedule's
     max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
     budget: str | None = None  # time for the run, as 30min or 2h: 20 steps choose the epochs
-    batch: int = 192  # pictures per process and step, before turning
+    batch: int = 192  # pictures per process and step, each before its rotations
     lr: float | None = None  # scales the schedule so that it begins with this rate
     seed: int = 0  # of order, crops and weights
     order: Literal["full", "blocks"] = "full"  # blocks: for data larger than memory
     order_block: int | None = None  # neighbouring pictures that --order blocks reads together; 64
     order_window: int | None = None  # blocks that it mixes with each other, kept in memory; 256
     workers: int | None = free(None)  # threads or processes that decode; default: one a core
-    threads: int | None = free(
-        None
-    )  # of torch on a CPU; default: this process's share of the cores
+    threads: int | None = free(None)  # of torch on a CPU; default: a share of the cores
     image_size: int | None = None  # pixels a side of the crop; default: the recipe's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
-    hold_out: float = 0.05  # share of the pictures to be judged on, where there is no --val
+    hold_out: float = 0.05  # share of the pictures kept for validation, without --val
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
     fold: int | None = None  # with --folds: train this one alone, in OUT itself
     log_every: int = free(20)  # steps
@@ -228,9 +223,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
     placement: Placement = free("auto")  # of a .pack for a GPU: in its memory, or in the host's
-    on_bad_record: Literal["stop", "skip"] = free(
-        "stop"
-    )  # a picture that cannot be read; skip counts
+    on_bad_record: Literal["stop", "skip"] = free("stop")  # of a picture that cannot be read
     enlarge: bool = False  # allow crops larger than most pictures
     start_from: str | None = None  # begin with the weights of another run or checkpoint
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of red, green, blue; 0 to 1
@@ -245,125 +238,74 @@ class Config:
     schedule: Schedule = Schedule()
 
 
+LEAST = {
+    **dict.fromkeys(("epochs", "max_steps", "batch", "threads", "image_size"), 1),
+    **dict.fromkeys(("log_every", "checkpoint_every", "keep_every", "validate_every"), 1),
+    **dict.fromkeys(("order_block", "order_window", "schedule.steps", "schedule.epochs"), 1),
+    **dict.fromkeys(("method.crop.size", "method.dim", "method.negatives"), 1),
+    **dict.fromkeys(("workers", "seed", "method.crop.pad", "method.pu_from"), 0),
+}
+
+
 def check(cfg: Config) -> None:
     """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
-    for name, least in {
-        "epochs": 1,
-        "max_steps": 1,
-        "batch": 1,
-        "workers": 0,
-        "threads": 1,
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "keep_every": 1,
-        "validate_every": 1,
-        "image_size": 1,
-        "order_block": 1,
-        "order_window": 1,
-        "seed": 0,
-    }.items():
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise UsageError(f"{knob(name)} got {value}: it wants at least {least}")
-    if cfg.compile_mode != "default" and not cfg.compile:
-        raise UsageError(f"--compile-mode got {cfg.compile_mode}: it wants --compile")
-    if cfg.lr is not None and not 0 < cfg.lr < math.inf:
-        raise UsageError(f"--lr got {cfg.lr}: it wants a number above 0")
-    if cfg.seed >= 2**63:
-        raise UsageError(f"--seed got {cfg.seed}: it wants a number below 2**63")
-    if not 0 <= cfg.optim.momentum < 1:
-        raise UsageError(f"--optim.momentum got {cfg.optim.momentum}: it wants 0 to below 1")
-    if not 0 <= cfg.optim.weight_decay < math.inf:
-        raise UsageError(f"--optim.weight-decay got {cfg.optim.weight_decay}: it wants 0 or more")
-    if not 0 <= cfg.hold_out < 1:
-        raise UsageError(
-            f"--hold-out got {cfg.hold_out}: it wants a share from 0 (none) to below 1, such as 0.05"
-        )
-    if not all(0 < s < math.inf for s in cfg.std):
-        raise UsageError(f"--std got {cfg.std}: each of the three must be above 0")
-    if not all(math.isfinite(m) for m in cfg.mean):
-        raise UsageError(
-            f"--mean got {cfg.mean}: it wants three numbers, such as 0.485 0.456 0.406"
-        )
-    if cfg.folds is not None and not 2 <= cfg.folds <= 100:
-        raise UsageError(f"--folds got {cfg.folds}: it wants 2 to 100")
-    if cfg.fold is not None and not (cfg.folds is not None and 0 <= cfg.fold < cfg.folds):
-        raise UsageError(
-            f"--fold got {cfg.fold}: it wants --folds, and a number from 0 to below that"
-        )
-    for name in ("order_block", "order_window"):
-        if cfg.order == "full" and getattr(cfg, name) is not None:
-            raise UsageError(f"{knob(name)} got {getattr(cfg, name)}: it wants --order blocks")
-    if cfg.epochs is not None and cfg.budget is not None:
-        raise UsageError(
-            f"--epochs {cfg.epochs} and --budget {cfg.budget} both set the length: give one"
-        )
-    for name, value in (("steps", cfg.schedule.steps), ("epochs", cfg.schedule.epochs)):
-        if value is not None and value < 1:
-            raise UsageError(f"--schedule.{name} got {value}: it wants at least 1")
-    for name, value in (("warmup", cfg.schedule.warmup), ("last", cfg.schedule.last)):
-        if not 0 <= value < math.inf:
-            raise UsageError(f"--schedule.{name} got {value}: it wants 0 or more")
-    rates = [rate for _, rate in cfg.schedule.table]
-    ends = [end for end, _ in cfg.schedule.table]
-    if (
-        not rates
-        or any(not 0 <= rate < math.inf for rate in rates)
-        or ends != sorted(set(ends))
-        or rates[0] == 0
-    ):
-        raise UsageError(
-            f"--schedule.table got {cfg.schedule.table}: it wants (epoch, rate) pairs, epochs rising, "
-            "rates of 0 or more, the first above 0"
-        )
-    if not 0 < cfg.backbone.width <= 64:
-        raise UsageError(
-            f"--backbone.width got {cfg.backbone.width}: it wants a number above 0 and up to 64, such as 0.25"
-        )
-    if isinstance(cfg.method, Decoupling):
-        _check_decoupling(cfg.method)
+
+    def of(path: str) -> Any:
+        """A knob's value; None where the chosen parts have no such knob."""
+        return functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), cfg)
+
+    def want(path: str, right: bool, words: str) -> None:
+        if not right:
+            raise UsageError(f"{knob(path)} got {of(path)}: it wants {words}")
+
+    for path, least in LEAST.items():
+        want(path, of(path) is None or of(path) >= least, f"at least {least}")
+    want("compile_mode", cfg.compile or cfg.compile_mode == "default", "--compile")
+    want("lr", cfg.lr is None or 0 < cfg.lr < math.inf, "a number above 0")
+    want("seed", cfg.seed < 2**63, "a number below 2**63")
+    want("optim.momentum", 0 <= cfg.optim.momentum < 1, "0 to below 1")
+    for path in ("optim.weight_decay", "schedule.warmup", "schedule.last"):
+        want(path, 0 <= of(path) < math.inf, "0 or more")
+    want("hold_out", 0 <= cfg.hold_out < 1, "a share from 0 (none) to below 1, such as 0.05")
+    want("std", all(0 < s < math.inf for s in cfg.std), "three numbers above 0")
+    want("mean", all(map(math.isfinite, cfg.mean)), "three numbers, such as 0.485 0.456 0.406")
+    want("folds", cfg.folds is None or 2 <= cfg.folds <= 100, "2 to 100")
+    inside = cfg.fold is None or 0 <= cfg.fold < (cfg.folds or 0)
+    want("fold", inside, "--folds, and a number from 0 to below that")
+    for path in ("order_block", "order_window"):
+        want(path, of(path) is None or cfg.order == "blocks", "--order blocks")
+    one = cfg.epochs is None or cfg.budget is None
+    want("budget", one, f"no --epochs {cfg.epochs} beside it: each sets the length")
+    ends, rates = [end for end, _ in cfg.schedule.table], [rate for _, rate in cfg.schedule.table]
+    rising = bool(ends) and ends == sorted(set(ends))
+    want(
+        "schedule.table",
+        rising and rates[0] > 0 and all(0 <= rate < math.inf for rate in rates),
+        "(epoch, rate) pairs, epochs rising, rates of 0 or more, the first above 0",
+    )
+    width = getattr(cfg.backbone, "width", 1.0)
+    want("backbone.width", 0 < width <= 64, "a number above 0 and up to 64, such as 0.25")
     crop = cfg.method.crop
     if isinstance(crop, RandomResized):
         low, high = crop.scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(
-                f"--method.crop.scale got {crop.scale}: it wants two shares, 0 < low <= high <= 1"
-            )
-        if not 0 < crop.ratio[0] <= crop.ratio[1]:
-            raise UsageError(f"--method.crop.ratio got {crop.ratio}: it wants 0 < low <= high")
-    if isinstance(crop, Within) and crop.short < crop.size:
-        raise UsageError(
-            f"--method.crop.short got {crop.short}: it wants at least the crop's size, {crop.size}"
-        )
-    if isinstance(crop, Shifted) and crop.pad < 0:
-        raise UsageError(f"--method.crop.pad got {crop.pad}: it wants 0 or more pixels")
-    if crop.size < 1:
-        raise UsageError(f"--method.crop.size got {crop.size}: it wants at least 1 pixel")
-
-
-def _check_decoupling(method: Decoupling) -> None:
-    def refuse(name: str, wants: str) -> None:
-        value = getattr(method, name)
-        raise UsageError(f"{knob('method.' + name)} got {value}: it wants {wants}")
-
-    if not 0 < method.temperature < math.inf:
-        refuse("temperature", "a number above 0, such as 0.07")
-    if not 1 <= method.dim <= WIDEST_EMBEDDING:
-        refuse("dim", f"1 to {WIDEST_EMBEDDING}, such as 128")
-    if not 1 <= method.negatives < 2**31 - 2**12:
-        refuse("negatives", "1 to 2**31 - 4097, such as 4096")
-    if not 0 <= method.bank_momentum <= 1:
-        refuse("bank_momentum", "a share from 0 to 1")
-    weights = ("lambda_cls", "lambda_mse", "lambda_nce", "proximal", "gamma")
-    for name in weights:
-        if not 0 <= getattr(method, name) < math.inf:
-            refuse(name, "0 or more")
-    if not any(getattr(method, name) for name in weights[:4]):
-        refuse("lambda_cls", "a number above 0, since all other terms are 0 too")
-    if method.pu_from < 0:
-        refuse("pu_from", "an epoch of the paper, 0 or more")
-    if method.pu_table is not None and not method.lambda_cls:
-        refuse("pu_table", "--method.lambda-cls above 0, the loss that it weighs")
+        want("method.crop.scale", 0 < low <= high <= 1, "two shares, 0 < low <= high <= 1")
+        want("method.crop.ratio", 0 < crop.ratio[0] <= crop.ratio[1], "0 < low <= high")
+    if isinstance(crop, Within):
+        words = f"at least the crop's size, {crop.size}"
+        want("method.crop.short", crop.short >= crop.size, words)
+    method = cfg.method
+    if not isinstance(method, Decoupling):
+        return
+    want("method.temperature", 0 < method.temperature < math.inf, "a number above 0, such as 0.07")
+    want("method.dim", method.dim <= WIDEST_EMBEDDING, f"1 to {WIDEST_EMBEDDING}, such as 128")
+    want("method.negatives", method.negatives < 2**31 - 2**12, "1 to 2**31 - 4097, such as 4096")
+    want("method.bank_momentum", 0 <= method.bank_momentum <= 1, "a share from 0 to 1")
+    terms = [f"method.{name}" for name in ("lambda_cls", "lambda_mse", "lambda_nce", "proximal")]
+    for path in (*terms, "method.gamma"):
+        want(path, 0 <= of(path) < math.inf, "0 or more")
+    want("method.lambda_cls", any(map(of, terms)), "a number above 0: all other terms are 0 too")
+    weighed = method.pu_table is None or method.lambda_cls > 0
+    want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
 
 
 def resolved(cfg: Config) -> Config:
@@ -381,16 +323,8 @@ def resolved(cfg: Config) -> Config:
     size = cfg.method.crop.size if cfg.image_size is None else cfg.image_size
     method = dataclasses.replace(cfg.method, crop=with_size(cfg.method.crop, size))
     block, window = blocks(cfg) or (None, None)
-    return dataclasses.replace(
-        cfg,
-        image_size=size,
-        method=method,
-        schedule=schedule,
-        epochs=epochs,
-        lr=lr,
-        order_block=block,
-        order_window=window,
-    )
+    meant = dict(image_size=size, method=method, schedule=schedule, epochs=epochs, lr=lr)
+    return dataclasses.replace(cfg, **meant, order_block=block, order_window=window)
 
 
 def blocks(cfg: Config) -> tuple[int, int] | None:
@@ -443,48 +377,48 @@ def to_plain(part: Any) -> Any:
 
 def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
+
+    def wants(words: str) -> UsageError:
+        return UsageError(f"{name or 'the config'} got {plain!r}: it wants {words}")
+
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if plain is None:
-        if type(None) in typing.get_args(hint):
+        if type(None) in inner:
             return None
         raise UsageError(f"{name or 'the config'} got null: give it a value, or leave the line out")
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        choices = [c for c in typing.get_args(hint) if c is not type(None)]
-        if isinstance(plain, dict):
-            named = [c for c in choices if c.__name__ == plain.get("type")]
-            if not named:
-                known = ", ".join(c.__name__ for c in choices)
-                raise UsageError(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
-            return from_plain(plain, named[0], name)
-        return from_plain(plain, choices[0], name)
+    if kind in (types.UnionType, typing.Union):
+        choices = [c for c in inner if c is not type(None)]
+        if not isinstance(plain, dict):
+            return from_plain(plain, choices[0], name)
+        named = [c for c in choices if c.__name__ == plain.get("type")]
+        if not named:
+            known = ", ".join(c.__name__ for c in choices)
+            raise UsageError(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
+        return from_plain(plain, named[0], name)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(plain, dict):
-            raise UsageError(f"{name or 'the config'} got {plain!r}: it wants a table of knobs")
-        hints = typing.get_type_hints(hint)
+            raise wants("a table of knobs")
+        hints, at = typing.get_type_hints(hint), f"{name}." if name else ""
         values = {_today(name, k): v for k, v in plain.items() if k != "type"}
         if unknown := sorted(set(values) - set(hints)):
             raise UsageError(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
-        return hint(
-            **{k: from_plain(v, hints[k], f"{name}.{k}" if name else k) for k, v in values.items()}
-        )
-    if typing.get_origin(hint) is tuple:
+        return hint(**{k: from_plain(v, hints[k], at + k) for k, v in values.items()})
+    if kind is tuple:
         if not isinstance(plain, list):
-            raise UsageError(f"{name} got {plain!r}: it wants a list")
-        inner = typing.get_args(hint)
+            raise wants("a list")
         each = [inner[0]] * len(plain) if inner[-1] is Ellipsis else list(inner)
         if len(each) != len(plain):
-            raise UsageError(f"{name} got {plain!r}: it wants {len(each)} values")
+            raise wants(f"{len(each)} values")
         return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
-    if typing.get_origin(hint) is Literal:
-        if plain not in typing.get_args(hint):
-            raise UsageError(
-                f"{name} got {plain!r}: it wants one of {', '.join(typing.get_args(hint))}"
-            )
+    if kind is Literal:
+        if plain not in inner:
+            raise wants(f"one of {', '.join(inner)}")
         return plain
     if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
         return float(plain)
     assert isinstance(hint, type)
     if not isinstance(plain, hint):
-        raise UsageError(f"{name} got {plain!r}: it wants {hint.__name__}")
+        raise wants(hint.__name__)
     return plain
 
 
@@ -511,8 +445,5 @@ def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
 def _flat(plain: dict, at: str = "") -> dict[str, Any]:
     out = {}
     for name, value in plain.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{at}{name}.")
-        else:
-            out[at + name] = value
+        out |= _flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}
     return out
