@@ -191,7 +191,7 @@ def bench_norm(
 ) -> Iterator[dict[str, Any]]:
     """Each of AlexNet's layers behind its convolution, forward alone and with its backward, for so many views.
 
-    plain: what torch has, the convolution's bias included; both move what `norm.traffic` counts for fused, so
+    plain: what torch has, the convolution's bias included; both move what the docstring of ops/norm.py counts, so
     that their GB/s compare.
     """
     for name, channels, times, pool in NORMED:
@@ -208,9 +208,9 @@ def bench_norm(
                 pulled, out, out().detach(), (y, *learnt)
             )
         places = out().numel() if pool else None
-        whole = norm.traffic(y.numel(), places, dtype.itemsize, "fused")
-        moved["forward and backward"] = whole
-        moved["forward"] = norm.forward_traffic(y.numel(), places, dtype.itemsize)
+        n, s, q = y.numel(), dtype.itemsize, places or 0
+        moved["forward and backward"] = (4 if pool else 8) * s * n + (5 * s + 3) * q
+        moved["forward"] = (2 if pool else 3) * s * n + (2 * s + 1) * q
         for (mode, variant), took in measure.interleaved(runs, device, seconds=seconds).items():
             spread = measure.spread(took)
             yield row(

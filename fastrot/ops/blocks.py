@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fastrot import native
 from fastrot.config import UsageError
-from fastrot.ops.choice import form_for
+from fastrot.ops.choice import check_kernel, form_for
 from fastrot.ops.rows import check_device
 
 try:
@@ -368,10 +368,7 @@ if triton is not None:
 def _launch(
     pack: PackTensors, boxes: Tensor, size: int, out: Tensor | None
 ) -> UInt8[Tensor, "b s s 3"]:
-    if triton is None:
-        raise UsageError(
-            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
-        )
+    check_kernel()
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
     if out is None:
         out = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8, device=boxes.device)

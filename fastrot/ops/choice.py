@@ -1,9 +1,11 @@
 """Which form of an op runs: the PyTorch reference, or the Triton kernel."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
@@ -38,3 +40,14 @@ def _checked(form: str, setting: str) -> str:
     if form not in FORMS:
         raise UsageError(f"{setting} got {form!r}: it wants {' or '.join(FORMS)}")
     return form
+
+
+def check_kernel(*dtypes: torch.dtype) -> None:
+    """Refuse, in one sentence, to run a Triton kernel where there is no Triton, or on what no kernel takes."""
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
+        )
+    for dtype in dtypes:
+        if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+            raise UsageError(f"the Triton kernels take no {dtype}: set FASTROT_OPS=reference")

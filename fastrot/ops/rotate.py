@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import form_for
+from fastrot.ops.choice import check_kernel, form_for
 
 try:
     import triton
@@ -255,12 +255,7 @@ def _launch(
     dtype: torch.dtype,
     space_to_depth: SpaceToDepth | None,
 ) -> Tensor:
-    if triton is None:
-        raise UsageError(
-            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
-        )
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise UsageError(f"the Triton kernel writes no {dtype}: set FASTROT_OPS=reference")
+    check_kernel(dtype)
     images = images.contiguous()
     b, s = images.shape[:2]
     if isinstance(rotations, Tensor):

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fastrot.config import WIDEST_EMBEDDING, NotFinite, UsageError
-from fastrot.ops.choice import form_for
+from fastrot.ops.choice import check_kernel, form_for
 
 try:
     import triton
@@ -86,7 +86,8 @@ if triton is not None:
 
 
 def _launch(rows: Tensor, index: Tensor, features: Tensor, momentum: float, eps: float) -> None:
-    check_kernel(features, rows)
+    check_kernel(features.dtype, rows.dtype)
+    check_width(features)
     b, d = features.shape
     if b:
         with torch.cuda.device_of(rows):
@@ -174,14 +175,8 @@ def check_device(first: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def check_kernel(features: Tensor, rows: Tensor) -> None:
-    """What the Triton kernels take."""
-    if triton is None:
-        raise UsageError(
-            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
-        )
-    if torch.float64 in (features.dtype, rows.dtype):
-        raise UsageError("the Triton kernels read no torch.float64: set FASTROT_OPS=reference")
+def check_width(features: Tensor) -> None:
+    """Features [B, D] that a kernel's program can hold."""
     if features.shape[1] > WIDEST:
         raise UsageError(
             f"the Triton kernels hold features up to {WIDEST}, and these are {features.shape[1]}: "

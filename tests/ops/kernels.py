@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrot.ops import blocks, nce, norm, rotate, rows
+from fastrot.ops import blocks, nce_kernels, norm_kernels, rotate, rows
 
 TARGETS = (80, 90)  # A100; H100 and H200
 WIDE = {  # bytes a thread loads or stores at once, by the first word of a kernel's name here
@@ -177,18 +177,18 @@ def of_nce() -> list[Kernel]:
     found = []
     for kind, itemsize in (("bf16", 2), ("fp32", 4)):
         for form, (d, drawn, others, softmax) in forms.items():
-            parts = nce._parts(d * itemsize)
+            parts = nce_kernels._parts(d * itemsize)
             found.append(
                 Kernel(
                     name=f"{form} {d} {kind}",
-                    kernel=nce._nce_kernel,
+                    kernel=nce_kernels._nce_kernel,
                     types={**types, "rows": f"*{kind}"},
                     constants=dict(
-                        D=d, PARTS=parts, WIDTH=d // parts, ROWS=max(1, nce.TILE // (d * itemsize)),
+                        D=d, PARTS=parts, WIDTH=d // parts, ROWS=max(1, nce_kernels.TILE // (d * itemsize)),
                         DRAWN=drawn, OTHERS=others, SOFTMAX=softmax,
                     ),
                     aligned=("x", "rows", "negatives", "grads"),
-                    warps=nce.WARPS,
+                    warps=nce_kernels.WARPS,
                     options={},
                 )
             )  # fmt: skip
@@ -196,13 +196,13 @@ def of_nce() -> list[Kernel]:
         found.append(
             Kernel(
                 name=f"{form} second stage {d} {kind}",
-                kernel=nce._finish_kernel,
+                kernel=nce_kernels._finish_kernel,
                 types={**types, "rows": f"*{kind}"},
                 constants=dict(
-                    D=d, BLOCK_D=d, SPLITS=max(1, nce.STEP // d), SOFTMAX=form == "infonce"
+                    D=d, BLOCK_D=d, SPLITS=max(1, nce_kernels.STEP // d), SOFTMAX=form == "infonce"
                 ),
                 aligned=("x", "rows", "grads", "grad"),
-                warps=nce.WARPS,
+                warps=nce_kernels.WARPS,
                 options={},
             )
         )
@@ -255,7 +255,7 @@ def of_norm() -> list[Kernel]:
 
 
 def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
-    block, itemsize = norm._block(c), 2 if y == "bf16" else 4
+    block, itemsize = norm_kernels._block(c), 2 if y == "bf16" else 4
     types = dict.fromkeys(
         ("weight", "bias", "mean", "var", "dweight", "dbias", "running_mean", "running_var", "shift", "parts"),
         "*fp32",
@@ -266,15 +266,27 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
     )  # fmt: skip
     types |= dict.fromkeys(("y", "out", "peak", "grad", "dy"), f"*{y}")
     types |= {"winner": "*u8", "eps": "fp32", "momentum": "fp32", "over_rows": "fp32"}
-    tile, finish = norm.TILE // (block * itemsize), dict(BLOCK_C=norm.FINISH, SHARES=norm.SHARES)
-    back = norm._pooled_back_kernel if pool else norm._back_kernel
+    tile, finish = (
+        norm_kernels.TILE // (block * itemsize),
+        dict(BLOCK_C=norm_kernels.FINISH, SHARES=norm_kernels.SHARES),
+    )
+    back = norm_kernels._pooled_back_kernel if pool else norm_kernels._back_kernel
     forms = {
-        "norm_statistics": (norm._statistics_kernel, dict(ROWS=tile)),
-        "norm_relu": (norm._norm_relu_kernel, dict(POOL=pool, ROWS=norm.WINDOWS // block)),
-        "norm_sums": (norm._sums_kernel, dict(POOL=pool, ROWS=tile)),
-        "norm_back": (back, dict(ROWS=(norm.BLOCKS if pool else norm.WINDOWS) // block)),
-        "norm_finish_statistics": (norm._finish_statistics_kernel, dict(SHIFTED=True, **finish)),
-        "norm_finish_sums": (norm._finish_sums_kernel, finish),
+        "norm_statistics": (norm_kernels._statistics_kernel, dict(ROWS=tile)),
+        "norm_relu": (
+            norm_kernels._norm_relu_kernel,
+            dict(POOL=pool, ROWS=norm_kernels.WINDOWS // block),
+        ),
+        "norm_sums": (norm_kernels._sums_kernel, dict(POOL=pool, ROWS=tile)),
+        "norm_back": (
+            back,
+            dict(ROWS=(norm_kernels.BLOCKS if pool else norm_kernels.WINDOWS) // block),
+        ),
+        "norm_finish_statistics": (
+            norm_kernels._finish_statistics_kernel,
+            dict(SHIFTED=True, **finish),
+        ),
+        "norm_finish_sums": (norm_kernels._finish_sums_kernel, finish),
     }
     return [
         Kernel(
@@ -282,8 +294,8 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
             kernel=kernel,
             types=types,
             constants=dict(C=c, BLOCK_C=block) | constants,
-            warps=norm.WARPS,
-            options=norm.REGISTERS if kernel is norm._pooled_back_kernel else {},
+            warps=norm_kernels.WARPS,
+            options=norm_kernels.REGISTERS if kernel is norm_kernels._pooled_back_kernel else {},
         )
         for name, (kernel, constants) in forms.items()
     ]

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from fastrot.config import UsageError
 from fastrot.ops import norm as op
+from fastrot.ops import norm_kernels as kernels
 from fastrot.ops.choice import using
-from fastrot.ops.norm import forward_traffic, norm_relu, traffic
+from fastrot.ops.norm import norm_relu
 
 __all__ = ["shapes_unchecked"]  # a fixture
 
@@ -124,8 +125,8 @@ def test_half_precision_rounds_once_and_takes_float32s_winners(pool):
 def test_many_small_tiles_and_shares_are_merged_to_the_same(pool, monkeypatch):
     case = Case((2, 64, 13, 13))
     for name, value in dict(TILE=512, PER_PROCESSOR=21, SHARES=4, WINDOWS=256, BLOCKS=256).items():
-        monkeypatch.setattr(op, name, value)
-    assert op._shared_out(case.y, 338) == (64, 2, 9, 19)
+        monkeypatch.setattr(kernels, name, value)
+    assert kernels._shared_out(case.y, 338) == (64, 2, 9, 19)
     with using("triton"):
         got = case.run(norm_relu, pool=pool)
     assert_near(got, case.run(literal, torch.float64, pool), 2e-5)
@@ -159,7 +160,7 @@ def test_winners_are_the_first_in_scan_order(form):
     mean, var = torch.zeros(16), torch.ones(16)
     with using(form):
         out, peak, winner = op._norm_relu(y, weight, bias, None, mean, var, 0.0, True)
-    assert winner[0, 0].tolist() == winner[0, 9].tolist() == [[4, 3], [1, op.CUT_OFF]]
+    assert winner[0, 0].tolist() == winner[0, 9].tolist() == [[4, 3], [1, kernels.CUT_OFF]]
     assert winner[0, 7].tolist() == [[0, 0], [0, 0]]
     assert out[0, 0].tolist() == out[0, 9].tolist() == [[1, 1], [1, 0]]
     assert peak[0, 9, 0, 0] == -1
@@ -277,31 +278,3 @@ def test_what_the_kernel_does_not_take_is_refused():
     y, zero = torch.zeros(2, 16, 7, 7).double(), torch.zeros(16).double()
     with using("triton"), pytest.raises(UsageError, match=r"no torch.float64: set FASTROT_OPS"):
         norm_relu(y, zero, zero, zero, zero)
-
-
-# ---- bytes ----
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@POOL
-def test_traffic_counts_what_the_fused_kernels_are_given(pool, itemsize):
-    """Of the tensors that each launch gets, by the docstring's passes."""
-    s, elements, places = itemsize, 4 * 16 * 9 * 9, 4 * 16 * 4 * 4
-    dtype = torch.float32 if s == 4 else torch.float16
-    y = torch.zeros(4, 16, 9, 9, dtype=dtype)
-    out, peak, winner = op._outputs(y, pool)
-    sizes = {
-        name: t.numel() * t.itemsize
-        for name, t in dict(y=y, out=out, peak=peak, winner=winner).items()
-    }
-    assert out.numel() == (places if pool else elements)
-    forward = 2 * sizes["y"] + sizes["out"] + sizes["peak"] + sizes["winner"]
-    sums = sizes["out"] + sizes["winner"] + (sizes["peak"] if pool else sizes["y"])
-    back = 2 * sizes["y"] + sizes["out"] + sizes["winner"]
-    assert traffic(elements, places if pool else None, s, "fused") == forward + sums + back
-    assert forward_traffic(elements, places if pool else None, s) == forward
-    forms = [
-        traffic(elements, places if pool else None, s, form)
-        for form in ("fused", "compiled", "eager")
-    ]
-    assert forms == sorted(forms)
