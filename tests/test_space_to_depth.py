@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -245,40 +243,3 @@ def test_its_evaluation_runs(pictures, tmp_path):
     nothing = torch.zeros(2, dtype=torch.int64)
     guesses = rotation_guesses(method, Batch(crops, nothing, nothing, nothing))
     assert guesses is not None
-
-
-# ---- compiled ----
-
-TRACE = """
-import torch
-from fastrot import assemble, config
-from fastrot.backbones.heads import Classifier
-from fastrot.ops.rotate import rotated_views
-
-trunk = assemble.backbone(config.AlexNet(width=0.05, space_to_depth=True), 64)
-net = Classifier(trunk, 4)
-
-def step(crops):
-    views = rotated_views(crops, (0, 1, 2, 3), (0.5,) * 3, (0.2,) * 3, torch.float32, trunk.space_to_depth)
-    return net(views)
-
-def gradient(out):
-    return torch.autograd.grad(out.square().sum(), trunk.conv1.conv.weight)[0]
-
-def compiled(run):
-    return torch.compile(run, fullgraph=True, backend="aot_eager")
-
-crops = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-plain = torch.rand(2, 3, 64, 64)  # which it folds itself
-for run, given in ((step, crops), (net, plain)):
-    mine, own = compiled(run)(given), run(given)
-    torch.testing.assert_close(mine, own)
-    torch.testing.assert_close(gradient(mine), gradient(own), rtol=1e-3, atol=1e-4)
-"""
-
-
-@pytest.mark.slow
-def test_it_traces_without_a_graph_break():
-    # in a process of its own: the shape checks that tests switch on cannot be traced
-    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

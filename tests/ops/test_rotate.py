@@ -128,13 +128,14 @@ def kernel_equals_reference(images, rotations, statistics, dtype, cells=None):
 
 # the interpreter cuts bfloat16 off instead of rounding it, hence the other two
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
-@pytest.mark.parametrize("size", SIZES)
-def test_interpreted_kernel_equals_the_reference(size, rotations, dtype):
+@pytest.mark.parametrize("size", SIZES[:-1])
+def test_interpreted_kernel_equals_the_reference(size, rotations):
+    dtype = torch.float16 if size == 5 else torch.float32
     kernel_equals_reference(crops(3, size), rotations, STATISTICS["imagenet"], dtype)
 
 
+@pytest.mark.soak
 @interpreted
 def test_interpreted_kernel_at_the_papers_size():
     kernel_equals_reference(crops(1, 224), (1, 2), STATISTICS["cifar"], torch.float16)
@@ -144,9 +145,11 @@ def test_interpreted_kernel_at_the_papers_size():
 @pytest.mark.parametrize("rotations", ROTATIONS.values(), ids=ROTATIONS)
 @pytest.mark.parametrize(("size", "cells"), CELLS)
 def test_interpreted_kernel_in_cells_equals_the_reference(size, cells, rotations):
-    kernel_equals_reference(crops(3, size), rotations, STATISTICS["imagenet"], torch.float32, cells)
+    dtype = torch.float16 if size == 17 else torch.float32
+    kernel_equals_reference(crops(3, size), rotations, STATISTICS["imagenet"], dtype, cells)
 
 
+@pytest.mark.soak
 @interpreted
 def test_interpreted_kernel_in_the_papers_cells():
     paper = SpaceToDepth(4, 2, 57)
