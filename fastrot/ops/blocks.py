@@ -34,14 +34,8 @@ from torch import Tensor
 
 from fastrot import native
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, form_for
+from fastrot.ops.choice import check_kernel, form_for, tl, triton
 from fastrot.ops.rows import check_device
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # torch's builds for the CPU come without it
-    triton = None
 
 YCC, RAW = 48, 3  # bytes of a row of tiles
 WORDS = YCC // 8  # of 8 bytes, a block each

@@ -1,6 +1,5 @@
-"""Which form of an op runs: the PyTorch reference, or the Triton kernel."""
+"""Which form of an op runs: the PyTorch reference, or the Triton kernel. Triton itself, where there is one."""
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,12 @@ import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # torch's builds for the CPU come without it
+    triton = tl = None
 
 FORMS = ("reference", "triton")
 _forced: list[str] = []
@@ -44,7 +49,7 @@ def _checked(form: str, setting: str) -> str:
 
 def check_kernel(*dtypes: torch.dtype) -> None:
     """Refuse, in one sentence, to run a Triton kernel where there is no Triton, or on what no kernel takes."""
-    if importlib.util.find_spec("triton") is None:
+    if triton is None:
         raise UsageError(
             "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
         )

@@ -7,15 +7,8 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from fastrot.ops.choice import check_kernel
+from fastrot.ops.choice import check_kernel, tl, triton
 from fastrot.ops.rows import check_width
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # torch's builds for the CPU come without it
-    triton = None
-
 
 # ---- kernel ----
 

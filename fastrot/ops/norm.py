@@ -230,44 +230,23 @@ def norm_relu(
 
     Moves the running statistics in place. `shift`, a convolution's bias that was left out, gets a gradient of zero.
     """
-    _check(y, weight, bias, running_mean, running_var, shift, pool)
-    mean, var = _batch_statistics(
-        y.detach(),
-        running_mean,
-        running_var,
-        None if shift is None else shift.detach(),
-        momentum,
-    )
-    return _norm_relu(y, weight, bias, shift, mean, var, eps, pool)[0]
-
-
-# ---- what is refused ----
-
-
-def _check(
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    shift: Tensor | None,
-    pool: bool,
-) -> None:
     if y.ndim != 4 or not y.is_floating_point():
         raise UsageError(
             f"y is {y.dtype} {tuple(y.shape)}: norm_relu wants a convolution's output, [N, C, H, W]"
         )
     n, c, h, w = y.shape
-    rows = n * h * w
-    if rows < 2:
+    if n * h * w < 2:
         raise UsageError(
             f"y is {tuple(y.shape)}: statistics of a batch want two values a channel at least: say --batch 2"
         )
-    for name, each in dict(
-        weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, shift=shift
-    ).items():
+    each_channel = dict(weight=weight, bias=bias, shift=shift)
+    each_channel |= dict(running_mean=running_mean, running_var=running_var)
+    for name, each in each_channel.items():
         if each is not None and each.shape != (c,):
             raise UsageError(f"{name} is {tuple(each.shape)}: y of {c} channels wants [{c}]")
     check_device(y, weight, bias, running_mean, running_var, shift)
     if pool and min(h, w) < 3:
         raise UsageError(f"y is {h} x {w} pixels: a pool of 3 x 3 wants at least that")
+    bare = None if shift is None else shift.detach()
+    mean, var = _batch_statistics(y.detach(), running_mean, running_var, bare, momentum)
+    return _norm_relu(y, weight, bias, shift, mean, var, eps, pool)[0]

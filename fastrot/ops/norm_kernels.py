@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # torch's builds for the CPU come without it
-    triton = None
+from fastrot.ops.choice import check_kernel, tl, triton
 
 CHANNELS_LAST = torch.channels_last
 CUT_OFF = 9  # a winner that ReLU cut
@@ -125,16 +119,16 @@ if triton is not None:
             # sign * y is largest where out is; line by line, since ptxas keeps a chain of nine in predicates
             for step in tl.static_range(3):
                 row = corner + step * width
-                left = tl.load(_at(y, row, column, C), mask=known[None, :], other=0)
-                middle = tl.load(_at(y, row + 1, column, C), mask=known[None, :], other=0)
-                right = tl.load(_at(y, row + 2, column, C), mask=known[None, :], other=0)
-                most = left.to(tl.float32) * sign
+                left = _values(y, row, column, known[None, :], C)
+                middle = _values(y, row + 1, column, known[None, :], C)
+                right = _values(y, row + 2, column, known[None, :], C)
+                most = left * sign
                 if step == 0:
-                    first = left.to(tl.float32)
-                value = middle.to(tl.float32) * sign
+                    first = left
+                value = middle * sign
                 which = tl.where(value > most, 3 * step + 1, 3 * step)
                 most = tl.maximum(value, most)
-                value = right.to(tl.float32) * sign
+                value = right * sign
                 which = tl.where(value > most, 3 * step + 2, which)
                 most = tl.maximum(value, most)
                 if step == 0:
@@ -148,7 +142,7 @@ if triton is not None:
             tl.store(_at(peak, place, column, C), value.to(peak.dtype.element_ty), mask=inside)
             tl.store(_at(winner, place, column, C), chosen.to(tl.uint8), mask=inside)
         else:
-            value = tl.load(_at(y, place, column, C), mask=inside, other=0).to(tl.float32)
+            value = _values(y, place, column, inside, C)
             normal = (value - centre) * scale + offset
         normal = tl.where(normal <= 0, 0.0, normal)  # a NaN stays one
         tl.store(_at(out, place, column, C), normal.to(out.dtype.element_ty), mask=inside)
@@ -170,8 +164,8 @@ if triton is not None:
         for tile in range(tiles):
             row = begin + tile * ROWS + tl.arange(0, ROWS)
             inside = (row < rows)[:, None] & known[None, :]
-            g = tl.load(_at(grad, row, column, C), mask=inside, other=0).to(tl.float32)
-            off = tl.load(_at(y, row, column, C), mask=inside, other=0).to(tl.float32) - centre
+            g = _values(grad, row, column, inside, C)
+            off = _values(y, row, column, inside, C) - centre
             if POOL:
                 kept = tl.load(_at(winner, row, column, C), mask=inside, other=CUT) != CUT
             else:
@@ -214,8 +208,8 @@ if triton is not None:
         centre, rstd, scale = _scales(weight, mean, var, eps, column, known)
         level, slope = _means(dweight, dbias, rstd, over_rows, column, known)
         offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)[None, :]
-        g = tl.load(_at(grad, row, column, C), mask=inside, other=0).to(tl.float32)
-        off = tl.load(_at(y, row, column, C), mask=inside, other=0).to(tl.float32) - centre
+        g = _values(grad, row, column, inside, C)
+        off = _values(y, row, column, inside, C) - centre
         g = tl.where(off * scale + offset > 0, g, 0)
         value = scale * (g - level - off * slope)
         tl.store(_at(dy, row, column, C), value.to(dy.dtype.element_ty), mask=inside)
@@ -245,7 +239,7 @@ if triton is not None:
             near = there & (p >= 0) & (p < down) & (q >= 0) & (q < across)
             inside = near[:, None] & known[None, :]
             window = (image.to(tl.int64) * down + p) * across + q
-            g = tl.load(_at(grad, window, column, C), mask=inside, other=0).to(tl.float32)
+            g = _values(grad, window, column, inside, C)
             won = tl.load(_at(winner, window, column, C), mask=inside, other=CUT)
             first = 6 * (back // 2) + 2 * (back % 2)  # this block's first element, in the window
             g00 += tl.where(won == first, g, 0)
@@ -259,7 +253,7 @@ if triton is not None:
             h, w = 2 * i + step // 2, 2 * j + step % 2
             inside = (there & (h < height) & (w < width))[:, None] & known[None, :]
             row = (image.to(tl.int64) * height + h) * width + w
-            off = tl.load(_at(y, row, column, C), mask=inside, other=0).to(tl.float32) - centre
+            off = _values(y, row, column, inside, C) - centre
             if step == 0:
                 g = g00
             elif step == 1:
@@ -275,6 +269,11 @@ if triton is not None:
     @no_type_check
     def _at(first, row, column, C: tl.constexpr):
         return first + row.to(tl.int64)[:, None] * C + column[None, :]  # M C can pass 2**31
+
+    @triton.jit
+    @no_type_check
+    def _values(first, row, column, inside, C: tl.constexpr):
+        return tl.load(_at(first, row, column, C), mask=inside, other=0).to(tl.float32)
 
     @triton.jit
     @no_type_check

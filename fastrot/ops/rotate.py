@@ -37,13 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, form_for
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # torch's builds for the CPU come without it
-    triton = None
+from fastrot.ops.choice import check_kernel, form_for, tl, triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -155,10 +149,8 @@ if triton is not None:
         element = (tile % across * WIDTH + tl.arange(0, WIDTH))[None, :]
         column, channel = element // 3, element % 3
         inside = (row < size) & (element < width)
-        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
-        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
-        over0, over1, over2 = tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2)
-        inverse = tl.where(channel == 0, over0, tl.where(channel == 1, over1, over2))
+        mean, std = _of(channel, mean0, mean1, mean2), _of(channel, std0, std1, std2)
+        inverse = _of(channel, tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2))
         source = images + image * width * size
         for view in tl.static_range(VIEWS):
             if PATTERN == -1:
@@ -195,10 +187,8 @@ if triton is not None:
         row = cell_row * SIDE - PAD + element % CELL // (3 * SIDE)  # in the rotated view
         column = element // CELL * SIDE - PAD + element % (3 * SIDE) // 3
         inside = written & (row >= 0) & (row < size) & (column >= 0) & (column < size)
-        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
-        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
-        over0, over1, over2 = tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2)
-        inverse = tl.where(channel == 0, over0, tl.where(channel == 1, over1, over2))
+        mean, std = _of(channel, mean0, mean1, mean2), _of(channel, std0, std1, std2)
+        inverse = _of(channel, tl.div_rn(1.0, std0), tl.div_rn(1.0, std1), tl.div_rn(1.0, std2))
         source = images + image * size * size * 3
         upright = 3 * (row * size + column) + channel
         rotated = 3 * (column * size + size - 1 - row) + channel  # once
@@ -215,6 +205,11 @@ if triton is not None:
             value = tl.where(inside, _normalised(byte, mean, std, inverse, FUSED), 0.0)
             target = out + (image * VIEWS + view) * count * width + cell_row * width + element
             tl.store(target, value.to(out.dtype.element_ty), mask=written)
+
+    @triton.jit
+    @no_type_check
+    def _of(channel, first, second, third):
+        return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
 
     @triton.jit
     @no_type_check

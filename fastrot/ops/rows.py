@@ -19,13 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fastrot.config import WIDEST_EMBEDDING, NotFinite, UsageError
-from fastrot.ops.choice import check_kernel, form_for
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:  # torch's builds for the CPU come without it
-    triton = None
+from fastrot.ops.choice import check_kernel, form_for, tl, triton
 
 WIDEST = WIDEST_EMBEDDING  # features that a kernel's program holds
 

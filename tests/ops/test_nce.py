@@ -957,7 +957,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 
 def test_without_triton_the_way_out_is_told(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fastrot.ops.choice.triton", None)
     with (
         using("triton"),
         pytest.raises(UsageError, match="came without: set FASTROT_OPS=reference"),
