@@ -14,7 +14,6 @@ import sysconfig
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -167,12 +166,7 @@ class Pool:
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def jpeg_crops(
@@ -186,7 +180,8 @@ class Pool:
         Raises ValueError for what is not of the form above, IndexError for a record outside its file.
         """
         count = len(records.sizes)
-        if (records.bytes[records.raw] != _raw_bytes(records.sizes[records.raw])).any():
+        height, width = records.sizes[records.raw].T.astype(np.int64)
+        if (records.bytes[records.raw] != height * width * 3).any():
             raise ValueError("a raw record is not height x width x 3 bytes")
         place = (records.which, records.start, records.bytes)
         which, start, size = (_checked(each, np.int64, (count,)) for each in place)
@@ -305,10 +300,6 @@ def _check_rows(
     if not agree.all():
         row = int(rows[np.argmin(agree)])
         raise ValueError(f"the pack is damaged: the size of row {row} is not that of its pixels")
-
-
-def _raw_bytes(sizes: Int32[np.ndarray, "n 2"]) -> Int64[np.ndarray, " n"]:
-    return sizes[:, 0].astype(np.int64) * sizes[:, 1] * 3
 
 
 def _side_of(out: np.ndarray, count: int) -> int:
