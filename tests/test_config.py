@@ -229,3 +229,9 @@ def test_a_config_written_under_an_old_name_is_read(monkeypatch):
     plain["backbone"] |= {"stem": plain["backbone"].pop("kernel")}
     assert config.from_plain(plain) == Config()
     assert config.differences(plain, config.to_plain(Config())) == {}
+
+
+def test_a_config_of_the_version_before_is_read():
+    plain = config.to_plain(Config(backbone=config.AlexNet(space_to_depth=True)))
+    plain["backbone"] |= {"fold": plain["backbone"].pop("space_to_depth")}
+    assert config.from_plain(plain).backbone == config.AlexNet(space_to_depth=True)

@@ -215,7 +215,11 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
     logs = [json.loads((run / "summary.json").read_text()) for run in (plain, by_cells)]
     assert logs[0]["val_loss"] == pytest.approx(logs[1]["val_loss"], rel=1e-3)
     assert (by_cells / "plots").is_dir()  # its filters among them
+    method = trained_method(by_cells, torch.device("cpu"))
+    assert method.net.get_submodule("trunk").space_to_depth is not None
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    assert rotation_guesses(method, Batch((images,), nothing, nothing, nothing)) is not None
     for source, other in ((plain, ["--backbone.space-to-depth"]), (by_cells, [])):
         with pytest.raises(UsageError, match=r"--backbone\.space-to-depth was .*--start-from"):
             go(pictures, source, *other)
@@ -233,13 +237,3 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
             torch.testing.assert_close(
                 mine.features(given, stage), theirs.features(given, stage), rtol=1e-4, atol=1e-5
             )
-
-
-def test_its_evaluation_runs(pictures, tmp_path):
-    assert go(pictures, tmp_path / "run", "--backbone.space-to-depth") == 0
-    method = trained_method(tmp_path / "run", torch.device("cpu"))
-    assert method.net.get_submodule("trunk").space_to_depth is not None
-    crops = (torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),)
-    nothing = torch.zeros(2, dtype=torch.int64)
-    guesses = rotation_guesses(method, Batch(crops, nothing, nothing, nothing))
-    assert guesses is not None
