@@ -142,6 +142,8 @@ def made(facts: dict) -> Iterator[tuple[str, str]]:
     yield "by", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     counts = ("seen", "rejected", "skipped")
     yield "source", ", ".join(f"{facts[k]:,} {k}" for k in counts) + f", {facts['rows']:,} written"
+    if "beside" in facts:
+        yield "by row", ", ".join(facts["beside"])
 
 
 def of_labels(data: "Data") -> Iterator[tuple[str, str]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, from anywhere
 
-
 from fastrot import entry
 
 
@@ -16,11 +15,10 @@ def main(args: list[str] | None = None) -> int:
 def _convert(args: list[str] | None) -> int:
     import tyro
 
-    from fastrot.data import prepare
-    from fastrot.data.beton.write import BetonOptions, convert
+    from fastrot.data.beton.write import BetonOptions
+    from fastrot.data.prepare.convert import run
 
-    options = tyro.cli(BetonOptions, args=args)
-    return prepare.run(lambda ranks: convert(options, ranks), options.allow_rejects)
+    return run(tyro.cli(BetonOptions, args=args))
 
 
 if __name__ == "__main__":  # workers import this file too

@@ -499,7 +499,8 @@ def beside(
 
 def pictures(folder: Path) -> tuple[Path, Path]:
     """Some of the demo's photographs, as an image folder and as a .beton."""
-    from fastrot.data.beton.write import BetonOptions, convert
+    from fastrot.data.beton.write import BetonOptions
+    from fastrot.data.prepare.convert import convert
 
     root, beton = folder / "pictures", folder / "pictures.beton"
     for group in sorted((ROOT / "dataprep" / "demo_pictures" / "train").iterdir()):

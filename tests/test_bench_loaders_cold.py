@@ -10,7 +10,8 @@ from truth import photo
 from benchmarks import bench_loaders
 from fastrot.config import BLOCKS
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 
 pytestmark = pytest.mark.skipif(
     not hasattr(bench_loaders.os, "posix_fadvise"), reason="drops pages as Linux does"

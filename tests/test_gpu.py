@@ -12,7 +12,8 @@ import torch
 from test_run import TINY, assert_same_bits
 
 from fastrot import assemble, config, train
-from fastrot.data.pack.write import PackOptions, convert
+from fastrot.data.pack.write import PackOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.ops.choice import using
 from fastrot.speed import bounds
 from fastrot.training import checkpoint, loop

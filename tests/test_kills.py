@@ -17,7 +17,8 @@ from chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, 
 from test_run import assert_same_bits, go
 from test_run import told as lines
 
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.training import checkpoint
 
 SEED = 3

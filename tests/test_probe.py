@@ -16,14 +16,12 @@ from fastrot import assemble, config
 from fastrot.config import AlexNet, RandomResized, RotNet
 from fastrot.data import folder as folder_module
 from fastrot.data.beton.write import BetonOptions
-from fastrot.data.beton.write import convert as write_beton
 from fastrot.data.loader import Loader
 from fastrot.data.pack.read import Pack
 from fastrot.data.pack.write import PackOptions
-from fastrot.data.pack.write import convert as convert_to_pack
+from fastrot.data.prepare.convert import convert
 from fastrot.data.tars.read import Tars
 from fastrot.data.tars.write import TarsOptions
-from fastrot.data.tars.write import convert as write_tars
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, probe
 from fastrot.speed.advice import Measurements
@@ -61,10 +59,10 @@ def formats(pictures, tmp_path_factory) -> dict[str, str]:
         patch.setenv("FASTROT_CACHE_DIR", str(out / "cache"))
         assemble.open_data(pictures)
     made = {"source": "imagefolder", "root": pictures, "workers": 0}
-    write_beton(BetonOptions(**made, out=out / "p.beton"))
-    parts: Any = write_beton(BetonOptions(**made, out=out / "q.beton", keep_parts=True), part=9)
-    convert_to_pack(PackOptions(**made, out=out / "p.pack"))
-    write_tars(TarsOptions(**made, out=out / "tars"))
+    convert(BetonOptions(**made, out=out / "p.beton"))
+    parts: Any = convert(BetonOptions(**made, out=out / "q.beton", keep_parts=True), part=9)
+    convert(PackOptions(**made, out=out / "p.pack"))
+    convert(TarsOptions(**made, out=out / "tars"))
     paths = {"folder": pictures, "beton": out / "p.beton", "set": parts.out}
     paths |= {"pack": out / "p.pack", "tars": out / "tars", "synthetic": "synthetic:50"}
     return {name: str(path) for name, path in paths.items()}
@@ -188,7 +186,7 @@ def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
     for short in (31, 48, 300):
         out = tmp_path / f"{short}.pack"
         made = {"source": "imagefolder", "root": Path(formats["folder"]), "workers": 0}
-        convert_to_pack(PackOptions(**made, out=out, short_side=short))
+        convert(PackOptions(**made, out=out, short_side=short))
         assert probe.pack_bytes(data, sizes, short) == Pack(out).file.tiles.nbytes
 
 

@@ -12,7 +12,8 @@ from torch.distributed import DistBackendError, DistNetworkError
 from fastrot import assemble, config, dist, train
 from fastrot.core import DamagedRecord
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.training import session
 
 ROOT = Path(__file__).parents[1]

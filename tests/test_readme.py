@@ -8,7 +8,8 @@ import pytest
 import tyro
 
 from fastrot import evaluate, train
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

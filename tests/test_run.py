@@ -21,7 +21,8 @@ from fastrot.config import RunError, UsageError
 from fastrot.core import View
 from fastrot.data import crops
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.presets import PRESETS
 from fastrot.training import budget, checkpoint, loop, resume, session
 from fastrot.training.device import choose_threads

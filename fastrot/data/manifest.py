@@ -48,6 +48,14 @@ def known(facts: dict[str, Any]) -> tuple[Triple | None, Triple | None, np.ndarr
     return mean, std, None if numbers is None else np.array(numbers, np.int64)
 
 
+def named_beside(document: Path) -> dict[str, int]:
+    """Files that the source laid beside prepared pictures (boxes.npz, ...), and their crc32; none where it is damaged."""
+    try:
+        return unsealed(document.read_bytes()).get("beside", {})
+    except (OSError, ValueError):
+        return {}
+
+
 def side(base: Path, name: str) -> Path:
     """The file `name` of the set that lies beside `base`."""
     return base.with_name(f"{base.name}.{name}")

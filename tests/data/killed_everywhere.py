@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fastrot.data import prepare
 from fastrot.data.beton import write
+from fastrot.data.prepare import report
+from fastrot.data.prepare.convert import convert
 
 # quick: processes are killed here, not the machine; and nobody looks
 os.fsync = lambda file: None
-prepare.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
+report.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
 
 ROOT, HERE, SCENARIO = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 OUT = HERE / "a.beton"
@@ -29,20 +30,20 @@ OLD = SCENARIO.endswith("over-old")  # a finished file of other options is there
 KEPT = SCENARIO == "merge-kept"
 
 
-def convert(**how) -> None:
+def converted(**how) -> None:
     options = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=7)
-    write.convert(write.BetonOptions(**options | how), part=3)
+    convert(write.BetonOptions(**options | how), part=3)
 
 
 def wanted() -> None:
-    convert(keep_parts=KEEP, overwrite=OLD)
+    converted(keep_parts=KEEP, overwrite=OLD)
 
 
 def before() -> None:
     if OLD:
-        convert(quality=50)
+        converted(quality=50)
     if KEPT:
-        convert(keep_parts=True)
+        converted(keep_parts=True)
 
 
 def child(do) -> int:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fastrot.data import prepare
 from fastrot.data.pack import write
+from fastrot.data.prepare import report
+from fastrot.data.prepare.convert import convert
 
 # quick: processes are killed here, not the machine; and nobody looks
 os.fsync = lambda file: None
-prepare.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
+report.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
 
 ROOT, HERE, SCENARIO = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 OUT, BEFORE, SAID = HERE / "a.pack", HERE.with_name("before"), HERE.with_name("said")
@@ -28,9 +29,9 @@ OLD = SCENARIO == "over-old"  # a finished pack of other options is there
 CHANGES = {os: ("replace", "rename", "unlink", "rmdir"), Path: ("unlink", "rmdir")}
 
 
-def convert(**how) -> None:
+def converted(**how) -> None:
     options = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=4)
-    write.convert(write.PackOptions(**options | how), part=2)
+    convert(write.PackOptions(**options | how), part=2)
 
 
 def child(do) -> int:
@@ -58,7 +59,7 @@ def killed_at(number: int) -> None:
     for place, functions in CHANGES.items():
         for name in functions:
             setattr(place, name, deadly(getattr(place, name)))
-    convert(overwrite=OLD)
+    converted(overwrite=OLD)
 
 
 def files() -> dict[str, bytes]:
@@ -67,10 +68,10 @@ def files() -> dict[str, bytes]:
 
 HERE.mkdir()
 if OLD:
-    convert(encoding="raw")
+    converted(encoding="raw")
 shutil.copytree(HERE, BEFORE)
 old = files()
-convert(overwrite=OLD)
+converted(overwrite=OLD)
 new = files()
 assert new
 assert new != old
@@ -84,7 +85,7 @@ while True:
     if status == 0:
         break
     assert status == -signal.SIGKILL, f"kill {kills}: status {status}: {SAID.read_text()}"
-    assert child(partial(convert, overwrite=OLD)) == 0, f"after kill {kills}: {SAID.read_text()}"
+    assert child(partial(converted, overwrite=OLD)) == 0, f"after kill {kills}: {SAID.read_text()}"
     assert files() == new, f"other bytes after kill {kills}"
     assert [p.name for p in HERE.iterdir()] == ["a.pack"], f"rubble left by kill {kills}"
 print(kills - 1)

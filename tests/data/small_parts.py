@@ -11,7 +11,6 @@ import resource
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +49,10 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "dataprep")]
     import to_ffcv
 
-    from fastrot.data import prepare
     from fastrot.data.beton import write
+    from fastrot.data.prepare.parts import Part
 
-    write.convert = partial(write.convert, part=part)
+    write.BetonWriter.part = part
     real_replace = os.replace
     if moment in ("part", "die"):
         write.Packer.add = at_call(write.Packer.add, part + 3, hold if moment == "part" else die)
@@ -61,7 +60,7 @@ if __name__ == "__main__":
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
     elif moment == "between":
-        prepare.Part.make = at_call(prepare.Part.make, 2, hold)
+        Part.make = at_call(Part.make, 2, hold)
     elif moment == "merge":
         write.merge = at_call(write.merge, 1, lambda: setattr(write.Packer, "add", at_add))
         at_add = at_call(write.Packer.add, 5, hold)

@@ -21,9 +21,11 @@ from test_write import main
 from truth import DATA, photo
 
 from fastrot.config import RunError, UsageError
-from fastrot.data import files, prepare
+from fastrot.data import files
 from fastrot.data.beton import write
 from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.prepare.convert import convert as convert_pictures
+from fastrot.data.prepare.encode import Chunk, EncodeSpec, encode_chunk
 from fastrot.data.sources import archives, members, shards
 from fastrot.data.sources.open import open_source
 from fastrot.data.sources.records import Source
@@ -575,7 +577,7 @@ def test_a_folder_with_compressed_tars_is_refused(tmp_path):
 
 def convert(kind: str, root: Path, out: Path, **how) -> bytes:
     given = write.BetonOptions(source=kind, root=root, out=out, **{"workers": 0, **how})
-    write.convert(given, part=5)
+    convert_pictures(given, part=5)
     return out.read_bytes()
 
 
@@ -599,7 +601,7 @@ def test_a_conversion_gives_the_unpacked_folders_bytes(tmp_path, kind):
 def test_two_workers_read_by_themselves(tmp_path):
     folder = class_tars(tmp_path / "tars")
     source = open_source("tar", folder)
-    chunk = prepare.chunk_of(source, 3, 9)
+    chunk = Chunk(3, source.part(3, 9))
     assert len(pickle.dumps(chunk)) < 2500  # places, not pictures
     far = pickle.loads(pickle.dumps(chunk)).source
     assert [far.read(i) for i in range(6)] == [source.read(i) for i in range(3, 9)]
@@ -640,9 +642,9 @@ def test_an_archive_that_changes_underway_stops_the_conversion(tmp_path, how):
     else:
         archive.write_bytes(archive.read_bytes() + bytes(512 * (how == "longer")))
         os.utime(archive, ns=(1, 1))
-    recipe = prepare.Recipe(write.Coder())
+    spec = EncodeSpec(write.Coder())
     with pytest.raises(RunError, match=r"n00/0.JPEG cannot be read \(.*a.tar"):
-        prepare.encode_chunk(recipe, prepare.chunk_of(source, 0, 4))
+        encode_chunk(spec, Chunk(0, source.part(0, 4)))
 
 
 def test_the_script_takes_each(tmp_path, capsys):

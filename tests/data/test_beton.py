@@ -12,7 +12,8 @@ from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError, Whole
 from fastrot.core import View
 from fastrot.data.beton.read import Beton, DamagedRecord
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 from fastrot.data.reader import AHEAD
 from fastrot.data.ring import KEPT, Ring
 

@@ -16,7 +16,8 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, Whole, Within
 from fastrot.core import CropRequest, View
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=native.why())
 PHOTOS = [photo(i, 40 + 3 * i, 90 - 4 * i) for i in range(11)]

@@ -20,9 +20,9 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data.beton.write import BetonOptions
-from fastrot.data.beton.write import convert as write_beton
 from fastrot.data.pack.write import write_pack
-from fastrot.data.tars.write import TarsOptions, convert
+from fastrot.data.prepare.convert import convert
+from fastrot.data.tars.write import TarsOptions
 
 MISSING = not (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 pytestmark = [
@@ -47,8 +47,8 @@ def written(odd, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("dali")
     how = {"source": "imagefolder", "root": odd, "workers": 0}
     convert(TarsOptions(**how, out=root / "shards", shard=7))
-    write_beton(BetonOptions(**how, out=root / "jpg.beton"))
-    write_beton(BetonOptions(**how, out=root / "raw.beton", encoding="raw"))
+    convert(BetonOptions(**how, out=root / "jpg.beton"))
+    convert(BetonOptions(**how, out=root / "raw.beton", encoding="raw"))
     return {
         "tars": root / "shards",
         "beton": root / "jpg.beton",

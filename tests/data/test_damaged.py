@@ -10,7 +10,8 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Within
 from fastrot.core import DamagedRecord, View
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 
 TRAINING = View(crops=(RandomResized(size=24), RandomResized(size=16)))
 EVALUATION = View(crops=(Within(size=24, short=28, random=False, flip=False),), shuffled=False)

@@ -27,7 +27,8 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.prepare.convert import convert
 
 ROOT = Path(__file__).parents[2]
 MISSING = importlib.util.find_spec("ffcv") is None

@@ -16,11 +16,11 @@ from truth import photo
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.core import Data, View
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
 from fastrot.data.pack import write as pack
 from fastrot.data.pack.layout import Encoding
+from fastrot.data.prepare.convert import convert
 from fastrot.data.tars.write import TarsOptions
-from fastrot.data.tars.write import convert as write_tars
 
 PACKS = ("pack", "raw-pack")
 FORMATS = ("folder", "beton", "parts", *PACKS, "tars", "ffcv-beton", "synthetic")
@@ -74,7 +74,7 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
     packs: tuple[tuple[Encoding, str], ...] = (("ycc", "pack"), ("raw", "raw-pack"))
     for encoding, name in packs:
         made = dict(source="imagefolder", root=pictures, workers=0)
-        pack.convert(pack.PackOptions(**made, out=out / f"{name}.pack", encoding=encoding))
+        convert(pack.PackOptions(**made, out=out / f"{name}.pack", encoding=encoding))
     photos = [photo(i, 50 + i, 60) for i in range(23)]
     write_beton(out / "ffcv-beton.beton", photos, {"image": "image", "label": ("int", range(23))})
     parts = BetonOptions(
@@ -85,7 +85,7 @@ def prepared(pictures, tmp_path_factory) -> dict[str, Data]:
     betons["parts"] = open_data(convert(parts, part=9).out)
     betons |= {name: open_data(out / f"{name}.pack") for _, name in packs}
     tars = TarsOptions(source="imagefolder", root=pictures, out=out / "tars", workers=0, shard=15)
-    write_tars(tars)
+    convert(tars)
     return {
         "folder": folder,
         "synthetic": open_data("synthetic:31"),

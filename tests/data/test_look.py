@@ -12,6 +12,7 @@ from truth import photo
 
 from fastrot.data.beton import write
 from fastrot.data.pack.write import write_pack
+from fastrot.data.prepare.convert import convert
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"
 
@@ -93,7 +94,7 @@ def ours(request, pictures, tmp_path) -> Path:
     options = write.BetonOptions(
         source="imagefolder", root=pictures, out=tmp_path / "a.beton", workers=0, keep_parts=keep
     )
-    return write.convert(options, part=10).out
+    return convert(options, part=10).out
 
 
 def test_prepared_data_of_ours_is_told(look, ours, capsys):

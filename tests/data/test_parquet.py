@@ -13,9 +13,10 @@ from test_sources import JPEG, accounted, tree
 from test_write import main
 
 from fastrot.config import RunError, UsageError
-from fastrot.data import prepare
 from fastrot.data.beton import write
 from fastrot.data.files import BadPicture
+from fastrot.data.prepare.convert import convert as convert_pictures
+from fastrot.data.prepare.encode import Chunk, EncodeSpec, encode_chunk
 from fastrot.data.sources import parquet
 from fastrot.data.sources.open import open_source
 
@@ -150,7 +151,7 @@ def test_rows_without_pictures_are_rejected_when_read(tmp_path):
     out = tmp_path / "a.beton"
     path = written(tmp_path / "a.parquet", rows)
     given = write.BetonOptions(source="parquet", root=path, out=out, workers=0)
-    summary = write.convert(given)
+    summary = convert_pictures(given)
     assert (summary.written, summary.seen) == (2, 5)
     reasons = dict(summary.rejects)
     assert reasons["a/1"] == "its row has no bytes"
@@ -167,7 +168,7 @@ def test_two_workers_read_by_themselves_and_bytes_are_the_folders(tmp_path):
     written(root / "train-00000-of-00002.parquet", rows[:5])
     written(root / "train-00001-of-00002.parquet", rows[5:])
     source = open_source("parquet", root)
-    chunk = prepare.chunk_of(source, 3, 9)
+    chunk = Chunk(3, source.part(3, 9))
     assert len(pickle.dumps(chunk)) < 2500  # places, not pictures
     far = pickle.loads(pickle.dumps(chunk)).source
     assert [far.read(i) for i in range(6)] == [data for _, data in files[3:9]]
@@ -196,7 +197,7 @@ def test_a_file_that_changes_underway_stops_the_conversion(tmp_path, how):
     else:
         written(path, [(JPEG, 0)] * 5)
     with pytest.raises(RunError, match=r"a/0 cannot be read \(.*a.parquet"):
-        prepare.encode_chunk(prepare.Recipe(write.Coder()), prepare.chunk_of(source, 0, 4))
+        encode_chunk(EncodeSpec(write.Coder()), Chunk(0, source.part(0, 4)))
 
 
 def test_the_script_takes_it(tmp_path, capsys):

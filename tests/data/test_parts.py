@@ -16,6 +16,7 @@ from fastrot.config import RandomResized, Shifted, UsageError
 from fastrot.core import DamagedRecord, View
 from fastrot.data.beton import write
 from fastrot.data.beton.read import Beton
+from fastrot.data.prepare.convert import convert
 
 PARTS = ("0000000000.beton", "0000000010.beton", "0000000020.beton", "0000000030.beton")
 VIEW = View(crops=(RandomResized(size=24), Shifted(size=24)))
@@ -31,8 +32,8 @@ def options(root: Path, out: Path, **how) -> write.BetonOptions:
 def made(pictures, tmp_path_factory) -> Path:
     """A merged file, `one.beton`, and a set of four parts, `four.beton.set`."""
     folder = tmp_path_factory.mktemp("made")
-    write.convert(options(pictures, folder / "one.beton", keep_parts=False), part=10)
-    told = write.convert(options(pictures, folder / "four.beton"), part=10)
+    convert(options(pictures, folder / "one.beton", keep_parts=False), part=10)
+    told = convert(options(pictures, folder / "four.beton"), part=10)
     assert told.out == folder / "four.beton.set"
     assert f"--data {told.out}" in "".join(told.lines())
     assert {p.name for p in folder.iterdir() if p.name.startswith("four")} == {"four.beton.set"}
@@ -187,16 +188,16 @@ def test_a_finished_set_is_there_already_merged_later_and_mended(made, pictures,
     out = tmp_path / "four.beton"
     kept = Path(shutil.copytree(made / "four.beton.set", tmp_path / "four.beton.set"))
     whole = {p.name: p.read_bytes() for p in kept.iterdir()}
-    assert write.convert(options(pictures, out), part=10).already
+    assert convert(options(pictures, out), part=10).already
     for spoil in (os.unlink, cut, change):
         spoil(kept / PARTS[1])
-        told = write.convert(options(pictures, out), part=10)
+        told = convert(options(pictures, out), part=10)
         assert (told.converted, told.resumed) == (10, 27)
         assert {p.name: p.read_bytes() for p in kept.iterdir()} == whole
     (kept / "set.keys.npy").unlink()
-    assert write.convert(options(pictures, out), part=10).converted == 0
+    assert convert(options(pictures, out), part=10).converted == 0
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == whole
-    told = write.convert(options(pictures, out, keep_parts=False))  # with parts of another size
+    told = convert(options(pictures, out, keep_parts=False))  # with parts of another size
     assert (told.converted, told.resumed) == (0, 37)
     assert {p.name for p in tmp_path.iterdir()} == {
         "four.beton",
@@ -205,7 +206,7 @@ def test_a_finished_set_is_there_already_merged_later_and_mended(made, pictures,
     }
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (made / file.name.replace("four", "one")).read_bytes()
-    assert write.convert(options(pictures, out)).already  # the merged file holds all
+    assert convert(options(pictures, out)).already  # the merged file holds all
 
 
 def test_a_record_that_changed_in_a_kept_part_is_found_by_the_merge(four, pictures, tmp_path):
@@ -214,8 +215,8 @@ def test_a_record_that_changed_in_a_kept_part_is_found_by_the_merge(four, pictur
         file.write(b"changed")
     merging = options(pictures, tmp_path / "four.beton", keep_parts=False)
     with pytest.raises(UsageError, match=f"{PARTS[3]} has changed"):
-        write.convert(merging, part=10)
-    told = write.convert(merging, part=10)
+        convert(merging, part=10)
+    told = convert(merging, part=10)
     assert (told.converted, told.resumed) == (7, 30)
 
 
@@ -223,13 +224,11 @@ def test_a_set_of_other_options_is_refused_and_overwritten(four, pictures, tmp_p
     out = tmp_path / "four.beton"
     for keep in (True, False):
         with pytest.raises(UsageError, match=r"four\.beton\.set is there, made with --quality 90"):
-            write.convert(options(pictures, out, quality=50, keep_parts=keep), part=10)
-    told = write.convert(options(pictures, out, quality=50, overwrite=True), part=10)
+            convert(options(pictures, out, quality=50, keep_parts=keep), part=10)
+    told = convert(options(pictures, out, quality=50, overwrite=True), part=10)
     assert told.converted == 37
     assert open_data(four).manifest["options"]["quality"] == 50
-    told = write.convert(
-        options(pictures, out, quality=60, overwrite=True, keep_parts=False), part=10
-    )
+    told = convert(options(pictures, out, quality=60, overwrite=True, keep_parts=False), part=10)
     assert not four.exists()
     assert open_data(out).manifest["options"]["quality"] == 60
 
@@ -240,5 +239,5 @@ def test_a_folder_of_something_else_is_left_alone(pictures, tmp_path):
     (other / "mine.txt").write_text("keep")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="is no set of ours"):
-            write.convert(options(pictures, tmp_path / "four.beton", overwrite=overwrite))
+            convert(options(pictures, tmp_path / "four.beton", overwrite=overwrite))
     assert (other / "mine.txt").read_text() == "keep"

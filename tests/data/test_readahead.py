@@ -8,11 +8,13 @@ from truth import photo
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError
 from fastrot.core import View
-from fastrot.data import prepare, readahead, sampler
+from fastrot.data import readahead, sampler
 from fastrot.data.beton.read import Beton
-from fastrot.data.beton.write import BetonOptions, convert
+from fastrot.data.beton.write import BetonOptions
 from fastrot.data.pack.read import Pack
 from fastrot.data.pack.write import write_pack
+from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.report import Summary
 
 
 def runs(files, ptr, size):
@@ -60,7 +62,7 @@ def test_a_beton_reads_blocks_ahead_in_one_piece(tmp_path, keep_parts):
     how = {"source": "imagefolder", "root": tmp_path / "in", "workers": 0}
     how |= {"label_from": "none", "keep_parts": keep_parts, "encoding": "raw"}
     made = convert(BetonOptions(out=tmp_path / "x.beton", **how), part=24)
-    assert isinstance(made, prepare.Summary)
+    assert isinstance(made, Summary)
     data = Beton(made.out)
     heard = [Heard() for _ in data._files]
     data._files = [f._replace(map=h) for f, h in zip(data._files, heard, strict=True)]

@@ -19,8 +19,12 @@ from truth import photo
 
 from fastrot import entry
 from fastrot.config import RunError, UsageError
-from fastrot.data import prepare, ranks
 from fastrot.data.beton import write
+from fastrot.data.prepare import parts as part_files
+from fastrot.data.prepare import ranks
+from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.convert import run as run_conversion
+from fastrot.data.prepare.encode import EncodeSpec
 
 HERE = Path(__file__).parent
 SMALL_PARTS, KILLED_EVERYWHERE = HERE / "small_parts.py", HERE / "killed_everywhere.py"
@@ -44,7 +48,7 @@ def mixed(pictures, tmp_path_factory) -> Path:
 def unbroken(mixed, tmp_path_factory) -> dict[str, bytes]:
     """All files of a conversion by one process that nothing disturbed."""
     out = tmp_path_factory.mktemp("unbroken") / "a.beton"
-    write.convert(options(mixed, out))
+    convert(options(mixed, out))
     found = files(out)
     assert {name.removeprefix("a.beton") for name in found} == {
         "",
@@ -139,56 +143,56 @@ def test_two_conversions_do_not_share_parts(pictures, tmp_path, monkeypatch):
     holder = start(sys.executable, *command(pictures, out, 0, "part"))
     assert holder.stdout.readline() == "reached\n"
     with pytest.raises(UsageError, match="another conversion writes into"):
-        write.convert(options(pictures, out), part=PART)
+        convert(options(pictures, out), part=PART)
     holder.kill()
     holder.communicate()
-    assert write.convert(options(pictures, out), part=PART).resumed == PART
+    assert convert(options(pictures, out), part=PART).resumed == PART
 
 
 def test_parts_of_a_folder_without_a_plan_are_not_trusted(pictures, tmp_path):
     """They may be of other options: a removal that was broken off."""
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, keep_parts=True), part=PART)
+    convert(options(pictures, out, keep_parts=True), part=PART)
     os.rename(f"{out}.set", f"{out}.parts")
     (tmp_path / "a.beton.parts" / "plan.json").unlink()
     (tmp_path / "a.beton.parts" / "notes.txt").touch()
-    assert write.convert(options(pictures, out, quality=50), part=PART).resumed == 0
+    assert convert(options(pictures, out, quality=50), part=PART).resumed == 0
     assert [p.name for p in (tmp_path / "a.beton.parts").iterdir()] == ["notes.txt"]  # not ours
 
 
 def test_parts_begun_by_an_earlier_version_are_gone_on_with(pictures, tmp_path):
     """Its plan may lack an option that is not in use."""
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, keep_parts=True), part=PART)
+    convert(options(pictures, out, keep_parts=True), part=PART)
     os.rename(f"{out}.set", f"{out}.parts")
     plan = json.loads((tmp_path / "a.beton.parts" / "plan.json").read_bytes())
     plan.pop("max_side")
     (tmp_path / "a.beton.parts" / "plan.json").write_text(json.dumps(plan))
-    assert write.convert(options(pictures, out), part=PART).resumed == 37
+    assert convert(options(pictures, out), part=PART).resumed == 37
 
 
 def test_a_part_of_other_options_or_of_none_is_made_anew(mixed, unbroken, tmp_path, monkeypatch):
     """As a rank that a killed launcher left behind may finish it, after --overwrite began other parts."""
     out, late = tmp_path / "a.beton", tmp_path / "late.beton"
-    write.convert(options(mixed, late, quality=50, keep_parts=True), part=PART)
+    convert(options(mixed, late, quality=50, keep_parts=True), part=PART)
     with monkeypatch.context() as broken:
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write.convert(options(mixed, out), part=PART)
+            convert(options(mixed, out), part=PART)
     parts = tmp_path / "a.beton.parts"
     for name in ("0000000010.json", "0000000010.beton"):
         shutil.copy(tmp_path / "late.beton.set" / name, parts / name)
     facts = json.loads((parts / "0000000020.json").read_bytes())
     facts.pop("plan")  # of an earlier version
     (parts / "0000000020.json").write_text(json.dumps(facts))
-    told = write.convert(options(mixed, out), part=PART)
+    told = convert(options(mixed, out), part=PART)
     assert (told.converted, told.resumed) == (20, 18)
     assert files(out) == unbroken
 
 
 def test_a_plan_that_another_process_removed_is_no_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "begun_with", lambda folder: {})  # it was still there
-    prepare.remove(_made(tmp_path / "a.beton.parts"))
+    monkeypatch.setattr(part_files, "begun_with", lambda folder: {})  # it was still there
+    part_files.remove(_made(tmp_path / "a.beton.parts"))
     assert not [*tmp_path.iterdir()]
 
 
@@ -198,7 +202,7 @@ def test_a_plan_that_another_process_removed_is_no_fault(tmp_path, monkeypatch):
 class Threads(ranks.Ranks):
     """Ranks that are threads of this process."""
 
-    def everyones(self, value):
+    def all_gather(self, value):
         values, barrier = TABLE
         values[self.rank] = value
         barrier.wait(30)
@@ -218,7 +222,7 @@ def shared(world: int, given, part: int = PART) -> list:
 
     def work(rank: int) -> None:
         try:
-            results[rank] = write.convert(given(rank), Threads(rank, world), part=part)
+            results[rank] = convert(given(rank), Threads(rank, world), part=part)
         except BaseException as error:
             results[rank] = error
             if not isinstance(error, (UsageError, SystemExit)):
@@ -235,13 +239,13 @@ def shared(world: int, given, part: int = PART) -> list:
 @pytest.mark.parametrize(("world", "part"), [(2, 10), (3, 7), (5, 3), (4, 100)])
 def test_ranks_share_the_parts(mixed, unbroken, tmp_path, monkeypatch, world, part):
     out, made = tmp_path / "a.beton", {}
-    make = prepare.Part.make
+    make = part_files.Part.make
 
     def noted(self, *args):
         made.setdefault(threading.current_thread().name, []).append(self.records.start // part)
         return make(self, *args)
 
-    monkeypatch.setattr(prepare.Part, "make", noted)
+    monkeypatch.setattr(part_files.Part, "make", noted)
     results = shared(world, lambda rank: options(mixed, out), part)
     assert files(out) == unbroken
     parts = -(-38 // part)
@@ -259,7 +263,7 @@ def test_ranks_go_on_from_whole_parts_and_keep_them(mixed, unbroken, tmp_path, m
     with monkeypatch.context() as broken:
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write.convert(options(mixed, out), part=PART)
+            convert(options(mixed, out), part=PART)
     for name in ("0000000010.json", "0000000020.beton"):
         (tmp_path / "a.beton.parts" / name).unlink()
     told = shared(2, lambda rank: options(mixed, out, keep_parts=True))[0]
@@ -282,7 +286,7 @@ def test_other_pictures_on_another_machine_are_refused_once(mixed, pictures, tmp
 
 def test_what_rank_0_refuses_ends_all(mixed, tmp_path):
     out = tmp_path / "a.beton"
-    write.convert(options(mixed, out))
+    convert(options(mixed, out))
     first, other = shared(2, lambda rank: options(mixed, out, quality=50))
     assert isinstance(first, UsageError)
     assert (type(other), other.code) == (SystemExit, 2)
@@ -290,25 +294,25 @@ def test_what_rank_0_refuses_ends_all(mixed, tmp_path):
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "SEEN_WITHIN", 0.2)
-    ranks.Sign.put_up(tmp_path).find()
+    ranks.Claim.make(tmp_path).await_shared()
     with pytest.raises(UsageError, match="not the same folder for all ranks"):
-        ranks.Sign(tmp_path / "sign.of-another-machine").find()
+        ranks.Claim(tmp_path / "sign.of-another-machine").await_shared()
 
 
 def test_ranks_that_a_killed_launcher_left_stop_when_another_start_takes_over(mixed, tmp_path):
     """They write no part any more: it might be of other options."""
     work = tmp_path / "a.beton.parts"
-    with prepare.parts_folder(_made(work), {"quality": 90}, False):
-        ended = ranks.Sign.put_up(work)
+    with part_files.parts_folder(_made(work), {"quality": 90}, False):
+        ended = ranks.Claim.make(work)
     assert not ended.path.exists()
-    sign = ranks.Sign.put_up(work)  # of a start that was killed
-    with prepare.parts_folder(work, {"quality": 80}, True):
-        source = prepare.open_source_of(options(mixed, tmp_path / "a.beton"))
-        parts = prepare.parts_of(work, 20, ".beton", {"quality": 80}, PART)
-        recipe = prepare.Recipe(write.Coder())
+    sign = ranks.Claim.make(work)  # of a start that was killed
+    with part_files.parts_folder(work, {"quality": 80}, True):
+        source = options(mixed, tmp_path / "a.beton").open_source()
+        parts = part_files.parts_of(work, 20, ".beton", {"quality": 80}, PART)
+        spec = EncodeSpec(write.Coder())
         save = partial(write.write_part, write.Coder())
         with pytest.raises(RunError, match="another start has taken over"):
-            prepare.make_parts(parts, source, recipe, save, 0, lambda n: None, sign)
+            part_files.make_parts(parts, source, spec, save, 0, lambda n: None, sign)
         assert {p.name for p in work.iterdir()} == {"plan.json", "lock"}
 
 
@@ -420,14 +424,12 @@ def test_a_full_disk_harms_nothing_old_and_it_goes_on(
         pytest.skip("a set is not merged")
     out, straight = tmp_path / "a" / "a.beton", tmp_path / "b" / "a.beton"
     how = {"encoding": "raw", "keep_parts": keep} if "beside" in where else {"keep_parts": keep}
-    write.convert(options(root, out, quality=80, keep_parts=keep), part=PART)
+    convert(options(root, out, quality=80, keep_parts=keep), part=PART)
     old = files(out)
     new = options(root, out, overwrite=True, **how)
     status = limited(
         most,
-        lambda: entry.status(
-            lambda: prepare.run(lambda ranks: write.convert(new, ranks, part=PART), False)
-        ),
+        lambda: entry.status(lambda: run_conversion(new, part=PART)),
     )
     said = capsys.readouterr().err.splitlines()[-1]
     assert status == 1
@@ -436,9 +438,9 @@ def test_a_full_disk_harms_nothing_old_and_it_goes_on(
     assert {name: there[name] for name in old} == old
     left = [p for p in (tmp_path / "a" / "a.beton.parts").iterdir() if p.name.startswith("new")]
     assert not left, "it takes the space that is wanted"
-    told = write.convert(new, part=PART)
+    told = convert(new, part=PART)
     assert (told.resumed > 0) == (where != "in-a-part")
-    write.convert(options(root, straight, **how), part=PART)
+    convert(options(root, straight, **how), part=PART)
     assert files(out) == files(straight)
 
 

@@ -20,11 +20,12 @@ from truth import photo
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError
 from fastrot.core import DamagedRecord, View
-from fastrot.data import conversion, prepare
 from fastrot.data import pictures as decoding
+from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.writer import Converted
 from fastrot.data.tars import layout
 from fastrot.data.tars.read import Tars
-from fastrot.data.tars.write import TarsOptions, convert
+from fastrot.data.tars.write import TarsOptions
 
 ROOT = Path(__file__).parents[2]
 VIEW = View(crops=(RandomResized(size=24), Shifted(size=30, pad=5)))
@@ -146,7 +147,7 @@ def test_pixels_without_a_file_become_pngs(tmp_path, monkeypatch):
 
     records = [Record(f"{i}", i) for i in range(5)]
     source = Pixels(root=tmp_path, records=records, classes=tuple("abcde"), seen=5)
-    monkeypatch.setattr(prepare, "open_source", lambda *_, **__: source)
+    monkeypatch.setattr("fastrot.data.prepare.options.open_source", lambda *_, **__: source)
     convert(options(tmp_path, tmp_path / "shards", source="cifar10"))
     data = Tars(tmp_path / "shards")
     assert all(np.array_equal(data.picture(i), made[i]) for i in range(5))
@@ -188,11 +189,11 @@ def test_bytes_depend_on_neither_workers_nor_ranks_nor_a_broken_start(odd, shard
             raise Stop
         write(self, path, pictures, room)
 
-    from fastrot.data.tars.write import TarsForm
+    from fastrot.data.tars.write import TarsWriter
 
-    write = TarsForm.write_part
+    write = TarsWriter.write_part
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TarsForm, "write_part", broken)
+        patch.setattr(TarsWriter, "write_part", broken)
         with pytest.raises(Stop):
             convert(options(odd, tmp_path / "again", shard=7))
     assert not (tmp_path / "again").exists()
@@ -251,7 +252,7 @@ def test_a_file_system_without_second_names_will_do(odd, shards, tmp_path, monke
 def test_a_part_whose_rows_have_changed_is_made_anew(odd, shards, tmp_path, monkeypatch):
     out = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "keys_of", lambda work: 1 / 0)  # all parts are whole by then
+        patch.setattr(Converted, "write_beside", lambda *_: 1 / 0)  # all parts are whole by then
         with pytest.raises(ZeroDivisionError):
             convert(options(odd, out, shard=7))
     rows = np.load(tmp_path / "again.parts" / "0000000007.npy")

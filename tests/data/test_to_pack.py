@@ -18,13 +18,14 @@ from truth import photo
 
 from fastrot import entry
 from fastrot.config import UsageError
-from fastrot.data import ranks
 from fastrot.data.beton import write as beton_write
 from fastrot.data.beton.read import Beton
 from fastrot.data.folder import Folder
 from fastrot.data.pack import write
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pictures import decode, shrink
+from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.ranks import Ranks
 from fastrot.data.sources.open import open_source
 
 HERE = Path(__file__).parent
@@ -39,8 +40,8 @@ def options(root: Path, out: Path, **how) -> write.PackOptions:
     return write.PackOptions(**given)
 
 
-def convert(root: Path, out: Path, part: int = PART, **how):
-    return write.convert(options(root, out, **how), part=part)
+def packed(root: Path, out: Path, part: int = PART, **how):
+    return convert(options(root, out, **how), part=part)
 
 
 def main(*args) -> int:
@@ -78,7 +79,7 @@ def mixed(pictures, tmp_path_factory) -> Path:
 def unbroken(mixed, tmp_path_factory) -> dict[str, bytes]:
     """All files of a conversion by one process that nothing disturbed."""
     out = tmp_path_factory.mktemp("unbroken") / "a.pack"
-    convert(mixed, out, part=100)
+    packed(mixed, out, part=100)
     assert [p.name for p in out.parent.iterdir()] == ["a.pack"]
     assert {*files(out)} == write.NAMES - {"pixels.npy"}
     return files(out)
@@ -89,7 +90,7 @@ def unbroken(mixed, tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", [{}, {"short_side": 36}, {"max_side": 50}], ids=str)
 def test_raw_gives_back_every_bit(pictures, tmp_path, how):
-    told = convert(pictures, tmp_path / "a.pack", encoding="raw", **how)
+    told = packed(pictures, tmp_path / "a.pack", encoding="raw", **how)
     pack, source = PackFile(tmp_path / "a.pack"), open_source("imagefolder", pictures)
     for row, wanted in enumerate(upright(pictures, **how)):
         np.testing.assert_array_equal(pack.picture(row), wanted)
@@ -102,7 +103,7 @@ def test_raw_gives_back_every_bit(pictures, tmp_path, how):
 
 def test_tiles_are_those_of_the_pictures(pictures, tmp_path):
     """What comes of a conversion is what comes of pictures in memory."""
-    convert(pictures, tmp_path / "a.pack")
+    packed(pictures, tmp_path / "a.pack")
     source, labels = open_source("imagefolder", pictures), []
     labels = [record.label for record in source.records]
     names = [record.path for record in source.records]
@@ -120,7 +121,7 @@ def test_tiles_are_those_of_the_pictures(pictures, tmp_path):
 @pytest.mark.parametrize("short", [None, 32])
 def test_centre_squares(pictures, tmp_path, short):
     out = tmp_path / "a.pack"
-    convert(pictures, out, encoding="raw", short_side=short, center_crop=True)
+    packed(pictures, out, encoding="raw", short_side=short, center_crop=True)
     pack = PackFile(out)
     for row, whole in enumerate(upright(pictures, short_side=short)):
         side = min(whole.shape[:2])
@@ -135,7 +136,7 @@ def test_centre_squares(pictures, tmp_path, short):
 
 def test_it_is_the_folder_in_all_but_pixels(mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
-    convert(mixed, tmp_path / "a.pack", short_side=40)
+    packed(mixed, tmp_path / "a.pack", short_side=40)
     pack, folder = PackFile(tmp_path / "a.pack"), Folder(mixed)
     rows = [i for i, name in enumerate(map(folder.name, range(folder.rows))) if "cut" not in name]
     assert pack.keys.tolist() == folder.keys[rows].tolist()
@@ -144,7 +145,7 @@ def test_it_is_the_folder_in_all_but_pixels(mixed, tmp_path, monkeypatch):
 
 def test_shuffled(pictures, tmp_path):
     for name, seed in {"a": None, "b": 5, "c": 5}.items():
-        convert(pictures, tmp_path / f"{name}.pack", encoding="raw", shuffle=seed)
+        packed(pictures, tmp_path / f"{name}.pack", encoding="raw", shuffle=seed)
     a, b, c = (PackFile(tmp_path / f"{name}.pack") for name in "abc")
     assert files(b.path) == files(c.path)
     assert sorted(b.numbers) == [*range(37)] != b.numbers.tolist()
@@ -159,7 +160,7 @@ def test_shuffled(pictures, tmp_path):
 
 @pytest.mark.parametrize(("workers", "part"), [(0, 3), (2, 16)])
 def test_bytes_depend_on_neither_workers_nor_parts(mixed, unbroken, tmp_path, workers, part):
-    convert(mixed, tmp_path / "a.pack", part=part, workers=workers)
+    packed(mixed, tmp_path / "a.pack", part=part, workers=workers)
     assert files(tmp_path / "a.pack") == unbroken
 
 
@@ -183,7 +184,7 @@ def test_a_part_that_has_changed_is_made_anew(mixed, unbroken, tmp_path, monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(write, "write_folder", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            convert(mixed, out)
+            packed(mixed, out)
     harms = {
         "a tile": lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:],
         "a height": lambda data: bytes([data[0] ^ 1]) + data[1:],
@@ -194,12 +195,12 @@ def test_a_part_that_has_changed_is_made_anew(mixed, unbroken, tmp_path, monkeyp
         file = parts / "0000000010.tiles"
         file.write_bytes(harm(file.read_bytes()))
         with pytest.raises(UsageError, match=r"0000000010.tiles has changed since it was written"):
-            convert(mixed, out)
+            packed(mixed, out)
         with monkeypatch.context() as broken:
             broken.setattr(write, "write_folder", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                convert(mixed, out)
-    told = convert(mixed, out)
+                packed(mixed, out)
+    told = packed(mixed, out)
     assert (told.converted, told.resumed) == (0, 38)
     assert files(out) == unbroken
     assert [p.name for p in tmp_path.iterdir()] == ["a.pack"]
@@ -210,21 +211,21 @@ def test_a_full_disk_harms_nothing(mixed, unbroken, tmp_path, capsys):
     out, (soft, hard) = tmp_path / "a.pack", resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-        assert entry.status(lambda: convert(mixed, out)) == 1
+        assert entry.status(lambda: packed(mixed, out)) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "tiles.npy: File too large; nothing written before is harmed" in capsys.readouterr().err
     names = {path.suffix for path in (tmp_path / "a.pack.parts").iterdir()}
     assert names == {".tiles", ".json", ""}  # parts, their facts and the plan, the lock
-    told = convert(mixed, out)
+    told = packed(mixed, out)
     assert (told.converted, told.resumed) == (0, 38)
     assert files(out) == unbroken
 
 
-class Threads(ranks.Ranks):
+class Threads(Ranks):
     """Ranks that are threads of this process."""
 
-    def everyones(self, value):
+    def all_gather(self, value):
         values, barrier = TABLE
         values[self.rank] = value
         barrier.wait(30)
@@ -244,7 +245,7 @@ def test_ranks_share_the_parts(mixed, unbroken, tmp_path, world, part):
 
     def work(rank: int) -> None:
         given = options(mixed, tmp_path / "a.pack")
-        told[rank] = write.convert(given, Threads(rank, world), part=part)
+        told[rank] = convert(given, Threads(rank, world), part=part)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -283,9 +284,9 @@ def test_a_beton_keeps_its_rows(mixed, tmp_path, kind):
     source = beton_write.BetonOptions(
         source="imagefolder", root=mixed, out=tmp_path / "a.beton", workers=0, shuffle=4, **given
     )
-    root = beton_write.convert(source, part=9).out
+    root = convert(source, part=9).out
     out = tmp_path / "a.pack"
-    told = convert(root, out, source="beton", encoding="raw")
+    told = packed(root, out, source="beton", encoding="raw")
     pack, beton = PackFile(out), Beton(root)
     assert (told.written, told.seen, told.rejects) == (37, 37, [])
     assert pack.fingerprint == beton.fingerprint
@@ -305,13 +306,13 @@ def test_a_beton_of_ffcv_itself_is_a_source_too(tmp_path):
     photos = [photo(i, 30 + i, 44) for i in range(13)]
     fields = {"image": "image", "label": ("int", np.arange(13) % 4)}
     root = write_beton(tmp_path / "a.beton", photos, fields, page=2**14, modes="raw")
-    convert(root, tmp_path / "a.pack", source="beton", encoding="raw")
+    packed(root, tmp_path / "a.pack", source="beton", encoding="raw")
     pack, beton = PackFile(tmp_path / "a.pack"), Beton(root)
     assert pack.fingerprint == beton.fingerprint
     assert pack.name(7) == "00000007"
     for row, picture in enumerate(photos):
         np.testing.assert_array_equal(pack.picture(row), picture)
-    convert(root, tmp_path / "b.pack", source="beton", encoding="raw", shuffle=1)
+    packed(root, tmp_path / "b.pack", source="beton", encoding="raw", shuffle=1)
     mixed_up = PackFile(tmp_path / "b.pack")
     assert mixed_up.keys.tolist() == mixed_up.numbers.tolist() != [*range(13)]
     for row, number in enumerate(mixed_up.numbers.tolist()):
@@ -323,14 +324,14 @@ def test_damaged_records_of_a_beton_are_rejects(pictures, tmp_path):
     source = beton_write.BetonOptions(
         source="imagefolder", root=pictures, out=tmp_path / "a.beton", workers=0
     )
-    root = beton_write.convert(source).out
+    root = convert(source).out
     whole, data = Beton(root), bytearray(root.read_bytes())
     at, size = int(whole.contents.ptr[5]), int(whole.contents.size[5])
     data[at + size // 2] ^= 16
     at = int(whole.contents.ptr[8])
     data[at : at + 20] = bytes(20)
     root.write_bytes(data)
-    told = convert(root, tmp_path / "a.pack", source="beton")
+    told = packed(root, tmp_path / "a.pack", source="beton")
     assert [path for path, _ in told.rejects] == [whole.name(5), whole.name(8)]
     assert {why for _, why in told.rejects} == {"its checksum does not agree"}
     pack = PackFile(tmp_path / "a.pack")
@@ -338,7 +339,7 @@ def test_damaged_records_of_a_beton_are_rejects(pictures, tmp_path):
     assert pack.keys.tolist() == whole.keys[rows].tolist()
     assert pack.numbers.tolist() == rows
     alone = Path(shutil.copy(root, tmp_path / "alone.beton"))
-    told = convert(alone, tmp_path / "b.pack", source="beton")
+    told = packed(alone, tmp_path / "b.pack", source="beton")
     assert [path for path, _ in told.rejects] == ["00000008"]
 
 
@@ -347,7 +348,7 @@ def test_workers_get_places_and_no_opened_file(pictures, tmp_path):
     source = beton_write.BetonOptions(
         source="imagefolder", root=pictures, out=tmp_path / "a.beton", workers=0
     )
-    opened = open_source("beton", beton_write.convert(source).out)
+    opened = open_source("beton", convert(source).out)
     travelled = pickle.dumps(opened.part(20, 36))
     assert len(travelled) < 3000
     there, beton = pickle.loads(travelled), Beton(tmp_path / "a.beton")
@@ -361,15 +362,15 @@ def test_a_beton_without_labels(pictures, tmp_path):
     source = beton_write.BetonOptions(
         source="imagefolder", root=pictures, out=tmp_path / "a.beton", workers=0
     )
-    root = beton_write.convert(source).out
-    convert(root, tmp_path / "a.pack", source="beton", label_from="none")
+    root = convert(source).out
+    packed(root, tmp_path / "a.pack", source="beton", label_from="none")
     pack = PackFile(tmp_path / "a.pack")
     assert (pack.labels == -1).all()
     assert pack.classes == ()
     with pytest.raises(UsageError, match=r"--split val: a .beton has no splits"):
-        convert(root, tmp_path / "b.pack", source="beton", split="val")
+        packed(root, tmp_path / "b.pack", source="beton", split="val")
     with pytest.raises(UsageError, match=r"is no .beton of version 2"):
-        convert(SCRIPT, tmp_path / "b.pack", source="beton")
+        packed(SCRIPT, tmp_path / "b.pack", source="beton")
 
 
 # ---- the command ----
@@ -400,7 +401,7 @@ def test_an_estimate_is_near_and_writes_nothing(pictures, tmp_path, capsys, enco
     assert ("PSNR" in said) == (encoding == "ycc")
     assert ("exact" in said) == (encoding == "raw")
     guess = int(said.split(": ")[1].split(" bytes")[0].replace(",", ""))
-    told = convert(pictures, out, encoding=encoding)
+    told = packed(pictures, out, encoding=encoding)
     assert guess == pytest.approx(told.bytes - len(files(out)["paths.jsonl"]), abs=1000)
 
 
@@ -420,8 +421,8 @@ def test_a_link_stays_a_link(pictures, tmp_path):
     there, out = tmp_path / "large disk" / "pack", tmp_path / "a.pack"
     there.mkdir(parents=True)
     out.symlink_to(there)
-    convert(pictures, out)
-    convert(pictures, out, encoding="raw", overwrite=True)
+    packed(pictures, out)
+    packed(pictures, out, encoding="raw", overwrite=True)
     assert out.is_symlink()
     assert PackFile(there).encoding == "raw"
     assert [p.name for p in there.parent.iterdir()] == ["pack"]
@@ -433,7 +434,7 @@ def foreign(out: Path, root: Path) -> None:
 
 
 def damaged(out: Path, root: Path) -> None:
-    convert(root, out)
+    packed(root, out)
     (out / "sizes.npy").unlink()
 
 
@@ -470,7 +471,7 @@ def test_what_was_damaged_is_made_anew_by_overwrite(mixed, unbroken, tmp_path):
     out = tmp_path / "a.pack"
     damaged(out, mixed)
     (out / ".DS_Store").touch()  # what is hidden is in nobody's way
-    convert(mixed, out, overwrite=True)
+    packed(mixed, out, overwrite=True)
     assert files(out) == unbroken
 
 
@@ -479,5 +480,5 @@ def test_no_picture_at_all_leaves_nothing(tmp_path):
     root.mkdir()
     (root / "a.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
     with pytest.raises(UsageError, match="no picture of 1 could be used"):
-        convert(root, tmp_path / "a.pack")
+        packed(root, tmp_path / "a.pack")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -22,11 +22,15 @@ from truth import photo
 
 from fastrot import disk
 from fastrot.config import RunError, UsageError
-from fastrot.data import prepare
 from fastrot.data.beton import layout, write
 from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.pictures import decode, shrink
+from fastrot.data.prepare import encode
+from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.encode import Chunk, EncodeSpec, encode_chunk, spread
+from fastrot.data.prepare.options import NOT_IN_PLAN
 from fastrot.data.sources.open import open_source
+from fastrot.data.sources.records import InMemory
 
 SCRIPT = Path(__file__).parents[2] / "dataprep" / "to_ffcv.py"
 
@@ -106,7 +110,7 @@ def files(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("how", [{}, {"short_side": 36}, {"max_side": 50}], ids=str)
 def test_raw_gives_back_every_bit(pictures, tmp_path, how):
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, encoding="raw", **how))
+    convert(options(pictures, out, encoding="raw", **how))
     wanted, labels = upright(pictures, **how)
     got, got_labels, page = parse(out)
     assert got_labels == labels
@@ -118,7 +122,7 @@ def test_raw_gives_back_every_bit(pictures, tmp_path, how):
 @pytest.mark.parametrize(("quality", "least"), [(90, 29), (60, 26)])
 def test_jpg_is_near_the_source(pictures, tmp_path, quality, least):
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, quality=quality))
+    convert(options(pictures, out, quality=quality))
     for a, b in zip(parse(out)[0], upright(pictures)[0], strict=True):
         error = np.square(a.astype(float) - b).mean()
         assert 10 * np.log10(255**2 / error) > least
@@ -128,7 +132,7 @@ def test_shuffled_pictures_are_the_same_pictures_and_the_manifest_tells_their_or
     pictures, tmp_path
 ):
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, encoding="raw", shuffle=3))
+    convert(options(pictures, out, encoding="raw", shuffle=3))
     facts = json.loads((tmp_path / "a.beton.json").read_bytes())
     order, source = facts["numbers"], open_source("imagefolder", pictures)
     assert facts["options"]["shuffle"] == 3
@@ -145,18 +149,18 @@ def test_shuffled_pictures_are_the_same_pictures_and_the_manifest_tells_their_or
 
 def test_an_order_depends_on_its_seed_and_on_nothing_else(pictures, tmp_path):
     for name, how in {"a": {"workers": 2}, "b": {}}.items():
-        write.convert(options(pictures, tmp_path / f"{name}.beton", shuffle=3, **how), part=10)
+        convert(options(pictures, tmp_path / f"{name}.beton", shuffle=3, **how), part=10)
     a, b = ((tmp_path / f"{name}.beton").read_bytes() for name in "ab")
     assert a == b
     with pytest.raises(UsageError, match="made with --shuffle 3, not 4"):
-        write.convert(options(pictures, tmp_path / "a.beton", shuffle=4))
+        convert(options(pictures, tmp_path / "a.beton", shuffle=4))
     with pytest.raises(UsageError, match="made with --shuffle 3, not None"):
-        write.convert(options(pictures, tmp_path / "a.beton"))
+        convert(options(pictures, tmp_path / "a.beton"))
 
 
 def test_what_lies_beside_describes_the_file(pictures, tmp_path):
     out = tmp_path / "a.beton"
-    write.convert(options(pictures, out, encoding="raw"))
+    convert(options(pictures, out, encoding="raw"))
     source, data = open_source("imagefolder", pictures), out.read_bytes()
     facts = json.loads((tmp_path / "a.beton.json").read_bytes())
     crcs = np.load(tmp_path / "a.beton.crc.npy", allow_pickle=False)
@@ -188,7 +192,7 @@ def test_what_lies_beside_describes_the_file(pictures, tmp_path):
 @pytest.mark.parametrize("value", [0, 255])
 def test_statistics_are_exact_where_pictures_are_flat_and_large(value):
     flat = np.full((1500, 2000, 3), value, np.uint8)
-    sums, squares = prepare._channel_sums(flat)
+    sums, squares = encode._channel_sums(flat)
     assert sums == (3_000_000 * value,) * 3
     assert squares == (3_000_000 * value**2,) * 3
 
@@ -210,7 +214,7 @@ def test_a_record_lies_inside_one_page_however_large(tmp_path, sizes, monkeypatc
 
 
 def test_labels_limit_and_classes(pictures, tmp_path):
-    told = write.convert(options(pictures, tmp_path / "a.beton", limit=5, label_from="none"))
+    told = convert(options(pictures, tmp_path / "a.beton", limit=5, label_from="none"))
     assert parse(tmp_path / "a.beton")[1] == [-1] * 5
     assert (told.written, told.beyond_limit, told.seen) == (5, 32, 37)
 
@@ -222,18 +226,18 @@ def test_bytes_depend_on_neither_workers_nor_parts(pictures, tmp_path):
     made = []
     for workers, part in [(0, 10_000), (1, 16), (2, 7), (3, 20)]:
         out = tmp_path / f"{workers}-{part}" / "a.beton"
-        write.convert(options(pictures, out, workers=workers, short_side=36), part=part)
+        convert(options(pictures, out, workers=workers, short_side=36), part=part)
         made.append(files(out))
     assert made[1:] == made[:1] * 3
 
 
 def test_a_second_run_goes_on_from_whole_parts(pictures, tmp_path, monkeypatch):
     straight, out = tmp_path / "straight" / "a.beton", tmp_path / "killed" / "a.beton"
-    write.convert(options(pictures, straight), part=10)
+    convert(options(pictures, straight), part=10)
     with monkeypatch.context() as broken:
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write.convert(options(pictures, out), part=10)
+            convert(options(pictures, out), part=10)
     parts = out.parent / "a.beton.parts"
     assert not out.exists()
     assert len(parse(parts / "0000000010.beton")[0]) == 10  # a whole .beton of its own
@@ -241,7 +245,7 @@ def test_a_second_run_goes_on_from_whole_parts(pictures, tmp_path, monkeypatch):
     with open(parts / "0000000010.beton", "r+b") as file:
         file.truncate(999)  # cut short
     (parts / ".merged.0.tmp").write_bytes(b"left by a killed run")
-    told = write.convert(options(pictures, out), part=10)
+    told = convert(options(pictures, out), part=10)
     assert (told.converted, told.resumed) == (17, 20)
     assert files(out) == files(straight)
 
@@ -251,14 +255,14 @@ def test_a_changed_part_is_found(pictures, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write.convert(options(pictures, out))
+            convert(options(pictures, out))
     part = tmp_path / "a.beton.parts" / "0000000000.beton"
     data = bytearray(part.read_bytes())
     data[3147 + 32 * 37 + 500] ^= 1
     part.write_bytes(data)
     with pytest.raises(UsageError, match="run again"):
-        write.convert(options(pictures, out))
-    assert write.convert(options(pictures, out)).written == 37
+        convert(options(pictures, out))
+    assert convert(options(pictures, out)).written == 37
 
 
 def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monkeypatch):
@@ -267,21 +271,21 @@ def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monke
     with monkeypatch.context() as broken:
         broken.setattr(write, "merge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write.convert(options(root, out))
+            convert(options(root, out))
     with pytest.raises(UsageError, match=r"a.beton.parts was begun with --quality 90, not 80"):
-        write.convert(options(root, out, quality=80))
+        convert(options(root, out, quality=80))
     (root / "class0" / "000.jpg").unlink()
     with pytest.raises(UsageError, match="begun from other pictures"):
-        write.convert(options(root, out))
-    assert write.convert(options(root, out, overwrite=True)).written == 36
-    assert write.convert(options(root, out)).already
+        convert(options(root, out))
+    assert convert(options(root, out, overwrite=True)).written == 36
+    assert convert(options(root, out)).already
     with pytest.raises(UsageError, match=r"made with --encoding jpg, not raw: add --overwrite"):
-        write.convert(options(root, out, encoding="raw"))
-    assert write.convert(options(root, out, encoding="raw", overwrite=True)).written == 36
+        convert(options(root, out, encoding="raw"))
+    assert convert(options(root, out, encoding="raw", overwrite=True)).written == 36
     with open(out, "r+b") as file:
         file.truncate(10_000)
     with pytest.raises(UsageError, match="no whole file of ours"):
-        write.convert(options(root, out, encoding="raw"))
+        convert(options(root, out, encoding="raw"))
 
 
 # ---- what is told ----
@@ -317,7 +321,7 @@ def test_rejects_are_named_and_counted(damaged, tmp_path, capsys):
 
 
 def test_a_part_of_rejects_alone(damaged, tmp_path):
-    told = write.convert(options(damaged, tmp_path / "a.beton"), part=1)
+    told = convert(options(damaged, tmp_path / "a.beton"), part=1)
     assert (told.written, len(told.rejects)) == (3, 2)
 
 
@@ -363,9 +367,9 @@ def test_estimate_is_near_and_writes_nothing(pictures, tmp_path, capsys):
     out = tmp_path / "a.beton"
     assert main(*command(pictures, out, "--estimate", "--encoding", "raw")) == 0
     assert "exact" in capsys.readouterr().out
-    told = write.convert(options(pictures, out, estimate=True, quality=75))
+    told = convert(options(pictures, out, estimate=True, quality=75))
     assert not list(tmp_path.iterdir())
-    write.convert(options(pictures, out, quality=75))
+    convert(options(pictures, out, quality=75))
     assert abs(told.bytes / out.stat().st_size - 1) < 0.1
     errors, pixels = 0.0, 0
     for a, b in zip(parse(out)[0], upright(pictures)[0], strict=True):
@@ -378,12 +382,12 @@ def test_estimate_is_near_and_writes_nothing(pictures, tmp_path, capsys):
 
 def test_a_raising_worker_is_surfaced():
     with pytest.raises(ValueError, match="'seven'"):
-        list(prepare.spread(int, ["7", "seven"], 1))
+        list(spread(int, ["7", "seven"], 1))
 
 
 def test_a_killed_worker_is_one_sentence():
     with pytest.raises(RunError, match=r"run the same command again.*--workers than 1"):
-        list(prepare.spread(os._exit, [9], 1))
+        list(spread(os._exit, [9], 1))
 
 
 def test_a_bug_names_the_picture(pictures):
@@ -393,7 +397,7 @@ def test_a_bug_names_the_picture(pictures):
 
     source = open_source("imagefolder", pictures)
     with pytest.raises(RuntimeError, match=r"class0/000.jpg.*ZeroDivisionError"):
-        prepare.encode_chunk(prepare.Recipe(Broken()), prepare.chunk_of(source, 0, 3))
+        encode_chunk(EncodeSpec(Broken()), Chunk(0, source.part(0, 3)))
 
 
 def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
@@ -402,16 +406,15 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
     program = (
         "import signal, sys, time; from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell's & has them ignore
-        "from fastrot import entry; from fastrot.data import prepare; from fastrot.data.beton import write\n"
-        "made = prepare.Part.make\n"
+        "from fastrot import entry; from fastrot.data.beton import write; from fastrot.data.prepare import convert, parts\n"
+        "made = parts.Part.make\n"
         "def slow(*args):\n"  # in naps: a signal in the moment before a sleep begins does not end it
         "    made(*args); print('part', flush=True)\n"
         "    for _ in range(600): time.sleep(.1)\n"
-        "prepare.Part.make = slow\n"
+        "parts.Part.make = slow\n"
         f"o = write.BetonOptions(source='imagefolder', root=Path({str(pictures)!r}), "
         f"out=Path({str(out)!r}), workers=1)\n"
-        "convert = lambda ranks: write.convert(o, ranks, part=16)\n"
-        "if __name__ == '__main__': sys.exit(entry.status(lambda: prepare.run(convert, False)))\n"
+        "if __name__ == '__main__': sys.exit(entry.status(lambda: convert.run(o, part=16)))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(program)
@@ -426,7 +429,7 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
     assert time.monotonic() - start < 10
     assert run.returncode == 130
     assert "Traceback" not in error
-    assert write.convert(options(pictures, out), part=16).resumed == 16
+    assert convert(options(pictures, out), part=16).resumed == 16
 
 
 def test_the_command_runs_from_anywhere(pictures, tmp_path):
@@ -512,32 +515,33 @@ def test_a_picture_that_no_jpeg_holds_is_rejected():
     ids=["gone", "stale", "disk", "memory"],
 )
 def test_what_cannot_be_read_is_rejected_unless_the_machine_is_at_fault(pictures, error, says):
-    class Fails(prepare.Held):
+    class Fails(InMemory):
         def read(self, i):
             raise error
 
-    chunk = prepare.Chunk(Fails(open_source("imagefolder", pictures).records[:1], []), 7)
-    recipe = prepare.Recipe(write.Coder())
+    (record, *_) = open_source("imagefolder", pictures).records
+    chunk = Chunk(7, Fails(root=pictures, records=[record], classes=(), seen=1, pictures=[]))
+    spec = EncodeSpec(write.Coder())
     if says is None:
-        (reject,) = prepare.encode_chunk(recipe, chunk)
+        (reject,) = encode_chunk(spec, chunk)
         assert (reject.record, reject.reason) == (7, f"cannot be read: {error.strerror}")
     else:
         with pytest.raises(RunError, match=says):
-            prepare.encode_chunk(recipe, chunk)
+            encode_chunk(spec, chunk)
 
 
 def test_statistics_of_a_large_picture_are_those_of_its_pixels():
     """It is summed up in bands."""
     picture = np.random.default_rng(0).integers(0, 256, (1100, 701, 3), np.uint8)
     wide = picture.astype(np.int64)
-    sums, squares = prepare._channel_sums(picture)
+    sums, squares = encode._channel_sums(picture)
     assert sums == tuple(wide.sum((0, 1)).tolist())
     assert squares == tuple((wide**2).sum((0, 1)).tolist())
 
 
 def test_options_that_change_no_byte_are_named():
     names = {field.name for field in dataclasses.fields(write.BetonOptions)}
-    assert set(prepare.FREE) < names
+    assert set(NOT_IN_PLAN) < names
 
 
 def test_a_record_may_end_with_its_page(tmp_path):

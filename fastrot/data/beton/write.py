@@ -27,6 +27,7 @@ depend on neither workers nor parts.
 
 import contextlib
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,28 +39,34 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import UsageError
-from fastrot.data import conversion, prepare
 from fastrot.data.beton import layout
-from fastrot.data.conversion import There, Work
 from fastrot.data.files import BadPicture
-from fastrot.data.manifest import sealed, side, unsealed
-from fastrot.data.ranks import ALONE, Ranks
+from fastrot.data.manifest import named_beside, sealed, side, unsealed
+from fastrot.data.prepare import parts as part_files
+from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
+from fastrot.data.prepare.options import Options, difference
+from fastrot.data.prepare.parts import Part
+from fastrot.data.prepare.writer import Converted, Existing, FormatWriter, OutputPaths
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
 NEEDED = ("crc.npy", "keys.npy", "paths.jsonl")  # beside the records, besides the .json
 BESIDE = (*NEEDED, "rejects.jsonl", "json")
+WAYS = "add --overwrite or choose another --out"
 LARGEST = 2**31  # bytes of a record: the largest page that the header can name
 LONGEST = 65_500  # pixels a side that libjpeg takes
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetonOptions(prepare.Options):
+class BetonOptions(Options):
     """Convert pictures into one FFCV .beton file, resumable, with checksums beside it."""
 
     encoding: Literal["jpg", "raw"] = "jpg"  # how pictures are stored; raw: exact, and large
     quality: int = 90  # of the JPEG, 1 to 100
     keep_parts: bool = False  # no merging: leave the folder OUT.set, read by --data OUT.set
+
+    def writer(self) -> "BetonWriter":
+        return BetonWriter(self)
 
     def check(self) -> None:
         super().check()
@@ -168,11 +175,10 @@ class Packer:
     def _move(self, spool: Any, at: int) -> None:
         spool.seek(0)
         self.file.seek(at)
-        for block in _blocks(spool):
-            self.file.write(block)
+        shutil.copyfileobj(spool, self.file, 2**20)
 
 
-def write_part(coder: Coder, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+def write_part(coder: Coder, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
     """A .beton of its own from a part's pictures; `index` counts from 0 in it."""
 
     def write(file: BinaryIO) -> None:
@@ -198,7 +204,7 @@ def read_part(path: Path) -> Iterator[tuple[np.void, bytes]]:
             yield row, file.read(int(entry["size"]))
 
 
-def merge(parts: list[prepare.Part], rows: int, file: BinaryIO) -> None:
+def merge(parts: list[Part], rows: int, file: BinaryIO) -> None:
     """Pack the records of all parts into one file, in order, each checked on the way."""
     with contextlib.closing(Packer(file, rows)) as packer:
         for part in parts:
@@ -208,9 +214,9 @@ def merge(parts: list[prepare.Part], rows: int, file: BinaryIO) -> None:
         packer.finish()
 
 
-def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
+def _unchanged(part: Part) -> Iterator[tuple[np.void, bytes]]:
     """Row and record of every picture of a part, each checked. Raises UsageError, and the part counts as not made."""
-    crcs = part.tally().crcs
+    crcs = part.stats().crcs
     records = read_part(part.file) if crcs else iter(())
     try:
         for crc, (row, record) in zip(crcs, records, strict=True):
@@ -218,23 +224,13 @@ def _unchanged(part: prepare.Part) -> Iterator[tuple[np.void, bytes]]:
                 raise ValueError
             yield row, record
     except (ValueError, IndexError):  # or the part is cut, or its rows lead elsewhere
-        part.facts.unlink()
-        raise UsageError(
-            f"{part.file} has changed since it was written: run again, and that part is made anew"
-        ) from None
+        raise part.changed() from None
 
 
 # ---- the conversion ----
 
 
-def convert(
-    options: BetonOptions, ranks: Ranks = ALONE, *, part: int = prepare.PART
-) -> prepare.Summary | prepare.Estimate:
-    """See `conversion.convert`."""
-    return conversion.convert(BetonForm(options), ranks, part=part)
-
-
-class BetonForm(conversion.Form):
+class BetonWriter(FormatWriter):
     """One file, or with --keep-parts the folder of its parts."""
 
     suffix = ".beton"
@@ -242,173 +238,165 @@ class BetonForm(conversion.Form):
     options: BetonOptions
 
     @property
-    def recipe(self) -> prepare.Recipe:
-        return prepare.Recipe(self._coder, self.options.short_side, self.options.max_side)
+    def encode_spec(self) -> EncodeSpec:
+        return EncodeSpec(self._coder, self.options.short_side, self.options.max_side)
 
     @property
     def _coder(self) -> Coder:
         return Coder(self.options.encoding, self.options.quality)
 
-    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+    def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         write_part(self._coder, path, pictures, room)
 
-    def there(self, plan: dict[str, Any], part: int) -> There:
+    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
+        if "parts" in manifest:
+            return OutputPaths(self.options.set, self.options.set / "set.rejects.jsonl", parts=True)
+        return OutputPaths(self.options.out, side(self.options.out, "rejects.jsonl"))
+
+    # what is there
+
+    def existing(self, plan: dict[str, Any], part: int) -> Existing:
         options = self.options
         with contextlib.suppress(OSError):
             options.set.rmdir()  # where it is empty: of a start that was killed at its very end
-        if options.set.exists() and prepare.begun_with(options.set) is None:
+        begun = part_files.begun_with(options.set)
+        if begun is None and options.set.exists():
             raise UsageError(
                 f"{options.set} is there, but is no set of ours: remove it or choose another --out"
             )
         if options.overwrite:
-            return There()
-        finished = _finished(options.out, plan)
-        if finished is not None:
-            _tidy(options, {**plan, "part": part})
-            return There(finished)
-        kept = _kept(options, plan)
-        if kept is not None and not options.keep_parts:
-            return There(None, options.set, (prepare.begun_with(options.set) or {})["part"])
-        return There(kept)
+            return Existing()
+        if options.out.exists():
+            manifest = _finished(options.out, plan)
+            kept = begun and {k: v for k, v in begun.items() if k != "part"}
+            if kept == plan and not options.keep_parts:
+                part_files.remove(options.set)  # merged by a start that was killed at its very end
+            part_files.remove_if_of(options.parts, {**plan, "part": part})
+            return Existing(manifest)
+        if begun is None:
+            return Existing()
+        manifest = self._finished_set(plan, begun)
+        if manifest is not None and not options.keep_parts:
+            return Existing(None, options.set, begun["part"])  # to be merged
+        return Existing(manifest)
 
-    def publish(self, work: Work) -> dict[str, Any]:
-        publish = _publish_set if self.options.keep_parts else _publish_file
-        return publish(self.options, work)
+    def _finished_set(self, plan: dict[str, Any], begun: dict[str, Any]) -> dict[str, Any] | None:
+        """The manifest of a finished set; another plan's is refused.
 
-    def told(self, facts: dict[str, Any]) -> dict[str, Any]:
-        parts = "parts" in facts
-        base = self.options.set / "set" if parts else self.options.out
-        out = self.options.set if parts else self.options.out
-        return {"out": out, "parts": parts, "rejected_at": side(base, "rejects.jsonl")}
-
-
-def _tidy(options: BetonOptions, plan: dict[str, Any]) -> None:
-    """Remove what a start that was killed at its very end left beside its finished file."""
-    begun = prepare.begun_with(options.set) or {}
-    if not options.keep_parts and {**begun, "part": plan["part"]} == plan:
-        prepare.remove(options.set)
-    if options.parts.exists():
-        with contextlib.suppress(UsageError), prepare.parts_folder(options.parts, plan, False):
-            prepare.remove(options.parts)
-
-
-def _publish_file(options: BetonOptions, work: Work) -> dict[str, Any]:
-    """Merge the parts and put OUT.beton and all beside it in their places; what its .json says."""
-    out, new = options.out, options.parts / prepare.NEW
-    write_atomically(new, lambda file: merge(work.parts, len(work.found.written), file))
-    header, head_crc, table_crc = _checked(new)
-    body = {
-        "head_crc": head_crc,
-        "table_crc": table_crc,
-        "bytes": new.stat().st_size,
-        "page": int(header["page"]),
-    }
-    facts = _write_beside(new, work, body)
-    # all of it is on the disk: from here on names change, which needs no space
-    out.unlink(missing_ok=True)
-    for name in BESIDE:
-        if side(new, name).exists():
-            os.replace(side(new, name), side(out, name))
-        else:
-            side(out, name).unlink(missing_ok=True)
-    sync_folder(out.parent)
-    os.replace(new, out)
-    sync_folder(out.parent)
-    prepare.remove(options.set)
-    prepare.remove(options.parts)
-    return facts
-
-
-def _publish_set(options: BetonOptions, work: Work) -> dict[str, Any]:
-    """Add to the folder of parts what makes it a set, and give it its name; what its set.json says."""
-    listed, page = [], 0
-    for part in work.parts:
-        if part.file.exists():
-            header, head_crc, table_crc = _checked(part.file)
-            listed.append(
-                {
-                    "file": part.file.name,
-                    "rows": int(header["rows"]),
-                    "bytes": part.file.stat().st_size,
-                    "head_crc": head_crc,
-                    "table_crc": table_crc,
-                }
-            )
-            page = max(page, int(header["page"]))
-    body = {"parts": listed, "bytes": sum(each["bytes"] for each in listed), "page": page}
-    facts = _write_beside(options.parts / "set", work, body)
-    # what it replaces goes first, as with a file
-    options.out.unlink(missing_ok=True)
-    for name in BESIDE:
-        side(options.out, name).unlink(missing_ok=True)
-    prepare.remove(options.set)
-    os.rename(options.parts, options.set)
-    sync_folder(options.out.parent)
-    (options.set / prepare.LOCK).unlink(missing_ok=True)
-    return facts
-
-
-def _write_beside(base: Path, work: Work, body: dict[str, Any]) -> dict[str, Any]:
-    """Write all that lies beside the records, the .json last; what that says. `body`: of the records' file or files."""
-    facts = conversion.facts_of("beton", work, body, BetonForm.packages)
-    keys = conversion.keys_of(work)
-    write_atomically(side(base, "crc.npy"), lambda file: np.save(file, work.found.crcs))
-    write_atomically(side(base, "keys.npy"), lambda file: np.save(file, keys))
-    conversion.write_paths(side(base, "paths.jsonl"), work)
-    conversion.write_rejects(side(base, "rejects.jsonl"), work)
-    replace_bytes(side(base, "json"), sealed(facts))
-    return facts
-
-
-def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """What the .json of a finished file says, None where there is none; another plan's is refused."""
-    if not out.exists():
+        One that lacks something becomes the folder of parts again, so that it is mended there: None.
+        """
+        at, parts = self.options.set, self.options.parts
+        if differs := difference(plan, {k: v for k, v in begun.items() if k != "part"}):
+            raise UsageError(f"{at} is there, made {differs}: {WAYS}")
+        manifest: dict[str, Any] = {"parts": []}
+        with contextlib.suppress(OSError, ValueError):
+            manifest = unsealed((at / "set.json").read_bytes())
+        changed = [at / each["file"] for each in manifest["parts"] if not _as_listed(at, each)]
+        if manifest["parts"] and not changed and _all_beside(at / "set", manifest):
+            (at / part_files.LOCK).unlink(missing_ok=True)  # of a start killed at its very end
+            return manifest
+        if parts.exists() and {*os.listdir(parts)} <= {part_files.PLAN, part_files.LOCK}:
+            part_files.remove(parts)  # of a merge that was broken off
+        if parts.exists():
+            raise UsageError(f"{at} lacks something, and {parts} is there too: remove one of them")
+        for file in changed:
+            file.with_suffix(".json").unlink(missing_ok=True)
+        os.rename(at, parts)
         return None
-    try:
-        facts = unsealed(side(out, "json").read_bytes())
-        _, head_crc, table_crc = _checked(out)
-        whole = (facts["head_crc"], facts["table_crc"]) == (head_crc, table_crc)
-        whole = whole and all(side(out, name).exists() for name in NEEDED)
-        theirs = facts["options"]
-    except (OSError, ValueError, KeyError, IndexError):
-        whole, facts, theirs = False, {}, {}
-    ways = "add --overwrite or choose another --out"
-    if not whole:
-        raise UsageError(f"{out} is there, but is no whole file of ours: {ways}")
-    if differs := prepare.difference(plan, theirs):
-        raise UsageError(f"{out} is there, made {differs}: {ways}")
-    return facts
 
+    # what is made
 
-def _kept(options: BetonOptions, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """What the .json of a finished set says, None where there is none; another plan's is refused.
-
-    One that lacks something becomes the folder of parts again, so that it is mended there.
-    """
-    at, ways = options.set, "add --overwrite or choose another --out"
-    if not at.exists():
-        return None
-    begun = prepare.begun_with(at) or {}
-    if differs := prepare.difference(plan, {k: v for k, v in begun.items() if k != "part"}):
-        raise UsageError(f"{at} is there, made {differs}: {ways}")
-    facts: dict[str, Any] = {"parts": []}
-    with contextlib.suppress(OSError, ValueError):
-        facts = unsealed((at / "set.json").read_bytes())
-    changed = [at / each["file"] for each in facts["parts"] if not _as_listed(at, each)]
-    whole = not changed and facts["parts"]
-    if whole and all(side(at / "set", name).exists() for name in NEEDED):
-        (at / prepare.LOCK).unlink(missing_ok=True)  # of a start that was killed at its very end
-        return facts
-    if options.parts.exists() and {*os.listdir(options.parts)} <= {prepare.PLAN, prepare.LOCK}:
-        prepare.remove(options.parts)  # of a merge that was broken off
-    if options.parts.exists():
-        raise UsageError(
-            f"{at} lacks something, and {options.parts} is there too: remove one of them"
+    def write(self, converted: Converted) -> dict[str, Any]:
+        return (
+            self._write_set(converted) if self.options.keep_parts else self._write_file(converted)
         )
-    for file in changed:
-        file.with_suffix(".json").unlink(missing_ok=True)
-    os.rename(at, options.parts)
-    return None
+
+    def _write_file(self, converted: Converted) -> dict[str, Any]:
+        """Merge the parts and put OUT.beton and all beside it in their places."""
+        out, new = self.options.out, self.options.parts / part_files.NEW
+        write_atomically(new, lambda file: merge(converted.parts, len(converted.records), file))
+        header, head_crc, table_crc = _checked(new)
+        body = {
+            "head_crc": head_crc,
+            "table_crc": table_crc,
+            "bytes": new.stat().st_size,
+            "page": int(header["page"]),
+        }
+        manifest = _write_beside(new, converted, body)
+        theirs = named_beside(side(out, "json"))
+        # all of it is on the disk: from here on names change, which needs no space
+        out.unlink(missing_ok=True)
+        for name in (*sorted({*manifest.get("beside", ()), *theirs}), *BESIDE):
+            if side(new, name).exists():
+                os.replace(side(new, name), side(out, name))
+            else:
+                side(out, name).unlink(missing_ok=True)
+        sync_folder(out.parent)
+        os.replace(new, out)
+        sync_folder(out.parent)
+        part_files.remove(self.options.set)
+        part_files.remove(self.options.parts)
+        return manifest
+
+    def _write_set(self, converted: Converted) -> dict[str, Any]:
+        """Add to the folder of parts what makes it a set, and give it its name."""
+        options, listed, page = self.options, [], 0
+        for part in converted.parts:
+            if part.file.exists():
+                header, head_crc, table_crc = _checked(part.file)
+                listed.append(
+                    {
+                        "file": part.file.name,
+                        "rows": int(header["rows"]),
+                        "bytes": part.file.stat().st_size,
+                        "head_crc": head_crc,
+                        "table_crc": table_crc,
+                    }
+                )
+                page = max(page, int(header["page"]))
+        body = {"parts": listed, "bytes": sum(each["bytes"] for each in listed), "page": page}
+        manifest = _write_beside(options.parts / "set", converted, body)
+        # what it replaces goes first, as with a file
+        beside = named_beside(side(options.out, "json"))
+        options.out.unlink(missing_ok=True)
+        for name in (*beside, *BESIDE):
+            side(options.out, name).unlink(missing_ok=True)
+        part_files.remove(options.set)
+        os.rename(options.parts, options.set)
+        sync_folder(options.out.parent)
+        (options.set / part_files.LOCK).unlink(missing_ok=True)
+        return manifest
+
+
+def _write_beside(base: Path, converted: Converted, body: dict[str, Any]) -> dict[str, Any]:
+    """Write all that lies beside the records, the .json last; what that says. `body`: of the records' file or files."""
+    for name, array in (("crc.npy", converted.crcs), ("keys.npy", converted.keys)):
+        write_atomically(side(base, name), lambda file, array=array: np.save(file, array))
+    beside = converted.write_beside(lambda name: side(base, name))
+    manifest = converted.manifest("beton", body | beside, BetonWriter.packages)
+    replace_bytes(side(base, "json"), sealed(manifest))
+    return manifest
+
+
+def _all_beside(base: Path, manifest: dict[str, Any]) -> bool:
+    """Whether all is there that belongs beside records."""
+    return all(side(base, name).exists() for name in (*NEEDED, *manifest.get("beside", ())))
+
+
+def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a finished file; another plan's is refused."""
+    try:
+        manifest = unsealed(side(out, "json").read_bytes())
+        _, head_crc, table_crc = _checked(out)
+        whole = (manifest["head_crc"], manifest["table_crc"]) == (head_crc, table_crc)
+        whole, theirs = whole and _all_beside(out, manifest), manifest["options"]
+    except (OSError, ValueError, KeyError, IndexError):
+        whole, manifest, theirs = False, {}, {}
+    if not whole:
+        raise UsageError(f"{out} is there, but is no whole file of ours: {WAYS}")
+    if differs := difference(plan, theirs):
+        raise UsageError(f"{out} is there, made {differs}: {WAYS}")
+    return manifest
 
 
 def _as_listed(folder: Path, part: dict[str, Any]) -> bool:
@@ -440,8 +428,3 @@ def _crc(file: BinaryIO, start: int, stop: int) -> int:
             raise ValueError("the file ends too early")
         crc = zlib.crc32(block, crc)
     return crc
-
-
-def _blocks(file: Any, size: int = 2**20) -> Iterator[bytes]:
-    while block := file.read(size):
-        yield block

@@ -20,14 +20,15 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
 from fastrot.config import UsageError
-from fastrot.data import conversion, prepare
-from fastrot.data.conversion import Found, Work
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
-from fastrot.data.ranks import ALONE, Ranks
-from fastrot.data.sources.records import Record, Source
+from fastrot.data.prepare.encode import Chunk, EncodedPicture, EncodeSpec, encode_chunk
+from fastrot.data.prepare.options import Options
+from fastrot.data.prepare.parts import Part, PartStats
+from fastrot.data.prepare.writer import Converted, FolderWriter
+from fastrot.data.sources.records import InMemory, Record
 from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
@@ -36,11 +37,14 @@ NAMES = {META, *layout.arrays("ycc"), *layout.arrays("raw"), PATHS, REJECTS}  # 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackOptions(prepare.Options):
+class PackOptions(Options):
     """Convert pictures into one pack, whose tiles a GPU decodes in its crop kernel; resumable, with checksums."""
 
     encoding: Encoding = "ycc"  # how pictures are stored; raw: exact, and four times as large
     center_crop: bool = False  # keep the centre square of each picture, after shrinking
+
+    def writer(self) -> "PackWriter":
+        return PackWriter(self)
 
     def check(self) -> None:
         super().check()
@@ -87,18 +91,23 @@ def write_pack(
     names = [f"{row:08d}" for row in range(len(pictures))] if paths is None else paths
     known = [-1] * len(pictures) if labels is None else labels
     records = [Record(name, int(label)) for name, label in zip(names, known, strict=True)]
-    source = Source(root=path, records=records, classes=tuple(classes), seen=len(records))
-    tally = prepare.Tally()
-    chunk = prepare.Chunk(prepare.Held(records, [*pictures]), 0)
-    coded = [*tally.watch(prepare.encode_chunk(prepare.Recipe(Coder(encoding)), chunk))]
+    source = InMemory(
+        root=path,
+        records=records,
+        classes=tuple(classes),
+        seen=len(records),
+        pictures=pictures,
+    )
+    stats = PartStats()
+    coded = [*stats.kept(encode_chunk(EncodeSpec(Coder(encoding)), Chunk(0, source)))]
     assert len(coded) == len(records)
-    found = Found(tally, np.array(tally.crcs, np.uint32), np.array(tally.records, np.int64), [])
+    converted = Converted.from_stats(source, {"encoding": encoding}, [], [stats])
     sizes = np.array([(picture.height, picture.width) for picture in coded], np.int32)
     new = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     body = (picture.data[HEAD.itemsize :] for picture in coded)
-    write_folder(new, encoding, Work(source, {"encoding": encoding}, [], found), sizes, body)
+    write_folder(new, encoding, converted, sizes, body)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(new, path)
     return path
@@ -107,7 +116,7 @@ def write_pack(
 def write_folder(
     folder: Path,
     encoding: Encoding,
-    work: Work,
+    converted: Converted,
     sizes: Int32[np.ndarray, "n 2"],
     body: Iterable[bytes | memoryview],
 ) -> dict[str, Any]:
@@ -120,25 +129,25 @@ def write_folder(
         BODY[encoding]: ((int(first[-1]), WIDTH[encoding]), body),
         "first.npy": (first.shape, [first.data]),
         "sizes.npy": (sizes.shape, [sizes.data]),
-        "labels.npy": (sizes.shape[:1], [conversion.labels_of(work).data]),
-        "keys.npy": (sizes.shape[:1], [conversion.keys_of(work).data]),
+        "labels.npy": (sizes.shape[:1], [converted.labels.data]),
+        "keys.npy": (sizes.shape[:1], [converted.keys.data]),
     }
     checksums = {
         name: write_array(folder / name, layout.arrays(encoding)[name][0], shape, pieces)
         for name, (shape, pieces) in contents.items()
     }
-    conversion.write_paths(folder / PATHS, work)
-    conversion.write_rejects(folder / REJECTS, work)
+    beside = converted.write_beside(folder.joinpath)
     described = {
         "version": layout.VERSION,
         "encoding": encoding,
         LENGTH[encoding]: int(first[-1]),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        **beside,
     }
-    facts = conversion.facts_of("pack", work, described, PackForm.packages)
-    facts["checksums"] = checksums
-    replace_bytes(folder / META, sealed(facts))
-    return facts
+    manifest = converted.manifest("pack", described, PackWriter.packages)
+    manifest["checksums"] = checksums
+    replace_bytes(folder / META, sealed(manifest))
+    return manifest
 
 
 def write_array(
@@ -185,29 +194,29 @@ class _Checked:
 # ---- parts ----
 
 
-def sizes_in(parts: list[prepare.Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
+def sizes_in(parts: list[Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
     """Heights and widths of all pictures in whole parts, in order. Raises UsageError as `body_of`."""
     each = [np.zeros((0, 2), np.int32)]
     for part in parts:
-        sizes = np.zeros((len(part.tally().crcs), 2), np.int32)
+        sizes = np.zeros((len(part.stats().crcs), 2), np.int32)
         if len(sizes):
             with open(part.file, "rb") as file:
                 for size in sizes:
                     size[:] = np.frombuffer(_exactly(file, HEAD.itemsize, part), HEAD.base)
                     file.seek(_bytes_of(size, encoding, part), os.SEEK_CUR)
                 if file.tell() != part.file.stat().st_size:
-                    raise _changed(part)
+                    raise part.changed()
         each.append(sizes)
     return np.concatenate(each)
 
 
-def body_of(parts: list[prepare.Part], encoding: Encoding) -> Iterator[memoryview]:
+def body_of(parts: list[Part], encoding: Encoding) -> Iterator[memoryview]:
     """The tiles or pixels of all pictures in whole parts, in order, each picture checked on the way.
 
     Raises UsageError where a part has changed since it was written; it then counts as not made.
     """
     for part in parts:
-        crcs = part.tally().crcs
+        crcs = part.stats().crcs
         if crcs:
             with open(part.file, "rb") as file:
                 for crc in crcs:
@@ -215,60 +224,42 @@ def body_of(parts: list[prepare.Part], encoding: Encoding) -> Iterator[memoryvie
                     size = np.frombuffer(head, HEAD.base)
                     data = _exactly(file, _bytes_of(size, encoding, part), part)
                     if zlib.crc32(data, zlib.crc32(head)) != crc:
-                        raise _changed(part)
+                        raise part.changed()
                     yield memoryview(data)
 
 
-def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding, part: prepare.Part) -> int:
+def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding, part: Part) -> int:
     """Of a picture's tiles or pixels."""
     if size.min() < 1 or size.max() > 65_535:
-        raise _changed(part)
+        raise part.changed()
     return WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
 
 
-def _exactly(file: BinaryIO, count: int, part: prepare.Part) -> bytes:
+def _exactly(file: BinaryIO, count: int, part: Part) -> bytes:
     data = file.read(count)
     if len(data) != count:
-        raise _changed(part)
+        raise part.changed()
     return data
-
-
-def _changed(part: prepare.Part) -> UsageError:
-    part.facts.unlink(missing_ok=True)
-    return UsageError(
-        f"{part.file} has changed since it was written: run again, and that part is made anew"
-    )
 
 
 # ---- the conversion ----
 
 
-def convert(
-    options: PackOptions, ranks: Ranks = ALONE, *, part: int = prepare.PART
-) -> prepare.Summary | prepare.Estimate:
-    """See `conversion.convert`."""
-    return conversion.convert(PackForm(options), ranks, part=part)
-
-
-class PackForm(conversion.FolderForm):
+class PackWriter(FolderWriter):
     """A folder of arrays."""
 
     suffix = ".tiles"
     row_bytes = sum(np.dtype(kind).itemsize for kind in ("i8", "i8", "u8"))  # first, label, key
     named = "a pack"
+    manifest_name = META
     options: PackOptions
 
     @property
-    def recipe(self) -> prepare.Recipe:
-        options = self.options
-        return prepare.Recipe(
-            Coder(options.encoding),
-            options.short_side,
-            options.max_side,
-            square=options.center_crop,
-        )
+    def encode_spec(self) -> EncodeSpec:
+        o = self.options
+        return EncodeSpec(Coder(o.encoding), o.short_side, o.max_side, center_crop=o.center_crop)
 
-    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+    def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         write_atomically(path, lambda file: file.writelines(p.data for p in pictures))
 
     def ours(self, file: Path) -> bool:
@@ -277,7 +268,7 @@ class PackForm(conversion.FolderForm):
     def opened(self) -> dict[str, Any]:
         return PackFile(self.out).meta
 
-    def fill(self, new: Path, work: Work) -> dict[str, Any]:
-        encoding = self.options.encoding
-        sizes = sizes_in(work.parts, encoding)
-        return write_folder(new, encoding, work, sizes, body_of(work.parts, encoding))
+    def write_files(self, folder: Path, converted: Converted) -> dict[str, Any]:
+        parts, encoding = converted.parts, self.options.encoding
+        sizes, body = sizes_in(parts, encoding), body_of(parts, encoding)
+        return write_folder(folder, encoding, converted, sizes, body)

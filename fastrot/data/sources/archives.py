@@ -77,7 +77,7 @@ class Archives(Source):
     def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
         return {**super()._of_records(rows), "places": self.places[rows]}
 
-    def part(self, first: int, stop: int) -> Source | None:
+    def part(self, first: int, stop: int) -> Source:
         part = super().part(first, stop)
         assert isinstance(part, Archives)
         part.files, part.places["file"] = used_only(part.files, part.places["file"])

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import UsageError
-from fastrot.data.sources.records import Record, Source, not_empty
+from fastrot.data.sources.records import InMemory, Record, Source, not_empty
 
 CIFAR_SPLITS = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 CIFAR_CLASSES = (
@@ -30,8 +30,11 @@ class Cifar10(Source):
             self._pixels[batch], _ = _cifar_batch(self.root / batch)
         return np.ascontiguousarray(self._pixels[batch][int(place)])
 
-    def part(self, first: int, stop: int) -> None:
-        """Workers would each read whole batches."""
+    def part(self, first: int, stop: int) -> InMemory:
+        """With their pixels: workers would each read whole batches."""
+        pixels = [self.read(i) for i in range(first, stop)]
+        records = self.records[first:stop]
+        return InMemory(root=self.root, records=records, classes=(), seen=0, pictures=pixels)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pixels": {}}

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastrot.config import UsageError
 from fastrot.data.sources.archives import tar_archives, zip_archives
@@ -16,32 +16,34 @@ from fastrot.data.sources.records import Source
 from fastrot.data.sources.shards import webdataset
 from fastrot.data.sources.tree import image_folder
 
-Layout = Literal["imagefolder", "list", "cifar10", "tar", "zip", "webdataset", "parquet", "beton"]
-
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     open: Callable[..., Source]
     wants: str
     patterns: bool = False  # whether --root may stand for many names
 
 
 KINDS = {
-    "imagefolder": _Kind(image_folder, "a folder of class folders, or of pictures"),
-    "list": _Kind(text_list, "a text file that names pictures"),
-    "cifar10": _Kind(cifar10, "the folder cifar-10-batches-py"),
-    "beton": _Kind(beton_rows, "a .beton file, or the folder of its parts"),
-    "tar": _Kind(tar_archives, "a tar, or of a folder of tars"),
-    "zip": _Kind(zip_archives, "a zip, or of a folder of zips"),
-    "webdataset": _Kind(
-        webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True
-    ),
-    "parquet": _Kind(parquet_files, "a folder of parquet files with pictures in them"),
+    "imagefolder": Kind(image_folder, "a folder of class folders, or of pictures"),
+    "list": Kind(text_list, "a text file that names pictures"),
+    "cifar10": Kind(cifar10, "the folder cifar-10-batches-py"),
+    "beton": Kind(beton_rows, "a .beton file, or the folder of its parts"),
+    "tar": Kind(tar_archives, "a tar, or of a folder of tars"),
+    "zip": Kind(zip_archives, "a zip, or of a folder of zips"),
+    "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
+    "parquet": Kind(parquet_files, "a folder of parquet files with pictures in them"),
 }
 
 
+if TYPE_CHECKING:
+    Layout = str
+else:  # the command line's choices
+    Layout = Literal[tuple(KINDS)]
+
+
 def open_source(
-    kind: Layout,
+    kind: str,
     root: str | Path,
     *,
     split: str | None = None,

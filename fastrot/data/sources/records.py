@@ -5,7 +5,7 @@ no picture, `rejected` those that claim to be one and cannot be.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,31 @@ class Source:
         places = np.arange(len(self.records))
         return self.taken(ShuffledSampler(len(places), seed=seed, epoch=0)[places])
 
-    def part(self, first: int, stop: int) -> "Source | None":
-        """Records first ... stop - 1 and what reads them, for a worker process; None: only this one can."""
+    def beside(self, records: Int64[np.ndarray, " rows"]) -> dict[str, dict[str, np.ndarray]]:
+        """What else is known of these records, which became the rows of a prepared file, by names of files.
+
+        {"boxes": {"count": [rows], "box": [boxes, 4]}} is written to FILE.boxes.npz, or FOLDER/boxes.npz. A
+        source that knows something record by record selects it in `_of_records` too.
+        """
+        return {}
+
+    def part(self, first: int, stop: int) -> "Source":
+        """Records first ... stop - 1 and what reads them, for a worker process."""
         part = self.taken(np.arange(first, stop))
         return replace(part, classes=(), seen=0, skipped=0, rejected=[], numbers=None, keys=None)
+
+
+@dataclass(kw_only=True)
+class InMemory(Source):
+    """Pictures that travel with their records."""
+
+    pictures: Sequence[bytes | UInt8[np.ndarray, "_h _w 3"]]
+
+    def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
+        return self.pictures[i]
+
+    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+        return {**super()._of_records(rows), "pictures": [self.pictures[i] for i in rows.tolist()]}
 
 
 def unless_counted(numbers: list[int]) -> Int64[np.ndarray, " n"] | None:

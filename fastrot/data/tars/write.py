@@ -21,12 +21,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import UsageError
-from fastrot.data import conversion, prepare
 from fastrot.data.beton.write import Coder as BetonCoder
-from fastrot.data.conversion import Work
 from fastrot.data.files import HEAD, sniff
 from fastrot.data.manifest import sealed
-from fastrot.data.ranks import ALONE, Ranks
+from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
+from fastrot.data.prepare.options import Options
+from fastrot.data.prepare.parts import PART, Part
+from fastrot.data.prepare.writer import Converted, FolderWriter
 from fastrot.data.tars import layout
 from fastrot.data.tars.layout import read_index
 from fastrot.disk import replace_bytes, write_atomically
@@ -35,11 +36,11 @@ QUALITY = 90  # of the JPEGs where only a size is given
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarsOptions(prepare.Options):
+class TarsOptions(Options):
     """Convert pictures into WebDataset tar shards, with an index for DALI; resumable, with checksums beside them."""
 
     quality: int | None = None  # 1 to 100: make JPEGs; default: the original bytes, or 90 if shrunk
-    shard: int = prepare.PART  # pictures a shard, at most
+    shard: int = PART  # pictures a shard, at most
 
     def check(self) -> None:
         super().check()
@@ -51,6 +52,9 @@ class TarsOptions(prepare.Options):
             raise UsageError(
                 f"--out got {self.out}, a file's name: it wants a folder for the shards"
             )
+
+    def writer(self) -> "TarsWriter":
+        return TarsWriter(self)
 
     @property
     def coder(self) -> "Coder":
@@ -78,7 +82,7 @@ class Coder:
 # ---- a shard ----
 
 
-def write_shard(path: Path, pictures: Iterable[prepare.Encoded]) -> None:
+def write_shard(path: Path, pictures: Iterable[EncodedPicture]) -> None:
     """The shard `path`, and beside it its rows (.npy) and DALI's index (.idx)."""
     rows: list[tuple] = []
     lines: list[str] = []
@@ -115,28 +119,27 @@ def _add(file: BinaryIO, name: str, data: bytes) -> str:
 # ---- the conversion ----
 
 
-def convert(options: TarsOptions, ranks: Ranks = ALONE) -> prepare.Summary | prepare.Estimate:
-    """See `conversion.convert`."""
-    return conversion.convert(TarsForm(options), ranks, part=options.shard)
-
-
-class TarsForm(conversion.FolderForm):
+class TarsWriter(FolderWriter):
     """A folder of shards."""
 
     suffix = ".tar"
-    row_bytes = (
-        7 * layout.BLOCK // 2 + layout.ROW.itemsize + 8
-    )  # two headers, a label, half a block
+    # two headers, a label, half a block
+    row_bytes = 7 * layout.BLOCK // 2 + layout.ROW.itemsize + 8
     named = "shards of ours"
+    manifest_name = layout.MANIFEST
     options: TarsOptions
 
+    def __init__(self, options: TarsOptions):
+        super().__init__(options)
+        self.part = options.shard
+
     @property
-    def recipe(self) -> prepare.Recipe:
+    def encode_spec(self) -> EncodeSpec:
         options, coder = self.options, self.options.coder
         kept = coder.quality is None
-        return prepare.Recipe(coder, options.short_side, options.max_side, original=kept)
+        return EncodeSpec(coder, options.short_side, options.max_side, keep_bytes=kept)
 
-    def write_part(self, path: Path, pictures: Iterable[prepare.Encoded], room: int) -> None:
+    def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         write_shard(path, pictures)
 
     def ours(self, file: Path) -> bool:
@@ -144,40 +147,52 @@ class TarsForm(conversion.FolderForm):
         return shard or file.name in layout.BESIDE
 
     def opened(self) -> dict[str, Any]:
-        facts = read_index(self.out).manifest
-        for shard in facts["shards"]:
+        manifest = read_index(self.out).manifest
+        for shard in manifest["shards"]:
             file = self.out / shard["file"]
             if not file.exists() or file.stat().st_size != shard["bytes"]:
                 raise UsageError(f"{file} is missing or cut short")
-        return facts
+        return manifest
 
-    def fill(self, new: Path, work: Work) -> dict[str, Any]:
-        parts = [part for part in work.parts if part.file.exists()]
-        rows = [_rows_of(part, number) for number, part in enumerate(parts)]
+    def write_files(self, folder: Path, converted: Converted) -> dict[str, Any]:
+        parts = [part for part in converted.parts if part.file.exists()]
+        each = [_rows_of(part, number) for number, part in enumerate(parts)]
         shards = []
         for number, part in enumerate(parts):
             for ending in ("tar", "idx"):
                 name = layout.shard_name(number, ending)
-                _name_too(part.file.with_suffix(f".{ending}"), new / name)
+                _name_too(part.file.with_suffix(f".{ending}"), folder / name)
             shards.append(
                 {
                     "file": layout.shard_name(number),
-                    "rows": len(rows[number]),
-                    "bytes": (new / layout.shard_name(number)).stat().st_size,
+                    "rows": len(each[number]),
+                    "bytes": (folder / layout.shard_name(number)).stat().st_size,
                 }
             )
-        return _write_index(new, work, np.concatenate(rows), shards)
+        rows = np.concatenate(each)
+        for name, array in ((layout.ROWS, rows), (layout.KEYS, converted.keys)):
+            write_atomically(folder / name, lambda file, array=array: np.save(file, array))
+        body = {
+            "version": layout.VERSION,
+            "shards": shards,
+            "rows_crc": zlib.crc32(rows.tobytes()),
+            "bytes": sum(shard["bytes"] for shard in shards),
+            **converted.write_beside(folder.joinpath),
+        }
+        manifest = converted.manifest("tars", body, self.packages)
+        replace_bytes(folder / layout.MANIFEST, sealed(manifest))
+        return manifest
 
 
-def _rows_of(part: prepare.Part, shard: int) -> np.ndarray:
+def _rows_of(part: Part, shard: int) -> np.ndarray:
     """The rows of a whole part. Raises UsageError where these are not those of its shard, and it counts as not made."""
     try:
         rows = np.load(part.file.with_suffix(".npy"), allow_pickle=False)
-        same = rows.dtype == layout.ROW and rows["crc"].tolist() == part.tally().crcs
+        same = rows.dtype == layout.ROW and rows["crc"].tolist() == part.stats().crcs
     except (OSError, ValueError, EOFError):
         same, rows = False, np.zeros(0, layout.ROW)
     if not same or not part.file.with_suffix(".idx").exists():
-        part.facts.unlink()
+        part.about.unlink()
         raise UsageError(
             f"what lies beside {part.file} has changed since it was written: run again, and that part is "
             "made anew"
@@ -192,23 +207,3 @@ def _name_too(file: Path, name: Path) -> None:
         os.link(file, name)
     except OSError:
         os.rename(file, name)
-
-
-def _write_index(
-    folder: Path, work: Work, rows: np.ndarray, shards: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """All that lies beside the shards, the manifest last; what that says."""
-    keys = conversion.keys_of(work)
-    write_atomically(folder / layout.ROWS, lambda file: np.save(file, rows))
-    write_atomically(folder / layout.KEYS, lambda file: np.save(file, keys))
-    conversion.write_paths(folder / layout.PATHS, work)
-    conversion.write_rejects(folder / layout.REJECTS, work)
-    body = {
-        "version": layout.VERSION,
-        "shards": shards,
-        "rows_crc": zlib.crc32(rows.tobytes()),
-        "bytes": sum(shard["bytes"] for shard in shards),
-    }
-    facts = conversion.facts_of("tars", work, body, TarsForm.packages)
-    replace_bytes(folder / layout.MANIFEST, sealed(facts))
-    return facts

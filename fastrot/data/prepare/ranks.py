@@ -1,4 +1,4 @@
-"""Ranks: the processes that share a conversion, how they meet, and the sign that their folder is still theirs.
+"""Ranks: the processes that share a conversion, how they meet, and the claim on their folder.
 
 They meet through torch.distributed, although the parts lie on a shared file system anyway: a process that dies
 closes its connections, which tells the others at their next meeting, while a file that does not come tells
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fastrot import entry
 from fastrot.config import PeerLost, RunError, UsageError
 
-SIGN = "sign"  # so begins the name of a sign's file
+CLAIM = "sign"  # so begins the name of a claim's file
 SEEN_WITHIN = 120  # seconds until a file that one machine wrote must be seen by another
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class Ranks:
     world: int = 1
     cores: int = field(default_factory=entry.cores)  # for this rank alone
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The values of all, rank 0's first; waits for them. Raises PeerLost where one is gone."""
         if self.world == 1:
             return [value]
@@ -46,7 +46,7 @@ class Ranks:
                 "from its whole parts"
             ) from None
 
-    def first(self, do: Callable[[], T]) -> T:
+    def on_rank_0(self, do: Callable[[], T]) -> T:
         """What rank 0 gets by doing it. Where it raises an error for people, the others leave in silence."""
         told, error, status = None, None, 0
         if self.rank == 0:
@@ -54,11 +54,11 @@ class Ranks:
                 told = do()
             except (UsageError, RunError, OSError) as e:
                 error, status = e, 2 if isinstance(e, UsageError) else 1
-        told, status = self.everyones((told, status))[0]
+        told, status = self.all_gather((told, status))[0]
         if not status:
             return told  # type: ignore[return-value]
         with contextlib.suppress(PeerLost):
-            self.everyones(None)  # none leaves before all have heard
+            self.all_gather(None)  # none leaves before all have heard
         if error is not None:
             raise error  # rank 0 tells it
         raise SystemExit(status)
@@ -99,7 +99,7 @@ def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
+class Claim:
     """A file by which ranks know that they share one folder of parts, and that it is still theirs.
 
     The next start in that folder removes it, so that ranks which a killed launcher left behind stop.
@@ -108,14 +108,14 @@ class Sign:
     path: Path
 
     @classmethod
-    def put_up(cls, folder: Path) -> "Sign":
-        sign = cls(folder / f"{SIGN}.{secrets.token_hex(4)}")
-        sign.path.touch()
-        return sign
+    def make(cls, folder: Path) -> "Claim":
+        claim = cls(folder / f"{CLAIM}.{secrets.token_hex(4)}")
+        claim.path.touch()
+        return claim
 
-    def find(self) -> None:
+    def await_shared(self) -> None:
         """Raises UsageError where this rank does not see the folder that rank 0 sees."""
-        if not seen(self.path.exists):
+        if not appears(self.path.exists):
             raise UsageError(
                 f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
                 "system that all machines share"
@@ -129,7 +129,7 @@ class Sign:
             )
 
 
-def seen(there: Callable[[], bool]) -> bool:
+def appears(there: Callable[[], bool]) -> bool:
     """Whether it is there, now or soon: other machines see a new file late."""
     until = time.monotonic() + SEEN_WITHIN
     while not there():

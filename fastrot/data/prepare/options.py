@@ -1,0 +1,84 @@
+"""The options that all conversions share, and the plan: what of them decides the bytes."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastrot.config import UsageError, knob
+from fastrot.data.sources.open import Layout, open_source
+from fastrot.data.sources.records import Source
+
+if TYPE_CHECKING:
+    from fastrot.data.prepare.writer import FormatWriter
+
+# these change no byte
+NOT_IN_PLAN = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate", "keep_parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where pictures come from, how large they stay, where the prepared file goes."""
+
+    source: Layout  # how --root is laid out
+    root: Path  # folder (or list, archive, prepared file) of the pictures
+    out: Path  # the prepared file, or folder
+    split: str | None = None  # train, val, ...: which part of the source
+    label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
+    short_side: int | None = None  # pixels; shrink pictures whose short side is longer
+    max_side: int | None = None  # pixels; shrink pictures whose long side is longer
+    limit: int | None = None  # convert the first N records only
+    shuffle: int | None = None  # a seed: write the pictures in random order, for --order blocks
+    workers: int | None = None  # processes of a rank; 0: only itself; default: the cores at hand
+    allow_rejects: bool = False  # exit with status 0 even if pictures were rejected
+    overwrite: bool = False  # replace a finished --out, and parts made with other options
+    estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
+
+    def writer(self) -> "FormatWriter":
+        """What writes the format of these options."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises UsageError for a value that makes no sense."""
+        for name, least in {"short_side": 1, "max_side": 1, "limit": 1, "workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{knob(name)} got {value}: it wants at least {least}")
+        if self.short_side is not None and self.max_side is not None:
+            raise UsageError(
+                f"--short-side {self.short_side} and --max-side {self.max_side} both set the size: give one"
+            )
+
+    def open_source(self) -> Source:
+        """The source, in the order in which it is to be written."""
+        source = open_source(self.source, self.root, split=self.split, label_from=self.label_from)
+        return source if self.shuffle is None else source.shuffled(self.shuffle)
+
+
+def plan_of(options: Options, source: Source) -> dict[str, Any]:
+    """What decides the bytes of a conversion: parts and finished files made from another plan are not ours."""
+    listing = hashlib.blake2b(digest_size=16)
+    for record in source.records[: options.limit]:
+        listing.update(os.fsencode(record.path) + b"\0%d\n" % record.label)
+    knobs = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_IN_PLAN}
+    return {**knobs, "listing": listing.hexdigest()}
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """The same for plans without a `difference`: an option that is not in use is one that is not there."""
+    used = {name: value for name, value in plan.items() if value is not None}
+    return hashlib.blake2b(json.dumps(used, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first thing in which two plans differ, as words: what theirs has, and ours."""
+    names = sorted(ours.keys() | theirs.keys(), key=lambda name: (name == "listing", name))
+    for name in names:  # another split lists other pictures: the split is what to tell
+        if ours.get(name) != theirs.get(name):
+            if name == "listing":
+                return "from other pictures or labels than the source lists now"
+            return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
+    return None

@@ -1,0 +1,253 @@
+"""Parts: runs of 10,000 records that appear under OUT.parts/ whole or not at all.
+
+A run that was killed goes on from its whole parts. A part depends on its own records only, so parts may be made
+in any order, by anyone: `make_parts` makes those that one rank is given.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastrot.config import UsageError
+from fastrot.data.prepare.encode import (
+    Chunk,
+    EncodedPicture,
+    EncodeSpec,
+    Reject,
+    encode_chunk,
+    spread,
+)
+from fastrot.data.prepare.options import difference, plan_hash
+from fastrot.data.prepare.ranks import CLAIM, Claim
+from fastrot.data.sources.records import Source
+from fastrot.disk import locked, replace_bytes
+
+PART = 10_000  # records a part
+CHUNK = 16  # records a task of a worker
+PLAN, LOCK = "plan.json", "lock"
+NEW = "new"  # so begin names of files in a folder of parts that are on their way to another place
+# writes a part's file, whole or not at all: its path, its pictures, the most that may come
+WritePart = Callable[[Path, Iterable[EncodedPicture], int], None]
+
+
+@dataclass
+class PartStats:
+    """What is to be known of written pictures beside their bytes; grows by addition."""
+
+    crcs: list[int] = field(default_factory=list)  # crc32 of each written picture's bytes
+    records: list[int] = field(default_factory=list)  # number of each in the source
+    rejects: list[tuple[int, str]] = field(default_factory=list)  # number in the source, reason
+    pixels: int = 0
+    sums: list[int] = field(default_factory=lambda: [0, 0, 0])
+    squares: list[int] = field(default_factory=lambda: [0, 0, 0])
+    largest: list[int] = field(default_factory=lambda: [0, 0])  # height, width
+
+    def kept(self, results: Iterable[EncodedPicture | Reject]) -> Iterator[EncodedPicture]:
+        """Hand the pictures on, count them, and keep the rejects."""
+        for result in results:
+            if isinstance(result, Reject):
+                self.rejects.append((result.record, result.reason))
+                continue
+            size = result.height, result.width
+            self.crcs.append(result.crc)
+            self.records.append(result.record)
+            self._grow(size[0] * size[1], result.sums, result.squares, size)
+            yield result
+
+    def add(self, other: "PartStats") -> None:
+        """The statistics of both; what is known picture by picture stays with the parts."""
+        self._grow(other.pixels, other.sums, other.squares, other.largest)
+
+    def _grow(self, pixels, sums, squares, largest) -> None:
+        self.pixels += pixels
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
+        self.largest = [max(a, b) for a, b in zip(self.largest, largest, strict=True)]
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Of red, green, blue over all pixels, in 0..1. The only rounding is the last division and root."""
+        n = self.pixels
+        variance = [n * q - s * s for s, q in zip(self.sums, self.squares, strict=True)]
+        return (
+            [s / (255 * n) for s in self.sums],
+            [(v / (n * n)) ** 0.5 / 255 for v in variance],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of records, as one file and what is known of it. The `.json` comes last: with it the part is whole."""
+
+    folder: Path
+    records: range
+    suffix: str  # of the file: the format's
+    plan: str  # hash of what decides its bytes: a rank of an earlier start may still write here
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.records.start:010d}{self.suffix}"
+
+    @property
+    def about(self) -> Path:
+        return self.folder / f"{self.records.start:010d}.json"
+
+    def whole(self) -> bool:
+        try:
+            about = json.loads(self.about.read_bytes())
+            size = self.file.stat().st_size if about["bytes"] else 0
+            return (about["bytes"], about["plan"]) == (size, self.plan)
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+
+    def stats(self) -> PartStats:
+        stats = json.loads(self.about.read_bytes())["tally"]
+        return PartStats(
+            **{**stats, "rejects": [(record, why) for record, why in stats["rejects"]]}
+        )
+
+    def changed(self) -> UsageError:
+        """The part counts as not made from now on; what to say of it."""
+        self.about.unlink(missing_ok=True)
+        return UsageError(
+            f"{self.file} has changed since it was written: run again, and that part is made anew"
+        )
+
+    def chunks(self, source: Source) -> Iterator[Chunk]:
+        for first in range(self.records.start, self.records.stop, CHUNK):
+            yield Chunk(first, source.part(first, min(first + CHUNK, self.records.stop)))
+
+    def make(self, results: Iterable[EncodedPicture | Reject], write: WritePart) -> None:
+        stats = PartStats()
+        pictures = stats.kept(results)
+        first = next(pictures, None)
+        if first is not None:  # a part of rejects alone has no file
+            write(self.file, itertools.chain([first], pictures), len(self.records))
+        about = {
+            "plan": self.plan,
+            "bytes": self.file.stat().st_size if first else 0,
+            "tally": dataclasses.asdict(stats),
+        }
+        replace_bytes(self.about, json.dumps(about).encode())
+
+
+def parts_of(
+    folder: Path, records: int, suffix: str, plan: dict[str, Any], part: int = PART
+) -> list[Part]:
+    hashed = plan_hash({**plan, "part": part})
+    return [
+        Part(folder, range(first, min(first + part, records)), suffix, hashed)
+        for first in range(0, records, part)
+    ]
+
+
+def make_parts(
+    parts: list[Part],
+    source: Source,
+    spec: EncodeSpec,
+    write: WritePart,
+    workers: int,
+    tick: Callable[[int], None],
+    claim: Claim | None = None,
+) -> None:
+    """Make the parts, one after the other, while workers read ahead over their borders.
+
+    `tick(n)` hears of n more records. With a `claim`, each part appears only where that still stands.
+    """
+    chunks = itertools.chain.from_iterable(part.chunks(source) for part in parts)
+    with contextlib.closing(spread(partial(encode_chunk, spec), chunks, workers)) as encoded:
+
+        def results_of(part: Part) -> Iterator[EncodedPicture | Reject]:
+            for results in itertools.islice(encoded, -(-len(part.records) // CHUNK)):
+                tick(len(results))
+                yield from results
+            if claim is not None:
+                claim.check()
+
+        for part in parts:
+            part.make(results_of(part), write)
+
+
+# ---- the folder of parts ----
+
+
+@contextlib.contextmanager
+def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """The folder of parts, held by this process alone, with nothing in it but whole parts of this plan.
+
+    It stays, for the next start, until it is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"another conversion writes into {folder}: wait for it, or choose another --out"
+    with locked(folder, refusal):
+        begun = begun_with(folder)
+        differs = begun and difference(plan, begun)
+        if differs and not overwrite:
+            raise UsageError(
+                f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
+            )
+        for file in folder.iterdir():
+            # parts without a plan are rests of a removal, and may be of any options
+            of_others = (differs or not begun) and _lasting(file)
+            if of_others or _passing(file):
+                _discard(file)
+        replace_bytes(folder / PLAN, json.dumps(plan).encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk they would be in the way
+                for file in folder.iterdir():
+                    if file.name.startswith((NEW, CLAIM)):
+                        _discard(file)
+
+
+def _discard(file: Path) -> None:
+    """Remove a file, or the folder of a format that is one."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _passing(file: Path) -> bool:
+    """Whether it is of use to the start that wrote it alone."""
+    return file.suffix == ".tmp" or file.name.startswith((NEW, CLAIM))
+
+
+def _lasting(file: Path) -> bool:
+    """Whether it is a part, or what makes parts a set."""
+    return file.stem.isdigit() or file.name.startswith("set.")
+
+
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The plan of the parts in a folder; None where it holds none of ours."""
+    try:
+        return json.loads((folder / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def remove_if_of(folder: Path, plan: dict[str, Any]) -> None:
+    """Remove a folder of parts of this plan: a start that was killed at its very end left it."""
+    if folder.exists():
+        with contextlib.suppress(UsageError), parts_folder(folder, plan, False):
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of parts, its plan last: what is left of it if that is broken off tells whose it is."""
+    if begun_with(folder) is None:
+        return
+    (folder / "set.json").unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if _lasting(file) or _passing(file) or file.name == LOCK:
+            _discard(file)
+    (folder / PLAN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there are files in it that are not ours
+        folder.rmdir()

@@ -1,0 +1,263 @@
+"""What a prepared format says of itself: how a picture is coded, how a part is written, how parts become a whole."""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt32, UInt64
+
+import fastrot
+from fastrot.config import UsageError
+from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.manifest import named_beside, side
+from fastrot.data.prepare import parts as part_files
+from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
+from fastrot.data.prepare.options import Options, difference
+from fastrot.data.prepare.parts import PART, Part, PartStats
+from fastrot.data.sources.records import Source
+from fastrot.disk import sync_folder, write_atomically
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Whole parts, and what is known of their pictures together. Rows are the pictures that were written."""
+
+    source: Source
+    plan: dict[str, Any]  # what decides the bytes; see options.plan_of
+    parts: list[Part]
+    stats: PartStats  # sums alone
+    crcs: UInt32[np.ndarray, " rows"]  # crc32 of each picture's bytes
+    records: Int64[np.ndarray, " rows"]  # each row's record in the source
+    rejects: list[tuple[str, str]]  # path, reason; those of the source first
+
+    @classmethod
+    def of(cls, source: Source, plan: dict[str, Any], parts: list[Part]) -> "Converted":
+        return cls.from_stats(source, plan, parts, [part.stats() for part in parts])
+
+    @classmethod
+    def from_stats(
+        cls, source: Source, plan: dict[str, Any], parts: list[Part], stats: list[PartStats]
+    ) -> "Converted":
+        total, rejects = PartStats(), list(source.rejected)
+        for each in stats:
+            total.add(each)
+            rejects += [(source.records[i].path, reason) for i, reason in each.rejects]
+        crcs = np.concatenate([np.array(each.crcs, np.uint32) for each in stats])
+        records = np.concatenate([np.array(each.records, np.int64) for each in stats])
+        return cls(source, plan, parts, total, crcs, records, rejects)
+
+    @functools.cached_property
+    def labels(self) -> Int64[np.ndarray, " rows"]:
+        return np.array([self.source.records[i].label for i in self.records], np.int64)
+
+    @functools.cached_property
+    def keys(self) -> UInt64[np.ndarray, " rows"]:
+        if self.source.keys is not None:
+            return self.source.keys[self.records]
+        return path_keys(self.source.records[i].path for i in self.records)
+
+    @functools.cached_property
+    def numbers(self) -> Int64[np.ndarray, " rows"]:
+        """What the source calls each row: see Source.numbers."""
+        numbers = self.source.numbers
+        return self.records if numbers is None else numbers[self.records]
+
+    def write_beside(self, at: Callable[[str], Path]) -> dict[str, Any]:
+        """Write paths.jsonl, rejects.jsonl where there are any, and what the source lays beside them.
+
+        `at`: where a file of such a name goes. Gives what the manifest says of the source's files: the crc32 of each.
+        """
+        rows = zip(self.records, self.numbers, strict=True)
+        _write_lines(
+            at("paths.jsonl"),
+            ({"path": self.source.records[i].path, "number": int(number)} for i, number in rows),
+        )
+        if self.rejects:
+            lines = ({"path": path, "reason": reason} for path, reason in self.rejects)
+            _write_lines(at("rejects.jsonl"), lines)
+        crcs = {}
+        arrays: dict[str, Any]
+        for name, arrays in self.source.beside(self.records).items():
+            file = at(f"{name}.npz")
+            write_atomically(file, lambda handle, arrays=arrays: np.savez(handle, **arrays))
+            crcs[f"{name}.npz"] = zlib.crc32(file.read_bytes())
+        return {"beside": crcs} if crcs else {}
+
+    def manifest(
+        self, name: str, body: dict[str, Any], packages: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """What is known of the prepared pictures; `body`: what it says of the file or files that hold them."""
+        counted = np.array_equal(self.numbers, np.arange(len(self.numbers)))
+        mean, std = self.stats.mean_and_std()
+        limit = self.plan.get("limit")
+        return {
+            "format": name,
+            "rows": len(self.records),
+            "classes": list(self.source.classes),
+            "mean": mean,  # of red, green, blue, in 0..1, over all pixels before encoding
+            "std": std,
+            "fingerprint": order_fingerprint(self.keys, self.labels),
+            "numbers": None
+            if counted
+            else self.numbers.tolist(),  # where they differ from the rows
+            **body,
+            "max_height": self.stats.largest[0],
+            "max_width": self.stats.largest[1],
+            "pixels": self.stats.pixels,
+            "rejected": len(self.rejects),
+            "skipped": self.source.skipped,
+            "beyond_limit": len(self.source.records) - len(self.source.records[:limit]),
+            "seen": self.source.seen,
+            "options": self.plan,
+            "versions": {
+                "python": platform.python_version(),
+                "fastrot": fastrot.__version__,
+                **{package: version(package) for package in packages},
+            },
+        }
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    write_atomically(
+        path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+    )
+
+
+class Existing(NamedTuple):
+    """What an earlier start left."""
+
+    manifest: dict[str, Any] | None = None  # of a finished file made from the same plan
+    folder: Path | None = None  # of parts to take up again, where they are not at `parts_folder`
+    part: int | None = None  # records a part in it
+
+
+class OutputPaths(NamedTuple):
+    """Where a finished conversion's files are."""
+
+    out: Path
+    rejects: Path  # the file that names all rejects
+    parts: bool = False  # `out` is a folder of parts
+
+
+class FormatWriter(ABC):
+    """A prepared format.
+
+    suffix     of a part's file
+    row_bytes  what a picture takes beside its own bytes, for --estimate
+    packages   whose versions the manifest names
+    part       records a part
+    """
+
+    suffix: str
+    row_bytes: int
+    packages: tuple[str, ...] = ("numpy", "simplejpeg")
+    part: int = PART
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    @property
+    @abstractmethod
+    def encode_spec(self) -> EncodeSpec:
+        """What is done to every picture; travels to the workers."""
+
+    @property
+    def parts_folder(self) -> Path:
+        """The folder in which parts are made."""
+        return side(self.options.out, "parts")
+
+    @abstractmethod
+    def existing(self, plan: dict[str, Any], part: int) -> Existing:
+        """What is there already; called with --overwrite too. Raises UsageError for what is not ours to replace."""
+
+    @abstractmethod
+    def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
+        """A part's file, whole or not at all; `room` records at most."""
+
+    @abstractmethod
+    def write(self, converted: Converted) -> dict[str, Any]:
+        """Make of whole parts what the options ask for; its manifest, with its `bytes`."""
+
+    @abstractmethod
+    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
+        """Of a finished conversion."""
+
+
+class FolderWriter(FormatWriter):
+    """A format that is a folder: it gets its name by one rename. One that is replaced is moved aside, and removed last."""
+
+    named: str  # what the folder is, in words
+    manifest_name: str
+
+    @property
+    def out(self) -> Path:
+        """Where it goes: a link stays a link, and what it points to is replaced."""
+        return Path(os.path.realpath(self.options.out))
+
+    @property
+    def parts_folder(self) -> Path:
+        return side(self.out, "parts")
+
+    @abstractmethod
+    def ours(self, file: Path) -> bool:
+        """Whether a file of the folder belongs to the format."""
+
+    @abstractmethod
+    def opened(self) -> dict[str, Any]:
+        """The manifest of what is there. Raises UsageError where that is not whole."""
+
+    @abstractmethod
+    def write_files(self, folder: Path, converted: Converted) -> dict[str, Any]:
+        """Write all files into a folder; the manifest."""
+
+    def existing(self, plan: dict[str, Any], part: int) -> Existing:
+        out, ways = self.out, "add --overwrite or choose another --out"
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where it is empty
+        if not out.exists():
+            return Existing()
+        beside = named_beside(out / self.manifest_name)
+        foreign = sorted(f.name for f in out.iterdir() if not self.ours(f) and f.name not in beside)
+        if foreign:
+            raise UsageError(
+                f"{out} is there, and holds {foreign[0]}, which is no file of {self.named}: remove it or "
+                "choose another --out"
+            )
+        if self.options.overwrite:
+            return Existing()
+        try:
+            manifest = self.opened()
+            if lost := [name for name in beside if not (out / name).exists()]:
+                raise UsageError(f"{lost[0]} is missing")
+        except UsageError as error:
+            raise UsageError(f"--out is there, but is not whole ({error}): {ways}") from None
+        if differs := difference(plan, manifest["options"]):
+            raise UsageError(f"{out} is there, made {differs}: {ways}")
+        part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
+        return Existing(manifest)
+
+    def write(self, converted: Converted) -> dict[str, Any]:
+        folder = self.parts_folder
+        new, old = folder / part_files.NEW, folder / f"{part_files.NEW}.old"
+        new.mkdir()
+        manifest = self.write_files(new, converted)
+        # all of it is on the disk: from here on names change, which needs no space
+        if self.out.exists():
+            os.rename(self.out, old)
+        os.rename(new, self.out)
+        sync_folder(self.out.parent)
+        part_files.remove(folder)
+        return manifest
+
+    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
+        return OutputPaths(self.options.out, self.out / "rejects.jsonl")
