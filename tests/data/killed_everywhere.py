@@ -1,8 +1,9 @@
-"""A conversion killed before each of its changes to the disk, started again, and compared: prints what it found.
+"""A conversion killed before its changes to the disk, started again, and compared: prints the number of kills.
 
-    python killed_everywhere.py PICTURES FOLDER SCENARIO
+    python killed_everywhere.py PICTURES FOLDER FORMAT SCENARIO EVERY
 
-A fork for each kill: a process of its own would cost a third of a second.
+It is killed before each change, or before every fifth where EVERY is 5. A fork for each kill: a process of its
+own would cost a third of a second.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fastrot.data.beton import write
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.pack.write import PackOptions
 from fastrot.data.prepare import report
 from fastrot.data.prepare.convert import convert
 
@@ -23,27 +25,27 @@ from fastrot.data.prepare.convert import convert
 os.fsync = lambda file: None
 report.progress_bar = lambda *_: contextlib.nullcontext(lambda images: None)
 
-ROOT, HERE, SCENARIO = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-OUT = HERE / "a.beton"
+ROOT, HERE = Path(sys.argv[1]), Path(sys.argv[2])
+FORMAT, SCENARIO, EVERY = sys.argv[3], sys.argv[4], int(sys.argv[5])
+BETON = FORMAT == "beton"
+OUT = HERE / f"a.{FORMAT}"
 KEEP = SCENARIO.startswith("keep")
 OLD = SCENARIO.endswith("over-old")  # a finished file of other options is there
 KEPT = SCENARIO == "merge-kept"
+CHANGES = {
+    os: ("replace", "rename", *(("fsync",) if BETON else ("unlink", "rmdir"))),
+    Path: ("unlink", "rmdir"),
+}
 
 
-def converted(**how) -> None:
-    options = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=7)
-    convert(write.BetonOptions(**options | how), part=3)
+def prepare(**how) -> None:
+    given = dict(source="imagefolder", root=ROOT, out=OUT, workers=0, limit=7 if BETON else 4)
+    kind = BetonOptions if BETON else PackOptions
+    convert(kind(**given | how), part=3 if BETON else 2)
 
 
 def wanted() -> None:
-    converted(keep_parts=KEEP, overwrite=OLD)
-
-
-def before() -> None:
-    if OLD:
-        converted(quality=50)
-    if KEPT:
-        converted(keep_parts=True)
+    prepare(overwrite=OLD, **({"keep_parts": True} if KEEP else {}))
 
 
 def child(do) -> int:
@@ -68,7 +70,7 @@ def killed_at(number: int) -> None:
 
         return wrapped
 
-    for place, functions in ((os, ("replace", "rename", "fsync")), (Path, ("unlink", "rmdir"))):
+    for place, functions in CHANGES.items():
         for name in functions:
             setattr(place, name, deadly(getattr(place, name)))
     wanted()
@@ -76,6 +78,8 @@ def killed_at(number: int) -> None:
 
 def files() -> dict[str, bytes]:
     """All that a reader may see: of the file only where the .beton is there, of the set where its .json is."""
+    if not BETON:
+        return {p.name: p.read_bytes() for p in OUT.iterdir()} if OUT.exists() else {}
     found = {p.name: p.read_bytes() for p in HERE.glob("a.beton*") if p.is_file()}
     found = found if OUT.exists() else {}
     for file in HERE.glob("a.beton.set/*"):
@@ -85,14 +89,12 @@ def files() -> dict[str, bytes]:
     return found
 
 
-def fresh() -> None:
-    shutil.rmtree(HERE)
-    shutil.copytree(BEFORE, HERE)
-
-
 BEFORE, SAID = HERE.with_name("before"), HERE.with_name("said")
 HERE.mkdir()
-before()
+if OLD:
+    prepare(encoding="raw")
+if KEPT:
+    prepare(keep_parts=True)
 shutil.copytree(HERE, BEFORE)
 old = files()
 wanted()
@@ -100,22 +102,21 @@ new = files()
 names = {p.name for p in HERE.iterdir()}
 assert new
 assert new != old
-kills = 0
+number = kills = 0
 while True:
-    fresh()
-    kills += 1
-    status = child(partial(killed_at, kills))
+    shutil.rmtree(HERE)
+    shutil.copytree(BEFORE, HERE)
+    number += EVERY
+    status = child(partial(killed_at, number))
     there = files()
     both = KEPT and {**old, **new} == there  # merged, and the set is not yet removed
-    if OLD or KEPT:
-        assert both or there in (old, new, {}), f"kill {kills}: {[*there]}"
-    else:
-        assert there in ({}, new), f"kill {kills}: {[*there]}"
+    assert both or there in (old, new, {}), f"kill {number}: {[*there]}"
     if status == 0:
         break
-    assert status == -signal.SIGKILL, f"kill {kills}: status {status}"
-    assert child(wanted) == 0, f"not resumed after kill {kills}: {SAID.read_text()}"
-    assert files() == new, f"other bytes after kill {kills}"
-    assert {p.name for p in HERE.iterdir()} == names, f"rubble left by kill {kills}"
+    kills += 1
+    assert status == -signal.SIGKILL, f"kill {number}: status {status}: {SAID.read_text()}"
+    assert child(wanted) == 0, f"not resumed after kill {number}: {SAID.read_text()}"
+    assert files() == new, f"other bytes after kill {number}"
+    assert {p.name for p in HERE.iterdir()} == names, f"rubble left by kill {number}"
     assert not (HERE / "a.beton.set" / "lock").exists()
-print(kills - 1)
+print(kills)

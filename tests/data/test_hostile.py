@@ -272,10 +272,12 @@ def test_names_that_differ_in_case_or_unicode_form_alone_stay_apart(tmp_path, mo
     monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
     word, accent = "kameleontier", unicodedata.normalize("NFC", "e\u0301")
     forms = [accent, unicodedata.normalize("NFD", accent)]
-    cases = ["".join(c.upper() if bit >> i & 1 else c for i, c in enumerate(word)) for bit in range(625)]  # fmt: skip
+    cases = [
+        "".join(c.upper() if bit >> i & 1 else c for i, c in enumerate(word)) for bit in range(25)
+    ]
     folders = ["cat", "Cat", *(f"cat{form}" for form in forms)]
     paths = [f"{a}/{b}{c}.png" for a, b, c in itertools.product(folders, cases, forms)]
-    assert len(paths) == 5000
+    assert len(paths) == 200
     (tmp_path / "one.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
     for name, order in ("root", paths), ("again", reversed(paths)):
         for folder in folders:
@@ -289,7 +291,7 @@ def test_names_that_differ_in_case_or_unicode_form_alone_stay_apart(tmp_path, mo
     assert made.status == 0
     assert made.accounted
     assert list(made.rows) == sorted(paths, key=lambda path: path.split("/"))
-    assert len(set(made.data.keys.tolist())) == 5000
+    assert len(set(made.data.keys.tolist())) == 200
     from fastrot.data.folder import Folder
 
     for name in ("root", "again"):
@@ -481,6 +483,7 @@ def made(hostile, tmp_path_factory) -> Made:
     return in_time(hostile[0], out, "--encoding", "raw", "--workers", 2)
 
 
+@pytest.mark.soak
 def test_every_file_of_the_hostile_tree_has_the_fate_it_should(hostile, made):
     root, manifest = hostile
     files = [os.path.join(at, name) for at, _, names in os.walk(root) for name in names]
@@ -538,6 +541,7 @@ def truth_of(path: str, entry: dict, upright: Image.Image) -> tuple[np.ndarray, 
     return pixels, 8 if side > 8 else 15
 
 
+@pytest.mark.soak
 def test_odd_pictures_of_the_hostile_tree_are_converted_right(hostile, made):
     root, manifest = hostile
     stored = (root / "images/ok/rgb.ppm").read_bytes()[-120 * 160 * 3 :]
@@ -561,6 +565,7 @@ def test_odd_pictures_of_the_hostile_tree_are_converted_right(hostile, made):
                 np.testing.assert_array_equal(made.picture(path), plain)
 
 
+@pytest.mark.soak
 def test_the_hostile_file_is_looked_at(made, tmp_path, capsys):
     beton = str(made.data.path)
     assert script("look")([beton, "--verify", "--out", str(tmp_path / "sheet.png")]) == 0
@@ -570,6 +575,7 @@ def test_the_hostile_file_is_looked_at(made, tmp_path, capsys):
     assert (tmp_path / "sheet.png").exists()
 
 
+@pytest.mark.soak
 def test_the_hostile_classes_are_read_as_nobody(hostile, open_to_all, monkeypatch):
     monkeypatch.setenv("FASTROT_CACHE_DIR", str(open_to_all / "cache"))
     root, manifest = hostile
@@ -608,6 +614,7 @@ print(json.dumps([rows, data.rejected, damaged]))
 """
 
 
+@pytest.mark.soak
 def test_the_folder_loader_reads_or_names_every_file_named_like_a_picture(
     hostile, made, tmp_path, monkeypatch
 ):
@@ -635,6 +642,7 @@ def test_the_folder_loader_reads_or_names_every_file_named_like_a_picture(
     assert refused <= made.rejects.keys()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("part", ["lists", "annotations"])
 def test_broken_lists_and_foreign_tables_are_one_sentence(hostile, tmp_path, capsys, part):
     files = [path for path in sorted((hostile[0] / part).iterdir()) if path.is_file()]
@@ -648,6 +656,7 @@ def test_broken_lists_and_foreign_tables_are_one_sentence(hostile, tmp_path, cap
         assert len(said) < 800, file
 
 
+@pytest.mark.soak
 def test_broken_cifar_batches_are_one_sentence_and_run_nothing(
     hostile, tmp_path, capsys, monkeypatch
 ):

@@ -127,6 +127,7 @@ def test_no_size_is_believed_before_it_is_compared(monkeypatch):
         pictures.decode(bomb)
 
 
+@pytest.mark.soak
 def test_real_jpegs_have_pillows_bits():
     sample = DATA / "imagenet-sample"
     if not sample.is_dir():

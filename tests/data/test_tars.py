@@ -204,6 +204,7 @@ def test_bytes_depend_on_neither_workers_nor_ranks_nor_a_broken_start(odd, shard
     assert convert(options(odd, tmp_path / "again", shard=7)).already
 
 
+@pytest.mark.soak
 @pytest.mark.ddp
 @pytest.mark.soak
 def test_two_ranks_write_the_same_shards(odd, shards, tmp_path):

@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -30,7 +29,6 @@ from fastrot.data.sources.open import open_source
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "dataprep" / "to_pack.py"
-KILLED_PACKS = HERE / "killed_packs.py"
 PART = 10
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -158,24 +156,10 @@ def test_shuffled(pictures, tmp_path):
 # ---- however made ----
 
 
-@pytest.mark.parametrize(("workers", "part"), [(0, 3), (2, 16)])
+@pytest.mark.parametrize(("workers", "part"), [(0, 3), pytest.param(2, 16, marks=pytest.mark.soak)])
 def test_bytes_depend_on_neither_workers_nor_parts(mixed, unbroken, tmp_path, workers, part):
     packed(mixed, tmp_path / "a.pack", part=part, workers=workers)
     assert files(tmp_path / "a.pack") == unbroken
-
-
-@pytest.mark.parametrize("scenario", ["plain", "over-old"])
-def test_killed_before_any_change_to_the_disk_it_goes_on(pictures, tmp_path, scenario):
-    """What stands meanwhile under the pack's name is whole: the old, the new, or nothing."""
-    done = subprocess.run(
-        [sys.executable, KILLED_PACKS, pictures, tmp_path / "here", scenario],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20
 
 
 def test_a_part_that_has_changed_is_made_anew(mixed, unbroken, tmp_path, monkeypatch):
@@ -254,24 +238,6 @@ def test_ranks_share_the_parts(mixed, unbroken, tmp_path, world, part):
         thread.join()
     assert files(tmp_path / "a.pack") == unbroken
     assert {(t.written, t.converted, len(t.rejects)) for t in told} == {(37, 38, 2)}
-
-
-@pytest.mark.ddp
-@pytest.mark.slow
-def test_torchrun_shares_a_conversion(mixed, unbroken, tmp_path):
-    out = tmp_path / "a.pack"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    args = ["--source", "imagefolder", "--root", mixed, "--out", out, "--workers", "0"]
-    done = subprocess.run(
-        [*torchrun, SCRIPT, *args, "--allow-rejects"],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("37 written + 2 rejected") == 1
-    assert files(out) == unbroken
 
 
 # ---- from a .beton ----
