@@ -51,7 +51,8 @@ def convert(
     `part`: records a part; None: as many as the format has. The result is the same on all ranks.
     """
     options.check()
-    writer, source = options.writer(), options.open_source()
+    writer: FormatWriter = options.writer()
+    source = options.open_source()
     plan = plan_of(options, source)
     plans = ranks.all_gather(plan)
     ranks.on_rank_0(lambda: same_pictures(plans, options.root))

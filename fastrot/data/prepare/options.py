@@ -6,14 +6,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastrot.config import UsageError, knob
 from fastrot.data.sources.open import Layout, open_source
 from fastrot.data.sources.records import Source
-
-if TYPE_CHECKING:
-    from fastrot.data.prepare.writer import FormatWriter
 
 # these change no byte
 NOT_IN_PLAN = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate", "keep_parts")
@@ -37,8 +34,8 @@ class Options:
     overwrite: bool = False  # replace a finished --out, and parts made with other options
     estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
 
-    def writer(self) -> "FormatWriter":
-        """What writes the format of these options."""
+    def writer(self) -> Any:
+        """The FormatWriter of these options."""
         raise NotImplementedError
 
     def check(self) -> None:
