@@ -172,8 +172,7 @@ def test_a_validation_without_accuracy_comes_again_too(tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
-@pytest.mark.parametrize("bank", ["replicated", "sharded"])
+@pytest.mark.parametrize("bank", [pytest.param("replicated", marks=pytest.mark.soak), "sharded"])
 def test_two_ranks_resume_to_the_same_bits(pictures, tmp_path, bank):
     """And a run of two ranks goes on with one, which takes over all rows."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -67,6 +67,7 @@ def test_gradients_sent_in_bf16_are_the_mean_to_its_rounding(tmp_path, world):
 
 
 @pytest.mark.ddp
+@pytest.mark.soak
 def test_three_ranks_train_and_resume_to_the_same_bits(pictures, tmp_path):
     """Broken off between log lines. With three ranks the order of a sum shows in its last bits."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -423,6 +423,7 @@ def fill(file) -> None:
         file.write(bytes(4096))
 
 
+@pytest.mark.soak
 def test_a_disk_that_fills_up_ends_the_run_with_a_sentence(pictures, small_disk, tmp_path):
     """A real one, with TensorBoard's own thread writing too; then there is space again."""
     out = small_disk / "run"

@@ -228,6 +228,7 @@ def test_runs_with_and_without_folds_are_kept_apart(straight, pictures, tmp_path
 
 
 @pytest.mark.ddp
+@pytest.mark.soak
 def test_two_ranks_train_folds_resume_and_score(pictures, tmp_path):
     """All folds by the same two processes; the table is that of one process."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

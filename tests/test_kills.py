@@ -55,7 +55,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("ranks", "form", "kills"),
     [pytest.param(*c, marks=[pytest.mark.ddp] * (c[0] > 1), id=n) for n, c in CASES.items()],

@@ -144,8 +144,10 @@ def test_there_are_files_for_pretraining_and_probes():
 
 
 @pytest.mark.ddp
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["pretrain.sbatch", "pretrain_torchrun.sbatch"])
+@pytest.mark.parametrize(
+    "file",
+    ["pretrain.sbatch", pytest.param("pretrain_torchrun.sbatch", marks=pytest.mark.soak)],
+)
 def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
     tasks = 2 if file == "pretrain.sbatch" else 1  # torchrun starts the two
     words = [*TINY, "--batch", "2", "--schedule.steps", "300", "--data", "synthetic:400"]
@@ -170,7 +172,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
     ("file", "status"),
     [
         ("pretrain.sbatch", 2),
-        pytest.param("pretrain_torchrun.sbatch", 1, marks=[pytest.mark.ddp, pytest.mark.slow]),
+        pytest.param("pretrain_torchrun.sbatch", 1, marks=[pytest.mark.ddp, pytest.mark.soak]),
     ],
 )
 def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
@@ -185,6 +187,7 @@ def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
     assert not cluster.requeued()
 
 
+@pytest.mark.soak
 def test_a_probe_begins_with_the_trunk(cluster, tmp_path):
     words = ["--data", "synthetic:40", *TINY[1:], "--image-size", "64", "--schedule.steps", "1"]
     job = cluster.sbatch("probe.sbatch", *words, tasks=1, TRUNK="no/such/run")
