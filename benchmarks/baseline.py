@@ -219,7 +219,9 @@ class Turnable(Dataset):
     """ImageFolder's pictures, each with its four labels and its number four times."""
 
     def __init__(self, root: Path, looks: Callable):
-        self.folder = torchvision().datasets.ImageFolder(str(root), looks)
+        from torchvision import datasets
+
+        self.folder = datasets.ImageFolder(str(root), looks)
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -230,23 +232,14 @@ class Turnable(Dataset):
 
 def looks(cfg: Config, *, training: bool) -> Callable:
     """Pillow's picture to float32 [3, s, s]: the original's transforms."""
-    T, size = torchvision().transforms, cfg.method.crop.size
+    from torchvision import transforms as T
+
+    size = cfg.method.crop.size
     if training:
         cut = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
     else:
         cut = [T.Resize(round(256 / 224 * size)), T.CenterCrop(size)]
     return T.Compose([*cut, T.ToTensor(), T.Normalize(cfg.mean, cfg.std)])
-
-
-def torchvision() -> Any:
-    """The module. Raises UsageError where it is not installed."""
-    try:
-        import torchvision
-    except ImportError as error:
-        raise UsageError(
-            f"the baseline needs torchvision, which cannot be imported ({error}): install torch's pair of it"
-        ) from None
-    return torchvision
 
 
 def batches(pictures: Dataset, batch: int, workers: int) -> Iterator[list[Tensor]]:
@@ -366,7 +359,11 @@ def rows(
             found[name].append(images_per_s(side, cfg.batch, device, seconds))
     assert isinstance(cfg.method, Decoupling)
     shape = {"batch": cfg.batch, "size": cfg.method.crop.size, "width": cfg.backbone.width}
-    shape |= {"negatives": cfg.method.negatives, "bank": bank, "pictures": _count(root)}
+    shape |= {
+        "negatives": cfg.method.negatives,
+        "bank": bank,
+        "pictures": len(Turnable(root, lambda picture: picture)),
+    }
     mode = f"in turns, {seconds:g} s each"
     for name, each in found.items():
         if name.endswith("validation"):
@@ -411,10 +408,6 @@ ABOUT = (
 )
 
 
-def _count(root: Path) -> int:
-    return len(Turnable(root, lambda picture: picture))
-
-
 # ---- the command ----
 
 
@@ -431,7 +424,8 @@ def main(args: list[str] | None = None) -> int:
     asked = parser.parse_args(args)
     device = torch.device(asked.device)
     torch.backends.cudnn.benchmark = True  # as a run has it, for both
-    torchvision()
+    if not contestants.installed("torchvision"):
+        raise UsageError("the baseline needs torchvision: install torch's pair of it")
     root = contestants.originals(asked.root)
     beton = contestants.Formats(root, asked.work, entry.cores()).beton()
     seconds, reps = (0.2, 1) if asked.quick else (asked.seconds, asked.reps)

@@ -76,12 +76,12 @@ def curve(lines: list[dict[str, Any]], steps: float) -> dict[str, list[dict[str,
     return {
         "losses": [
             {"epoch": round(epoch, 3)}
-            | {name: _short(statistics.mean(each[name] for each in some)) for name in TERMS}
+            | {name: short(statistics.mean(each[name] for each in some)) for name in TERMS}
             for epoch, some in losses.items()
         ],
         "validations": [
             {"epoch": round(line["step"] / steps, 3)}
-            | {name: _short(line[f"val_{name}"]) for name in ("prec_rot", "prec_inv")}
+            | {name: short(line[f"val_{name}"]) for name in ("prec_rot", "prec_inv")}
             for line in lines
             if "val_prec_rot" in line
         ],
@@ -97,7 +97,7 @@ def rows(trained: list[tuple[dict, list[dict]]], shape: dict[str, Any]) -> list[
 
     def row(what: str, name: str, unit: str, *beside: str, **more: Any) -> dict[str, Any]:
         figure = measure.middle([each[name] for each in found], unit)
-        values = {part: [_short(each[part]) for each in found] for part in beside}
+        values = {part: [short(each[part]) for each in found] for part in beside}
         return measure.row(what, **of, **figure, **values, **more)
 
     return [
@@ -132,7 +132,7 @@ def rows(trained: list[tuple[dict, list[dict]]], shape: dict[str, Any]) -> list[
     ]
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     return float(f"{value:.4g}")
 
 

@@ -29,7 +29,6 @@ def keep_picture(made: Path) -> None:
     picture = Image.open(made).convert("RGB")
     picture.thumbnail((600, 2000))
     picture = picture.quantize(256, dither=Image.Dither.NONE)
-    (measure.ROOT / "benchmarks" / "reports").mkdir(exist_ok=True)
     picture.save(measure.ROOT / "benchmarks" / "reports" / "demo.png", optimize=True)
 
 

@@ -86,9 +86,12 @@ def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     since: list[float] = []
     for line in lines:
         if "val_accuracy" in line:
-            each = {"step": line["step"], "accuracy": _short(line["val_accuracy"])}
-            each |= {"loss": _short(line["val_loss"])}
-            points.append(each | ({"training": _short(sum(since) / len(since))} if since else {}))
+            each = {"step": line["step"], "accuracy": bench_decoupling.short(line["val_accuracy"])}
+            each |= {"loss": bench_decoupling.short(line["val_loss"])}
+            points.append(
+                each
+                | ({"training": bench_decoupling.short(sum(since) / len(since))} if since else {})
+            )
             since = []
         elif "loss" in line:
             since.append(line["loss"])
@@ -165,10 +168,6 @@ def pictures(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.device == "cuda" and not asked.quick:
         return {"--data": made["train"], "--val": made["val"]}
     return {"--data": made["val"], "--hold-out": HELD_OUT}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def main(args: list[str] | None = None) -> int:

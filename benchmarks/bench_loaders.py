@@ -227,11 +227,8 @@ def _busy_rows(
 
 def _wall(found: list[Rate]) -> dict[str, float]:
     wall = measure.middle([each.per_s for each in found], "images/s")
-    return {
-        "images_per_s": wall["p50"],
-        "images_per_s_p20": wall["p20"],
-        "images_per_s_p80": wall["p80"],
-    }
+    names = {"": "p50", "_p20": "p20", "_p80": "p80"}
+    return {f"images_per_s{end}": wall[name] for end, name in names.items()}
 
 
 # ---- first batch, memory ----

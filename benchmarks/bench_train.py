@@ -418,14 +418,11 @@ def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
 def data_of(loaders: list[str] | None, root: Path | None, work: Path) -> dict[str, Any]:
     """What each loader reads; --root's pictures are prepared under `work` where this has not been done."""
     names = loaders or (LOADERS if root is not None else LOADERS[:2])
-    if root is None and (lacking := [name for name in names if name not in LOADERS[:2]]):
-        raise UsageError(
-            f"--loaders got {lacking[0]}: it wants --root DIR, class folders of pictures"
-        )
-    if root is None:
-        return dict(zip(names, names, strict=True))
-    formats = contestants.Formats(contestants.originals(root), work, entry.cores())
-    return {name: name if name in LOADERS[:2] else formats.of(name) for name in names}
+    read = [name for name in names if name not in LOADERS[:2]]
+    if root is None and read:
+        raise UsageError(f"--loaders got {read[0]}: it wants --root DIR, class folders of pictures")
+    formats = contestants.Formats(root and contestants.originals(root), work, entry.cores())  # type: ignore[arg-type]
+    return {name: formats.of(name) if name in read else name for name in names}
 
 
 def parsed(args: list[str] | None) -> argparse.Namespace:
@@ -433,10 +430,7 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     alexnets = [name for name, make in PRESETS.items() if isinstance(make().backbone, AlexNet)]
     parser.add_argument("--preset", choices=alexnets, default=measure.PRESET)
     parser.add_argument("--batch", type=int, help="pictures a step; default: the preset's")
-    words = ", ".join(forms.WORDS)
-    parser.add_argument(
-        "--forms", nargs="+", help=f"of the step: words joined by ' + ', of {words}"
-    )
+    parser.add_argument("--forms", nargs="+", help=f"of the step, of {', '.join(forms.WORDS)}")
     parser.add_argument("--loaders", nargs="+", choices=LOADERS)
     parser.add_argument("--seconds", type=float, default=math.inf, help="in which forms are built")
     parser.add_argument("--epoch", action="store_true", help="an epoch of ImageNet's size")

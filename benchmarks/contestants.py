@@ -15,7 +15,6 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -561,12 +560,5 @@ def present(only: list[str] | None = None) -> dict[str, Contestant]:
 def row(what: str, variant: str, **fields: Any) -> dict[str, Any]:
     """A row of the theme `loaders`, with the versions of others' packages."""
     names = ("ffcv", "numba", "webdataset", "nvidia-dali-cuda130")
-    others = {name: _version(name) for name in names}
+    others = {name: measure.version(name) for name in names}
     return measure.row(what, theme="loaders", variant=variant, **{"warmup": 1, **others, **fields})
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

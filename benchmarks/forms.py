@@ -32,18 +32,12 @@ WORDS: dict[str, dict[str, Any]] = {
 # the first is what all others are compared with; the most promising come next, in case time runs out
 FORMS = {
     "cuda": (
-        "eager",
-        "compiled",
-        "compiled + folded + fused + graph",
-        "compiled + folded + fused",
-        "compiled + folded",
-        "compiled + fused",
-        "compiled + graph",
-        "eager + folded + fused + graph",
+        "eager", "compiled", "compiled + folded + fused + graph", "compiled + folded + fused",
+        "compiled + folded", "compiled + fused", "compiled + graph", "eager + folded + fused + graph",
         "compiled tuned + folded + fused + graph",
     ),
     "cpu": ("eager", "compiled", "eager + folded", "eager + fused"),
-}
+}  # fmt: skip
 SMALL = {"batch": 32, "backbone": AlexNet(width=0.25)}  # for a CPU
 QUICK = {"batch": 8, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
 

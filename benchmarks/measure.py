@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def row(what: str, **fields: Any) -> dict[str, Any]:
         **_driver(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("torchvision", "triton", "numpy", "simplejpeg")},
-        "opencv": _version("opencv-python-headless") or _version("opencv-python"),
+        **{name: version(name) for name in ("torchvision", "triton", "numpy", "simplejpeg")},
+        "opencv": version("opencv-python-headless") or version("opencv-python"),
         "cuda": torch.version.cuda,
         **_commit(),
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -63,11 +64,8 @@ def append(path: str | Path, row: Mapping[str, Any]) -> None:
 
 def results(device: str, out: Path | None = None) -> Path:
     """The file of results of this machine's GPU, or of its CPU and cores; in the folder `out` where one is given."""
-    name = (
-        f"cpu {machine.processor()} {cores()} cores"
-        if device != "cuda"
-        else torch.cuda.get_device_name()
-    )
+    cpu = f"cpu {machine.processor()} {cores()} cores"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     file = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".jsonl"
     if out is not None and out.suffix == ".jsonl":
         return out
@@ -126,13 +124,8 @@ def middle(values: list[float], unit: str) -> dict[str, Any]:
     """p20, p50 and p80 of repetitions; of a single one, itself."""
     fifths = statistics.quantiles(values, n=5) if len(values) > 1 else values * 4
     low, high = max(fifths[0], min(values)), min(fifths[3], max(values))
-    return {
-        "unit": unit,
-        "p20": low,
-        "p50": statistics.median(values),
-        "p80": high,
-        "reps": len(values),
-    }
+    median = statistics.median(values)
+    return {"unit": unit, "p20": low, "p50": median, "p80": high, "reps": len(values)}
 
 
 def interleaved(
@@ -161,11 +154,8 @@ def _timed(run: Callable[[], Any], device: str) -> float:
         run()
         return time.perf_counter() - begin
     # several calls between two events: the launch of one is hidden behind the work of another
-    begin, end, calls = (
-        torch.cuda.Event(enable_timing=True),
-        torch.cuda.Event(enable_timing=True),
-        10,
-    )
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    calls = 10
     begin.record()
     for _ in range(calls):
         run()
@@ -183,14 +173,8 @@ def _commit() -> dict[str, Any]:
             [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
         )
         # rows of results that this very run adds are no change of the code
-        status = [
-            *git,
-            "status",
-            "--porcelain",
-            "--",
-            ".",
-            *(f":!benchmarks/{made}" for made in ("results", "reports")),
-        ]
+        made = (":!benchmarks/results", ":!benchmarks/reports")
+        status = [*git, "status", "--porcelain", "--", ".", *made]
         changed = subprocess.run(status, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         raise UsageError(
@@ -202,15 +186,9 @@ def _commit() -> dict[str, Any]:
 def _driver() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"driver": None, "power_limit_w": None}
-    query = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,power.limit",
-        "--format=csv,noheader,nounits",
-        "-i",
-        "0",
-    ]
+    query = "nvidia-smi --query-gpu=driver_version,power.limit --format=csv,noheader,nounits -i 0"
     try:
-        said = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(query.split(), check=True, capture_output=True, text=True).stdout
         driver, watts = (part.strip() for part in said.split(","))
         return {"driver": driver, "power_limit_w": float(watts)}
     except (OSError, subprocess.CalledProcessError, ValueError):
@@ -223,9 +201,7 @@ def _simd() -> str:
     return torch.backends.cpu.get_cpu_capability() + ", bf16" * bf16
 
 
-def _version(module: str) -> str | None:
-    from importlib import metadata
-
+def version(module: str) -> str | None:
     try:
         return metadata.version(module)
     except metadata.PackageNotFoundError:

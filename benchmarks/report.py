@@ -25,10 +25,8 @@ from fastrot import entry
 from fastrot.config import UsageError
 from fastrot.entry import in_bytes, in_time
 
-BEGIN, END = (
-    "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n",
-    "<!-- /measured -->",
-)
+BEGIN = "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n"
+END = "<!-- /measured -->"
 KEY = ("what", "variant", "form", "mode", "shape", "dtype", "gpu", "cpu", "cores")
 OLD_WORDS = {  # as older rows have it -> as it is said now
     "turned_views": "rotated_views",
@@ -404,20 +402,13 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
         mark = ", extrapolated" * bool(row.get("extrapolated"))
         return {"images/s": rate, "ImageNet epoch": f"{in_time(seconds)}{mark}" if seconds else ""}
 
-    def modelled(row: dict[str, Any]) -> dict[str, str]:
-        return {
-            "images/s, modelled": bare(row),
-            "if gradients hide behind the step": number(row["full_overlap"]["images_per_s"]),
-            "MB a step and GPU": number(row["bytes"] / 1e6),
-        }
-
+    kinds = ("roofline", "bank's share of a step", "scaling", "learning")
     every = [*baselines, *rows.all("epoch")]
     name = lambda row: f"ours, {row['form']}, pack" if row["what"] == "epoch" else row["variant"]  # noqa: E731
     return said, [
         pivot(plots.steps(rows), "a step", lambda r: f"{r['form']}, {r['loader']}", step),
         pivot(every, "an epoch", name, epoch),
-        pivot(rows.all("scaling"), "several GPUs", _variant, modelled),
-        figures(r for r in rows if r["what"] in ("learning", "bank's share of a step", "roofline")),
+        figures(row for row in rows if row["what"] in kinds),
     ]
 
 
@@ -472,7 +463,11 @@ def page(name: str, machines: dict[str, Rows], out: Path, results: str) -> str:
     for machine, rows in machines.items():
         said, tables = topic.of(rows)
         parts += [f"## {machine}", *said]
-        picture = out / (f"{name}.png" if len(machines) == 1 else f"{name}_{_plain(machine)}.png")
+        picture = out / (
+            f"{name}.png"
+            if len(machines) == 1
+            else f"{name}_{re.sub(r'[^a-z0-9]+', '_', machine.lower())}.png"
+        )
         figure = topic.draw and topic.draw(rows)
         if figure is not None:
             figure.savefig(picture, dpi=110)
@@ -497,10 +492,6 @@ def origin(rows: Rows) -> str:
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))} at {commits}, with {', '.join(versions)}, by benchmarks/"
         f"{', '.join(dict.fromkeys(script[1] for script in scripts if script))}."
     )
-
-
-def _plain(machine: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in machine.lower())
 
 
 def write(folder: Path, out: Path) -> list[Path]:

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import forms, measure, runs
 from benchmarks.measure import IMAGENET
 from fastrot import assemble, dist, entry
-from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
+from fastrot.config import Config, Decoupling, UsageError, resolved
 from fastrot.presets import PRESETS
 from fastrot.training.loop import train_step
 
@@ -48,12 +48,10 @@ LINKS = {  # GPUs: bytes/s each way of a GPU's slowest link, its name, and where
     8: (450e9, "NVLink 4, 900 GB/s both ways", "MLPerf Inference v4.1, NVIDIA's H200-SXM-141GBx8"),
     64: (50e9, "InfiniBand, 400 Gb/s a GPU", "the same system's network cards, one for each GPU"),
 }
-NETS: dict[
-    str, dict[str, Any]
-] = {  # bytes of features grow with the batch, those of gradients do not
+NETS: dict[str, dict[str, Any]] = {  # features grow with the batch, gradients do not
     "full": {"batch": 1},  # the preset's own
-    "quarter": {"batch": 1, "backbone": AlexNet(width=0.25)},
-    "small": {"batch": 2, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)},
+    "quarter": forms.SMALL | {"batch": 1},
+    "small": forms.QUICK | {"batch": 2},
 }
 ABOUT = (
     "bytes that a rank hands over in a step, counted in a run of gloo ranks; features of a larger batch are as many times "
@@ -141,14 +139,12 @@ def counted(cfg: Config, *, steps: int = STEPS, extra: bool = False) -> dict[str
     Raises AssertionError where steps differ.
     """
     device, world = torch.device("cpu"), dist.world()
-    loader = assemble.open_loader(
+    pictures, ranks = (
         f"synthetic:{cfg.batch * world * (steps + 2)}",
-        assemble.training_view(cfg),
-        batch=cfg.batch,
-        rank=dist.rank(),
-        world=world,
-        workers=0,
+        {"rank": dist.rank(), "world": world},
     )
+    view = assemble.training_view(cfg)
+    loader = assemble.open_loader(pictures, view, batch=cfg.batch, workers=0, **ranks)
     sent = Sent()
     with hooked(sent) as nets:
         state = forms.state_of(cfg, loader, device, steps=len(loader))
