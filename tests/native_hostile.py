@@ -18,6 +18,12 @@ from truth import photo
 from fastrot import native
 
 
+def jpeg_crops(records: native.Records, boxes: Any, out: Any, threads: int = 0) -> np.ndarray:
+    """The pictures' states."""
+    with native.Pool(threads) as pool:
+        return pool.jpeg_crops(records, boxes, out).wait()
+
+
 def refused(name: str, call: Callable[..., Any], **arguments: Any) -> None:
     try:
         call(**arguments)
@@ -64,7 +70,7 @@ def jpegs() -> None:
     good = native.Records(native.Files([memory]), zeros, start, lengths, sizes, raw, crcs)
     boxes = [np.array([[i, 0, 0, 30, 30, 0] for i in range(2)])]
     out = [np.empty((2, 8, 8, 3), np.uint8)]
-    assert not native.jpeg_crops(good, boxes, out).any()
+    assert not jpeg_crops(good, boxes, out).any()
     for name, wrong in {
         "which": [[0, 1], [0, -1], [0]],
         "start": [[0, -1], [1, start[1] + 1], [0, 2**62], [0]],
@@ -75,14 +81,12 @@ def jpegs() -> None:
     }.items():
         for value in wrong:
             records = good._replace(**{name: np.array(value)})
-            refused(
-                f"jpeg, {name} {value}", native.jpeg_crops, records=records, boxes=boxes, out=out
-            )
+            refused(f"jpeg, {name} {value}", jpeg_crops, records=records, boxes=boxes, out=out)
     one = boxes[0]
     for wrong in ([one[:1]], [one[:, :5]], [one.astype(np.int32)], [], boxes * 2):
-        refused("jpeg, boxes", native.jpeg_crops, records=good, boxes=wrong, out=out)
+        refused("jpeg, boxes", jpeg_crops, records=good, boxes=wrong, out=out)
     for wrong in ([out[0][:1]], [out[0][:, :7]], [out[0][..., :2]], [], [out[0].astype(np.int8)]):
-        refused("jpeg, out", native.jpeg_crops, records=good, boxes=boxes, out=wrong)
+        refused("jpeg, out", jpeg_crops, records=good, boxes=boxes, out=wrong)
 
 
 if __name__ == "__main__":

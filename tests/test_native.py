@@ -13,6 +13,7 @@ import native_fuzz
 import numpy as np
 import pytest
 import simplejpeg
+from native_hostile import jpeg_crops
 from PIL import Image
 from truth import photo
 
@@ -247,7 +248,7 @@ def test_crops_of_jpegs_are_those_of_the_whole_pictures(form, kind, checked):
     boxes = [draw_boxes(sizes, 1), draw_boxes(sizes, 2, inside=True)]
     out = [np.empty((80, size, size, 3), np.uint8) for size in (17, 48)]
     records = records_of(each, sizes, checked=checked)
-    assert not native.jpeg_crops(records, boxes, out, threads=2).any()
+    assert not jpeg_crops(records, boxes, out, threads=2).any()
     for rows, found in zip(boxes, out, strict=True):
         assert np.array_equal(found, resampled(pictures, rows, found.shape[1]))
 
@@ -257,7 +258,7 @@ def test_crops_of_jpegs_are_those_of_the_whole_pictures(form, kind, checked):
 def test_odd_jpegs_are_left_to_others(kind):
     records = records_of([encoded(kind, photo(1))], [(60, 80)])
     out = np.empty((1, 8, 8, 3), np.uint8)
-    assert native.jpeg_crops(records, [np.array([[0, 0, 0, 60, 80, 0]])], [out]) != native.FINE
+    assert jpeg_crops(records, [np.array([[0, 0, 0, 60, 80, 0]])], [out]) != native.FINE
 
 
 @built
@@ -271,7 +272,7 @@ def test_what_is_wrong_with_one_record_is_its_own_affair():
     boxes = np.array([[i, 0, 0, 30, 30, 0] for i in range(6)])
     boxes[4, 1] = 60
     out = np.empty((6, 8, 8, 3), np.uint8)
-    status = native.jpeg_crops(good._replace(crcs=crcs, sizes=sizes), [boxes], [out])
+    status = jpeg_crops(good._replace(crcs=crcs, sizes=sizes), [boxes], [out])
     assert (status != native.FINE).tolist() == [False, True, True, True, True, False]
 
 

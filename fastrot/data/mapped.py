@@ -47,9 +47,6 @@ class MappedData(Data):
     def __init__(self) -> None:
         self._ring, self._scratch = Ring(), Scratch()
 
-    def __len__(self) -> int:
-        return self.rows
-
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self._sizes[rows]
 

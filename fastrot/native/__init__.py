@@ -241,17 +241,6 @@ class Pool:
         )
 
 
-def jpeg_crops(
-    records: Records,
-    boxes: Sequence[Int64[np.ndarray, "b 6"]],
-    out: Sequence[UInt8[np.ndarray, "b _s _s 3"]],
-    threads: int = 1,
-) -> Int32[np.ndarray, " b"]:
-    """Crops of a batch of records into `out`, see `Pool.jpeg_crops`; the pictures' states."""
-    with Pool(threads if threads > 1 else 0) as pool:
-        return pool.jpeg_crops(records, boxes, out).wait()
-
-
 def pack_crops(
     data: UInt8[np.ndarray, "t c"],
     first: Int64[np.ndarray, " n1"],

@@ -237,7 +237,7 @@ def test_a_pack_is_what_the_page_says(small):
 
 def test_what_is_opened_is_what_was_put_in(small):
     pack = PackFile(small)
-    assert (pack.rows, len(pack), pack.encoding, pack.classes) == (20, 20, "ycc", ("a", "b", "c"))
+    assert (pack.rows, pack.encoding, pack.classes) == (20, "ycc", ("a", "b", "c"))
     assert pack.name(0) == "here/0.jpg"
     assert pack.name(19) == "here/19.jpg"
     assert pack.numbers is None

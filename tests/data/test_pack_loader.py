@@ -84,7 +84,7 @@ def test_crops_are_those_of_the_decoded_pictures(folder, form, workers, monkeypa
 
 def test_a_pack_says_what_it_holds(folder):
     data = open_data(folder)
-    assert (len(data), data.rows) == (ROWS, ROWS)
+    assert data.rows == ROWS
     assert data.name(3) == "here/3.jpg"
     assert data.labels.tolist() == list(range(ROWS))
     assert data.sizes(np.array([4])).tolist() == [[28, 49]]

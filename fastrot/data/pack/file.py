@@ -65,9 +65,6 @@ class PackFile:
         self._paths = Paths(self.path / "paths.jsonl")
         self._agree()
 
-    def __len__(self) -> int:
-        return self.rows
-
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """tiles, first, sizes: what the decoders are given."""

@@ -64,9 +64,6 @@ class Pack(Data):
         self._said: list[str] = []
         self._ring = Ring()
 
-    def __len__(self) -> int:
-        return self.rows
-
     def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
         return self.file.sizes[rows]
 

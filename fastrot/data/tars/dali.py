@@ -115,15 +115,15 @@ class ThroughDali(Data):
         if pipe.drained():
             self._idle.append(pipe)
 
-    def find_odd(self, broken: "_Broken", graph: "Graph") -> None:
+    def find_odd(self, job: "_Job", graph: "Graph", reason: str) -> None:
         """Which pictures of a batch DALI cannot decode: these are ours from now on, or damaged.
 
         All of the batch, where it decodes each of them alone.
         """
-        job, odd = broken.job, []
+        odd = []
         asked = [place for place, record in enumerate(job.records) if record is not STAND_IN]
         if not asked:
-            raise RuntimeError("DALI cannot decode its stand-in") from broken
+            raise RuntimeError(f"DALI cannot decode its stand-in: {reason}")
         alone = graph._replace(batch=1, threads=1)
         probe = _Pipe(alone)
         for place in asked:
@@ -140,7 +140,7 @@ class ThroughDali(Data):
             try:
                 job.ours[place] = self.data.picture(row)
                 logging.getLogger("fastrot").warning(
-                    "row %d is decoded without DALI, which says: %s", row, broken.reason
+                    "row %d is decoded without DALI, which says: %s", row, reason
                 )
             except DamagedRecord as error:
                 job.errors.append((place, str(error)))
@@ -152,7 +152,7 @@ class _Reader(PooledReader):
     def __init__(self, data: ThroughDali, device: torch.device, threads: int):
         super().__init__(threads)
         self._data = data
-        self._gpu = _number(device) if device.type == "cuda" else None
+        self._gpu = device.index if device.type == "cuda" else None
         self._resizes = data.resizes or self._gpu is not None
         self._read = deque[_Job]()  # not given to DALI
         self._pipe: _Pipe | None = None
@@ -187,7 +187,7 @@ class _Reader(PooledReader):
             except _Broken as broken:  # all that was in it waits again, for a new pipeline
                 self._read.extendleft(reversed([job for job, _ in pipe.jobs]))
                 self._pipe = None
-                self._data.find_odd(broken, pipe.graph)
+                self._data.find_odd(self._read[0], pipe.graph, str(broken))
                 continue
             self._with_pixels(job, pixels, pipe.graph)
             crop = _place_ours if self._resizes else _resample
@@ -397,11 +397,7 @@ class Graph(NamedTuple):
 
 
 class _Broken(Exception):
-    """A pipeline is of no use any more; `job` is the batch that it could not decode."""
-
-    def __init__(self, job: _Job, reason: str):
-        super().__init__(reason)
-        self.job, self.reason = job, reason
+    """A pipeline is of no use any more, since it could not decode the oldest batch in it; why, in one line."""
 
 
 class _Pipe:
@@ -428,7 +424,7 @@ class _Pipe:
             outputs = self._pipeline.share_outputs()
             self._pipeline.release_outputs()  # they stay until nobody holds them
         except RuntimeError as error:
-            raise _Broken(self.jobs[0][0], _gist(error)) from error
+            raise _Broken(_gist(error)) from error
         return self.jobs.popleft()[0], outputs
 
     def drained(self) -> bool:
@@ -447,10 +443,6 @@ def _gist(error: RuntimeError) -> str:
 
 
 # ---- GPU ----
-
-
-def _number(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _copied(crops: Any, gpu: int) -> UInt8[Tensor, "b s s 3"]:
