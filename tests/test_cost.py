@@ -7,11 +7,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_train, forms
+from benchmarks import forms
 from fastrot import assemble
 from fastrot.backbones.alexnet import AlexNet
 from fastrot.backbones.nin import Nin
 from fastrot.speed import cost
+from fastrot.training.loop import train_step
+from fastrot.training.optim import LRSchedule
+from fastrot.training.state import build
 
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -35,14 +38,19 @@ def test_alexnet_takes_the_papers_multiplications():
 @pytest.mark.parametrize("preset", ["rotnet-alexnet", "decoupling-alexnet"])
 def test_torch_counts_the_same_in_a_real_step(preset):
     cfg = forms.sized(preset, CPU, quick=True, precision="fp32", batch=4)
-    trained = bench_train.Trained(cfg, 8, CPU, bank=500)
-    net, view = trained.state.method.net, assemble.training_view(cfg)
+    view = assemble.training_view(cfg)
+    loader = assemble.open_loader("synthetic:500", view, batch=4, enlarge=True)
+    schedule = LRSchedule(cfg.schedule, epochs=1, batches=9, steps=9, lr=0.1)
+    state = build(cfg, assemble.data_info(cfg, loader, None, CPU, FP32), schedule)
+    state.method.set_schedule(1, schedule.begins)
+    net, batch = state.method.net, cost.random_batch(view, 4, CPU)
+    train_step(state, batch)
     random = torch.get_rng_state()
-    eager = cost.step_cost(trained.state.method, view, cfg, CPU)
-    fused = cost.step_cost(trained.state.method, view, dataclasses.replace(cfg, compile=True), CPU)
+    eager = cost.step_cost(state.method, view, cfg, CPU)
+    fused = cost.step_cost(state.method, view, dataclasses.replace(cfg, compile=True), CPU)
     assert torch.equal(random, torch.get_rng_state())
     with FlopCounterMode(display=False) as counted:
-        trained.step(trained.batch)
+        train_step(state, batch)
     mine = cost.layers(net, (16, 3, 64, 64), FP32)
     whole = counted.get_total_flops()
     assert (sum(layer.flop for layer in mine), eager.flop, fused.flop) == (whole, whole, whole)

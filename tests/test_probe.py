@@ -25,6 +25,7 @@ from fastrot.data.tars.write import TarsOptions
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, probe
 from fastrot.speed.advice import Measurements
+from fastrot.speed.cost import StepCost
 
 CPU = torch.device("cpu")
 TINY = AlexNet(width=0.1, kernel=5, stride=2)
@@ -194,19 +195,23 @@ def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
 
 
 def test_a_batch_is_as_large_as_there_is_time_for(monkeypatch):
-    """A step that takes 10 ms a picture and should take 3: of 192 pictures those are timed that fit four times."""
+    """A step that takes 1 ms a picture and should take 0.3: of 192 pictures those are timed that fit four times."""
     taken = []
 
     def step(state, batch):
         taken.append(len(batch.index))
-        time.sleep(0.01 * len(batch.index))
+        time.sleep(0.001 * len(batch.index))
+
+    def floors(cost, peak):
+        return {"arithmetic": 0.0003 * cost.flop, "memory": 0.0}
 
     monkeypatch.setattr(probe, "train_step", step)
-    monkeypatch.setattr(bounds, "floors", lambda *_: {"arithmetic": 0.002, "memory": 0.001})
-    found = measured(assemble.open_data("synthetic:500"), cfg=cfg_of(batch=192), seconds=2.0)
+    monkeypatch.setattr(probe, "step_cost", lambda *a: StepCost(flop=a[2].batch, traffic=0))
+    monkeypatch.setattr(bounds, "floors", floors)
+    found = measured(assemble.open_data("synthetic:500"), cfg=cfg_of(batch=192), seconds=1.0)
     assert set(taken) == {found.batch}
-    assert found.batch == int(2.0 * probe.SHARES["step"] / probe.STEPS / probe.SLOWER / 0.003)
-    assert 70 < found.step <= 100
+    assert found.batch == int(1.0 * probe.SHARES["step"] / probe.STEPS / probe.SLOWER / 0.0003 - 1)
+    assert 300 < found.step <= 1000
 
 
 def test_what_is_waited_for_and_what_not():

@@ -52,6 +52,7 @@ SHARES = {
 SAMPLE = 4096  # pictures that are read, at most
 SMALLEST = 2  # pictures of a batch: batch norm wants two
 BATCHES = 8  # that a worker, or the training, should have time for
+ENOUGH = 16  # pictures of a step, at least: of fewer it would be the optimiser that is timed
 STEPS = 4  # on random pixels that there should be time for
 SLOWER = 3  # times its floor: so long a step may take, when its batch is chosen
 NEXT_TO_NOTHING = (
@@ -274,12 +275,17 @@ def _build(cfg: Config, loader: Loader) -> TrainState:
 
 
 def _batch_in_time(state: TrainState, view: View, cfg: Config, seconds: float) -> int:
-    """Pictures of a batch, on a CPU so many that STEPS of it fit into the seconds where each takes SLOWER times its floor."""
+    """Pictures of a batch: on a CPU as many as fit STEPS times into the seconds where a step takes SLOWER times its floor."""
     if state.device.type == "cuda":
         return cfg.batch
-    one = step_cost(state.method, view, dataclasses.replace(cfg, batch=1), state.device)
-    least = sum(bounds.floors(one, bounds.ceilings(state.device, state.dtype)).values())
-    return min(cfg.batch, max(SMALLEST, int(seconds / STEPS / SLOWER / least)))
+    peak = bounds.ceilings(state.device, state.dtype)
+
+    def floor(images: int) -> float:
+        cost = step_cost(state.method, view, dataclasses.replace(cfg, batch=images), state.device)
+        return sum(bounds.floors(cost, peak).values())
+
+    fitting = (seconds / STEPS / SLOWER - floor(1)) / (floor(2) - floor(1))
+    return min(cfg.batch, max(ENOUGH, int(fitting)))
 
 
 def _wrap(state: TrainState, cfg: Config, held: Batch) -> None:
