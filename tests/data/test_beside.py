@@ -15,7 +15,7 @@ from fastrot.data.beton.write import BetonOptions
 from fastrot.data.pack.write import PackOptions
 from fastrot.data.prepare.convert import convert
 from fastrot.data.sources import open as table
-from fastrot.data.sources.records import Record, Source, not_empty
+from fastrot.data.sources.records import Listing, Record, Source, not_empty
 from fastrot.data.tars.write import TarsOptions
 
 # ---- what the newcomer writes: one class, one function, one line in the table ----
@@ -35,7 +35,7 @@ class Coco(Source):
         return {"boxes": {"count": np.array([*map(len, boxes)]), "box": np.concatenate(boxes)}}
 
 
-def coco(root: Path, *, split=None, label_from="folder", by_name=False) -> Source:
+def coco(root: Path, how: Listing) -> Source:
     """`root`: a file as COCO's instances_val2017.json; the pictures lie beside it."""
     told = json.loads(root.read_bytes())
     of = {image["id"]: [] for image in told["images"]}

@@ -11,6 +11,7 @@ opens an archive once.
 
 import dataclasses
 import errno
+import functools
 import os
 import threading
 import zlib
@@ -18,7 +19,7 @@ from array import array
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -33,8 +34,8 @@ from fastrot.data.files import (
     sniff,
     without_waiting,
 )
-from fastrot.data.sources.members import LONGEST_NAME, Member, tar_members, zip_members
-from fastrot.data.sources.records import Source, not_empty
+from fastrot.data.sources.members import LONGEST_NAME, Member
+from fastrot.data.sources.records import Listing, Opened, Source, not_empty
 from fastrot.data.sources.tree import Disk, Entry, tree_source, walk
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
@@ -379,41 +380,18 @@ def _below(folder: str, path: str) -> str | None:
 # ---- the layouts ----
 
 
-def tar_archives(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
-    """Pictures in a tar, or in the tars of a folder; as `image_folder` lists what they unpack to.
+def archives(suffix: str, members: Callable[[Path], Iterator[Member]]) -> Opened:
+    """What opens an archive, or those of a folder that end so, as `image_folder` lists what they unpack to.
 
-    `by_name` changes nothing: first bytes come with the headers.
+    First bytes come with the headers: `by_name` changes nothing.
     """
-    return _tree_of(root, ".tar", tar_members, split, label_from)
-
-
-def zip_archives(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
-    """Pictures in a zip, or in the zips of a folder; as `image_folder` lists what they unpack to.
-
-    `by_name` changes nothing: the first bytes are looked at all the same.
-    """
-    return _tree_of(root, ".zip", zip_members, split, label_from)
+    return functools.partial(_tree_of, suffix, members)
 
 
 def _tree_of(
-    root: Path,
-    suffix: str,
-    members: Callable[[Path], Iterator[Member]],
-    split: str | None,
-    label_from: Literal["folder", "none"],
+    suffix: str, members: Callable[[Path], Iterator[Member]], root: Path, how: Listing
 ) -> Source:
+    split = how.split
     tree, found = Members(), archives_in(root, suffix)
     for path, folder in found.archives:
         if split is None or _meet(folder, split):
@@ -423,7 +401,7 @@ def _tree_of(
     if split is not None:
         tree.enter(split, root)
     others = [path for path in found.others if split is None or path.startswith(f"{split}/")]
-    source = with_places(tree, tree_source(tree, root, label_from))
+    source = with_places(tree, tree_source(tree, root, how))
     source.rejected += [*found.unreadable, *tree.rejected]
     source.seen += len(found.unreadable) + len(tree.rejected) + len(others)
     source.skipped += len(others)

@@ -3,13 +3,12 @@
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from fastrot.config import UsageError
-from fastrot.data.sources.records import InMemory, Record, Source, not_empty
+from fastrot.data.sources.records import InMemory, Listing, Record, Source, not_empty
 
 CIFAR_SPLITS = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 CIFAR_CLASSES = (
@@ -40,29 +39,23 @@ class Cifar10(Source):
         return {**self.__dict__, "_pixels": {}}
 
 
-def cifar10(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
+def cifar10(root: Path, how: Listing) -> Source:
     """CIFAR-10 as its authors hand it out: splits train (also where none is named) and test."""
     inner = root / "cifar-10-batches-py"
     root = inner if inner.is_dir() else root
-    names = CIFAR_SPLITS.get(split or "train")
+    names = CIFAR_SPLITS.get(how.split or "train")
     if names is None:
-        raise UsageError(f"--split {split} is none of CIFAR-10's: {', '.join(CIFAR_SPLITS)}")
+        raise UsageError(f"--split {how.split} is none of CIFAR-10's: {', '.join(CIFAR_SPLITS)}")
     source = Cifar10(root=root, records=[], classes=CIFAR_CLASSES, seen=0)
     for name in names:
         if not (root / name).is_file():
             raise UsageError(f"{root} has no {name}: give the folder cifar-10-batches-py, unpacked")
         source._pixels[name], labels = _cifar_batch(root / name)
         for place, label in enumerate(labels):
-            known = label if label_from == "folder" else -1
+            known = label if how.labelled else -1
             source.records.append(Record(f"{name}/{place:05d}", known))
     source.seen = len(source.records)
-    if label_from == "none":
+    if not how.labelled:
         source.classes = ()
     return not_empty(source, root)
 

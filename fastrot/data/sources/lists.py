@@ -5,11 +5,17 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 from fastrot.config import UsageError
 from fastrot.data.files import look as look_at
-from fastrot.data.sources.records import Record, Source, not_empty, numbered, unless_counted
+from fastrot.data.sources.records import (
+    Listing,
+    Record,
+    Source,
+    not_empty,
+    numbered,
+    unless_counted,
+)
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
@@ -17,26 +23,20 @@ _LABEL = re.compile(r"(\d{1,9}|-1)$")
 _BEGINNING = 2**16  # bytes: an archive or a picture has a zero among them
 
 
-def text_list(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
+def text_list(root: Path, how: Listing) -> Source:
     """Pictures named line by line: `path label`, `path,label` or `path`, relative to the list's folder.
 
     Paths may hold spaces: what stands last is a label if it is a whole number. `numbers` count the lines that
     are not blank, where one of them is rejected.
     """
-    if split is not None:
-        raise UsageError(f"--split {split}: a text list has no splits; give one list for each")
+    if how.split is not None:
+        raise UsageError(f"--split {how.split}: a text list has no splits; give one list for each")
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
     lines = (line.strip() for line in _text(root).split("\n"))  # not at odd separators in names
     named = [_path_and_label(line) for line in lines if line]
     paths = [path for path, _ in named]
-    labels = [label if label_from == "folder" else -1 for _, label in named]
+    labels = [label if how.labelled else -1 for _, label in named]
     classes = numbered(root, labels, lambda i: paths[i])
 
     def look(path: str) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def text_list(
         at = os.path.join(root.parent, path)
         if not os.path.lexists(at):
             return "reject", "there is no such file"
-        kind, reason = look_at(at, by_name=by_name, plain=False)
+        kind, reason = look_at(at, by_name=how.by_name, plain=False)
         return ("reject", "it is no picture") if kind == "skip" else (kind, reason)
 
     blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]

@@ -1,25 +1,25 @@
 """The table of sources, by the names of their layouts: `open_source` is the one door to all of them."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastrot.config import UsageError
-from fastrot.data.sources.archives import tar_archives, zip_archives
+from fastrot.data.sources.archives import archives
 from fastrot.data.sources.cifar10 import cifar10
 from fastrot.data.sources.lists import text_list
+from fastrot.data.sources.members import tar_members, zip_members
 from fastrot.data.sources.parquet import parquet_files
 from fastrot.data.sources.prepared import beton_rows
-from fastrot.data.sources.records import Source
+from fastrot.data.sources.records import Listing, Opened, Source
 from fastrot.data.sources.shards import webdataset
 from fastrot.data.sources.tree import image_folder
 
 
 @dataclass(frozen=True)
 class Kind:
-    open: Callable[..., Source]
+    open: Opened
     wants: str
     patterns: bool = False  # whether --root may stand for many names
 
@@ -29,8 +29,8 @@ KINDS = {
     "list": Kind(text_list, "a text file that names pictures"),
     "cifar10": Kind(cifar10, "the folder cifar-10-batches-py"),
     "beton": Kind(beton_rows, "a .beton file, or the folder of its parts"),
-    "tar": Kind(tar_archives, "a tar, or of a folder of tars"),
-    "zip": Kind(zip_archives, "a zip, or of a folder of zips"),
+    "tar": Kind(archives(".tar", tar_members), "a tar, or of a folder of tars"),
+    "zip": Kind(archives(".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
     "parquet": Kind(parquet_files, "a folder of parquet files with pictures in them"),
 }
@@ -55,4 +55,4 @@ def open_source(
         raise UsageError(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
     if not os.path.exists(root) and not (KINDS[kind].patterns and "{" in str(root)):
         raise UsageError(f"{root} does not exist: give the path of {KINDS[kind].wants}")
-    return KINDS[kind].open(Path(root), split=split, label_from=label_from, by_name=by_name)
+    return KINDS[kind].open(Path(root), Listing(split, label_from == "folder", by_name))

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -26,7 +26,7 @@ from jaxtyping import Int64
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture, too_long
 from fastrot.data.sources.archives import Archive, archives_in, changed, used_only
-from fastrot.data.sources.records import Record, Source, not_empty, numbered
+from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
 from fastrot.data.sources.shards import of_split
 
 ROWS_AT_ONCE = 16  # as many as a worker is given
@@ -144,23 +144,17 @@ def _damaged(path: Path, why: Exception) -> UsageError:
 # ---- listing ----
 
 
-def parquet_files(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
+def parquet_files(root: Path, how: Listing) -> Source:
     """Pictures of a parquet file, or of those in a folder, in the order of names and rows.
 
     `split` chooses the files that have it in their names or folders (train-00000-of-00294.parquet).
-    `label_from="none"`: all labels are -1. `by_name` changes nothing: no picture's bytes are looked at.
+    `not how.labelled`: all labels are -1. No picture's bytes are looked at.
     """
     found = archives_in(root, ".parquet")
-    if root.is_file() and split is not None:
-        raise UsageError(f"--split {split}: {root} is one file; give the folder of all")
+    if root.is_file() and how.split is not None:
+        raise UsageError(f"--split {how.split}: {root} is one file; give the folder of all")
     names = [folder or root.name.removesuffix(".parquet") for _, folder in found.archives]
-    chosen = set(of_split(names, split, root))
+    chosen = set(of_split(names, how.split, root))
     paths, names = zip(
         *((p, n) for (p, _), n in zip(found.archives, names, strict=True) if n in chosen),
         strict=True,
@@ -176,7 +170,7 @@ def parquet_files(
         for group, rows in enumerate(_rows(file, path)):
             places.append(np.full((rows, 3), (number, group, 0), np.int64))
             places[-1][:, 2] = np.arange(rows)
-        if columns.label is not None and label_from == "folder":
+        if columns.label is not None and how.labelled:
             said.append(_labels_said(file, path, columns.label))
         records += [f"{names[number]}/{row}" for row in range(file.metadata.num_rows)]
     labels, classes = _labels(said, columns, root, records)

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture
 from fastrot.data.manifest import UNKNOWN
-from fastrot.data.sources.records import Record, Source
+from fastrot.data.sources.records import Listing, Record, Source
 
 
 class Place(NamedTuple):
@@ -79,18 +79,18 @@ class Places(Source):
         return found
 
 
-def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool) -> BetonRows:
+def beton_rows(root: Path, how: Listing) -> BetonRows:
     """All rows of a `.beton`, ours or FFCV's own, or of a folder of its parts; in that one's order."""
     if root.is_dir() and not (root / "set.json").exists():
         raise UsageError(
             f"{root} is no .beton, nor the parts of one: name what dataprep/to_ffcv.py wrote"
         )
-    if split is not None:
-        raise UsageError(f"--split {split}: a .beton has no splits; name the file of one")
+    if how.split is not None:
+        raise UsageError(f"--split {how.split}: a .beton has no splits; name the file of one")
     from fastrot.data.beton.read import Beton  # which needs torch
 
     data = Beton(root)
-    labels = data.labels.tolist() if label_from == "folder" else [-1] * data.rows
+    labels = data.labels.tolist() if how.labelled else [-1] * data.rows
     records: list[Record] = []
     for row, label in enumerate(labels):
         name = data.name(row)
@@ -98,7 +98,7 @@ def beton_rows(root: Path, *, split: str | None, label_from: str, by_name: bool)
     return BetonRows(
         root=root,
         records=records,
-        classes=data.classes if label_from == "folder" else (),
+        classes=data.classes if how.labelled else (),
         seen=data.rows,
         numbers=data.numbers,
         keys=data.keys,

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt64
@@ -18,6 +18,14 @@ from fastrot.data.files import shown, without_waiting
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
+
+
+class Listing(NamedTuple):
+    """What of a source is to be listed, and how."""
+
+    split: str | None = None  # train, val, ...
+    labelled: bool = True  # False: all labels are -1
+    by_name: bool = False  # a folder's or a list's files are known by their names: none is opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,9 @@ class InMemory(Source):
 
     def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
         return {**super()._of_records(rows), "pictures": [self.pictures[i] for i in rows.tolist()]}
+
+
+Opened: TypeAlias = Callable[[Path, Listing], Source]  # what a line of the table holds
 
 
 def unless_counted(numbers: list[int]) -> Int64[np.ndarray, " n"] | None:

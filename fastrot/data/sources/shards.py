@@ -12,14 +12,14 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fastrot.config import UsageError
 from fastrot.data.sources.archives import Archive, Archives, Members, archives_in, with_places
 from fastrot.data.sources.members import Member, tar_members
-from fastrot.data.sources.records import Record, Source, not_empty, numbered
+from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
 from fastrot.data.sources.tree import tree_source
 
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
@@ -27,27 +27,20 @@ MOST_SHARDS = 2**20  # that a pattern may stand for
 MOST_JSON = 2**22  # bytes of a sample's .json
 
 
-def webdataset(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
+def webdataset(root: Path, how: Listing) -> Source:
     """Pictures of a shard, of the shards in a folder, or of those that a pattern NAME-{000..146}.tar names.
 
-    `split` chooses the shards of a folder that have it in their names. `label_from="none"`: all labels are -1.
-    `by_name` changes nothing: first bytes come with the headers.
+    `split` chooses the shards of a folder that have it in their names. `not how.labelled`: all labels are -1.
     """
     tree, labels = Members(), _Labels()
-    shards, others, unreadable = _shards(root, split)
+    shards, others, unreadable = _shards(root, how.split)
     for shard, folder in shards:
         tree.archives.append(Archive.at(shard))
         for member in tar_members(shard, nested=False):
             path = tree.add(folder, member)
-            if path is not None and member.kind == "file" and label_from == "folder":
+            if path is not None and member.kind == "file" and how.labelled:
                 labels.note(path, member, shard)
-    source = with_places(tree, tree_source(tree, root, "none"))
+    source = with_places(tree, tree_source(tree, root, Listing(labelled=False)))
     source.rejected += [*unreadable, *tree.rejected]
     source.seen += len(unreadable) + len(tree.rejected) + len(others)
     source.skipped += len(others)

@@ -8,31 +8,25 @@ from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastrot.config import UsageError
 from fastrot.data.files import TORCHVISION, hidden, look
-from fastrot.data.sources.records import Record, Source, not_empty, unless_counted
+from fastrot.data.sources.records import Listing, Record, Source, not_empty, unless_counted
 
 OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 
 
-def image_folder(
-    root: Path,
-    *,
-    split: str | None = None,
-    label_from: Literal["folder", "none"] = "folder",
-    by_name: bool = False,
-) -> Source:
+def image_folder(root: Path, how: Listing) -> Source:
     """Pictures of a folder; their class is the folder right below `root`, in the order of names.
 
-    A folder without pictures in folders is flat: labels are -1, as with `label_from="none"`. Symbolic links
+    A folder without pictures in folders is flat: labels are -1, as with `not how.labelled`. Symbolic links
     are followed, each folder is entered once, by its real place first. `numbers` are the indices in
     torchvision's ImageFolder, where these differ from 0 ... n - 1; -1 where it would not list the file.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is a file: give a folder of pictures, or its layout")
-    if split is not None:
+    if (split := how.split) is not None:
         if not (root / split).is_dir():
             names = sorted(e.name for e in os.scandir(root) if e.is_dir())
             more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
@@ -41,7 +35,7 @@ def image_folder(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
         root = root / split
-    return not_empty(tree_source(Disk(str(root)), root, label_from, by_name=by_name), root)
+    return not_empty(tree_source(Disk(str(root)), root, how), root)
 
 
 class Entry(NamedTuple):
@@ -94,13 +88,11 @@ class Disk:
         return look(os.path.join(self.root, path), by_name=by_name, plain=plain)
 
 
-def tree_source(
-    tree: Tree, root: Path, label_from: Literal["folder", "none"], *, by_name: bool = False
-) -> Source:
+def tree_source(tree: Tree, root: Path, how: Listing) -> Source:
     """The pictures of a tree, as `image_folder` says; perhaps none."""
     folders, unreadable, entered_twice = walk(tree)
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        verdicts = list(pool.map(lambda folder: folder.look(tree, by_name), folders))
+        verdicts = list(pool.map(lambda folder: folder.look(tree, how.by_name), folders))
 
     pictures_in_classes = any(
         kind == "picture"
@@ -108,7 +100,7 @@ def tree_source(
         for kind, _ in each
         if folder.top
     )
-    labelled = label_from == "folder" and pictures_in_classes
+    labelled = how.labelled and pictures_in_classes
     paths = [folder.path for folder in folders] + [path for path, _ in unreadable]
     tops = sorted({_top(path) for path in paths if path and not hidden(_top(path))})
     label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
