@@ -213,6 +213,11 @@ class Method(ABC):
         return False
 
     @staticmethod
+    def trunk(cfg: Any) -> str | None:  # *
+        """The run whose trained trunk it stands on: its backbone, crop, mean and std are that run's. None: its own."""
+        return None
+
+    @staticmethod
     def for_inference(cfg: Any) -> Any:  # *
         """The config without what training alone needs: for a net that is asked, not trained."""
         return cfg

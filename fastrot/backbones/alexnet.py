@@ -64,6 +64,7 @@ class AlexNet(Staged):
             if space_to_depth
             else None,
         )
+        self.telling = "conv5"
         for stage in self.children():
             if isinstance(stage, Convolved):
                 stage.fuse = fuse

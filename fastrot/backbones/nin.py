@@ -37,6 +37,7 @@ class Nin(Staged):
             pool = nn.AvgPool2d(3, 2, 1) if pooled else None
             blocks[f"conv{n}"] = _block(wide, (wide, wide, wide), 3, pool)
         super().__init__(blocks, {name: narrow if name == "conv1" else wide for name in blocks})
+        self.telling = "conv2"  # later blocks know rotations better than content
 
 
 def nin(cfg: config.Nin, size: int) -> Nin:

@@ -25,6 +25,7 @@ class Staged(nn.Module):
         self.space_to_depth = space_to_depth
         self.stages = tuple(stages)
         self.channels = dict(channels)
+        self.telling = self.stages[-1]  # whose features say most of a picture's content
         for name, stage in stages.items():
             self.add_module(name, stage)
 

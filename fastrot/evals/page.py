@@ -55,7 +55,8 @@ def draw(
     if images is not None and len(images):
         known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
         rotated_sheet(images, guesses, plots / "turned.png", **known)
-    replace_bytes(run / "index.html", _page(log).encode("utf-8", "replace"))
+    stage = getattr(getattr(net, "trunk", None), "telling", "conv5")
+    replace_bytes(run / "index.html", _page(log, stage).encode("utf-8", "replace"))
     return run / "index.html"
 
 
@@ -283,7 +284,7 @@ def _save(path: Path, figure: "Figure") -> None:
 # ---- the page ----
 
 
-def _page(log: RunLog) -> str:
+def _page(log: RunLog, stage: str) -> str:
     text, plots = html.escape, log.run / "plots"
     state = f"step {log.step:,} · epoch {log.last('epoch') or 0:g}"
     score, say = log.headline.score, log.say
@@ -303,10 +304,6 @@ def _page(log: RunLog) -> str:
     if seconds is not None:
         tiles.append(("Training time", _duration(seconds), "without validation"))
     verdict = log.summary.get("verdict")
-    backbone = log.config.get("backbone")
-    deep = (
-        isinstance(backbone, dict) and backbone.get("type") == "Nin"
-    )  # best before its last blocks
     return PAGE.format(
         name=text(str(log.config.get("preset", log.run.name))),
         state=state if log.summary else f"{state} · still training",
@@ -316,7 +313,7 @@ def _page(log: RunLog) -> str:
         rotated=_picture(plots / "turned.png"),
         run=text(str(log.run)),
         quoted=text(json.dumps(str(log.run), ensure_ascii=False)),
-        stage="conv2" if deep else "conv5",
+        stage=stage,
         config=_table("Configuration", log.config),
         environment=_table("Environment", log.environment),
         footer=text(log.footer),

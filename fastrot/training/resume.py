@@ -1,11 +1,12 @@
 """What a run goes on from: its last checkpoint, and what must agree with it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrot import config, dist, machine
+from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, UsageError
 from fastrot.core import Data
 from fastrot.data.loader import Loader
@@ -58,6 +59,23 @@ def check_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
             f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
             f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
         )
+
+
+def with_trunk(cfg: Config) -> Config:
+    """Where the method stands on another run's trunk: with that run's backbone, crop, mean and std."""
+    source = assemble.METHODS[type(cfg.method)].trunk(cfg.method)
+    if source is None:
+        return cfg
+    theirs = config.from_plain(checkpoint.load(checkpoint.of_run(source))["config"])
+    return dataclasses.replace(
+        cfg,
+        backbone=theirs.backbone,
+        method=dataclasses.replace(cfg.method, crop=theirs.method.crop),
+        image_size=theirs.image_size,
+        mean=theirs.mean,
+        std=theirs.std,
+        statistics="preset",
+    )
 
 
 def check_method(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:

@@ -51,6 +51,7 @@ def train(cfg: Config) -> int:
     if (threads := choose_threads(cfg.threads, here, device)) is not None:
         torch.set_num_threads(threads)
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    cfg = resume.with_trunk(cfg)
     check_fast_forms(cfg, here, device)
     runs = runs_of(cfg)
     for folder, _ in runs:
@@ -179,8 +180,8 @@ def _built(
     identity |= {"method": state.method.resume_contract(), "classes": info.classes}
     if saved is not None:
         resume.check_method(saved["run_identity"], identity, folder)
-    elif cfg.start_from is not None:
-        resume.start_from(state.method.net, cfg.start_from)
+    elif source := cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method):
+        resume.start_from(state.method.net, source)
     timer = StepTimer(device)
     return Session(cfg, folder, saved, begun, loader, val_loader, state, identity, timer)
 

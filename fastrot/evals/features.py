@@ -1,0 +1,58 @@
+"""Features of all pictures of a view by row, from all ranks: what evaluations of a trained trunk read."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrot import dist
+from fastrot.data.loader import Loader
+from fastrot.evals.trained import Trunk
+from fastrot.ops.rotate import rotated_views
+
+BLOCK = 2**14  # rows that ranks exchange at once
+
+
+@torch.no_grad()
+def features(
+    trunk: Trunk,
+    loader: Loader,
+    stages: Sequence[str],
+    pool: int | None = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Float[Tensor, "n d"]]:
+    """What each stage gives for the n pictures of the loader's view, in the view's order, on every rank's host.
+
+    loader  of a view in data order (`assemble.evaluation_view`); each rank asks about its own share
+    pool    side that maps are averaged to, d = channels pool^2; None: whole maps, d = channels h w
+    dtype   float32, or float16 for half the memory
+
+    A picture that cannot be read, where the loader skips it, has zeros. Called on all ranks.
+    """
+    found: dict[str, Tensor] = {}
+    place = torch.arange(loader.data.rows)
+    if loader.rows is not None:
+        place[torch.from_numpy(loader.rows)] = torch.arange(loader.images)
+    for batch in loader.epoch(0):
+        views = rotated_views(batch.images, (0,), trunk.mean, trunk.std, dtype=torch.float32)
+        for stage, each in zip(stages, trunk.net.outputs(views, stages), strict=True):
+            if each.ndim == 4 and pool is not None:
+                each = F.adaptive_avg_pool2d(each, pool)
+            flat = each.flatten(1).to("cpu", dtype)
+            if stage not in found:
+                found[stage] = torch.zeros(loader.images, flat.shape[1], dtype=dtype)
+            found[stage][place[batch.index.cpu()]] = flat
+    return {stage: _of_all_ranks(found.get(stage), loader.images, dtype) for stage in stages}
+
+
+def _of_all_ranks(mine: Tensor | None, images: int, dtype: torch.dtype) -> Tensor:
+    """The rows of all ranks, whose shares do not overlap: each number is exact. None: this rank's share is empty."""
+    width = max(dist.everyones(0 if mine is None else mine.shape[1]))
+    whole = torch.zeros(images, width, dtype=dtype) if mine is None else mine
+    if dist.world() > 1:
+        for part in whole.split(BLOCK):
+            part.copy_(dist.sum_over_ranks(part.float()))
+    return whole
