@@ -165,9 +165,9 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     state.method.views = marks.behind("views", state.method.views)
     state.net = marks.behind("forward", state.net)
     if isinstance(state.method, DecouplingMethod):
-        method: Any = state.method
-        terms = marks.behind("nce", method._instance_terms)
-        method._instance_terms = lambda *args: (marks("losses"), terms(*args))[1]
+        contrast: Any = state.method.contrast
+        loss = marks.behind("nce", contrast.loss)
+        contrast.loss = lambda *args: (marks("losses"), loss(*args))[1]
     state.method.losses = marks.behind("losses", state.method.losses)
     state.optimizer.register_step_pre_hook(lambda *_: marks("backward"))
     state.optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
@@ -179,20 +179,20 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
 def without_bank(trained: Trained) -> Iterator[None]:
     """Steps of the same network that neither contrast with the bank nor write it: its head gets a trivial gradient."""
 
-    def terms(embedding: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return {"loss_nce": embedding.mean()}, {}
+    def loss(embedding: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return embedding.mean(dim=1), {}
 
     def nothing(outputs: Any, batch: Batch, losses: Losses) -> None:
         pass
 
     method: Any = trained.state.method
-    kept = method._instance_terms, method.after_step, trained.state.meter
-    method._instance_terms, method.after_step = terms, nothing
+    kept = method.contrast.loss, method.after_step, trained.state.meter
+    method.contrast.loss, method.after_step = loss, nothing
     trained.state.meter = Meter()  # of fewer numbers
     try:
         yield
     finally:
-        method._instance_terms, method.after_step, trained.state.meter = kept
+        method.contrast.loss, method.after_step, trained.state.meter = kept
 
 
 # ---- rows ----
