@@ -25,7 +25,7 @@ from PIL import Image
 from truth import DATA, photo
 
 from fastrot.data.beton.read import Beton
-from fastrot.data.files import SUFFIXES
+from fastrot.data.files import MOST_BYTES, SUFFIXES
 from fastrot.data.sources.cifar10 import CIFAR_SPLITS
 
 CHECKOUT = Path(__file__).parents[2]
@@ -240,7 +240,7 @@ def test_bombs_are_rejected_unread(tmp_path):
         with open(root / "a" / "long.jpg", "wb") as file:
             file.write(JPEG)
             if name == "bombs":
-                file.truncate(files.MOST_BYTES + 1)  # zeros that take no room
+                file.truncate(MOST_BYTES + 1)  # zeros that take no room
         args = ["--source", "imagefolder", "--root", root, "--out", tmp_path / f"{name}.beton"]
         told.append(told_by(PEAK, CHECKOUT / "dataprep", *args, "--workers", 0))
     (plain, least), (status, most) = told

@@ -374,7 +374,7 @@ def test_a_damaged_folder_is_refused(copied, harm, words):
 
 def test_a_flipped_bit_is_named_and_can_be_skipped(copied):
     data = Tars(copied)
-    first = int(data._index[9]["first"])
+    first = int(data._start[9])
     flipped("00001.tar", first + 300)(copied)
     sentence = rf"row 9 of .*00001\.tar \({data.name(9)}\) is damaged, its checksum does not agree"
     with pytest.raises(DamagedRecord, match=sentence):
@@ -408,7 +408,7 @@ def test_more_shards_than_open_files_are_allowed(odd, tmp_path):
     try:
         held = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (held + 8, before[1]))
-        assert len(Tars(tmp_path / "many")._shards) > 16
+        assert len(Tars(tmp_path / "many")._files) > 16
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -422,13 +422,13 @@ def test_opening_many_shards_looks_at_each_row_once(copied, monkeypatch):
             looked.append(len(self))
             return super().__eq__(other)
 
-    data._index = data._index.view(Counted)
+    data._which = data._which.view(Counted)
     data._compare()
-    assert sum(looked) <= len(data._index)
+    assert sum(looked) <= data.rows
 
 
 def test_rows_out_of_the_order_of_shards_are_refused(copied):
     data = Tars(copied)
-    data._index = data._index[::-1].copy()
+    data._which = data._which[::-1].copy()
     with pytest.raises(UsageError, match="not in the order of the shards"):
         data._compare()
