@@ -137,7 +137,7 @@ def test_ranks_ask_each_other_equally_often_whatever_is_skipped(sound, pictures,
     class Few(Loader):
         """A loader of three batches, of which some cannot be read."""
 
-        shared = 3  # type: ignore[assignment]
+        min_batches = 3  # type: ignore[assignment]
 
         def __init__(self, loader):
             self.loader = loader

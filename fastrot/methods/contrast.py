@@ -5,7 +5,7 @@ Z.       NCE's constant, from the first batch of all ranks; it stays, or follows
          Z / population, the mean of exp(s / T), which does not depend on how many rows a rank holds.
 """
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,34 +19,14 @@ from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
 EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 
 
-@runtime_checkable
-class Knobs(Protocol):
-    """What a method's config says of its bank; meanings and papers stand there (config.Decoupling)."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def negatives(self) -> int: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def bank_momentum(self) -> float: ...
-    @property
-    def contrast(self) -> Literal["nce", "infonce"]: ...
-    @property
-    def z(self) -> Literal["frozen", "ema"]: ...
-    @property
-    def exclude_self(self) -> bool: ...
-    @property
-    def bank(self) -> Literal["replicated", "sharded"]: ...
-    @property
-    def bank_dtype(self) -> Literal["fp32", "bf16"]: ...
-
-
 class Contrast:
-    """A bank, and what is asked of it. `wants_z`: whether NCE's constant is; else no loss is, or InfoNCE's."""
+    """A bank, and what is asked of it.
 
-    def __init__(self, cfg: Knobs, info: DataInfo, *, wants_z: bool | None = None):
+    cfg      a method's config, whose knobs of the bank are called as config.Decoupling's
+    wants_z  whether NCE's constant is asked for: not where the loss is InfoNCE's, or none
+    """
+
+    def __init__(self, cfg: Any, info: DataInfo, *, wants_z: bool | None = None):
         self.cfg, self.info = cfg, info
         self.wants_z = cfg.contrast == "nce" if wants_z is None else wants_z
         self.bank = Bank(
