@@ -28,7 +28,6 @@ from fastrot.config import UsageError
 from fastrot.data.files import (
     SUFFIXES,
     BadPicture,
-    hidden,
     judged,
     shown,
     sniff,
@@ -36,7 +35,7 @@ from fastrot.data.files import (
 )
 from fastrot.data.sources.members import LONGEST_NAME, Member
 from fastrot.data.sources.records import Listing, Opened, Source, not_empty
-from fastrot.data.sources.tree import Disk, Entry, tree_source, walk
+from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, archives_in, tree_source
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
     [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
@@ -313,7 +312,7 @@ class Members:
             return "skip", ""
         if named or self._sniffed[number]:
             return self._named[number]
-        if path.lower().endswith((".tar", ".zip", *_COMPRESSED_TARS)):
+        if path.lower().endswith((".tar", ".zip", *COMPRESSED_TARS)):
             return "reject", "it is an archive in an archive, which is not entered: unpack that"
         return "skip", ""
 
@@ -406,45 +405,6 @@ def _tree_of(
     source.seen += len(found.unreadable) + len(tree.rejected) + len(others)
     source.skipped += len(others)
     return not_empty(source, root)
-
-
-class Found(NamedTuple):
-    """The archives at a path."""
-
-    archives: list[tuple[Path, str]]  # and the folder that each would be unpacked into
-    others: list[str]  # files beside them
-    unreadable: list[tuple[str, str]]  # folders, and why
-
-
-def archives_in(root: Path, suffix: str) -> Found:
-    """A file, whatever its name; or all files of a folder, and of those in it, that are so named."""
-    if root.is_file():
-        return Found([(root, "")], [], [])
-    folders, unreadable, _ = walk(Disk(str(root)))
-    found = Found([], [], unreadable)
-    for folder in folders:
-        for name, _ in folder.files:
-            path, lower = folder.inside(name), name.lower()
-            if folder.hidden or hidden(name) or not os.path.isfile(root / path):
-                found.others.append(path)
-            elif lower.endswith(suffix):
-                found.archives.append((root / path, path[: -len(suffix)]))
-            elif suffix == ".tar" and lower.endswith(_COMPRESSED_TARS):
-                raise UsageError(
-                    f"{root / path} is compressed, so that its pictures cannot be reached one by one: "
-                    "decompress it to a .tar first, or move it away"
-                )
-            else:
-                found.others.append(path)
-    if not found.archives:
-        raise UsageError(f"{root} holds no file named *{suffix}: look at the path, or at --source")
-    return found
-
-
-_COMPRESSED_TARS = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
-    *(".tar.zst", ".tzst", ".tar.lz4", ".tar.lzma", ".tar.z"),
-)
 
 
 def _meet(folder: str, split: str) -> bool:

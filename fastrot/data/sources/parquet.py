@@ -25,9 +25,10 @@ from jaxtyping import Int64
 
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture, too_long
-from fastrot.data.sources.archives import Archive, archives_in, changed, used_only
+from fastrot.data.sources.archives import Archive, changed, used_only
 from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
 from fastrot.data.sources.shards import of_split
+from fastrot.data.sources.tree import archives_in
 
 ROWS_AT_ONCE = 16  # as many as a worker is given
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")

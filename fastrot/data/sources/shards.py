@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.sources.archives import Archive, Archives, Members, archives_in, with_places
+from fastrot.data.sources.archives import Archive, Archives, Members, with_places
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
-from fastrot.data.sources.tree import tree_source
+from fastrot.data.sources.tree import archives_in, tree_source
 
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
 MOST_SHARDS = 2**20  # that a pattern may stand for

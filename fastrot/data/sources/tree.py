@@ -193,3 +193,45 @@ def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
             folders.append(folder)
     folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
     return folders, unreadable, entered_twice
+
+
+# ---- archives in a folder ----
+
+
+class Found(NamedTuple):
+    """The archives at a path."""
+
+    archives: list[tuple[Path, str]]  # and the folder that each would be unpacked into
+    others: list[str]  # files beside them
+    unreadable: list[tuple[str, str]]  # folders, and why
+
+
+def archives_in(root: Path, suffix: str) -> Found:
+    """A file, whatever its name; or all files of a folder, and of those in it, that are so named."""
+    if root.is_file():
+        return Found([(root, "")], [], [])
+    folders, unreadable, _ = walk(Disk(str(root)))
+    found = Found([], [], unreadable)
+    for folder in folders:
+        for name, _ in folder.files:
+            path, lower = folder.inside(name), name.lower()
+            if folder.hidden or hidden(name) or not os.path.isfile(root / path):
+                found.others.append(path)
+            elif lower.endswith(suffix):
+                found.archives.append((root / path, path[: -len(suffix)]))
+            elif suffix == ".tar" and lower.endswith(COMPRESSED_TARS):
+                raise UsageError(
+                    f"{root / path} is compressed, so that its pictures cannot be reached one by one: "
+                    "decompress it to a .tar first, or move it away"
+                )
+            else:
+                found.others.append(path)
+    if not found.archives:
+        raise UsageError(f"{root} holds no file named *{suffix}: look at the path, or at --source")
+    return found
+
+
+COMPRESSED_TARS = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.lz4", ".tar.lzma", ".tar.z"),
+)
