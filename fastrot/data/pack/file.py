@@ -3,11 +3,12 @@
 The pictures' array is checked by `check`, or 64 MB at a time where something in them is first asked for.
 """
 
+import contextlib
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class PackFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.meta = _meta(self.path)
+        self.meta = self._read_meta()
         self.encoding: layout.Encoding = self.meta["encoding"]
         self.rows = int(self.meta["rows"])
         self._checksums: dict[str, list[int]] = self.meta["checksums"]
@@ -94,18 +95,16 @@ class PackFile:
         width, at = WIDTH[self.encoding], self._offset
         begin = (at + width * self.first[rows]) // BLOCK
         end = (at + width * self.first[rows + 1] - 1) // BLOCK
-        blocks = np.unique(
-            np.concatenate([np.arange(a, b + 1) for a, b in zip(begin, end, strict=True)])
-        )
+        each = [np.arange(a, b + 1) for a, b in zip(begin, end, strict=True)]
+        blocks = np.unique(np.concatenate(each))
         if not self._read[blocks].all():
             with self._checking:  # else every thread would read the block that all want first
                 unread = blocks[~self._read[blocks]].tolist()
                 with ThreadPoolExecutor(threads) as pool:
-                    self._whole[unread] = [*pool.map(self._agrees, repeat(self.array), unread)]
+                    self._whole[unread] = [*pool.map(partial(self._agrees, self.array), unread)]
                 self._read[unread] = True
-        damaged = blocks[~self._whole[blocks]]
         found = {}
-        for block in damaged[::-1].tolist():  # the first one is told
+        for block in blocks[~self._whole[blocks]][::-1].tolist():  # the first one is told
             for place in np.flatnonzero((begin <= block) & (block <= end)).tolist():
                 row = int(rows[place])
                 found[place] = (
@@ -119,24 +118,21 @@ class PackFile:
         """Where the picture came from, if paths.jsonl tells."""
         return self._paths.of(row)
 
-    def check(self, name: str | None = None, threads: int | None = None) -> None:
+    def check(self, name: str | None = None) -> None:
         """Read a whole array (None: the pictures') and compare its checksums.
 
-        Raises UsageError, which names the first damaged stretch. `threads`: None: all cores.
+        Raises UsageError, which names the first damaged stretch.
         """
         name = name or self.array
-        for block in self.damaged(name, threads):
-            what = f"{self.path / name} is damaged"
-            raise UsageError(
-                f"{what}: the checksum of {self._where(name, block)} differs; {_AGAIN}"
-            )
+        for block in self.damaged(name):
+            where = f"the checksum of {self._where(name, block)} differs"
+            raise UsageError(f"{self.path / name} is damaged: {where}; {_AGAIN}")
 
-    def damaged(self, name: str, threads: int | None = None) -> Iterator[int]:
-        """The blocks of 64 MB of an array whose checksums differ, in order, by `threads` (None: all cores)."""
+    def damaged(self, name: str) -> Iterator[int]:
+        """The blocks of 64 MB of an array whose checksums differ, in order, by all cores."""
         count = len(self._checksums[name])
-        with ThreadPoolExecutor(min(count, threads or cores())) as pool:
-            right = pool.map(self._agrees, repeat(name), range(count))
-            for block, fine in enumerate(right):
+        with ThreadPoolExecutor(min(count, cores())) as pool:
+            for block, fine in enumerate(pool.map(partial(self._agrees, name), range(count))):
                 if name == self.array:
                     self._whole[block], self._read[block] = fine, True
                 if not fine:
@@ -152,28 +148,56 @@ class PackFile:
 
     # ---- inside ----
 
+    def _read_meta(self) -> dict[str, Any]:
+        """What meta.json says, checked."""
+        file = self.path / META
+        if not self.path.is_dir():
+            raise UsageError(
+                f"{self.path} is no pack: name the folder NAME.pack (dataprep/to_pack.py writes one)"
+            )
+        with _readable(file, f"{self.path} is no whole pack, since it has no {META}"):
+            document = file.read_bytes()
+        try:
+            meta = unsealed(document)
+            if b'\n "crc": ' not in document:
+                raise ValueError("it has no checksum of its own")
+        except ValueError as error:
+            raise UsageError(
+                f"{file} has changed since it was written ({error}): {_AGAIN}"
+            ) from None
+        if meta.get("format") != "pack":
+            raise UsageError(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
+        if meta.get("version") != VERSION:
+            raise UsageError(
+                f"{self.path} is a pack of version {meta.get('version')}, and this program reads version "
+                f"{VERSION}: prepare it again with dataprep/to_pack.py"
+            )
+        usable = {name: isinstance(meta.get(name), kind) for name, kind in _WANTED.items()}
+        usable["encoding"] = meta.get("encoding") in BODY
+        for name, fits in usable.items():
+            if not fits:
+                raise UsageError(f"{file} has no usable {name!r}: prepare the pack again")
+        if missing := layout.arrays(meta["encoding"]).keys() - meta["checksums"].keys():
+            raise UsageError(f"{file} has no checksums of {min(missing)}: prepare the pack again")
+        return meta
+
     def _opened(self, name: str) -> np.ndarray:
-        """An array, mapped, of the shape and length that meta.json asks for. Raises UsageError."""
+        """An array, mapped, of the shape and length that meta.json asks for."""
         file = self.path / name
         dtype, width = layout.arrays(self.encoding)[name]
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        with _readable(file, f"{file} is missing"):
+            try:
+                array = np.load(file, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError):
+                raise UsageError(f"{file} is cut short or damaged: {_AGAIN}") from None
             size = file.stat().st_size
-        except FileNotFoundError:
-            raise UsageError(f"{file} is missing: copy it too, or prepare the pack again") from None
-        except (ValueError, EOFError):
-            raise UsageError(f"{file} is cut short or damaged: {_AGAIN}") from None
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
         if size != array.offset + array.nbytes or -(-size // BLOCK) != len(self._checksums[name]):
             raise UsageError(f"{file} has {size:,} bytes, which is not what was written: {_AGAIN}")
         length = {self.array: self.meta[LENGTH[self.encoding]], "first.npy": self.rows + 1}
         shape = (length.get(name, self.rows), *([] if width is None else [width]))
         if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
-            raise UsageError(
-                f"{file} is {array.dtype} {list(array.shape)}, and meta.json wants {dtype} "
-                f"{list(shape)}: {_AGAIN}"
-            )
+            found, wanted = f"{array.dtype} {list(array.shape)}", f"{dtype} {list(shape)}"
+            raise UsageError(f"{file} is {found}, and meta.json wants {wanted}: {_AGAIN}")
         if name == self.array:
             self._offset = array.offset
             self.map = array._mmap  # it begins with the file: the header is shorter than a page
@@ -181,28 +205,23 @@ class PackFile:
 
     def _agree(self) -> None:
         """Raises UsageError where the arrays are each whole, but not of one pack."""
-        wanted = layout.firsts(self.sizes, self.encoding)
+        wanted, why = layout.firsts(self.sizes, self.encoding), None
         if (self.sizes < 1).any() or not np.array_equal(self.first, wanted):
-            raise UsageError(
-                f"{self.path} is damaged: first.npy and sizes.npy do not agree; {_AGAIN}"
-            )
-        if wanted[-1] != len(self.tiles):
-            raise UsageError(
-                f"{self.path} is damaged: its pictures do not fill the array; {_AGAIN}"
-            )
-        if order_fingerprint(self.keys, self.labels) != self.fingerprint:
-            raise UsageError(
-                f"{self.path} is damaged: its keys and labels are not its own; {_AGAIN}"
-            )
+            why = "first.npy and sizes.npy do not agree"
+        elif wanted[-1] != len(self.tiles):
+            why = "its pictures do not fill the array"
+        elif order_fingerprint(self.keys, self.labels) != self.fingerprint:
+            why = "its keys and labels are not its own"
+        if why:
+            raise UsageError(f"{self.path} is damaged: {why}; {_AGAIN}")
 
     def _agrees(self, name: str, block: int) -> bool:
         """Whether 64 MB of a file have their checksum."""
-        crc = 0
+        crc, piece = 0, min(BLOCK, 2**20)
         with open(self.path / name, "rb") as file:
             file.seek(block * BLOCK)
-            left = BLOCK
-            while left and (data := file.read(min(left, 2**20))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
+            for _ in range(BLOCK // piece):
+                crc = zlib.crc32(file.read(piece), crc)
         return crc == self._checksums[name][block]
 
     def _where(self, name: str, block: int) -> str:
@@ -211,49 +230,23 @@ class PackFile:
         return f"bytes {block * BLOCK:,} to " + ("the end" if last else f"{(block + 1) * BLOCK:,}")
 
 
-_WANTED: dict[str, Callable[[Any], bool]] = {  # of meta.json, to be read at all
-    "rows": lambda v: type(v) is int and v > 0,
-    "encoding": lambda v: v in BODY,
-    "classes": lambda v: isinstance(v, list),
-    "mean": lambda v: isinstance(v, list) and len(v) == 3,
-    "std": lambda v: isinstance(v, list) and len(v) == 3,
-    "fingerprint": lambda v: isinstance(v, str),
-    "numbers": lambda v: v is None or isinstance(v, list),
-    "checksums": lambda v: isinstance(v, dict),
+_WANTED = {  # of meta.json, to be read at all
+    "rows": int,
+    "classes": list,
+    "mean": list,
+    "std": list,
+    "fingerprint": str,
+    "numbers": list | None,
+    "checksums": dict,
 }
 
 
-def _meta(path: Path) -> dict[str, Any]:
-    """What meta.json says, checked. Raises UsageError."""
-    file = path / META
-    if not path.is_dir():
-        raise UsageError(
-            f"{path} is no pack: name the folder NAME.pack (dataprep/to_pack.py writes one)"
-        )
+@contextlib.contextmanager
+def _readable(file: Path, missing: str) -> Iterator[None]:
+    """What the system refuses in here is a UsageError; `missing`: what to say where there is no file."""
     try:
-        document = file.read_bytes()
+        yield
     except FileNotFoundError:
-        raise UsageError(
-            f"{path} is no whole pack, since it has no {META}: copy it too, or prepare the pack again"
-        ) from None
+        raise UsageError(f"{missing}: copy it too, or prepare the pack again") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
-    try:
-        facts = unsealed(document)
-        if b'\n "crc": ' not in document:
-            raise ValueError("it has no checksum of its own")
-    except ValueError as error:
-        raise UsageError(f"{file} has changed since it was written ({error}): {_AGAIN}") from None
-    if facts.get("format") != "pack":
-        raise UsageError(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
-    if facts.get("version") != VERSION:
-        raise UsageError(
-            f"{path} is a pack of version {facts.get('version')}, and this program reads version "
-            f"{VERSION}: prepare it again with dataprep/to_pack.py"
-        )
-    for name, fits in _WANTED.items():
-        if not fits(facts.get(name)):
-            raise UsageError(f"{file} has no usable {name!r}: prepare the pack again")
-    if missing := layout.arrays(facts["encoding"]).keys() - facts["checksums"].keys():
-        raise UsageError(f"{file} has no checksums of {min(missing)}: prepare the pack again")
-    return facts

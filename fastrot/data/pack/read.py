@@ -107,10 +107,8 @@ class Pack(Data):
     def _bytes(self, rows: Int64[np.ndarray, " n"] | None) -> int:
         if rows is None:
             return self.file.tiles.nbytes
-        return (
-            int((self.file.first[rows + 1] - self.file.first[rows]).sum())
-            * self.file.tiles.shape[1]
-        )
+        first, width = self.file.first, self.file.tiles.shape[1]
+        return int((first[rows + 1] - first[rows]).sum()) * width
 
     def describe(self) -> list[str]:
         """Where the pictures are, and what decodes them."""
@@ -177,9 +175,8 @@ def choose(
     """Where `wanted` bytes go, with so many of the GPU's free. Raises UsageError where they do not fit as asked."""
     if asked == "resident" and wanted > free:
         raise UsageError(
-            f"--placement resident wants {wanted / GB:.1f} GB of GPU memory for {path}, "
-            f"{(wanted - free) / GB:.1f} GB more than are free: choose --placement pinned, which keeps it "
-            "in host memory"
+            f"--placement resident wants {wanted / GB:.1f} GB of GPU memory for {path}, {(wanted - free) / GB:.1f} GB "
+            "more than are free: choose --placement pinned, which keeps it in host memory"
         )
     if asked != "auto":
         return asked
@@ -208,22 +205,19 @@ class _Resident:
     """
 
     def __init__(self, file: PackFile, rows: Int64[np.ndarray, " n"] | None, device: torch.device):
-        self.device = device
-        self.index = None
-        sizes = file.sizes
+        self.device, self.index, sizes = device, None, file.sizes
         if rows is not None:
             rows = np.unique(rows)
             self.index = np.full(file.rows, -1, np.int64)
             self.index[rows] = np.arange(len(rows))
-            sizes = file.sizes[rows]
+            sizes = sizes[rows]
         first = layout.firsts(sizes, file.encoding)
         tiles = torch.empty(int(first[-1]), WIDTH[file.encoding], dtype=torch.uint8, device=device)
         at = 0
         for piece in _pieces(file, rows):
             tiles[at : at + len(piece)].copy_(_tensor(piece))
             at += len(piece)
-        small = (torch.from_numpy(np.array(each)).to(device) for each in (first, sizes))
-        self.pack = PackTensors(tiles, *small)
+        self.pack = PackTensors(tiles, *(_sent(each, device) for each in (first, sizes)))
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # once: another stream will read it
 
@@ -234,7 +228,7 @@ class _Resident:
     def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Pending:
         rows, at = request.rows, self.index
         boxes = rows if at is None else [_with_index(each, at[each[:, 0]]) for each in rows]
-        return Pending(lambda: _unpacked(self.pack, boxes, request.sizes, self.device))
+        return Pending(lambda: _unpacked(self.pack, boxes, request.sizes))
 
 
 class _Pinned:
@@ -260,7 +254,7 @@ class _Pinned:
         sizes = np.stack([ends - tops, widths], axis=1).astype(np.int32)
         start = file.first[index] + tops // edge * across
         first = layout.firsts(sizes, file.encoding)
-        pins, shape = self.device.type == "cuda", (int(first[-1]), file.tiles.shape[1])
+        shape, pins = (first[-1], file.tiles.shape[1]), self.device.type == "cuda"
         tiles = torch.empty(shape, dtype=torch.uint8, pin_memory=pins)
         into = tiles.numpy()
 
@@ -279,7 +273,7 @@ class _Pinned:
                 wait()
             small = (_sent(each, self.device) for each in (first, sizes))
             pack = PackTensors(tiles.to(self.device, non_blocking=True), *small)
-            return _unpacked(pack, boxes, request.sizes, self.device)
+            return _unpacked(pack, boxes, request.sizes)
 
         return Pending(result)
 
@@ -291,14 +285,11 @@ def _with_index(
     return np.concatenate([index[:, None], rows[:, 1:]], axis=1)
 
 
-def _unpacked(
-    pack: PackTensors,
-    boxes: Iterable[Int64[np.ndarray, "b 6"]],
-    sizes: tuple[int, ...],
-    device: torch.device,
-) -> Decoded:
-    pairs = zip(boxes, sizes, strict=True)
-    return Decoded(tuple(unpack_crops(pack, _sent(rows, device), size) for rows, size in pairs), [])
+def _unpacked(pack: PackTensors, boxes: Iterable[np.ndarray], sizes: tuple[int, ...]) -> Decoded:
+    """The crops in `boxes`, each int64 [b, 6] by numbers in `pack`, where that is."""
+    each = zip(boxes, sizes, strict=True)
+    device = pack.tiles.device
+    return Decoded(tuple(unpack_crops(pack, _sent(rows, device), size) for rows, size in each), [])
 
 
 def _sent(array: np.ndarray, device: torch.device) -> Tensor:
