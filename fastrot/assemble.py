@@ -3,11 +3,11 @@
 A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,12 @@ from fastrot.backbones.staged import Staged
 from fastrot.config import Config, UsageError
 from fastrot.core import Data, DataInfo, Method, View
 from fastrot.data import crops
+from fastrot.data.beton.read import Beton
+from fastrot.data.folder import Folder
 from fastrot.data.loader import Loader
+from fastrot.data.pack.read import Pack
+from fastrot.data.synthetic import IMAGES, Synthetic
+from fastrot.data.tars.read import Tars
 from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
 from fastrot.methods.rotnet import RotNet
@@ -46,6 +51,14 @@ def method(cfg: Config, info: DataInfo) -> Method:
 # ---- data ----
 
 
+class Format(NamedTuple):
+    """A form of prepared pictures."""
+
+    wants: str  # what --data must name
+    holds: Callable[[Path], bool]  # whether a path looks like it, by itself
+    open: Callable[[Path], Data]
+
+
 def open_data(
     path: str | Path,
     loader: str = "auto",
@@ -58,71 +71,46 @@ def open_data(
     The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/read.py. Raises
     UsageError, naming `knob`, for what is no known format.
     """
-    name, path = str(path), Path(path)
-    if name.split(":")[0] == "synthetic":
-        return _synthetic(name, loader, knob)
+    named, path = f"{knob} {path}", Path(path)
+    if str(path).split(":")[0] == "synthetic":
+        made = _synthetic(str(path), knob)
+        return _through_dali(made, named) if loader == "dali" else made
     if not path.exists():
         raise UsageError(
-            f"{knob} {path} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
+            f"{named} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
     if loader == "dali":
-        return _through_dali(open_data(path, knob=knob, placement=placement), f"{knob} {path}")
-    held = format_of(path)
-    kind = held if loader == "auto" else loader
-    placed = kind in FORMATS and FORMATS[kind].placed
-    if placement != "auto" and knob == "--data" and not placed:
+        return _through_dali(open_data(path, knob=knob, placement=placement), named)
+    kind = format_of(path) if loader == "auto" else loader
+    if placement != "auto" and knob == "--data" and kind != "pack":
         raise UsageError(
-            f"--placement {placement} is for a .pack, and --data {path} is none: leave it out"
+            f"--placement {placement} is for a .pack, and {named} is none: leave it out"
         )
-    if kind in FORMATS and FORMATS[kind].fits(path):
-        return FORMATS[kind].open(path, placement)
-    if kind == "ffcv" and path.is_file():
-        return _through_ffcv(path)
+    if kind in ("beton", "ffcv") and path.is_file():  # whatever its suffix
+        return Beton(path) if kind == "beton" else _through_ffcv(path)
+    if kind in FORMATS and FORMATS[kind].holds(path):
+        return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if path.suffix in ARCHIVES:
         raise UsageError(
-            f"{knob} {path} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
+            f"{named} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
             f"with --source {ARCHIVES[path.suffix]} --root {path}"
         )
-    wanted = "beton" if loader == "ffcv" else loader
-    wants = FORMATS[wanted].wants if wanted in FORMATS else "a known format"
+    wanted = FORMATS.get("beton" if loader == "ffcv" else loader)
     raise UsageError(
-        f"{knob} {path} is not {wants}: name a .beton file (dataprep/to_ffcv.py writes one), a .pack "
-        "(dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
+        f"{named} is not {wanted.wants if wanted else 'a known format'}: name a .beton file (dataprep/to_ffcv.py "
+        "writes one), a .pack (dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or "
+        "synthetic"
     )
 
 
-def _synthetic(name: str, loader: str, knob: str) -> Data:
-    from fastrot.data.synthetic import IMAGES, Synthetic
-
-    if loader == "dali":
-        raise UsageError(_NOT_FOR_DALI.format(f"{knob} {name}"))
+def _synthetic(name: str, knob: str) -> Data:
     count = name.partition(":")[2] or str(IMAGES)
     if not count.isdigit() or int(count) < 1:
         raise UsageError(f"{knob} got {name!r}: it wants synthetic, or synthetic:IMAGES")
     return Synthetic(int(count))
 
 
-def _beton(path: Path, _: config.Placement) -> Data:
-    from fastrot.data.beton.read import Beton
-
-    return Beton(path)
-
-
-def _tars(path: Path, _: config.Placement) -> Data:
-    from fastrot.data.tars.read import Tars
-
-    return Tars(path)
-
-
-def _pack(path: Path, placement: config.Placement) -> Data:
-    from fastrot.data.pack.read import Pack
-
-    return Pack(path, placement)
-
-
-def _folder(path: Path, _: config.Placement) -> Data:
-    from fastrot.data.folder import Folder
-
+def _folder(path: Path) -> Data:
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
         raise UsageError(
             f"{path} holds tars without an index of ours: dataprep/to_dali.py --source webdataset --root {path} "
@@ -131,22 +119,18 @@ def _folder(path: Path, _: config.Placement) -> Data:
     return Folder(path)
 
 
-def _holds_parts(folder: Path) -> bool:
-    """Whether dataprep/to_ffcv.py --keep-parts made, or is making, this folder."""
-    named = folder.name.endswith((".beton.set", ".beton.parts"))
-    return folder.is_dir() and (named or (folder / "set.json").exists())
-
-
 def _holds_beton(path: Path) -> bool:
-    return _holds_parts(path) or (path.suffix == ".beton" and path.is_file())
+    """A file, or the folder that dataprep/to_ffcv.py --keep-parts made, or is making."""
+    if not path.is_dir():
+        return path.suffix == ".beton"
+    return path.name.endswith((".beton.set", ".beton.parts")) or (path / "set.json").exists()
 
 
 def _holds_pack(folder: Path) -> bool:
     """Whether dataprep/to_pack.py made, or is making, this folder."""
-    named = folder.suffix == ".pack"  # many a folder of pictures has a meta.json of its own
-    return folder.is_dir() and (
-        named or all((folder / n).exists() for n in ("meta.json", "first.npy"))
-    )
+    parts = "meta.json", "first.npy"  # many a folder of pictures has a meta.json of its own
+    named = folder.suffix == ".pack" or all((folder / part).exists() for part in parts)
+    return folder.is_dir() and named
 
 
 def _holds_shards(folder: Path) -> bool:
@@ -155,26 +139,11 @@ def _holds_shards(folder: Path) -> bool:
 
 
 ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
-
-
-@dataclass(frozen=True)
-class Format:
-    """A form of prepared pictures, and what reads it."""
-
-    wants: str  # what --data must name
-    holds: Callable[[Path], bool]  # whether a path looks like it, by itself
-    fits: Callable[[Path], bool]  # whether a path can be it, where --loader says so
-    open: Callable[[Path, config.Placement], Data]
-    placed: bool = False  # whether --placement says where it is kept
-
-
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
-    "beton": Format(
-        "a .beton file", _holds_beton, lambda path: path.is_file() or _holds_parts(path), _beton
-    ),
-    "pack": Format("a .pack", _holds_pack, _holds_pack, _pack, placed=True),
-    "tars": Format("a folder of tar shards with their index", _holds_shards, _holds_shards, _tars),
-    "folder": Format("an image folder", Path.is_dir, Path.is_dir, _folder),
+    "beton": Format("a .beton file", _holds_beton, Beton),
+    "pack": Format("a .pack", _holds_pack, Pack),
+    "tars": Format("a folder of tar shards with their index", _holds_shards, Tars),
+    "folder": Format("an image folder", Path.is_dir, _folder),
 }
 
 
@@ -183,33 +152,34 @@ def format_of(path: Path) -> str | None:
     return next((kind for kind, each in FORMATS.items() if each.holds(path)), None)
 
 
-def _through_ffcv(path: Path) -> Data:
+@contextlib.contextmanager
+def _installed(loader: str) -> Iterator[None]:
+    """Refuses a loader whose library is not installed, or lacks its system libraries."""
     try:
-        from fastrot.data.beton.ffcv import FfcvBeton
-    except ImportError as error:  # not installed, or without its system libraries
+        yield
+    except ImportError as error:
         raise UsageError(
-            f"--loader ffcv cannot import FFCV ({error}): run  make ffcv  to install it, or choose --loader beton"
+            f"--loader {loader} cannot import {loader.upper()} ({error}): run  make {loader}  to install it, or "
+            "choose another --loader"
         ) from None
+
+
+def _through_ffcv(path: Path) -> Data:
+    with _installed("ffcv"):
+        from fastrot.data.beton.ffcv import FfcvBeton
     return FfcvBeton(path)
 
 
-_NOT_FOR_DALI = (
-    "--loader dali decodes JPEGs, and {} holds none: leave --loader out, or name tar shards, a folder or a "
-    ".beton of JPEGs"
-)
-
-
-def _through_dali(data: Any, what: str) -> Data:
-    """`data` decoded by DALI; `what`: its knob and name."""
-    raw = data.format == "beton" and data.contents.raw.all()
+def _through_dali(data: Data, named: str) -> Data:
+    """`data` decoded by DALI; `named`: its knob and name."""
+    raw = isinstance(data, Beton) and data.contents.raw.all()
     if data.format not in ("tars", "folder", "beton") or raw:
-        raise UsageError(_NOT_FOR_DALI.format(what))
-    try:
-        from fastrot.data.tars.dali import ThroughDali
-    except ImportError as error:  # not installed, or without its system libraries
         raise UsageError(
-            f"--loader dali cannot import DALI ({error}): run  make dali  to install it, or choose another --loader"
-        ) from None
+            f"--loader dali decodes JPEGs, and {named} holds none: leave --loader out, or name tar shards, a folder "
+            "or a .beton of JPEGs"
+        )
+    with _installed("dali"):
+        from fastrot.data.tars.dali import ThroughDali
     return ThroughDali(data)
 
 
@@ -218,36 +188,19 @@ def open_loader(
     view: View,
     *,
     batch: int,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
     workers: int | None = None,
     loader: str = "auto",
-    enlarge: bool = False,
-    on_bad_record: Literal["stop", "skip"] = "stop",
+    **how: Any,
 ) -> Loader:
     """Open any data in one line: for training, evaluations, benchmarks and notebooks alike.
 
-    batch          pictures per process
-    workers        threads or processes that decode; None: the cores this process may use
-    enlarge        allow crops larger than most pictures
-    on_bad_record  what becomes of a picture that cannot be read: see Loader
+    batch    pictures per process
+    workers  threads or processes that decode; None: the cores this process may use
+    how      seed, rank, world, device, enlarge, on_bad_record: see Loader
     """
     if isinstance(data, (str, Path)):
         data = open_data(data, loader)
-    return Loader(
-        data,
-        view,
-        batch=batch,
-        seed=seed,
-        rank=rank,
-        world=world,
-        device=device,
-        workers=cores() if workers is None else workers,
-        enlarge=enlarge,
-        on_bad_record=on_bad_record,
-    )
+    return Loader(data, view, batch=batch, workers=cores() if workers is None else workers, **how)
 
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
