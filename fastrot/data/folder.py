@@ -55,6 +55,9 @@ class Folder(Data):
         kept = np.flatnonzero(measured["height"])
         self.root, self.classes = source.root, source.classes
         self.rejected = source.rejected + reasons
+        if not len(kept):
+            path, reason = self.rejected[0]
+            raise UsageError(f"{root} holds no picture that can be read; {path}: {reason}")
         if self.rejected:
             few = ", ".join(f"{path!r}: {reason}" for path, reason in self.rejected[:3])
             more = f", and {len(self.rejected) - 3} more" if len(self.rejected) > 3 else ""
@@ -62,16 +65,13 @@ class Folder(Data):
                 "%s: %d of %d files are left out (%s%s)",
                 *(root, len(self.rejected), source.seen, few, more),
             )
-        if not len(kept):
-            path, reason = self.rejected[0]
-            raise UsageError(f"{root} holds no picture that can be read; {path}: {reason}")
-        self.rows = len(kept)
+        self.rows, self.keys = len(kept), keys[kept]
         self.labels = np.array([source.records[i].label for i in kept], np.int64)
-        self.keys = keys[kept]
         self.fingerprint = order_fingerprint(self.keys, self.labels)
-        numbers = np.arange(len(keys)) if source.numbers is None else source.numbers
-        same = source.numbers is None and self.rows == len(keys)
-        self.numbers = None if same else numbers[kept].astype(np.int64)
+        if source.numbers is not None:
+            self.numbers = source.numbers[kept].astype(np.int64)
+        elif self.rows < len(keys):
+            self.numbers = kept
         self._paths = [source.records[i].path for i in kept]
         self._sizes = np.stack([measured["height"][kept], measured["width"][kept]], axis=1)
 
@@ -94,12 +94,8 @@ class Folder(Data):
         """`workers` processes decode."""
         return _FolderReader(self, device, workers)
 
-    def job(self, request: CropRequest) -> "_Job":
-        index = request.rows[0][:, 0]
-        return request, [self._paths[row] for row in index], self._sizes[index]
 
-
-# Workers get what they need with each job, and so hold no listing.
+# What workers get for a batch, so that they hold no listing: the paths and listed sizes of its pictures.
 _Job = tuple[CropRequest, list[str], Int32[np.ndarray, "b 2"]]
 
 
@@ -134,7 +130,9 @@ class _FolderReader(Reader):
         self._done: Iterator[Decoded] | None = None
 
     def begin(self, request: CropRequest) -> Pending:
-        self._jobs.append(self._folder.job(request))
+        index = request.rows[0][:, 0]
+        paths = [self._folder.name(row) for row in index.tolist()]
+        self._jobs.append((request, paths, self._folder.sizes(index)))
         return Pending(self._next)
 
     def ahead(self, images: int) -> int:
@@ -156,19 +154,23 @@ class _Worker:
     """Lives in the worker processes: a job in; crops out, with what of them cannot be read."""
 
     def __init__(self, root: str):
-        self.root = root
+        self.root, self.at = root, ""
 
     def __getitem__(self, job: _Job) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
         request, paths, sizes = job
         rows = request.rows[0][:, 0]
 
         def decode(place: int) -> np.ndarray:
+            self.at = f"row {rows[place]}, {paths[place]!r}"
             with _named(int(rows[place]), paths[place]):
                 return _read(self.root, paths[place], sizes[place].tolist())
 
         shapes = ((len(paths), size, size, 3) for size in request.sizes)
         out = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-        return out, fill_decoded(decode, request, out, range(len(paths)))
+        try:
+            return out, fill_decoded(decode, request, out, range(len(paths)))
+        except Exception as error:
+            raise RuntimeError(f"{self.at}, cannot be cropped: {error}") from error
 
 
 @contextmanager
@@ -243,10 +245,8 @@ def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[
     def look(start: int) -> tuple[np.ndarray, list[tuple[str, str]], bool]:
         part = np.zeros(len(keys[start : start + _TASK]), _CACHED)
         part["key"] = keys[start : start + _TASK]
-        files = [
-            os.path.join(source.root, record.path)
-            for record in source.records[start : start + len(part)]
-        ]
+        paths = [record.path for record in source.records[start : start + len(part)]]
+        files = [os.path.join(source.root, path) for path in paths]
         for i, file in enumerate(files):
             with suppress(OSError):  # what is gone has no header either: see below
                 stat = os.stat(file)
@@ -258,12 +258,9 @@ def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[
         for i in np.flatnonzero(~same):
             try:
                 part["height"][i], part["width"][i] = pictures.size_of(files[i])
-            except pictures.BadPicture as e:
-                reasons.append((source.records[start + i].path, str(e)))
-            except OSError as e:
-                reasons.append(
-                    (source.records[start + i].path, f"it cannot be read ({e.strerror})")
-                )
+            except (pictures.BadPicture, OSError) as e:
+                why = f"it cannot be read ({e.strerror})" if isinstance(e, OSError) else str(e)
+                reasons.append((paths[i], why))
         return part, reasons, not same.all()
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -276,21 +273,17 @@ def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[
 
 def _cache_file(root: Path) -> Path:
     """Where the sizes of this folder are kept."""
-    folder = os.environ.get("FASTROT_CACHE_DIR")
-    if not folder:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(home, "fastrot")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("FASTROT_CACHE_DIR") or os.path.join(home, "fastrot")
     whole = os.fsencode(os.path.realpath(root))
     return Path(folder) / f"sizes-{hashlib.blake2b(whole, digest_size=8).hexdigest()}.npy"
 
 
 def _read_cache(file: Path) -> np.ndarray:
-    try:
+    with suppress(OSError, ValueError, EOFError):  # it is damaged: read the headers anew
         known = np.load(file, allow_pickle=False)
         if known.dtype == _CACHED and known.ndim == 1:
             return known
-    except (OSError, ValueError, EOFError):
-        pass  # there is none, or it is damaged: read the headers anew
     return np.zeros(1, _CACHED)  # nothing that could be found
 
 

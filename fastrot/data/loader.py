@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -65,26 +66,25 @@ class Loader:
             raise UsageError(
                 "the view holds no pictures: choose other rows, or a smaller --hold-out"
             )
-        self._share = self._own_rows() if view.owned else self.rows
-        self._shared_by = (0, 1) if view.owned else (rank, world)
+        everything = np.arange(data.rows, dtype=np.int64) if self.rows is None else self.rows
+        self._share = everything[rank::world] if view.owned else self.rows
+        self._shared_by = {"rank": 0, "world": 1} if view.owned else {"rank": rank, "world": world}
         if view.shuffled and self.images < batch * world:
             raise UsageError(
                 f"--batch {batch} on {world} process(es) wants {batch * world} pictures a step, "
                 f"but there are {self.images}: set --batch {max(1, self.images // world)} or smaller"
             )
-        own = self.images if self._share is None else len(self._share)
-        if view.shuffled and view.blocks is not None and view.blocks[0] > own:
+        self._own = self.images if self._share is None else len(self._share)
+        if view.shuffled and view.blocks is not None and view.blocks[0] > self._own:
             raise UsageError(
-                f"--order-block {view.blocks[0]} is more than the {own} pictures that are to be mixed: "
-                f"set {own} or fewer, or --order full"
+                f"--order-block {view.blocks[0]} is more than the {self._own} pictures that are to be mixed: "
+                f"set {self._own} or fewer, or --order full"
             )
         for crop in view.crops:
-            crops.check_sizes(crop, data.sizes(self._all_rows()), enlarge=enlarge)
+            crops.check_sizes(crop, data.sizes(everything), enlarge=enlarge)
         data.place(self._share, self.device)
-        seen = b"all" if self.rows is None else self.rows.tobytes()
-        self.fingerprint = hashlib.blake2b(
-            data.fingerprint.encode() + seen, digest_size=16
-        ).hexdigest()
+        seen = data.fingerprint.encode() + (b"all" if self.rows is None else self.rows.tobytes())
+        self.fingerprint = hashlib.blake2b(seen, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
@@ -103,12 +103,10 @@ class Loader:
 
     def epoch(self, number: int, start: int = 0) -> Generator[Batch, None, None]:
         """Batches `start`, `start` + 1, ... of an epoch. Closing the iterator ends the workers."""
-        reader = self.data.open_reader(self.device, self.workers)
-        with contextlib.closing(reader):
+        with contextlib.closing(self.data.open_reader(self.device, self.workers)) as reader:
             batches = self._batches(reader, number, start)
-            yield from (
-                batches if self.device.type != "cuda" else _copied_ahead(batches, self.device)
-            )
+            on_gpu = self.device.type == "cuda"
+            yield from _copied_ahead(batches, self.device) if on_gpu else batches
 
     def _batches(self, reader: Reader, number: int, start: int) -> Iterator[Batch]:
         rows, ahead = self._order(number), reader.ahead(self.batch)
@@ -169,9 +167,7 @@ class Loader:
             raise DamagedRecord(f"no picture of a whole batch can be read; the first, {reasons[0]}")
         return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
 
-    def _order(
-        self, epoch: int
-    ) -> sampler.SequentialSampler | sampler.ShuffledSampler | sampler.BlockSampler:
+    def _order(self, epoch: int) -> sampler.Sampler:
         of = self._share if self._share is not None else self.data.rows
         if not self.view.shuffled:
             return sampler.SequentialSampler(of)
@@ -181,36 +177,24 @@ class Loader:
         return sampler.BlockSampler(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
     def _prefetch(self, rows: sampler.BlockSampler, k: int, start: int) -> np.ndarray:
-        rank, world = self._shared_by
-        since, first, stop = (each * self.batch * world for each in (start, k, k + 1))
-        return rows.ahead(first, stop, since=since, rank=rank, world=world)
+        since, first, stop = (each * self.batch * self.world for each in (start, k, k + 1))
+        return rows.ahead(first, stop, since=since, **self._shared_by)
 
     def _places(self, k: int) -> np.ndarray:
-        rank, world = self._shared_by
-        images = self.images if self._share is None else len(self._share)
-        how = {"batch": self.batch, "rank": rank, "world": world, "number": k}
-        return sampler.places(images, **how, ragged=not self.view.shuffled)
-
-    def _own_rows(self) -> np.ndarray:
-        return self._all_rows()[self.rank :: self.world]
-
-    def _all_rows(self) -> np.ndarray:
-        return np.arange(self.data.rows, dtype=np.int64) if self.rows is None else self.rows
+        how = {"batch": self.batch, "number": k, **self._shared_by}
+        return sampler.places(self._own, **how, ragged=not self.view.shuffled)
 
 
-def _read_rows(path, rows: int) -> np.ndarray:
-    chosen = np.load(path, allow_pickle=False)
+def _read_rows(path: Path, rows: int) -> np.ndarray:
+    chosen, why = np.load(path, allow_pickle=False), None
     if chosen.ndim != 1 or chosen.dtype != np.int64:
-        raise UsageError(
-            f"{path} holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array"
-        )
-    if len(chosen) and (chosen.min() < 0 or chosen.max() >= rows):
-        beyond = chosen.min() if chosen.min() < 0 else chosen.max()
-        raise UsageError(
-            f"{path} names row {beyond}, but the data has {rows}: make it from this data"
-        )
-    if len(np.unique(chosen)) != len(chosen):
-        raise UsageError(f"{path} names a row twice: each row may stand in it once")
+        why = f"holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array"
+    elif len(beyond := chosen[(chosen < 0) | (chosen >= rows)]):
+        why = f"names row {beyond[0]}, but the data has {rows}: make it from this data"
+    elif len(np.unique(chosen)) != len(chosen):
+        why = "names a row twice: each row may stand in it once"
+    if why:
+        raise UsageError(f"{path} {why}")
     return chosen
 
 
@@ -228,16 +212,16 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
     block until its copy is done.
     """
     side = _side_stream(device)
-    ahead: tuple | None = None  # a batch, and the event of its copy
-    while True:
+
+    def copied() -> tuple | None:  # a batch, and the event of its copy
         with torch.cuda.stream(side):
             host = next(batches, None)
-            copied = None if host is None else (_to(host, device), side.record_event())
-        if ahead is not None:
-            yield _joined(*ahead)
-        if copied is None:
-            return
-        ahead = copied
+            return None if host is None else (_to(host, device), side.record_event())
+
+    ahead = copied()
+    while ahead is not None:
+        now, ahead = ahead, copied()
+        yield _joined(*now)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -246,12 +230,8 @@ def _to(batch: Batch, device: torch.device) -> Batch:
             return tensor
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
-    return Batch(
-        tuple(send(crop) for crop in batch.crops),
-        send(batch.index),
-        send(batch.label),
-        send(batch.epoch_step),
-    )
+    rest = batch.index, batch.label, batch.epoch_step
+    return Batch(tuple(map(send, batch.crops)), *map(send, rest))
 
 
 def _joined(batch: Batch, copied: torch.cuda.Event) -> Batch:

@@ -18,9 +18,9 @@ _ORDER = 0x6F72646572  # "order": keeps these draws apart from those of the crop
 _BLOCKS = 0x626C6F636B73  # "blocks"
 _SHIFT, _OF_WHOLE, _OF_SMALL, _INSIDE, _TAIL = range(5)  # what is drawn of an order by blocks
 RAMP = 4  # times the steady pace, at which an epoch's first window is read ahead
-CHUNK = (
-    2**13
-)  # places that are computed at once: 1 us each, where those of a batch of 64 alone take 15
+CHUNK = 2**13  # places that are computed at once: 1 us each; those of a batch of 64 alone take 15
+
+Rows = Int64[np.ndarray, " n"] | int  # to be ordered; a number: all of so many
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -46,12 +46,15 @@ def _hashed_on(
     return state
 
 
+def _counted(rows: Rows) -> tuple[int, np.ndarray | None]:
+    return (rows, None) if isinstance(rows, int) else (len(rows), rows)
+
+
 class ShuffledSampler:
     """One epoch's permutation, addressed by place: `order[places]` gives rows."""
 
-    def __init__(self, rows: Int64[np.ndarray, " n"] | int, *, seed: int, epoch: int):
-        self.images = rows if isinstance(rows, int) else len(rows)
-        self._rows = None if isinstance(rows, int) else rows
+    def __init__(self, rows: Rows, *, seed: int, epoch: int):
+        self.images, self._rows = _counted(rows)
         self._key = (_ORDER, seed, epoch)
         self._sorted = None
         if self.images <= SORTED_UP_TO:
@@ -90,29 +93,19 @@ class BlockSampler:
     at the most.
     """
 
-    def __init__(
-        self,
-        rows: Int64[np.ndarray, " n"] | int,
-        *,
-        seed: int,
-        epoch: int,
-        block: int,
-        window: int,
-    ):
-        self.images = rows if isinstance(rows, int) else len(rows)
+    def __init__(self, rows: Rows, *, seed: int, epoch: int, block: int, window: int):
+        self.images, self._rows = _counted(rows)
         self.block, self.window = block, min(window, self.images)
-        self._rows = None if isinstance(rows, int) else rows
         self._key = (_BLOCKS, seed, epoch)
         self._stripe = self.images // self.window
         # windows of whole blocks, rows of a smaller one
         self._windows, self._small = divmod(self._stripe, block)
         self._whole = self._windows * self.window * block  # places in whole windows
+        self._slots = (self._windows + 1) * self.window  # blocks, the small ones included, as dealt
         self._even = self._stripe * self.window  # places before the tail
         # the high half of a product: owned shares, which differ by a row, look at the same part of the data
         self._shift = int(hash64(*self._key, _SHIFT)[0]) * self.images >> 64
-        # the latest of either are kept: epochs are walked through
-        self._chunk = functools.lru_cache(2)(self._chunk_of)
-        self._starts_in = functools.lru_cache(2)(self._starts_in_window)
+        self._chunk = functools.lru_cache(2)(self._chunk_of)  # epochs are walked through
 
     def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         rows, chunks = np.empty_like(places), places // CHUNK
@@ -146,20 +139,14 @@ class BlockSampler:
         own = math.gcd(world, self.window)
         runs = [np.zeros(0, np.int64)]
         for number in range(begun // self.window, -(-end // self.window)):
-            lanes = np.arange(
-                max(begun - number * self.window, 0), min(end - number * self.window, self.window)
-            )
+            first = number * self.window
+            lanes = np.arange(max(begun - first, 0), min(end - first, self.window))
             lanes = lanes[lanes % own == rank % own]
             length = self.block if number < self._windows else self._small
-            runs.append((self._starts_in(number)[lanes, None] + np.arange(length)).ravel())
+            runs.append((self._starts(first + lanes)[:, None] + np.arange(length)).ravel())
         if begun < end == self._slots:
             runs.append(np.arange(self._even, self.images))
         return self._row(np.concatenate(runs))
-
-    @property
-    def _slots(self) -> int:
-        """BlockSampler of an epoch, small ones included, numbered as they are dealt."""
-        return (self._windows + 1) * self.window
 
     def _open_by(self, place: int, since: int) -> int:
         """How many blocks are announced before `place` is asked for."""
@@ -180,17 +167,12 @@ class BlockSampler:
         """Where the blocks begin that are dealt as number `slots`."""
         count = self._windows * self.window
         whole, at = slots < count, np.empty_like(slots)
-        stripe, of_stripe = np.divmod(
-            feistel(slots[whole], count, *self._key, _OF_WHOLE), max(self._windows, 1)
-        )
+        blocks = feistel(slots[whole], count, *self._key, _OF_WHOLE)
+        stripe, of_stripe = np.divmod(blocks, max(self._windows, 1))
         at[whole] = stripe * self._stripe + of_stripe * self.block
         stripe = feistel(slots[~whole] - count, self.window, *self._key, _OF_SMALL)
         at[~whole] = stripe * self._stripe + self._windows * self.block
         return at
-
-    def _starts_in_window(self, number: int) -> Int64[np.ndarray, " w"]:
-        first = number * self.window
-        return self._starts(np.arange(first, first + self.window, dtype=np.int64))
 
     def _row(self, at: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         rows = (at + self._shift) % self.images
@@ -200,11 +182,14 @@ class BlockSampler:
 class SequentialSampler:
     """Data order, addressed the same way."""
 
-    def __init__(self, rows: Int64[np.ndarray, " n"] | int):
-        self._rows = None if isinstance(rows, int) else rows
+    def __init__(self, rows: Rows):
+        _, self._rows = _counted(rows)
 
     def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         return places if self._rows is None else self._rows[places]
+
+
+Sampler = SequentialSampler | ShuffledSampler | BlockSampler
 
 
 def feistel(
@@ -218,9 +203,7 @@ def feistel(
     low = np.uint64(2**half - 1)
     x = places.astype(np.uint64)
     state = np.broadcast_to(hash64(*key), x.shape)
-    outside = np.ones(
-        len(x), bool
-    )  # at most 3 in 4 places of the domain lie outside: walks are short
+    outside = np.ones(len(x), bool)  # 3 in 4 places of the domain at the most: walks are short
     while outside.any():
         left, right = x[outside] >> np.uint64(half), x[outside] & low
         for turn in range(4):

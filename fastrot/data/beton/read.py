@@ -12,6 +12,7 @@ A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that its part
 """
 
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
 
 from fastrot import native
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, DamagedRecord
+from fastrot.core import DamagedRecord
 from fastrot.data.beton.layout import FIELD, HEADER, IMAGE, INT, RAW, TABLE, TYPES, VERSION
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import Paths, known, side, unsealed
@@ -62,7 +63,9 @@ class Beton(MappedData):
         self.manifest, self._crc = beside.manifest, beside.crc
         self.keys = np.arange(self.rows, dtype=np.uint64) if beside.keys is None else beside.keys
         self.fingerprint = order_fingerprint(self.keys, self.labels)
-        self.classes = tuple(self.manifest.get("classes", _names(self.labels)))
+        most = int(self.labels.max()) + 1
+        counted = map(str, range(most if most <= MOST_CLASSES else 0))
+        self.classes = tuple(self.manifest.get("classes", counted))
         self.mean, self.std, self.numbers = known(self.manifest)
         base = self.path / "set" if self.path.is_dir() else self.path
         self._paths = Paths(side(base, "paths.jsonl"))
@@ -75,20 +78,18 @@ class Beton(MappedData):
         return [f"crops are decoded by simplejpeg, without the C++ extension: {native.why()}"]
 
     def _in_c(self) -> InC | None:
-        return self._jpeg_crops if self.native else None
-
-    def _jpeg_crops(
-        self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
-    ) -> list[native.Work]:
-        return [pool.jpeg_crops(self.records(request.rows[0][:, 0]), request.rows, out)]
+        if not self.native:
+            return None
+        return lambda pool, request, out: [
+            pool.jpeg_crops(self.records(request.rows[0][:, 0]), request.rows, out)
+        ]
 
     def records(self, rows: Int64[np.ndarray, " b"]) -> native.Records:
         """Where the records of rows lie, for the C++ extension."""
         which, start, size = (each.astype(np.int64) for each in self._places(rows))
         crcs = None if self._crc is None else self._crc[rows]
-        return native.Records(
-            self._records_in, which, start, size, self._sizes[rows], self._raw[rows], crcs
-        )
+        of = self._sizes[rows], self._raw[rows], crcs
+        return native.Records(self._records_in, which, start, size, *of)
 
     def _decode(self, row: int, memory: Memory) -> UInt8[np.ndarray, "h w 3"]:
         data = self.record(row)
@@ -141,9 +142,12 @@ def _opened_file(path: Path) -> tuple[list[MappedFile], list[int], Contents, "_S
 
 def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
     """All checks that need no decoding. Raises UsageError."""
-    cut = f"{path} is cut short or damaged"
+
+    def damaged(why: str) -> UsageError:
+        return UsageError(f"{path} is cut short or damaged: {why}; {_AGAIN}")
+
     if len(file) < HEADER.itemsize:
-        raise UsageError(f"{cut}: it has {len(file)} bytes, less than a header; {_AGAIN}")
+        raise damaged(f"it has {len(file)} bytes, less than a header")
     header = file[: HEADER.itemsize].view(HEADER)[0]
     version, fields, page, rows, at = (int(header[name]) for name in HEADER.names or ())
     if version == 0:
@@ -155,10 +159,9 @@ def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
         )
     start = HEADER.itemsize + FIELD.itemsize * fields
     if not fields or not rows or start > len(file):
-        raise UsageError(f"{cut}: its header claims {fields} fields and {rows} rows; {_AGAIN}")
+        raise damaged(f"its header claims {fields} fields and {rows} rows")
     described = file[HEADER.itemsize : start].view(FIELD)
-    kinds = described["type"].tolist()
-    types = TYPES | _OTHERS
+    names, kinds, types = described["name"].tolist(), described["type"].tolist(), TYPES | _OTHERS
     if unknown := sorted(set(kinds) - set(types)):
         raise UsageError(f"{path} has a field of type {unknown[0]}, which is not FFCV's: {_AGAIN}")
     if IMAGE not in kinds:
@@ -167,9 +170,7 @@ def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
     end = start + row.itemsize * rows
     records = sum(kind == IMAGE or kind in _OTHERS for kind in kinds)
     if not end <= at or at + TABLE.itemsize * rows * records != len(file):
-        raise UsageError(
-            f"{cut}: {rows} rows and a table at byte {at} do not make {len(file)} bytes; {_AGAIN}"
-        )
+        raise damaged(f"{rows} rows and a table at byte {at} do not make {len(file)} bytes")
     values, table = file[start:end].view(row), file[at:].view(TABLE)
 
     image = values[f"f{kinds.index(IMAGE)}"]
@@ -179,21 +180,16 @@ def _parse(file: UInt8[np.ndarray, " n"], path: Path) -> Contents:
     raw = image["mode"] == RAW
     inside = (ptr >= end) & (ptr < at) & (size > 0) & (size <= at - ptr)
     if not inside.all() or not sizes.all() or (image["mode"] > RAW).any():
-        raise UsageError(f"{path} is damaged: its rows and its table do not agree; {_AGAIN}")
+        raise damaged("its rows and its table do not agree")
     if (size[raw] != 3 * image["height"][raw].astype(np.uint64) * image["width"][raw]).any():
-        raise UsageError(
-            f"{path} is damaged: a raw picture is not 3 x width x height bytes; {_AGAIN}"
-        )
-    names = described["name"].tolist()
+        raise damaged("a raw picture is not 3 x width x height bytes")
     return Contents(
         ptr=ptr,
         size=size,
         sizes=sizes,
         raw=raw,
         labels=_labels(values, names, kinds),
-        fields=tuple(
-            (name.decode(errors="replace"), kind) for name, kind in zip(names, kinds, strict=True)
-        ),
+        fields=tuple(zip((name.decode(errors="replace") for name in names), kinds, strict=True)),
         page=page,
         crc_rows=zlib.crc32(file[:end].data),
         crc_table=zlib.crc32(file[at:].data),
@@ -221,13 +217,10 @@ def _labels(values: np.ndarray, names: list[bytes], kinds: list[int]) -> Int64[n
     return values[f"f{(named or ints)[0]}"].astype(np.int64)
 
 
-def _names(labels: Int64[np.ndarray, " n"]) -> list[str]:
-    """Labels as class names, where nothing lies beside; none where the ints are no labels but large numbers."""
-    most = int(labels.max())
-    return [str(label) for label in range(most + 1)] if most < MOST_CLASSES else []
-
-
 # ---- what lies beside it ----
+
+
+_SIDES = ("json", "crc.npy", "keys.npy")
 
 
 class _Side(NamedTuple):
@@ -238,12 +231,11 @@ class _Side(NamedTuple):
 
 def _side_files(path: Path, contents: Contents) -> _Side:
     """Manifest, checksums and path hashes: all or none. Raises UsageError where they are of another file."""
-    sides = [side(path, part) for part in ("json", "crc.npy", "keys.npy")]
-    if not any(file.exists() for file in sides):
+    missing = [each for each in map(partial(side, path), _SIDES) if not each.exists()]
+    if len(missing) == len(_SIDES):
         return _Side({}, None, None)
-    for file in sides:
-        if not file.exists():
-            raise UsageError(f"{file} is missing: copy it too, or move away all {path.name}.*")
+    if missing:
+        raise UsageError(f"{missing[0]} is missing: copy it too, or move away all {path.name}.*")
     with_all = f"{_AGAIN}, with all {path.name}.*"
     found = _read_side(path, f"what lies beside {path} is damaged: {with_all}")
     crcs = (found.manifest.get("head_crc"), found.manifest.get("table_crc"))
@@ -258,9 +250,7 @@ def _side_files(path: Path, contents: Contents) -> _Side:
 def _read_side(base: Path, refusal: str) -> _Side:
     try:
         manifest = unsealed(side(base, "json").read_bytes())
-        crc, keys = (
-            np.load(side(base, name), allow_pickle=False) for name in ("crc.npy", "keys.npy")
-        )
+        crc, keys = (np.load(side(base, name), allow_pickle=False) for name in _SIDES[1:])
     except (ValueError, EOFError):
         raise UsageError(refusal) from None
     return _Side(manifest, crc, keys)
@@ -283,7 +273,7 @@ def _compare(found: _Side, contents: Contents, refusal: str) -> None:
 def _opened_set(folder: Path) -> tuple[list[MappedFile], list[int], Contents, _Side]:
     """The parts that set.json lists, each checked as a file is; the rows of each. Raises UsageError, which names the part."""
     base, again = folder / "set", "run the same dataprep/to_ffcv.py command again"
-    for name in ("json", "crc.npy", "keys.npy"):
+    for name in _SIDES:
         if not side(base, name).exists():
             raise UsageError(
                 f"{folder} is no whole set of parts, since it has no set.{name}: {again}"
