@@ -34,9 +34,8 @@ class View:
 class CropRequest:
     """What a batch is made of: which box of which row, an array for each crop of the view."""
 
-    rows: tuple[
-        Int64[np.ndarray, "b 6"], ...
-    ]  # index, y, x, height, width, flip; see data/crops.py
+    # which box of which row, for each crop: index, y, x, height, width, flip; see data/crops.py
+    rows: tuple[Int64[np.ndarray, "b 6"], ...]
     sizes: tuple[int, ...]  # pixels a side of the crops
     prefetch: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
 
@@ -203,7 +202,7 @@ class Method(ABC):
     @staticmethod
     def crops(
         cfg: Any,
-    ) -> tuple[Crop, ...]:  # * from its config: data is opened before the method is built
+    ) -> tuple[Crop, ...]:  # * from it alone: data is opened before the method is built
         """The crops that it wants in training."""
         return (cfg.crop,)
 

@@ -15,9 +15,7 @@ from fastrot.data.sampler import GOLDEN, hash64, mix
 TRIES = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred box
 _CROPS = 0x63726F7073  # "crops": keeps these draws apart from those of the order
 
-cv2.setNumThreads(
-    1
-)  # our threads work picture by picture; OpenCV's own would fight them for the cores
+cv2.setNumThreads(1)  # our threads work picture by picture; its own would fight them for the cores
 
 
 def boxes(

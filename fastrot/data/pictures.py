@@ -25,15 +25,6 @@ from fastrot.data.files import HEAD, BadPicture, sniff, too_long, without_waitin
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
-_PLUGINS = {  # of Pillow, by what `sniff` says: never its others, one of which starts Ghostscript
-    "jpeg": ["JPEG"],
-    "png": ["PNG"],
-    "gif": ["GIF"],
-    "webp": ["WEBP"],
-    "bmp": ["BMP"],
-    "tiff": ["TIFF"],
-    "ppm": ["PPM"],
-}
 _UPRIGHT = {  # EXIF orientation -> what brings the pixels upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -137,7 +128,8 @@ def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFil
     if kind is None:
         raise BadPicture("it is empty" if not head else "its first bytes are no picture's")
     try:
-        with Image.open(file, formats=_PLUGINS[kind]) as image:
+        # its plug-in of that name, never its others, one of which starts Ghostscript
+        with Image.open(file, formats=[kind.upper()]) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
             yield image

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,11 +34,11 @@ import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.core import CropRequest, Decoded, Pending, Reader
+from fastrot.core import CropRequest, Decoded, Pending
 from fastrot.data import crops
 from fastrot.data.beton.layout import IMAGE
 from fastrot.data.beton.read import Beton
-from fastrot.data.reader import AHEAD, fill_decoded
+from fastrot.data.reader import AHEAD, PooledReader, fill_decoded, in_tasks
 
 
 @contextlib.contextmanager
@@ -84,18 +85,17 @@ class FfcvBeton(Beton):
         return [f"crops are decoded by {self.decoder}, in our order"]
 
     def open_reader(self, device: torch.device, workers: int) -> "_Reader":
-        """`workers` threads decode, FFCV's own among them; 0 is taken for 1."""
+        """`workers` threads decode, fed by FFCV's own; 0 is taken for 1."""
         return _Reader(self, device, max(workers, 1))
 
-    def begun(self, request: CropRequest, *, pinned: bool) -> tuple[Tensor, ...]:
-        """The buffers of a batch whose bytes are announced."""
+    def work(self, request: CropRequest, pool: ThreadPoolExecutor, *, pinned: bool) -> "_Work":
+        """A batch, whose bytes are announced."""
         self._announce(request)
-        return self._ring.buffers(request, pinned=pinned)
+        return _Work(request, self._ring.buffers(request, pinned=pinned), pool, Future())
 
     def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> Decoded:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""
         rows, (file, ptrs, sizes) = work.request.rows[0][:, 0], storage
-        places, errors = iter(range(len(rows))), []
 
         def decode(place: int) -> np.ndarray:
             row = int(rows[place])
@@ -109,11 +109,9 @@ class FfcvBeton(Beton):
                 raise self._damaged(row, "libjpeg-turbo cannot decode all of it")
             return out.reshape(height, width, 3)
 
-        def share() -> None:  # all threads draw from the same places
-            errors.extend(fill_decoded(decode, work.request, work.out, places, _resample))
-
-        work.together(share)
-        return Decoded(work.out, errors)
+        fill = partial(fill_decoded, decode, work.request, work.out, resample=_resample)
+        waits = in_tasks(work.pool, len(rows), fill)
+        return Decoded(work.out, [error for wait in waits for error in wait()])
 
     def _check(self, row: int, height: int, width: int) -> None:
         """Raises DamagedRecord where the checksum, or for want of one the JPEG's own size, does not agree."""
@@ -125,8 +123,8 @@ class FfcvBeton(Beton):
         except ValueError as error:
             raise self._damaged(row, str(error)) from None
         if found != (height, width):
-            said = f"its row says {height} x {width}"
-            raise self._damaged(row, f"it is {found[0]} x {found[1]} pixels, {said}")
+            why = f"it is {found[0]} x {found[1]} pixels, its row says {height} x {width}"
+            raise self._damaged(row, why)
 
 
 def _resample(picture: np.ndarray, row: np.ndarray, out: np.ndarray) -> None:
@@ -145,7 +143,7 @@ class _Work(NamedTuple):
 
     request: CropRequest
     out: tuple[Tensor, ...]
-    together: Callable[[Callable[[], None]], None]  # runs a function on all threads of the epoch
+    pool: ThreadPoolExecutor  # decodes it
     future: Future[Decoded]
 
 
@@ -205,14 +203,14 @@ def _loader_of(beton: Beton, decode: Callable[..., Decoded]) -> Any:
         Compiler.is_enabled, module.OSCacheManager = kept
 
 
-class _Reader(Reader):
+class _Reader(PooledReader):
     def __init__(self, data: FfcvBeton, device: torch.device, threads: int):
+        super().__init__(threads)
         self._data, self._pinned = data, device.type == "cuda"
-        self._epoch = _Epoch(data.loader, threads)
+        self._epoch = _Epoch(data.loader)
 
     def begin(self, request: CropRequest) -> Pending:
-        out = self._data.begun(request, pinned=self._pinned)
-        work = _Work(request, out, self._epoch.together, Future())
+        work = self._data.work(request, self.pool, pinned=self._pinned)
         self._epoch.feed.put(work)
         return Pending(work.future.result)
 
@@ -221,15 +219,14 @@ class _Reader(Reader):
 
     def close(self) -> None:
         self._epoch.close()
+        super().close()
 
 
 class _Epoch(EpochIterator):
     """FFCV's thread, fed batch by batch: it hands errors on, and ends when it is told to."""
 
-    def __init__(self, loader: Any, threads: int):
+    def __init__(self, loader: Any):
         self.feed: SimpleQueue[_Work | None] = SimpleQueue()
-        self.threads = threads
-        self.pool = ThreadPoolExecutor(max(threads - 1, 1), thread_name_prefix="ffcv")
         super().__init__(loader, ())  # starts the thread
 
     def run(self) -> None:
@@ -242,16 +239,8 @@ class _Epoch(EpochIterator):
                 work.future.set_exception(error)
             del work  # else this frame would keep the buffers from being used again
 
-    def together(self, work: Callable[[], None]) -> None:
-        """Run it on all threads of the epoch, to the end."""
-        others = [self.pool.submit(work) for _ in range(self.threads - 1)]
-        work()
-        for other in others:
-            other.result()
-
     def close(self) -> None:
         super().close()
         self.feed.put(None)
         if self.is_alive():
             self.join()
-        self.pool.shutdown()

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt64
 
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord
+from fastrot.core import CropRequest, DamagedRecord
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.manifest import Paths, known, unsealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, VERSION, WIDTH
+from fastrot.data.readahead import announce
 from fastrot.entry import cores
 
 _AGAIN = "copy or prepare it again"
@@ -80,6 +81,10 @@ class PackFile:
         width, first, end = WIDTH[self.encoding], self.first[rows], self.first[rows + 1]
         start, length = (each.astype(np.uint64) for each in (first, end - first))
         return np.zeros_like(rows), start * width + self._offset, length * width
+
+    def announce(self, request: CropRequest) -> None:
+        """Tell the system which bytes will be read."""
+        announce(request, [self.map], self.places)
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The whole picture, from checked bytes. Raises DamagedRecord."""

@@ -34,7 +34,6 @@ from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import BLOCK, WIDTH
-from fastrot.data.readahead import announce
 from fastrot.data.reader import PooledReader, ThreadedReader, in_tasks
 from fastrot.data.ring import Ring
 from fastrot.ops.blocks import PackTensors, decoded_box, unpack_crops
@@ -136,19 +135,16 @@ class Pack(Data):
         self.place(None, device)
         return self._placed[-1]
 
-    def announce(self, request: CropRequest) -> None:
-        announce(request, [self.file.map], self.file.places)
-
     def _look_at(self, threads: int, request: CropRequest) -> list[tuple[int, str]]:
         """Announce a batch, and say which of its pictures lie in a damaged stretch."""
-        self.announce(request)
+        self.file.announce(request)
         return [*self.file.damage(request.rows[0][:, 0], threads).items()]
 
     def _in_c(
         self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
     ) -> list[native.Work]:
-        how = (*self.file.arrays, self.file.encoding)
-        return [pool.pack_crops(*how, *each) for each in zip(request.rows, out, strict=True)]
+        of = *self.file.arrays, self.file.encoding
+        return [pool.pack_crops(*of, *each) for each in zip(request.rows, out, strict=True)]
 
 
 def _fill(
@@ -192,8 +188,6 @@ class _PlacedReader(PooledReader):
 
     def begin(self, request: CropRequest) -> Pending:
         placed = self._data.placed_for(request.rows[0][:, 0], self._device)
-        if isinstance(placed, _Pinned):
-            self._data.announce(request)
         return placed.begin(request, self.pool)
 
 
@@ -242,8 +236,8 @@ class _Pinned:
 
     def begin(self, request: CropRequest, pool: ThreadPoolExecutor | None) -> Pending:
         """Gather what lies under the boxes, whole rows of tiles: of a batch, a pack of its own."""
-        file, images = self._file, len(request.rows[0])
-        index = request.rows[0][:, 0]
+        file, index = self._file, request.rows[0][:, 0]
+        file.announce(request)
         edge = layout.SIDE if file.encoding == "ycc" else 1
         tops = np.min([rows[:, 1] for rows in request.rows], axis=0)
         ends = np.max([rows[:, 1] + rows[:, 3] for rows in request.rows], axis=0)
@@ -263,8 +257,8 @@ class _Pinned:
                 length = first[i + 1] - first[i]
                 into[first[i] : first[i + 1]] = file.tiles[start[i] : start[i] + length]
 
-        waits = in_tasks(pool, images, gather)
-        boxes = [_with_index(rows, np.arange(images)) for rows in request.rows]
+        waits = in_tasks(pool, len(index), gather)
+        boxes = [_with_index(rows, np.arange(len(index))) for rows in request.rows]
         for rows in boxes:
             rows[:, 1] -= tops
 
