@@ -95,10 +95,8 @@ def test_the_crop_kernel_makes_the_same_of_what_dali_decoded(written, view, monk
     """A GPU's way, with a CPU as the device; Whole(12) halves three times."""
     from fastrot.data.tars import dali
 
-    def cut_there(_, job):
-        job.out, job.waits = dali._cut_there(job, torch.device("cpu")), []
-
-    monkeypatch.setattr(dali._Reader, "_crop", cut_there)
+    there = lambda _, job: lambda: dali._cut_there(job, torch.device("cpu"))  # noqa: E731
+    monkeypatch.setattr(dali._Reader, "_cut_here", there)
     data = written["tars"]
     assert apart(epoch(data, view, workers=0), epoch(data, view, loader="dali")) == (0, 0)
 
@@ -117,9 +115,7 @@ def test_dali_itself_turns_before_it_crops(odd, orientation):
     request = CropRequest((np.array([[0, 3, 5, height - 9, width - 6, 0]]),), (24,))
     job = dali._Job(request, np.array([[height, width]], np.int32))
     job.records = [encoded]
-    pipe = dali._Pipe(None, 1, 1, False)
-    pipe.feed(job)
-    _, boxes = pipe.take()
+    boxes = dali._Pipe(None, 1, False, batch=1).run(job)
     assert np.array_equal(np.asarray(boxes[0]), picture[3 : height - 6, 5 : width - 1])
 
 
@@ -274,7 +270,7 @@ def test_a_gpu_that_dali_cannot_use_is_one_sentence(written):
     from fastrot.data.tars import dali
 
     with pytest.raises(UsageError, match=r"--loader dali cannot use the GPU \(.*choose another"):
-        dali._Pipe(0, 1, 4, False)
+        dali._Pipe(0, 1, False, batch=4)
 
 
 # ---- DALI's own reader ----

@@ -13,7 +13,7 @@ DALI is given upright JPEGs in colour or grey, whose header agrees with what is 
 
     what DALI does                                         what is done about it
     one picture that it cannot decode ends the pipeline    it is found, one by one; a new one goes on
-    another batch or thread count: another pipeline        each is kept, and used again
+    a larger batch needs another pipeline                  the largest is kept, and used again
     a box outside the picture ends the pipeline            that batch is decoded whole, then cropped
 
 Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open_data`, when asked.
@@ -23,8 +23,9 @@ Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open
 
 import contextlib
 import logging
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,8 +45,7 @@ from fastrot.data.reader import Errors, PooledReader, fill_decoded, in_tasks
 from fastrot.data.ring import Ring
 from fastrot.ops.blocks import PackTensors, unpack_crops
 
-IN_DALI = 3  # batches that DALI is given at a time
-READ_AHEAD = 2  # batches whose bytes are read before DALI asks for them
+Crops = tuple[UInt8[Tensor, "b _s _s 3"], ...]
 STAND_IN = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)), np.uint8)
 
 
@@ -60,7 +60,10 @@ class ThroughDali(Data):
         self.keys, self.fingerprint = data.keys, data.fingerprint
         self.mean, self.std, self.numbers = data.mean, data.std, data.numbers
         self.ring = Ring()
-        self.idle: list[_Pipe] = []
+        self._pipes: dict[
+            tuple, _Pipe
+        ] = {}  # by what `decode_batch` asks of them, but for the batch
+        self._lock = threading.Lock()
         self._odd: set[int] = set()  # rows that DALI could not decode
 
     def describe(self) -> list[str]:
@@ -102,23 +105,33 @@ class ThroughDali(Data):
             job.errors.append((place, str(error)))
             job.ours[place] = np.zeros((*job.sizes[place], 3), np.uint8)
 
-    def find_odd(self, job: "_Job", pipe: "_Pipe", reason: str) -> None:
-        """Which pictures of a batch DALI cannot decode: these are ours from now on, or damaged.
+    def decode_batch(self, job: "_Job", gpu: int | None, threads: int) -> None:
+        """DALI decodes what it has of a batch; a picture that it cannot is ours from now on, or damaged."""
+        how = gpu, threads, job.whole
+        with self._lock:  # two epochs may be under way
+            while job.pixels is None:
+                pipe = self._pipes.get(how)
+                if pipe is None or pipe.batch < len(job.rows):
+                    pipe = self._pipes[how] = _Pipe(*how, batch=len(job.rows))
+                try:
+                    job.pixels = pipe.run(job)
+                except RuntimeError as error:
+                    del self._pipes[how]  # it is of no use any more
+                    self._take_odd(job, gpu, _gist(error))
 
-        All of the batch, where it decodes each of them alone.
-        """
-        odd = []
+    def _take_odd(self, job: "_Job", gpu: int | None, reason: str) -> None:
+        """The pictures of a batch that DALI cannot decode; all of them, where it decodes each alone."""
         asked = [place for place, record in enumerate(job.records) if record is not STAND_IN]
         if not asked:
             raise RuntimeError(f"DALI cannot decode its stand-in: {reason}")
-        probe = _Pipe(pipe.gpu, 1, 1, pipe.whole)
+        odd, probe = [], None
         for place in asked:
-            probe.feed(job, slice(place, place + 1))
+            probe = probe or _Pipe(gpu, 1, job.whole, batch=1)
             try:
-                probe.take()
-            except _Broken:
+                probe.run(job, slice(place, place + 1))
+            except RuntimeError:
                 odd.append(place)
-                probe = _Pipe(pipe.gpu, 1, 1, pipe.whole)
+                probe = None
         for place in odd or asked:
             row = int(job.rows[place])
             logging.getLogger("fastrot").warning(
@@ -130,82 +143,40 @@ class ThroughDali(Data):
 
 
 class _Reader(PooledReader):
-    """Batches on their way: their bytes are read, DALI decodes them, they are cropped."""
+    """A batch's bytes are read by the pool; a thread has DALI decode one batch after the other; crops are cut."""
 
     def __init__(self, data: ThroughDali, device: torch.device, threads: int):
         super().__init__(threads)
         self._data, self._device = data, device
-        self._gpu = device.index if device.type == "cuda" else None
-        self._read = deque[_Job]()  # not given to DALI
-        self._pipe: _Pipe | None = None
+        self._dali = ThreadPoolExecutor(1, thread_name_prefix="dali")
 
     def begin(self, request: CropRequest) -> Pending:
         job = _Job(request, self._data.sizes(request.rows[0][:, 0]))
-        job.waits = in_tasks(self.pool, len(job.rows), partial(self._data.read, job))
-        self._read.append(job)
-        return Pending(partial(self._result, job))
-
-    def ahead(self, images: int) -> int:
-        return READ_AHEAD + IN_DALI + 1
+        reads = in_tasks(self.pool, len(job.rows), partial(self._data.read, job))
+        cut = self._dali.submit(self._decode, job, reads)
+        return Pending(lambda: Decoded(cut.result()(), job.errors))
 
     def close(self) -> None:
+        self._dali.shutdown(wait=False, cancel_futures=True)
         super().close()
-        self._give_back()
+        self._dali.shutdown()
 
-    def _result(self, job: "_Job") -> Decoded:
-        self._decode(job)
-        if self._pipe is not None and self._pipe.jobs:
-            self._decode(self._pipe.jobs[0][0])  # cropped while the one before is used
-        job.wait()
-        return Decoded(job.out, job.errors)
+    def _decode(self, job: "_Job", reads: list[Callable[[], None]]) -> Callable[[], Crops]:
+        """Decode a batch, and begin its crops, if that is done on the CPU; what waits for them."""
+        for wait in reads:
+            wait()
+        there = self._device.type == "cuda"
+        self._data.decode_batch(job, self._device.index if there else None, self.workers)
+        return partial(_cut_there, job, self._device) if there else self._cut_here(job)
 
-    def _decode(self, wanted: "_Job") -> None:
-        """Take batches out of DALI, up to this one; the crops of its pictures are begun."""
-        while not wanted.out:
-            pipe = self._feed()
-            try:
-                job, job.pixels = pipe.take()
-            except _Broken as broken:  # all that was in it waits again, for a new pipeline
-                self._read.extendleft(reversed([job for job, _ in pipe.jobs]))
-                self._pipe = None
-                self._data.find_odd(self._read[0], pipe, str(broken))
-            else:
-                self._crop(job)
-
-    def _feed(self) -> "_Pipe":
-        """Give DALI as many batches as it holds at a time, of those that one pipeline serves; the pipeline."""
-        while self._read and (self._pipe is None or len(self._pipe.jobs) < IN_DALI):
-            job = self._read[0]
-            job.wait()
-            wanted = self._gpu, self.workers, len(job.rows), job.whole
-            if self._pipe is not None and not self._pipe.serves(*wanted):
-                if self._pipe.jobs:
-                    break
-                self._give_back()
-            if self._pipe is None:
-                idle = [pipe for pipe in self._data.idle if pipe.serves(*wanted)]
-                self._pipe = min(idle, key=lambda pipe: pipe.batch) if idle else _Pipe(*wanted)
-                self._data.idle = [pipe for pipe in self._data.idle if pipe is not self._pipe]
-            self._pipe.feed(self._read.popleft())
-        assert self._pipe is not None
-        return self._pipe
-
-    def _give_back(self) -> None:
-        if self._pipe is not None and self._pipe.drained():
-            self._data.idle.append(self._pipe)
-        self._pipe = None
-
-    def _crop(self, job: "_Job") -> None:
-        if self._gpu is not None:
-            job.out, job.waits = _cut_there(job, self._device), []
-            torch.cuda.current_stream(self._device).synchronize()  # DALI uses its memory again
-            return
-        job.out = self._data.ring.buffers(job.request)
-        fill = partial(fill_decoded, job.decoded, job.in_decoded(), job.out)
-        job.waits = in_tasks(self.pool, len(job.rows), fill)
+    def _cut_here(self, job: "_Job") -> Callable[[], Crops]:
+        out = self._data.ring.buffers(job.request)
+        fill = partial(fill_decoded, job.decoded, job.in_decoded(), out)
+        waits = in_tasks(self.pool, len(job.rows), fill)
+        return lambda: [wait() for wait in waits] and out
 
 
-def _cut_there(job: "_Job", device: torch.device) -> tuple[UInt8[Tensor, "b _s _s 3"], ...]:
+def _cut_there(job: "_Job", device: torch.device) -> Crops:
     """The crops of a batch, on the device that DALI has decoded it on: what it made is a raw pack's pixels."""
     places = range(len(job.rows))
     decoded = [
@@ -218,10 +189,13 @@ def _cut_there(job: "_Job", device: torch.device) -> tuple[UInt8[Tensor, "b _s _
     first = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.long().prod(1).cumsum(0)])
     pixels = torch.cat([picture.reshape(-1, 3) for picture in decoded])
     pack, request = PackTensors(pixels, first.to(device), sizes.to(device)), job.in_decoded()
-    return tuple(
+    out = tuple(
         unpack_crops(pack, torch.from_numpy(rows).to(device), size)
         for rows, size in zip(request.rows, request.sizes, strict=True)
     )
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # DALI uses its memory again
+    return out
 
 
 @dataclass(slots=True)
@@ -235,9 +209,7 @@ class _Job:
     records: list[np.ndarray] = field(init=False)  # the stand-in where DALI is not given one
     ours: dict[int, np.ndarray] = field(default_factory=dict)  # place -> the picture, by `pictures`
     errors: Errors = field(default_factory=list)
-    waits: list[Callable[[], object]] = field(default_factory=list)  # for what threads do with it
     pixels: Any = None  # by DALI
-    out: tuple[Tensor, ...] = ()  # once DALI has decoded it
 
     def __post_init__(self) -> None:
         self.rows, y, x, h, w, _ = self.request.rows[0].T
@@ -245,10 +217,6 @@ class _Job:
         height, width = self.sizes.T
         outside = (y < 0) | (x < 0) | (y + h > height) | (x + w > width)
         self.whole = len(self.request.rows) > 1 or bool(outside.any())
-
-    def wait(self) -> None:
-        for wait in self.waits:
-            wait()
 
     def decoded(self, place: int) -> UInt8[np.ndarray, "h w 3"]:
         """A picture, or no more of it than its box."""
@@ -265,24 +233,18 @@ class _Job:
         return CropRequest(tuple(each), self.request.sizes)
 
 
-class _Broken(Exception):
-    """A pipeline is of no use any more, since it could not decode the oldest batch in it; why, in one line."""
-
-
 class _Pipe:
-    """A pipeline, to be used by one epoch at a time. Raises UsageError where DALI cannot use the GPU.
+    """A pipeline. Raises UsageError where DALI cannot use the GPU.
 
     gpu    its number; None: the CPU
-    batch  pictures, at most
     whole  pictures are decoded whole; else a box of each
-    jobs   that are in it, oldest first, with what it was fed: DALI keeps no copy
+    batch  pictures, at most
     """
 
-    def __init__(self, gpu: int | None, threads: int, batch: int, whole: bool):
-        self.gpu, self.threads, self.batch, self.whole = gpu, threads, batch, whole
-        self.jobs = deque[tuple[_Job, list[Any]]]()
+    def __init__(self, gpu: int | None, threads: int, whole: bool, *, batch: int):
+        self.whole, self.batch = whole, batch
         self._pipeline = Pipeline(
-            batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=IN_DALI
+            batch_size=batch, num_threads=threads, device_id=gpu, prefetch_queue_depth=1
         )
         how = {"device": "cpu" if gpu is None else "mixed"}
         with self._pipeline:
@@ -306,11 +268,8 @@ class _Pipe:
             ) from None
         self._pipeline._first_iter = False  # else its first run is several, of batches not fed yet
 
-    def serves(self, gpu: int | None, threads: int, batch: int, whole: bool) -> bool:
-        same = (self.gpu, self.threads, self.whole) == (gpu, threads, whole)
-        return same and self.batch >= batch
-
-    def feed(self, job: _Job, places: slice = slice(None)) -> None:
+    def run(self, job: _Job, places: slice = slice(None)) -> Any:
+        """What DALI decodes of a batch. Raises RuntimeError where it cannot: then the pipeline is of no use any more."""
         records = job.records[places]
         fed: list[Any] = [records]
         if not self.whole:
@@ -321,23 +280,9 @@ class _Pipe:
         for number, each in enumerate(fed):
             self._pipeline.feed_input(f"fed{number}", each)
         self._pipeline.schedule_run()
-        self.jobs.append((job, fed))
-
-    def take(self) -> tuple[_Job, Any]:
-        """The oldest batch in it, and what DALI has decoded of it. Raises _Broken."""
-        try:
-            (decoded,) = self._pipeline.share_outputs()
-            self._pipeline.release_outputs()  # they stay until nobody holds them
-        except RuntimeError as error:
-            raise _Broken(_gist(error)) from error
-        return self.jobs.popleft()[0], decoded
-
-    def drained(self) -> bool:
-        """Whether it can be used again, with nothing left in it."""
-        with contextlib.suppress(_Broken):
-            while self.jobs:
-                self.take()
-        return not self.jobs
+        (decoded,) = self._pipeline.share_outputs()
+        self._pipeline.release_outputs()  # they stay until nobody holds them
+        return decoded
 
 
 def _fed(number: int, dtype: Any) -> Any:
