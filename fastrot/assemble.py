@@ -225,20 +225,18 @@ def data_info(
 ) -> DataInfo:
     """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
+    val = data if val_loader is None else val_loader.data
     if METHODS[type(cfg.method)].wants_labels:
-        for knob, each in (
-            ("--data", data),
-            ("--val", data if val_loader is None else val_loader.data),
-        ):
+        for knob, each in (("--data", data), ("--val", val)):
             if missing := int((each.labels < 0).sum()):
                 raise UsageError(
                     f"{cfg.preset} learns from labels, but {missing} of {each.rows} pictures of {knob} have "
                     "none: prepare them with --label-from folder, or choose rotnet-alexnet"
                 )
-        if val_loader is not None and val_loader.data.classes != data.classes:
+        if val.classes != data.classes:
             raise UsageError(
-                f"--val has other classes than --data ({len(val_loader.data.classes)} and "
-                f"{len(data.classes)}): both need the same class folders"
+                f"--val has other classes than --data ({len(val.classes)} and {len(data.classes)}): both need the same "
+                "class folders"
             )
     classes = len(data.classes) or int(data.labels.max()) + 1
     return DataInfo(

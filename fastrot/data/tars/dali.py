@@ -173,7 +173,13 @@ class _Reader(PooledReader):
         out = self._data.ring.buffers(job.request)
         fill = partial(fill_decoded, job.decoded, job.in_decoded(), out)
         waits = in_tasks(self.pool, len(job.rows), fill)
-        return lambda: [wait() for wait in waits] and out
+
+        def wait_for_all() -> Crops:
+            for wait in waits:
+                wait()
+            return out
+
+        return wait_for_all
 
 
 def _cut_there(job: "_Job", device: torch.device) -> Crops:
