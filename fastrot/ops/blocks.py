@@ -35,7 +35,7 @@ from torch import Tensor
 from fastrot import native
 from fastrot.config import UsageError
 from fastrot.ops.choice import check_kernel, form_for, tl, triton
-from fastrot.ops.rows import check_device
+from fastrot.ops.rows import check_device, misfit
 
 YCC, RAW = 48, 3  # bytes of a row of tiles
 WORDS = YCC // 8  # of 8 bytes, a block each
@@ -47,9 +47,8 @@ class PackTensors:
     """Packed pictures on one device. A row of `tiles` is a tile (c = 48) or a pixel (c = 3)."""
 
     tiles: UInt8[Tensor, "t c"]
-    first: Int64[
-        Tensor, " m"
-    ]  # m = n + 1: where each picture begins in `tiles`; the last is their number
+    # where each picture begins in `tiles`, and at last their number: m = n + 1
+    first: Int64[Tensor, " m"]
     sizes: Int32[Tensor, "n 2"]  # heights and widths
 
     @property
@@ -86,18 +85,11 @@ def decoded_box(
         picture = pack.tiles[start : start + down * across].view(down, across, RAW)
         inside = picture[top:bottom, left:right].permute(2, 0, 1)
     else:
-        row, column, row_end, column_end = (
-            top // EDGE, left // EDGE, -(-bottom // EDGE), -(-right // EDGE),
-        )  # fmt: skip
-        wide = -(-across // EDGE)
+        row, column, wide = top // EDGE, left // EDGE, -(-across // EDGE)
         tiles = pack.tiles[start : start + -(-down // EDGE) * wide].view(-1, wide, YCC)
-        touched = tiles[row:row_end, column:column_end].contiguous()
-        pixels = _decoded_tiles(touched)
-        inside = pixels[
-            :,
-            top - row * EDGE : bottom - row * EDGE,
-            left - column * EDGE : right - column * EDGE,
-        ]
+        pixels = _decoded_tiles(tiles[row : -(-bottom // EDGE), column : -(-right // EDGE)])
+        y0, x0 = top - row * EDGE, left - column * EDGE
+        inside = pixels[:, y0 : y0 + bottom - top, x0 : x0 + right - left]
     box[:, top - y : bottom - y, left - x : right - x] = inside
     return box
 
@@ -105,15 +97,14 @@ def decoded_box(
 def _decoded_tiles(tiles: UInt8[Tensor, "r c 48"]) -> UInt8[Tensor, "3 y x"]:
     """A rectangle of tiles as pixels."""
     rows, columns = tiles.shape[:2]
-    samples = _samples(tiles.view(-1, WORDS, 8)).view(rows, columns, WORDS, 4, 4)
+    samples = _samples(tiles.reshape(-1, WORDS, 8)).view(rows, columns, WORDS, 4, 4)
     luma = samples[:, :, :4].view(rows, columns, 2, 2, 4, 4).permute(0, 2, 4, 1, 3, 5)
     luma = luma.reshape(rows * 4, 2, columns * 4, 2)  # pixels of a chroma sample: axes 1 and 3
     cb, cr = samples[:, :, 4:].permute(2, 0, 3, 1, 4).reshape(2, rows * 4, columns * 4).int() - 128
     out = tiles.new_empty(3, rows * 4, 2, columns * 4, 2)
-    for channel, added in enumerate((
-        91881 * cr + 32768, -22554 * cb - 46802 * cr + 32768, 116130 * cb + 32768,
-    )):  # fmt: skip
-        out[channel] = (luma + (added >> 16).short()[:, None, :, None]).clamp_(0, 255)
+    for channel, added in enumerate((91881 * cr, -22554 * cb - 46802 * cr, 116130 * cb)):
+        rounded = (added + 32768 >> 16).short()
+        out[channel] = (luma + rounded[:, None, :, None]).clamp_(0, 255)
     return out.view(3, rows * EDGE, columns * EDGE)
 
 
@@ -359,13 +350,9 @@ if triton is not None:
 # ---- launch ----
 
 
-def _launch(
-    pack: PackTensors, boxes: Tensor, size: int, out: Tensor | None
-) -> UInt8[Tensor, "b s s 3"]:
+def _launch(pack: PackTensors, boxes: Tensor, size: int, out: Tensor) -> Tensor:
     check_kernel()
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
-    if out is None:
-        out = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8, device=boxes.device)
     if out.numel():
         with torch.cuda.device_of(boxes):
             _unpack_kernel[(len(boxes) * triton.cdiv(size, SIDE) ** 2,)](
@@ -394,16 +381,14 @@ def unpack_crops(
     Equal to the bit to decoding the whole picture, then `crops.resample`, on every device.
     """
     _check(pack, boxes, size)
-    if out is not None and (out.shape != (len(boxes), size, size, 3) or not out.is_contiguous()):
-        raise UsageError(
-            f"out is {list(out.shape)}: it wants {[len(boxes), size, size, 3]}, contiguous"
-        )
+    shape = (len(boxes), size, size, 3)
+    out = boxes.new_empty(shape, dtype=torch.uint8) if out is None else out
+    if out.shape != shape or not out.is_contiguous():
+        raise misfit("out is", out, f"torch.uint8 {list(shape)}, contiguous")
     if form_for(boxes) == "triton":
         return _launch(pack, boxes, size, out)
     if boxes.is_cuda or native.load() is None:
-        crops = unpack_crops_reference(pack, boxes, size)
-        return crops if out is None else out.copy_(crops)
-    out = boxes.new_empty(len(boxes), size, size, 3, dtype=torch.uint8) if out is None else out
+        return out.copy_(unpack_crops_reference(pack, boxes, size))
     arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
     native.pack_crops(*arrays, pack.encoding, boxes.numpy(), size, out.numpy())
     return out
@@ -412,33 +397,23 @@ def unpack_crops(
 def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
     tiles, first, sizes = pack.tiles, pack.first, pack.sizes
     if tiles.dtype != torch.uint8 or tiles.ndim != 2 or tiles.shape[1] not in (YCC, RAW):
-        raise UsageError(
-            f"tiles are {tiles.dtype} {list(tiles.shape)}: they want torch.uint8 [T, {YCC}] or [T, {RAW}]"
-        )
+        raise misfit("tiles are", tiles, f"torch.uint8 [T, {YCC}] or [T, {RAW}]")
     if not tiles.is_contiguous() or tiles.data_ptr() % 8:
-        raise UsageError(
-            "tiles are not contiguous from a multiple of 8 bytes: give the pack's array itself"
-        )
-    if sizes.dtype != torch.int32 or first.dtype != torch.int64 or len(first) != len(sizes) + 1:
-        raise UsageError(
-            f"first is {first.dtype} {list(first.shape)} and sizes are {sizes.dtype} {list(sizes.shape)}: "
-            "they want torch.int64 [N + 1] and torch.int32 [N, 2]"
-        )
+        raise UsageError("tiles are not contiguous from 8 bytes on: give the pack's array itself")
+    if sizes.dtype != torch.int32:
+        raise misfit("sizes are", sizes, "torch.int32 [N, 2]")
+    if first.dtype != torch.int64 or len(first) != len(sizes) + 1:
+        raise misfit("first is", first, f"torch.int64 [N + 1], N = {len(sizes)}")
     if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype != torch.int64:
-        raise UsageError(
-            f"boxes are {boxes.dtype} {list(boxes.shape)}: they want torch.int64 [B, 6]"
-        )
+        raise misfit("boxes are", boxes, "torch.int64 [B, 6]")
     check_device(tiles, first, sizes, boxes)
     if size < 1:
         raise UsageError(f"size got {size}: it wants at least 1 pixel")
     if not boxes.is_cuda and len(boxes):
         low, high = (int(end) for end in boxes[:, 0].aminmax())
         if low < 0 or high >= len(sizes):
-            raise UsageError(
-                f"boxes ask for pictures {low} to {high}: the pack has 0 to {len(sizes) - 1}"
-            )
+            last = len(sizes) - 1
+            raise UsageError(f"boxes ask for pictures {low} to {high}: the pack has 0 to {last}")
         starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
         if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
-            raise UsageError(
-                "boxes lie outside their pictures: they want a pixel of these at least"
-            )
+            raise UsageError("boxes lie outside their pictures: they want a pixel of these")

@@ -56,3 +56,10 @@ def check_kernel(*dtypes: torch.dtype) -> None:
     for dtype in dtypes:
         if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
             raise UsageError(f"the Triton kernels take no {dtype}: set FASTROT_OPS=reference")
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; 1 without one."""
+    if not tensor.is_cuda:
+        return 1
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

@@ -29,35 +29,28 @@ Digits.  Statistics: each lane keeps a mean and the squares about it, row after 
          bits again on the same device. sums: float32 lanes of a few dozen rows, added in a fixed order.
 """
 
-from typing import Optional
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot.config import UsageError
+from fastrot.ops import norm_kernels as kernels
 from fastrot.ops.choice import form_for
-from fastrot.ops.norm_kernels import (
-    CHANNELS_LAST,
-    CUT_OFF,
-    launch_back,
-    launch_forward,
-    launch_statistics,
-    outputs,
-)
-from fastrot.ops.rows import check_device
+from fastrot.ops.norm_kernels import CHANNELS_LAST, CUT_OFF
+from fastrot.ops.rows import check_device, misfit
+
+Maps = Float[Tensor, "n c h w"]
+Each = Float[Tensor, " c"]  # one number a channel
 
 # ---- reference ----
 
 
 def statistics_reference(
-    y: Float[Tensor, "n c h w"],
-    running_mean: Float[Tensor, " c"],
-    running_var: Float[Tensor, " c"],
-    shift: Float[Tensor, " c"] | None,
-    momentum: float,
-) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    y: Maps, running_mean: Each, running_var: Each, shift: Each | None, momentum: float
+) -> tuple[Each, Each]:
     """Mean and biased variance of each channel, in float32 at least; the running ones are moved."""
     rows = y.numel() // y.shape[1]
     # batch_norm's own statistics, which on a CPU take a hundredth of var_mean's time
@@ -71,13 +64,7 @@ def statistics_reference(
 
 
 def norm_relu_reference(
-    y: Float[Tensor, "n c h w"],
-    weight: Float[Tensor, " c"],
-    bias: Float[Tensor, " c"],
-    mean: Float[Tensor, " c"],
-    var: Float[Tensor, " c"],
-    eps: float,
-    pool: bool,
+    y: Maps, weight: Each, bias: Each, mean: Each, var: Each, eps: float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and of each window its winner's y and place (of no element, not pooled)."""
     normal = F.batch_norm(y, mean, var, weight, bias, training=False, eps=eps).relu_()
@@ -96,18 +83,10 @@ def norm_relu_reference(
 
 
 def norm_relu_back_reference(
-    grad: Tensor,
-    y: Float[Tensor, "n c h w"],
-    weight: Float[Tensor, " c"],
-    bias: Float[Tensor, " c"],
-    mean: Float[Tensor, " c"],
-    var: Float[Tensor, " c"],
-    peak: Tensor,
-    winner: UInt8[Tensor, "..."],
-    eps: float,
-    pool: bool,
+    grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, dweight and dbias."""
+    """dy, dweight and dbias; `kept` are y, weight, bias, mean, var, peak and winner."""
+    y, weight, bias, mean, var, _, winner = kept
     if pool:
         place = winner.long()
         down, across = _corner(place, 2) + place // 3, _corner(place, 3) + place % 3
@@ -131,63 +110,53 @@ def _corner(pooled: Tensor, axis: int) -> Tensor:
     return begin[:, None] if axis == 2 else begin
 
 
-@torch.library.custom_op("fastrot::batch_statistics", mutates_args=("running_mean", "running_var"))
-def _batch_statistics(
-    y: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    shift: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
-    run = launch_statistics if form_for(y) == "triton" else statistics_reference
-    return run(y, running_mean, running_var, shift, momentum)
+@torch.library.custom_op(
+    "fastrot::batch_statistics",
+    mutates_args=("running_mean", "running_var"),
+    schema="(Tensor y, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor? shift, float momentum)"
+    " -> (Tensor, Tensor)",
+)
+def _batch_statistics(y, *rest):
+    run = kernels.launch_statistics if form_for(y) == "triton" else statistics_reference
+    return run(y, *rest)
 
 
 @_batch_statistics.register_fake
-def _(y, running_mean, running_var, shift, momentum):
+def _(y, *_):
     wide = torch.promote_types(y.dtype, torch.float32)
     return y.new_empty(y.shape[1], dtype=wide), y.new_empty(y.shape[1], dtype=wide)
 
 
-@torch.library.custom_op("fastrot::norm_relu", mutates_args=())
-def _norm_relu(
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Optional[Tensor],  # noqa: UP045
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    pool: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = launch_forward if form_for(y) == "triton" else norm_relu_reference
-    return run(y, weight, bias, mean, var, eps, pool)
+@torch.library.custom_op(
+    "fastrot::norm_relu",
+    mutates_args=(),
+    schema="(Tensor y, Tensor weight, Tensor bias, Tensor? shift, Tensor mean, Tensor var, float eps, bool pool)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _norm_relu(y, weight, bias, shift, *rest):
+    run = kernels.launch_forward if form_for(y) == "triton" else norm_relu_reference
+    return run(y, weight, bias, *rest)
 
 
 @_norm_relu.register_fake
-def _(y, weight, bias, shift, mean, var, eps, pool):
-    return outputs(y, pool)
+def _(y, *rest):
+    return kernels.outputs(y, rest[-1])
 
 
-@torch.library.custom_op("fastrot::norm_relu_back", mutates_args=())
-def _norm_relu_back(
-    grad: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    peak: Tensor,
-    winner: Tensor,
-    eps: float,
-    pool: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = launch_back if form_for(y) == "triton" else norm_relu_back_reference
-    return run(grad, y, weight, bias, mean, var, peak, winner, eps, pool)
+@torch.library.custom_op(
+    "fastrot::norm_relu_back",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor y, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor peak, Tensor winner,"
+    " float eps, bool pool) -> (Tensor, Tensor, Tensor)",
+)
+def _norm_relu_back(grad, *rest):
+    *kept, eps, pool = rest
+    run = kernels.launch_back if form_for(grad) == "triton" else norm_relu_back_reference
+    return run(grad, kept, eps, pool)
 
 
 @_norm_relu_back.register_fake
-def _(grad, y, weight, bias, mean, var, peak, winner, eps, pool):
+def _(grad, y, weight, bias, *_):
     dy = torch.empty_like(y, memory_format=CHANNELS_LAST)
     return dy, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
@@ -215,13 +184,13 @@ _norm_relu.register_autograd(_back, setup_context=_keep)
 
 
 def norm_relu(
-    y: Float[Tensor, "n c h w"],
-    weight: Float[Tensor, " c"],
-    bias: Float[Tensor, " c"],
-    running_mean: Float[Tensor, " c"],
-    running_var: Float[Tensor, " c"],
+    y: Maps,
+    weight: Each,
+    bias: Each,
+    running_mean: Each,
+    running_var: Each,
     *,
-    shift: Float[Tensor, " c"] | None = None,
+    shift: Each | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
     pool: bool = False,
@@ -231,17 +200,14 @@ def norm_relu(
     Moves the running statistics in place. `shift`, a convolution's bias that was left out, gets a gradient of zero.
     """
     if y.ndim != 4 or not y.is_floating_point():
-        raise UsageError(
-            f"y is {y.dtype} {tuple(y.shape)}: norm_relu wants a convolution's output, [N, C, H, W]"
-        )
+        raise misfit("y is", y, "a convolution's output, [N, C, H, W]")
     n, c, h, w = y.shape
     if n * h * w < 2:
         raise UsageError(
-            f"y is {tuple(y.shape)}: statistics of a batch want two values a channel at least: say --batch 2"
+            f"y is {tuple(y.shape)}: a batch wants two values a channel at least: say --batch 2"
         )
-    each_channel = dict(weight=weight, bias=bias, shift=shift)
-    each_channel |= dict(running_mean=running_mean, running_var=running_var)
-    for name, each in each_channel.items():
+    running = dict(running_mean=running_mean, running_var=running_var)
+    for name, each in dict(weight=weight, bias=bias, shift=shift, **running).items():
         if each is not None and each.shape != (c,):
             raise UsageError(f"{name} is {tuple(each.shape)}: y of {c} channels wants [{c}]")
     check_device(y, weight, bias, running_mean, running_var, shift)

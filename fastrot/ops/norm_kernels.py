@@ -1,13 +1,14 @@
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
 """The kernels behind ops/norm.py, which has the maths, the idea and the bytes, and how they are launched."""
 
+from collections.abc import Sequence
 from typing import no_type_check
 
 import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, tl, triton
+from fastrot.ops.choice import check_kernel, processors, tl, triton
 
 CHANNELS_LAST = torch.channels_last
 CUT_OFF = 9  # a winner that ReLU cut
@@ -342,17 +343,9 @@ def launch_forward(
 
 
 def launch_back(
-    grad: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    peak: Tensor,
-    winner: Tensor,
-    eps: float,
-    pool: bool,
+    grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    y, weight, bias, mean, var, peak, winner = kept
     _check_kernel(y)
     y, grad = (each.contiguous(memory_format=CHANNELS_LAST) for each in (y, grad))
     n, c, h, w = y.shape
@@ -409,13 +402,9 @@ def _shared_out(y: Tensor, rows: int) -> tuple[int, int, int, int]:
     block = _block(c)
     rows_of_tile = TILE // (block * y.itemsize)
     tiles = -(-rows // rows_of_tile)
-    wanted = -(-PER_PROCESSOR * _processors(y) // -(-c // block))
+    wanted = -(-PER_PROCESSOR * processors(y) // -(-c // block))
     each = -(-tiles // min(tiles, wanted))
     return block, rows_of_tile, each, -(-tiles // each)
-
-
-def _processors(y: Tensor) -> int:
-    return torch.cuda.get_device_properties(y.device).multi_processor_count if y.is_cuda else 1
 
 
 def _check_kernel(y: Tensor) -> None:

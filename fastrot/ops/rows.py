@@ -22,17 +22,15 @@ from fastrot.config import WIDEST_EMBEDDING, NotFinite, UsageError
 from fastrot.ops.choice import check_kernel, form_for, tl, triton
 
 WIDEST = WIDEST_EMBEDDING  # features that a kernel's program holds
+Bank = Float[Tensor, "n d"]
+Features = Float[Tensor, "b d"]
 
 
 # ---- reference ----
 
 
 def update_rows_reference(
-    rows: Float[Tensor, "n d"],
-    index: Int64[Tensor, " b"],
-    features: Float[Tensor, "b d"],
-    momentum: float,
-    eps: float,
+    rows: Bank, index: Int64[Tensor, " b"], features: Features, momentum: float, eps: float
 ) -> None:
     """What the CPU runs and what tests trust."""
     order = index.argsort(stable=True)
@@ -104,7 +102,7 @@ def _update_rows(
 
 
 @_update_rows.register_fake
-def _(rows, index, features, momentum, eps):
+def _(*_):
     return None
 
 
@@ -112,11 +110,7 @@ def _(rows, index, features, momentum, eps):
 
 
 def update_rows(
-    rows: Float[Tensor, "n d"],
-    index: Int64[Tensor, " b"],
-    features: Float[Tensor, "b d"],
-    momentum: float,
-    eps: float = 0.0,
+    rows: Bank, index: Int64[Tensor, " b"], features: Features, momentum: float, eps: float = 0.0
 ) -> None:
     """Row <- unit(momentum * row + (1 - momentum) * feature), in place; unit(v) = v / max(|v|, eps).
 
@@ -124,14 +118,10 @@ def update_rows(
     refused on a CPU and left out on a GPU, where looking would wait.
     """
     if features.ndim != 2 or features.dtype not in (torch.float32, torch.float64):
-        raise UsageError(
-            f"features are {features.dtype} {tuple(features.shape)}: they want torch.float32 [B, D]"
-        )
+        raise misfit("features are", features, "torch.float32 [B, D]")
     check_rows(rows, features)
     if index.shape != features.shape[:1] or index.dtype != torch.int64:
-        raise UsageError(
-            f"index is {index.dtype} {tuple(index.shape)}: it wants torch.int64 [{len(features)}]"
-        )
+        raise misfit("index is", index, f"torch.int64 [{len(features)}]")
     check_device(rows, index, features)
     if not 0 <= momentum <= 1:
         raise UsageError(f"--method.bank-momentum got {momentum}: it wants 0 to 1, as 0.5")
@@ -140,20 +130,20 @@ def update_rows(
     _update_rows(rows, index, features.detach(), momentum, eps)
 
 
-# ---- what is refused, here and in nce.py ----
+# ---- what is refused, here and in other ops ----
+
+
+def misfit(what: str, tensor: Tensor, wanted: str) -> UsageError:
+    """Of a tensor of another dtype or shape than is wanted; `what` with its verb, as "x is"."""
+    return UsageError(f"{what} {tensor.dtype} {tuple(tensor.shape)}: give {wanted}")
 
 
 def check_rows(rows: Tensor, features: Tensor) -> None:
     """A bank that these features [B, D] can meet."""
     d = features.shape[1]
-    if rows.ndim != 2 or rows.shape[1] != d or not rows.is_floating_point():
-        raise UsageError(
-            f"rows are {rows.dtype} {tuple(rows.shape)}: they want torch.float32 or torch.bfloat16 [N, {d}]"
-        )
-    if rows.dtype not in (torch.float32, torch.bfloat16, features.dtype):
-        raise UsageError(
-            f"rows are {rows.dtype}: with features of {features.dtype} they want torch.float32 or torch.bfloat16"
-        )
+    dtypes = (torch.float32, torch.bfloat16, features.dtype)
+    if rows.ndim != 2 or rows.shape[1] != d or rows.dtype not in dtypes:
+        raise misfit("rows are", rows, f"torch.float32 or torch.bfloat16 [N, {d}]")
     if not rows.is_contiguous():
         raise UsageError("rows are not contiguous: give the bank itself, or rows.contiguous()")
     if not 1 <= len(rows) < 2**32:
@@ -164,9 +154,7 @@ def check_device(first: Tensor, *others: Tensor | None) -> None:
     """All on the device of the first."""
     for other in others:
         if other is not None and other.device != first.device:
-            raise UsageError(
-                f"tensors are on {first.device} and {other.device}: they want the same device"
-            )
+            raise UsageError(f"tensors are on {first.device} and {other.device}: move them to one")
 
 
 def check_width(features: Tensor) -> None:

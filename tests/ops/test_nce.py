@@ -438,7 +438,7 @@ def kernel_is_the_reference(case: Case, kind: str, device: str = "cpu", images: 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_interpreted_kernel_is_the_reference(case, kind, monkeypatch):
     monkeypatch.setattr(kernels, "_rows_at_once", lambda x, row_bytes: case.at_once)
-    monkeypatch.setattr(kernels, "_processors", lambda x: case.processors)
+    monkeypatch.setattr(kernels, "processors", lambda x: case.processors)
     monkeypatch.setattr(
         kernels, "STEP", 4 * kernels.triton.next_power_of_2(case.d)
     )  # four shares at a time
@@ -529,7 +529,7 @@ def test_kernel_path_with_a_draw_makes_nothing_of_b_times_k(monkeypatch):
     first, second = Launched(), Launched()
     monkeypatch.setattr(kernels, "_nce_kernel", first)
     monkeypatch.setattr(kernels, "_finish_kernel", second)
-    monkeypatch.setattr(kernels, "_processors", lambda x: 132)
+    monkeypatch.setattr(kernels, "processors", lambda x: 132)
     monkeypatch.setattr(kernels, "_rows_at_once", lambda x, row_bytes: 16)  # as on a GPU
     for b, k in ((2, 4096), (192, 4096), (7, 300)):
         x, rows, positive = unit(b, 128), unit(50, 128), integers(50, b)
@@ -638,7 +638,7 @@ def test_a_small_loss_is_as_exact_as_a_large_one(kind, form):
 def test_products_of_many_factors_do_not_overflow(form, monkeypatch):
     """At u = 0 each factor is 2: 164 of them in one place pass float32."""
     monkeypatch.setattr(kernels, "_rows_at_once", lambda x, row_bytes: 1)
-    monkeypatch.setattr(kernels, "_processors", lambda x: 0)
+    monkeypatch.setattr(kernels, "processors", lambda x: 0)
     where = (torch.zeros(1, 4), unit(9, 4), integers(9, 1), integers(9, 1, 164))
     with using(form):
         loss = nce_loss(*where, temperature=T, z=9 / 164, population=9)
@@ -650,7 +650,7 @@ def test_products_of_many_factors_do_not_overflow(form, monkeypatch):
 def test_a_maximum_that_moves_from_block_to_block(falling, form, monkeypatch):
     monkeypatch.setattr(op, "PIECE", 3 * 16)
     monkeypatch.setattr(kernels, "_rows_at_once", lambda x, row_bytes: 2)
-    monkeypatch.setattr(kernels, "_processors", lambda x: 1)
+    monkeypatch.setattr(kernels, "processors", lambda x: 1)
     x, rows = unit(2, 16, seed=1), unit(60, 16)
     negatives = (x @ rows.T).argsort(dim=1, descending=falling)
     where = (rows, torch.tensor([3, 4]), negatives)
