@@ -30,17 +30,12 @@ def place() -> Place:
     """Rank and world as torchrun or srun set them; one process where neither did."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", 1)),
-        )
+        local, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local, local_world)
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
         tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
-        return Place(
-            int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", 0)), tasks // nodes
-        )
+        local = int(env.get("SLURM_LOCALID", 0))
+        return Place(int(env["SLURM_PROCID"]), tasks, local, tasks // nodes)
     return Place()
 
 
@@ -56,18 +51,11 @@ def start(here: Place, device: torch.device, *, patience: timedelta | None = Non
     global _patient
     if here.world == 1:
         return
-    if (
-        "MASTER_ADDR" not in os.environ
-    ):  # srun: the first node's name, a port that follows from the job
+    if "MASTER_ADDR" not in os.environ:  # srun: the first node, a port that follows from the job
         os.environ["MASTER_ADDR"] = _first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(
-        backend,
-        rank=here.rank,
-        world_size=here.world,
-        device_id=device if device.type == "cuda" else None,
-    )
+    backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    distributed.init_process_group(backend, rank=here.rank, world_size=here.world, device_id=gpu)
     if patience is not None:
         _patient = distributed.new_group(backend="gloo", timeout=patience)
 
@@ -145,10 +133,9 @@ def broadcast_(tensors: list[Tensor]) -> None:
 
 def agree(value: Any) -> Any:
     """Rank 0's value, on every rank: for small plain values."""
-    if world() == 1:
-        return value
     box = [value]
-    distributed.broadcast_object_list(box, src=0)
+    if world() > 1:
+        distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -16,10 +16,7 @@ from collections.abc import Callable, Iterator
 
 from fastrot.config import PeerLost, RunError, UsageError
 
-WARNINGS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # by which a cluster says that a process will be killed soon
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1)  # by which a cluster says that it will kill soon
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
 

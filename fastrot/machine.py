@@ -18,8 +18,7 @@ from fastrot.entry import cores
 
 def processor() -> str:
     """The processor's model name."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", _cpuinfo())
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -40,8 +39,12 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16; without them it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    flags = Path("/proc/cpuinfo")
-    return bool(flags.exists() and re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text()))
+    return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", _cpuinfo()))
+
+
+def _cpuinfo() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
 
 
 def versions() -> dict[str, str]:

@@ -37,37 +37,22 @@ class AlexNet(Staged):
         padding = min(2, kernel // 2)
         c1, c2, c3, c4, c5 = channels
         side = pool5_side(size, kernel, stride)
-        super().__init__(
-            {
-                "conv1": _convolution(
-                    3,
-                    c1,
-                    kernel,
-                    stride,
-                    padding,
-                    SpaceToDepthConv2d if space_to_depth else nn.Conv2d,
-                ),
-                "pool1": nn.MaxPool2d(3, 2),
-                "conv2": _convolution(c1, c2, 5, 1, 2),
-                "pool2": nn.MaxPool2d(3, 2),
-                "conv3": _convolution(c2, c3, 3, 1, 1),
-                "conv4": _convolution(c3, c4, 3, 1, 1),
-                "conv5": _convolution(c4, c5, 3, 1, 1),
-                "pool5": nn.MaxPool2d(3, 2),
-                "fc_block": _linears(c5 * side * side, hidden),
-            },
-            channels={
-                **{"conv1": c1, "pool1": c1, "conv2": c2, "pool2": c2},
-                **{"conv3": c3, "conv4": c4, "conv5": c5, "pool5": c5, "fc_block": hidden},
-            },
-            space_to_depth=space_to_depth_of(size, kernel, stride, padding)
-            if space_to_depth
-            else None,
-        )
+        cells = space_to_depth_of(size, kernel, stride, padding) if space_to_depth else None
+        first = SpaceToDepthConv2d if space_to_depth else nn.Conv2d
+        stages = {
+            "conv1": Convolved(first(3, c1, kernel, stride, padding), fuse),
+            "pool1": nn.MaxPool2d(3, 2),
+            "conv2": Convolved(nn.Conv2d(c1, c2, 5, 1, 2), fuse),
+            "pool2": nn.MaxPool2d(3, 2),
+            "conv3": Convolved(nn.Conv2d(c2, c3, 3, 1, 1), fuse),
+            "conv4": Convolved(nn.Conv2d(c3, c4, 3, 1, 1), fuse),
+            "conv5": Convolved(nn.Conv2d(c4, c5, 3, 1, 1), fuse),
+            "pool5": nn.MaxPool2d(3, 2),
+            "fc_block": _linears(c5 * side * side, hidden),
+        }
+        widths = (c1, c1, c2, c2, c3, c4, c5, c5, hidden)
+        super().__init__(stages, dict(zip(stages, widths, strict=True)), cells)
         self.telling = "conv5"
-        for stage in self.children():
-            if isinstance(stage, Convolved):
-                stage.fuse = fuse
 
 
 def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
@@ -101,17 +86,6 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     for _ in range(3):
         side = (side - 3) // 2 + 1
     return side
-
-
-def _convolution(
-    before: int,
-    after: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    kind: type[nn.Conv2d] = nn.Conv2d,
-) -> Convolved:
-    return Convolved(kind(before, after, kernel, stride, padding))
 
 
 def _linears(before: int, hidden: int) -> nn.Sequential:

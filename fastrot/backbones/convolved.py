@@ -1,6 +1,7 @@
 """A convolution with batch norm and ReLU behind it, as one stage; in training these and a pool may be one op."""
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,38 +15,29 @@ class Convolved(nn.Sequential):
     bias, which batch norm would take off again, and the bias gets a gradient of zero, which is what it has.
     """
 
-    def __init__(self, conv: nn.Conv2d):
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+    def __init__(self, conv: nn.Conv2d, fuse: bool = False):
         # the bias does nothing in front of batch norm, but the originals' weights have it
         norm = nn.BatchNorm2d(conv.out_channels)
         super().__init__(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))
-        self.fuse = False  # AlexNet sets it, of all its stages
+        self.fuse = fuse
 
     def forward(self, input: Tensor, pool: bool = False) -> Tensor:
         """Views [V, C, S, S] through the three; with `pool` through a pool that `joins` said yes to as well."""
         if not self._fuses():
             assert not pool
             return super().forward(input)
-        conv, norm = self.get_submodule("conv"), self.get_submodule("bn")
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        assert norm.momentum is not None
+        norm: Any = self.bn  # torch declares its statistics optional
         norm.num_batches_tracked.add_(1)
-        return norm_relu(
-            without_bias(conv, input),
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            shift=conv.bias,
-            momentum=norm.momentum,
-            eps=norm.eps,
-            pool=pool,
+        affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
+        how: dict[str, Any] = dict(
+            shift=self.conv.bias, momentum=norm.momentum, eps=norm.eps, pool=pool
         )
+        return norm_relu(without_bias(self.conv, input), *affine, *running, **how)
 
-    def joins(self, after: nn.Module) -> bool:
+    def joins(self, after: nn.Module | None) -> bool:
         """Whether `after` is a pool that forward can do too, now."""
         return (
             self._fuses()
@@ -55,7 +47,7 @@ class Convolved(nn.Sequential):
         )
 
     def _fuses(self) -> bool:
-        return self.fuse and self.get_submodule("bn").training
+        return self.fuse and self.bn.training
 
 
 def without_bias(conv: nn.Conv2d, views: Tensor) -> Tensor:

@@ -50,23 +50,15 @@ def _block(
     before: int, after: tuple[int, int, int], kernel: int, pool: nn.Module | None
 ) -> nn.Sequential:
     wide, point1, point2 = after
-    block = nn.Sequential(
-        OrderedDict(
-            wide=_convolution(before, wide, kernel),
-            point1=_convolution(wide, point1, 1),
-            point2=_convolution(point1, point2, 1),
-        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        wide=_convolution(before, wide, kernel),
+        point1=_convolution(wide, point1, 1),
+        point2=_convolution(point1, point2, 1),
     )
-    if pool is not None:
-        block.add_module("pool", pool)
-    return block
+    return nn.Sequential(layers if pool is None else layers | {"pool": pool})
 
 
 def _convolution(before: int, after: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False),
-            bn=nn.BatchNorm2d(after),
-            relu=nn.ReLU(inplace=True),
-        )
-    )
+    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
+    norm = nn.BatchNorm2d(after)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))

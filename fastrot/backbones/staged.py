@@ -45,17 +45,13 @@ class Staged(nn.Module):
         while coming:
             name = coming.pop(0)
             stage = self.get_submodule(name)
-            if name not in names and coming and joined(stage, self.get_submodule(coming[0])):
+            after = self.get_submodule(coming[0]) if coming and name not in names else None
+            if isinstance(stage, Convolved) and stage.joins(after):
                 name, x = coming.pop(0), stage(x, pool=True)
             else:
                 x = stage(x)
             seen[name] = x
         return [seen[name] for name in names]
-
-
-def joined(stage: nn.Module, after: nn.Module) -> bool:
-    """Whether the first stage can do the second's work with its own."""
-    return isinstance(stage, Convolved) and stage.joins(after)
 
 
 def scaled(channels: int, width: float) -> int:

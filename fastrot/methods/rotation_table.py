@@ -21,6 +21,8 @@ SUFFIXES = (".npz", ".dat", ".txt")
 ROTATIONS = 4
 WRITTEN_BY = "fastrot/evaluate.py RUN rotation --table FILE"
 _ZIP = b"PK\x03\x04"  # the first bytes of an .npz
+_NAME_ONE = f"name one that {WRITTEN_BY} wrote, or a prob.dat of one probability a line"
+_ANEW = f": write it from this data, by {WRITTEN_BY}"
 _LINES = 2**16  # that are written or read at once
 
 
@@ -59,14 +61,9 @@ def write(path: str | Path, table: RotationTable) -> None:
     """An .npz, or by its name the original's text, which holds `upright` alone. Appears whole or not at all."""
     if Path(path).suffix != ".npz":
         return write_atomically(path, lambda file: _write_text(file, table.upright.reshape(-1)))
-    probabilities, fold = table.probabilities, table.fold
-    fingerprint = np.array(table.fingerprint or "")
-    return write_atomically(
-        path,
-        lambda file: np.savez(
-            file, probabilities=probabilities, fold=fold, fingerprint=fingerprint
-        ),
-    )
+    arrays: dict[str, Any] = dict(probabilities=table.probabilities, fold=table.fold)
+    arrays["fingerprint"] = np.array(table.fingerprint or "")
+    return write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def check_name(path: str | Path, knob: str) -> None:
@@ -98,7 +95,7 @@ def read(
     """
     name = f"{knob} {path}"
     if not Path(path).is_file():
-        raise UsageError(f"{name} is no file: name one that {WRITTEN_BY} wrote, or a prob.dat")
+        raise UsageError(f"{name} is no file: {_NAME_ONE}")
     with open(path, "rb") as file:
         start = file.read(4096)
     if start.startswith(_ZIP):
@@ -108,32 +105,25 @@ def read(
     else:
         table = _read_text(Path(path), rows, name)
     if len(table.fold) != rows:
-        raise UsageError(
-            f"{name} holds {len(table.fold):,} pictures, but the data has {rows:,}: write it from this data"
-        )
+        held = len(table.fold)
+        raise UsageError(f"{name} holds {held:,} pictures, but the data has {rows:,}{_ANEW}")
     if table.fingerprint not in (None, fingerprint):
-        raise UsageError(
-            f"{name} was written from other data (fingerprint {table.fingerprint}, now {fingerprint}): "
-            f"write it from this data, by {WRITTEN_BY}"
-        )
+        which = f"fingerprint {table.fingerprint}, now {fingerprint}"
+        raise UsageError(f"{name} was written from other data ({which}){_ANEW}")
     return table
 
 
 def _no_table(name: str) -> UsageError:
-    return UsageError(
-        f"{name} is no table of rotations: name one that {WRITTEN_BY} wrote, or a prob.dat"
-    )
+    return UsageError(f"{name} is no table of rotations: {_NAME_ONE}")
 
 
 def _read_npz(path: Path, name: str) -> RotationTable:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("probabilities", "fold", "fingerprint")}
-    except MemoryError:
-        raise  # says nothing of the file
-    except (
-        Exception
-    ) as error:  # damaged bytes make zipfile and numpy raise nearly every type there is
+    except Exception as error:  # damaged bytes make zipfile and numpy raise nearly every type
+        if isinstance(error, MemoryError):
+            raise  # says nothing of the file
         raise _no_table(name) from error
     probabilities, fold, fingerprint = arrays.values()
     if (
@@ -159,10 +149,8 @@ def _read_text(path: Path, rows: int, name: str) -> RotationTable:
             upright[lines : lines + len(kept)] = kept
             lines += len(part)
     if lines != wanted:
-        raise UsageError(
-            f"{name} has {lines:,} lines, but the data's {rows:,} pictures want {wanted:,}, four each: write it "
-            f"from this data, by {WRITTEN_BY}"
-        )
+        asked = f"the data's {rows:,} pictures want {wanted:,}, four each"
+        raise UsageError(f"{name} has {lines:,} lines, but {asked}{_ANEW}")
     return RotationTable(upright.reshape(rows, ROTATIONS, 1), np.full(rows, -1, np.int8), None)
 
 
@@ -170,15 +158,14 @@ def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:
     """The numbers of a text, some thousand lines at a time."""
     before = 0
     while lines := file.readlines(_LINES * 12):
+        rest = iter(lines)
         try:
-            part = np.fromiter(map(float, lines), np.float64, len(lines))
+            part = np.fromiter(map(float, rest), np.float64, len(lines))
         except ValueError:
-            at = next(i for i, line in enumerate(lines) if not _is_number(line))
-            text = lines[at][:40].decode("ascii", "backslashreplace").strip()
-            raise UsageError(
-                f"{name}: line {before + at + 1} is no number ({text!r}); name a table that {WRITTEN_BY} wrote, "
-                "or a prob.dat of one probability a line"
-            ) from None
+            at = len(lines) - len(list(rest))  # lines up to the wrong one
+            text = lines[at - 1][:40].decode("ascii", "backslashreplace").strip()
+            told = f"{name}: line {before + at} is no number ({text!r}); {_NAME_ONE}"
+            raise UsageError(told) from None
         bad = np.flatnonzero(~_shares(part))
         if len(bad):
             raise _no_share(name, f"line {before + bad[0] + 1}", part[bad[0]])
@@ -186,19 +173,9 @@ def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:
         yield part
 
 
-def _is_number(line: bytes) -> bool:
-    try:
-        float(line)
-    except ValueError:
-        return False
-    return True
-
-
 def _shares(numbers: np.ndarray) -> np.ndarray:
     return (numbers >= 0) & (numbers <= 1)  # both are false of NaN
 
 
 def _no_share(name: str, where: str, value: Any) -> UsageError:
-    return UsageError(
-        f"{name}: {where} holds {value:g}, and a probability is from 0 to 1; write the table anew, by {WRITTEN_BY}"
-    )
+    return UsageError(f"{name}: {where} holds {value:g}, and a probability is from 0 to 1{_ANEW}")

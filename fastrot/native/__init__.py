@@ -26,19 +26,22 @@ FINE = 0  # a picture's status; anything else: damaged, or of a kind that others
 TILE = 48  # bytes of a pack's 8 x 8 pixels
 LONGEST = 2**17  # pixels a side of a box
 
+Numbers = Int64[np.ndarray, " b"]
+Boxes = Int64[np.ndarray, "b 6"]  # index, y, x, height, width, flip
+Crops = UInt8[np.ndarray, "b _s _s 3"]
+Status = Int32[np.ndarray, " b"]
+
+_P, _N = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "edition": (c_int, []),
     "libjpeg": (c_int, []),
     "wide": (c_int, [c_int]),
-    "crc32": (c_uint32, [c_void_p, c_int64]),
-    "pool": (c_void_p, [c_int]),
-    "end": (None, [c_void_p]),
-    "jpeg_crops": (c_void_p, [c_void_p, c_int64, *[c_void_p] * 5, c_int, *[c_void_p] * 4]),
-    "pack_crops": (
-        c_void_p,
-        [c_void_p, c_int64, *[c_void_p] * 3, c_int, c_void_p, c_int64, *[c_void_p] * 2],
-    ),
-    "wait": (None, [c_void_p, c_void_p]),
+    "crc32": (c_uint32, [_P, _N]),
+    "pool": (_P, [c_int]),
+    "end": (None, [_P]),
+    "jpeg_crops": (_P, [_P, _N, _P, _P, _P, _P, _P, c_int, _P, _P, _P, _P]),
+    "pack_crops": (_P, [_P, _N, _P, _P, _P, c_int, _P, _N, _P, _P]),
+    "wait": (None, [_P, _P]),
 }
 
 
@@ -83,12 +86,7 @@ class Files:
         self._at = np.array([_address(file) for file in files], np.uint64)
         self._bytes = np.array([len(file) for file in files], np.int64)
 
-    def addresses(
-        self,
-        which: Int64[np.ndarray, " b"],
-        start: Int64[np.ndarray, " b"],
-        size: Int64[np.ndarray, " b"],
-    ) -> UInt64[np.ndarray, " b"]:
+    def addresses(self, which: Numbers, start: Numbers, size: Numbers) -> UInt64[np.ndarray, " b"]:
         """Where records begin. Raises IndexError for one that does not lie in its file."""
         known = (which >= 0) & (which < len(self._files))
         ends = self._bytes[np.where(known, which, 0)]
@@ -102,38 +100,36 @@ class Records(NamedTuple):
     """The records of a batch, in their files."""
 
     files: Files
-    which: Int64[np.ndarray, " b"]  # of the files
-    start: Int64[np.ndarray, " b"]  # the record's first byte
-    bytes: Int64[np.ndarray, " b"]
+    which: Numbers  # of the files
+    start: Numbers  # the record's first byte
+    bytes: Numbers
     sizes: Int32[np.ndarray, "b 2"]  # heights and widths that the pictures must have
     raw: Bool[np.ndarray, " b"]  # height x width x 3 bytes as they are; else a JPEG
     crcs: UInt32[np.ndarray, " b"] | None  # crc32 of each; None: JPEGs are read to their ends
 
 
 class Work:
-    """A batch that C has taken on. All that it reads and writes is kept until it is done."""
+    """A batch that C has taken on. All that it reads and writes, `kept`, lives until it is done."""
 
-    def __init__(self, pool: "Pool", status: Int32[np.ndarray, " b"], arrays: Any):
-        self._pool, self._status, self._arrays = pool, status, arrays
-        self._batch: int | None = None
+    def __init__(
+        self, pool: "Pool", function: Any, arguments: list[Any], status: Status, *kept: Any
+    ):
+        self._pool, self._status, self._kept = pool, status, kept
+        pool.under_way.add(self)
+        self._batch = function(pool.address, *arguments, _address(status))
+        if self._batch is None:
+            pool.under_way.discard(self)
+            raise MemoryError
 
-    def wait(self) -> Int32[np.ndarray, " b"]:
+    def wait(self) -> Status:
         """The pictures' states, when all are done: FINE, or not, and then the crop holds anything."""
         if self._batch is not None:
             if self._pool.address is None:
                 raise ValueError("its pool was closed before")
             self._pool.library.fastrot_wait(self._pool.address, self._batch)
             self._pool.under_way.discard(self)
-            self._batch = self._arrays = None
+            self._batch = self._kept = None
         return self._status
-
-    def begin(self, function: Any, *arguments: Any) -> "Work":
-        self._pool.under_way.add(self)
-        self._batch = function(self._pool.address, *arguments)
-        if self._batch is None:
-            self._pool.under_way.discard(self)
-            raise MemoryError
-        return self
 
 
 class Pool:
@@ -169,12 +165,7 @@ class Pool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def jpeg_crops(
-        self,
-        records: Records,
-        boxes: Sequence[Int64[np.ndarray, "b 6"]],
-        out: Sequence[UInt8[np.ndarray, "b _s _s 3"]],
-    ) -> Work:
+    def jpeg_crops(self, records: Records, boxes: Sequence[Boxes], out: Sequence[Crops]) -> Work:
         """Begin a batch: crops of the records into `out`, one array for each recipe, as `crops.resample` makes them.
 
         Raises ValueError for what is not of the form above, IndexError for a record outside its file.
@@ -185,31 +176,24 @@ class Pool:
             raise ValueError("a raw record is not height x width x 3 bytes")
         place = (records.which, records.start, records.bytes)
         which, start, size = (_checked(each, np.int64, (count,)) for each in place)
-        columns = {
-            "at": records.files.addresses(which, start, size),
-            "bytes": size,
-            "sizes": _checked(records.sizes, np.int32, (count, 2)),
-            "raw": _checked(records.raw, np.bool_, (count,)).view(np.uint8),
-        }
-        crcs = None if records.crcs is None else _checked(records.crcs, np.uint32, (count,))
+        columns = [
+            records.files.addresses(which, start, size),
+            size,
+            _checked(records.sizes, np.int32, (count, 2)),
+            _checked(records.raw, np.bool_, (count,)),
+        ]
+        if records.crcs is not None:
+            columns.append(_checked(records.crcs, np.uint32, (count,)))
         if not boxes or len(boxes) != len(out):
             raise ValueError(f"{len(boxes)} arrays of boxes and {len(out)} of crops")
         boxes = [_checked(each, np.int64, (count, 6)) for each in boxes]
-        sizes = np.array([_side_of(each, count) for each in out], np.int64)
-        tables = [np.array([_address(a) for a in each], np.uint64) for each in (boxes, out)]
+        sides = np.array([_side_of(each, count) for each in out], np.int64)
+        box_at, out_at = (np.array([_address(a) for a in each], np.uint64) for each in (boxes, out))
+        arguments = [count, *map(_address, columns), *[None] * (records.crcs is None)]
+        arguments += [len(boxes), *map(_address, (box_at, sides, out_at))]
+        kept = (columns, boxes, out, sides, box_at, out_at, records.files)
         status = np.full(count, -1, np.int32)
-        kept = (columns, crcs, boxes, out, sizes, tables, records.files)
-        return Work(self, status, kept).begin(
-            self.library.fastrot_jpeg_crops,
-            count,
-            *map(_address, columns.values()),
-            None if crcs is None else _address(crcs),
-            len(boxes),
-            _address(tables[0]),
-            _address(sizes),
-            _address(tables[1]),
-            _address(status),
-        )
+        return Work(self, self.library.fastrot_jpeg_crops, arguments, status, *kept)
 
     def pack_crops(
         self,
@@ -217,8 +201,8 @@ class Pool:
         first: Int64[np.ndarray, " n1"],
         sizes: Int32[np.ndarray, "n 2"],
         encoding: Literal["ycc", "raw"],
-        boxes: Int64[np.ndarray, "b 6"],
-        out: UInt8[np.ndarray, "b s s 3"],
+        boxes: Boxes,
+        out: Crops,
     ) -> Work:
         """Begin a batch of a pack's pictures, see `pack_crops`."""
         tiled = encoding == "ycc"
@@ -226,19 +210,13 @@ class Pool:
         sizes = _checked(sizes, np.int32, (len(sizes), 2))
         first = _checked(first, np.int64, (len(sizes) + 1,))
         boxes = _checked(boxes, np.int64, (len(boxes), 6))
-        size = _side_of(out, len(boxes))
+        side = _side_of(out, len(boxes))
         _check_rows(boxes[:, 0], first, sizes, len(data), 8 if tiled else 1)
+        kept = (data, first, sizes, boxes, out)
+        data_at, first_at, sizes_at, boxes_at, out_at = map(_address, kept)
+        arguments = [len(boxes), data_at, first_at, sizes_at, int(tiled), boxes_at, side, out_at]
         status = np.full(len(boxes), -1, np.int32)
-        return Work(self, status, (data, first, sizes, boxes, out)).begin(
-            self.library.fastrot_pack_crops,
-            len(boxes),
-            *map(_address, (data, first, sizes)),
-            int(tiled),
-            _address(boxes),
-            size,
-            _address(out),
-            _address(status),
-        )
+        return Work(self, self.library.fastrot_pack_crops, arguments, status, *kept)
 
 
 def pack_crops(
@@ -246,11 +224,11 @@ def pack_crops(
     first: Int64[np.ndarray, " n1"],
     sizes: Int32[np.ndarray, "n 2"],
     encoding: Literal["ycc", "raw"],
-    boxes: Int64[np.ndarray, "b 6"],
+    boxes: Boxes,
     size: int,
-    out: UInt8[np.ndarray, "b s s 3"] | None = None,
+    out: Crops | None = None,
     threads: int = 1,
-) -> UInt8[np.ndarray, "b s s 3"]:
+) -> Crops:
     """Crops of a pack's pictures: decode the box, then `crops.resample`, to the bit.
 
     `data` are tiles of 48 bytes (ycc) or pixels of 3 (raw), `first` the first of each picture and the total, `sizes`
@@ -270,13 +248,7 @@ def pack_crops(
     return out
 
 
-def _check_rows(
-    rows: Int64[np.ndarray, " b"],
-    first: Int64[np.ndarray, " n1"],
-    sizes: Int32[np.ndarray, "n 2"],
-    total: int,
-    side: int,
-) -> None:
+def _check_rows(rows: Numbers, first: np.ndarray, sizes: np.ndarray, total: int, side: int) -> None:
     """Raises where a picture of the batch does not lie in the pack: its tiles are `side` pixels a side."""
     if not len(rows):
         return
@@ -296,9 +268,7 @@ def _side_of(out: np.ndarray, count: int) -> int:
     side = out.shape[1] if out.ndim == 4 else 0
     fits = side > 0 and out.shape == (count, side, side, 3) and out.dtype == np.uint8
     if not (fits and out.flags.c_contiguous and out.flags.writeable):
-        raise ValueError(
-            f"crops go to a uint8 array [{count}, s, s, 3], not {out.dtype}{out.shape}"
-        )
+        raise ValueError(f"crops go to uint8 [{count}, s, s, 3], not {out.dtype}{out.shape}")
     return side
 
 

@@ -37,7 +37,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Optional
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -48,7 +48,7 @@ from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.nce_kernels import launch
 from fastrot.ops.philox import philox, scaled
-from fastrot.ops.rows import check_device, check_rows, check_values
+from fastrot.ops.rows import check_device, check_rows, check_values, misfit
 
 # ---- negatives that are drawn where they are used ----
 
@@ -67,8 +67,18 @@ class Draw:
     step: Int64[Tensor, ""]  # on the device, so that a replayed CUDA graph draws anew
     exclude_self: bool = False  # draw from N - 1 rows and step over the image's own, `positive`
 
+    def __getitem__(self, images: slice) -> "Draw":
+        return replace(self, index=self.index[images])
 
-def drawn(draw: Draw, positive: Int64[Tensor, " b"], rows: int) -> Int64[Tensor, "b k"]:
+
+Features = Float[Tensor, "b d"]
+Bank = Float[Tensor, "n d"]
+Numbers = Int64[Tensor, " b"]
+Negatives = Int64[Tensor, "b k"] | Draw
+Each = Float[Tensor, " b"]
+
+
+def drawn(draw: Draw, positive: Numbers, rows: int) -> Int64[Tensor, "b k"]:
     """What `draw` draws from a bank of so many rows, as a tensor: for tests and small uses."""
     counter = torch.arange(-(-draw.count // 4), device=draw.index.device)
     low, high = draw.index[:, None], draw.index[:, None] >> 32
@@ -84,15 +94,15 @@ PICKS = 2**16  # negatives drawn at a time: fewer, larger calls
 
 
 def nce_reference(
-    x: Float[Tensor, "b d"],
-    rows: Float[Tensor, "n d"],
-    positive: Int64[Tensor, " b"],
-    negatives: Int64[Tensor, "b k"] | Draw,
+    x: Features,
+    rows: Bank,
+    positive: Numbers,
+    negatives: Negatives,
     z: Float[Tensor, ""] | None,
     temperature: float,
     population: int,
     eps: float,
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], Float[Tensor, "b d"]]:
+) -> tuple[Each, Each, Features]:
     """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
     loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
     room = _Room(rows, x.dtype)
@@ -123,13 +133,12 @@ def on_cores(
     if cores < 2:
         return nce_reference(x, rows, positive, negatives, *rest)
     ends = [several * (core * groups // cores) for core in range(cores + 1)]
+    shares = [slice(*pair) for pair in itertools.pairwise(ends)]
 
     def of_one(share: slice) -> tuple[Tensor, Tensor, Tensor]:
         torch.set_num_threads(1)
-        mine = negatives[share] if isinstance(negatives, Tensor) else _shared(negatives, share)
-        return nce_reference(x[share], rows, positive[share], mine, *rest)
+        return nce_reference(x[share], rows, positive[share], negatives[share], *rest)
 
-    shares = [slice(*pair) for pair in itertools.pairwise(ends)]
     try:
         with ThreadPoolExecutor(cores) as pool:
             parts = list(pool.map(of_one, shares))
@@ -187,34 +196,21 @@ def _infonce_of_few(
 
 
 def _shares(
-    negatives: Int64[Tensor, "b k"] | Draw, positive: Int64[Tensor, " b"], rows: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
+    negatives: Negatives, positive: Numbers, rows: Tensor
+) -> Iterator[tuple[slice, Int64[Tensor, "c k"]]]:
     """Some images at a time with their negatives [c, K], drawn together."""
-    b, k = len(positive), _count(negatives)
+    k = _count(negatives)
     several = _several(k, rows.shape[1])
     ahead = several * max(1, PICKS // (k * several))
-    for first in range(0, b, ahead):
-        share = slice(first, min(first + ahead, b))
-        yield share, _picks(negatives, positive, share, len(rows))
+    for first in range(0, len(positive), ahead):
+        share = slice(first, first + ahead)
+        picks = negatives[share]
+        yield share, drawn(picks, positive[share], len(rows)) if isinstance(picks, Draw) else picks
 
 
 def _several(k: int, d: int) -> int:
+    """Images whose gathered rows are one piece."""
     return max(1, PIECE // (k * d))
-
-
-def _picks(
-    negatives: Int64[Tensor, "b k"] | Draw,
-    positive: Int64[Tensor, " b"],
-    share: slice,
-    rows: int,
-) -> Tensor:
-    if isinstance(negatives, Draw):
-        return drawn(_shared(negatives, share), positive[share], rows)
-    return negatives[share]
-
-
-def _shared(draw: Draw, share: slice) -> Draw:
-    return replace(draw, index=draw.index[share])
 
 
 class _Room:
@@ -238,34 +234,23 @@ class _Room:
             yield slice(first, first + most), near.view(c, -1, d)
 
 
-@torch.library.custom_op("fastrot::nce", mutates_args=())
-def _nce_op(
-    x: Tensor,
-    rows: Tensor,
-    positive: Tensor,
-    explicit: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
-    index: Optional[Tensor],  # noqa: UP045
-    step: Optional[Tensor],  # noqa: UP045
-    count: int,
-    seed: int,
-    exclude_self: bool,
-    z: Optional[Tensor],  # noqa: UP045
-    temperature: float,
-    population: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "fastrot::nce",
+    mutates_args=(),
+    schema="(Tensor x, Tensor rows, Tensor positive, Tensor? explicit, Tensor? index, Tensor? step, int count, int seed,"
+    " bool exclude_self, Tensor? z, float temperature, int population, float eps) -> (Tensor, Tensor, Tensor)",
+)
+def _nce_op(x, rows, positive, explicit, index, step, count, seed, exclude_self, *rest):
+    negatives = Draw(count, seed, index, step, exclude_self) if explicit is None else explicit
     if form_for(x) == "triton":
-        draw = (index, step, count, seed, exclude_self)
-        return launch(x, rows, positive, explicit, *draw, z, temperature, population, eps)
+        return launch(x, rows, positive, negatives, *rest)
     if not x.is_cuda:  # looking would wait there
         check_values(x, len(rows), positive, explicit)
-    run = nce_reference if x.is_cuda else on_cores
-    negatives = Draw(count, seed, index, step, exclude_self) if explicit is None else explicit
-    return run(x, rows, positive, negatives, z, temperature, population, eps)
+    return (nce_reference if x.is_cuda else on_cores)(x, rows, positive, negatives, *rest)
 
 
 @_nce_op.register_fake
-def _(x, rows, positive, *rest):
+def _(x, *_):
     return x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
 
 
@@ -286,42 +271,28 @@ _nce_op.register_autograd(_one_multiply, setup_context=_keep_gradient)
 # ---- public names ----
 
 
-def nce_loss(
-    x: Float[Tensor, "b d"],
-    rows: Float[Tensor, "n d"],
-    positive: Int64[Tensor, " b"],
-    negatives: Int64[Tensor, "b k"] | Draw,
-    *,
-    temperature: float,
-    z: float | Float[Tensor, ""] | None = None,
-    population: int | None = None,
-    kind: Literal["nce", "infonce"] = "nce",
-    eps: float = 1e-7,
-) -> Float[Tensor, " b"]:
-    """Loss of each image, differentiable in x (once); rows get no gradient.
-
-    `z` is the constant of "nce" (`estimate_z`), `population` the number of pictures that negatives stand for
-    (None: the rows). A row's number outside the bank, like a NaN, makes that image's loss NaN on a GPU.
-    """
-    return nce_loss_and_mass(
-        x, rows, positive, negatives, temperature=temperature, z=z, population=population, kind=kind, eps=eps,
-    )[0]  # fmt: skip
+def nce_loss(*where: Any, **settings: Any) -> Each:
+    """Loss of each image, differentiable in x (once): `nce_loss_and_mass`, which takes the same, without the mass."""
+    return nce_loss_and_mass(*where, **settings)[0]
 
 
 def nce_loss_and_mass(
-    x: Float[Tensor, "b d"],
-    rows: Float[Tensor, "n d"],
-    positive: Int64[Tensor, " b"],
-    negatives: Int64[Tensor, "b k"] | Draw,
+    x: Features,
+    rows: Bank,
+    positive: Numbers,
+    negatives: Negatives,
     *,
     temperature: float,
     z: float | Float[Tensor, ""] | None = None,
     population: int | None = None,
     kind: Literal["nce", "infonce"] = "nce",
     eps: float = 1e-7,
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """`nce_loss`, and the sum of exp(s / T) over the positive and its negatives, without gradient.
+) -> tuple[Each, Each]:
+    """Loss of each image, and its mass: the sum of exp(s / T) over the positive and its negatives.
 
+    The loss is differentiable in x (once); rows get no gradient, and the mass has none. `z` is the constant of "nce"
+    (`estimate_z`), `population` the number of pictures that negatives stand for (None: the rows). A row's number
+    outside the bank, like a NaN, makes that image's loss NaN on a GPU.
     mass.mean() / (K + 1) * population is Z as this batch sees it: a running mean of Z costs no second gather.
     """
     population = len(rows) if population is None else population
@@ -335,36 +306,32 @@ def nce_loss_and_mass(
         if not 0 < z < math.inf:
             raise UsageError(f"z got {z}: it wants a number above 0, from estimate_z")
         z = x.new_full((), z)
-    _check(x, rows, positive, negatives, z, temperature, population)
+    _check(x, rows, positive, negatives, z)
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"--method.temperature got {temperature}: it wants a number above 0")
+    if population < 1:
+        raise UsageError(f"population got {population}: it wants 1 or more, as the bank's rows")
+    draw = (negatives, None, None, _count(negatives), 0, False)
     if isinstance(negatives, Draw):
-        seed = (
-            negatives.seed + 2**63
-        ) % 2**64 - 2**63  # the same 64 bits as torch's operators take them
-        draw = (negatives.index, negatives.step, negatives.count, seed, negatives.exclude_self)
-        loss, mass, _ = _nce_op(x, rows, positive, None, *draw, z, temperature, population, eps)
-    else:
-        draw = (None, None, negatives.shape[1], 0, False)
-        loss, mass, _ = _nce_op(
-            x, rows, positive, negatives, *draw, z, temperature, population, eps
-        )
-    return loss, mass
+        seed = (negatives.seed + 2**63) % 2**64 - 2**63  # the same 64 bits, as torch takes them
+        where = (None, negatives.index, negatives.step)
+        draw = (*where, negatives.count, seed, negatives.exclude_self)
+    return _nce_op(x, rows, positive, *draw, z, temperature, population, eps)[:2]
 
 
 def estimate_z(
-    x: Float[Tensor, "b d"],
-    rows: Float[Tensor, "n d"],
-    positive: Int64[Tensor, " b"],
-    negatives: Int64[Tensor, "b k"] | Draw,
+    x: Features,
+    rows: Bank,
+    positive: Numbers,
+    negatives: Negatives,
     *,
     temperature: float,
     population: int | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of exp(s / T) over all B (K + 1) entries, the positives too, times the population. No gradient."""
+    settings = dict(temperature=temperature, population=population, kind="infonce")
+    _, mass = nce_loss_and_mass(x.detach(), rows, positive, negatives, **settings)
     population = len(rows) if population is None else population
-    _, mass = nce_loss_and_mass(
-        x.detach(), rows, positive, negatives,
-        temperature=temperature, population=population, kind="infonce",
-    )  # fmt: skip
     return (mass.double().mean() / (1 + _count(negatives)) * population).to(x.dtype)
 
 
@@ -376,57 +343,29 @@ def _count(negatives: Tensor | Draw) -> int:
 
 
 def _check(
-    x: Tensor,
-    rows: Tensor,
-    positive: Tensor,
-    negatives: Tensor | Draw,
-    z: Tensor | None,
-    temperature: float,
-    population: int,
+    x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, z: Tensor | None
 ) -> None:
     if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in (torch.float32, torch.float64):
-        raise UsageError(f"x is {x.dtype} {tuple(x.shape)}: it wants torch.float32 [B, D]")
+        raise misfit("x is", x, "torch.float32 [B, D]")
     check_rows(rows, x)
-    b = len(x)
-    if positive.shape != (b,) or positive.dtype != torch.int64:
-        raise UsageError(
-            f"positive is {positive.dtype} {tuple(positive.shape)}: it wants torch.int64 [{b}]"
-        )
-    if isinstance(negatives, Draw):
-        _check_draw(negatives, b, len(rows))
-        check_device(x, rows, positive, z, negatives.index, negatives.step)
-    else:
-        if negatives.ndim != 2 or len(negatives) != b or negatives.dtype != torch.int64:
-            raise UsageError(
-                f"negatives are {negatives.dtype} {tuple(negatives.shape)}: they want torch.int64 [{b}, K], or a Draw"
-            )
+    b, int64 = len(x), torch.int64
+    if positive.shape != (b,) or positive.dtype != int64:
+        raise misfit("positive is", positive, f"torch.int64 [{b}]")
+    if isinstance(negatives, Tensor):
+        if negatives.ndim != 2 or len(negatives) != b or negatives.dtype != int64:
+            raise misfit("negatives are", negatives, f"torch.int64 [{b}, K], or a Draw")
         check_device(x, rows, positive, z, negatives)
-    if not 1 <= _count(negatives) < 2**31 - 2**12:  # the kernel counts to a block beyond them
-        raise UsageError(
-            f"--method.negatives got {_count(negatives)}: it wants 1 or more, below two billion"
-        )
-    if not 0 < temperature < math.inf:
-        raise UsageError(
-            f"--method.temperature got {temperature}: it wants a number above 0, as 0.07"
-        )
-    if population < 1:
-        raise UsageError(
-            f"population got {population}: it wants 1 or more, as a rule the bank's rows"
-        )
+    else:
+        index, step = negatives.index, negatives.step
+        if index.shape != (b,) or index.dtype != int64:
+            raise misfit("Draw.index is", index, f"torch.int64 [{b}]")
+        if step.ndim or step.dtype != int64:
+            raise misfit("Draw.step is", step, "torch.int64 of no dimension")
+        if negatives.exclude_self and len(rows) < 2:
+            raise UsageError("the bank has one row, the image's own: --method.no-exclude-self")
+        check_device(x, rows, positive, z, index, step)
+    k = _count(negatives)
+    if not 1 <= k < 2**31 - 2**12:  # the kernel counts to a block beyond them
+        raise UsageError(f"--method.negatives got {k}: it wants 1 or more, below two billion")
     if z is not None and (z.ndim or not z.is_floating_point()):
-        raise UsageError(f"z is {z.dtype} {tuple(z.shape)}: it wants one number of no dimension")
-
-
-def _check_draw(draw: Draw, b: int, n: int) -> None:
-    if draw.index.shape != (b,) or draw.index.dtype != torch.int64:
-        raise UsageError(
-            f"Draw.index is {draw.index.dtype} {tuple(draw.index.shape)}: it wants torch.int64 [{b}]"
-        )
-    if draw.step.ndim or draw.step.dtype != torch.int64:
-        raise UsageError(
-            f"Draw.step is {draw.step.dtype} {tuple(draw.step.shape)}: it wants torch.int64 of no dimension"
-        )
-    if draw.exclude_self and n < 2:
-        raise UsageError(
-            "the bank has one row: leaving the image itself out wants two, or --method.no-exclude-self"
-        )
+        raise misfit("z is", z, "one number of no dimension")

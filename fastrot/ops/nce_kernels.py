@@ -7,7 +7,7 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from fastrot.ops.choice import check_kernel, tl, triton
+from fastrot.ops.choice import check_kernel, processors, tl, triton
 from fastrot.ops.rows import check_width
 
 # ---- kernel ----
@@ -185,32 +185,24 @@ if triton is not None:
 
 
 def launch(
-    x: Tensor,
-    rows: Tensor,
-    positive: Tensor,
-    explicit: Tensor | None,
-    index: Tensor | None,
-    step: Tensor | None,
-    k: int,
-    seed: int,
-    exclude_self: bool,
-    z: Tensor | None,
-    temperature: float,
-    population: int,
-    eps: float,
+    x, rows, positive, negatives, z, temperature, population, eps
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [B], mass [B] and d loss / d x [B, D]. K negatives: `explicit` [B, K], or those of a Draw's fields."""
+    """Loss [B], mass [B] and d loss / d x [B, D], of what `nce_reference` takes."""
     check_kernel(x.dtype, rows.dtype)
     check_width(x)
     b, d = x.shape
+    x, positive = x.contiguous(), positive.contiguous()
+    drawn = not isinstance(negatives, Tensor)
+    if drawn:
+        k, seed, others = negatives.count, negatives.seed, negatives.exclude_self
+        index, step, negatives = negatives.index.contiguous(), negatives.step, positive
+    else:
+        k, seed, others = negatives.shape[1], 0, False
+        index, step, negatives = positive, positive, negatives.contiguous()
     block_d = triton.next_power_of_2(d)
     row_bytes = block_d * rows.element_size()
     parts, at_once = _parts(row_bytes), _rows_at_once(x, row_bytes)
-    splits, turns = _shared_out(b, k, d, at_once, _processors(x))
-    x, positive = x.contiguous(), positive.contiguous()
-    drawn = explicit is None
-    negatives = positive if drawn else explicit.contiguous()
-    index, step = (index.contiguous(), step) if drawn else (positive, positive)
+    splits, turns = _shared_out(b, k, d, at_once, processors(x))
     sums = torch.empty(2, b, splits, device=x.device)
     grads = torch.empty(b, splits, d, device=x.device)
     loss, mass = torch.empty(b, device=x.device), torch.empty(b, device=x.device)
@@ -224,7 +216,7 @@ def launch(
                 x, rows, positive, negatives, index, step, z, sums, grads,
                 k, len(rows), splits, turns, seed, in_log2, level,
                 D=d, PARTS=parts, WIDTH=block_d // parts, ROWS=at_once, DRAWN=drawn,
-                OTHERS=exclude_self, SOFTMAX=softmax, num_warps=WARPS,
+                OTHERS=others, SOFTMAX=softmax, num_warps=WARPS,
             )  # fmt: skip
             _finish_kernel[(b,)](
                 x, rows, positive, z, sums, grads, loss, mass, grad,
@@ -233,10 +225,6 @@ def launch(
                 num_warps=WARPS,
             )  # fmt: skip
     return loss, mass, grad
-
-
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _rows_at_once(x: Tensor, row_bytes: int) -> int:

@@ -203,9 +203,7 @@ def norm_relu(
         raise misfit("y is", y, "a convolution's output, [N, C, H, W]")
     n, c, h, w = y.shape
     if n * h * w < 2:
-        raise UsageError(
-            f"y is {tuple(y.shape)}: a batch wants two values a channel at least: say --batch 2"
-        )
+        raise UsageError(f"y is {tuple(y.shape)}: give two values a channel, by --batch 2")
     running = dict(running_mean=running_mean, running_var=running_var)
     for name, each in dict(weight=weight, bias=bias, shift=shift, **running).items():
         if each is not None and each.shape != (c,):

@@ -410,6 +410,5 @@ def _shared_out(y: Tensor, rows: int) -> tuple[int, int, int, int]:
 def _check_kernel(y: Tensor) -> None:
     check_kernel(y.dtype)
     if y.numel() // y.shape[1] > 2**30:
-        raise UsageError(
-            f"y is {tuple(y.shape)}: the Triton kernels count to a billion rows: say a smaller --batch"
-        )
+        shape = tuple(y.shape)
+        raise UsageError(f"y is {shape}: kernels count to a billion rows: say a smaller --batch")

@@ -29,7 +29,7 @@ Digits.  Reference and kernel give the same bits on every device: u / 255 is wri
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, no_type_check
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from fastrot.config import UsageError
 from fastrot.ops.choice import check_kernel, form_for, tl, triton
+from fastrot.ops.rows import misfit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -52,9 +53,7 @@ class SpaceToDepth:
 
     def __post_init__(self):
         if self.side < 1 or self.pad < 0 or self.count < 1:
-            raise UsageError(
-                f"{self} makes no cells: side and count want at least 1, pad 0 or more"
-            )
+            raise UsageError(f"{self} makes no cells: side and count want 1 or more, pad 0")
 
     @property
     def channels(self) -> int:
@@ -101,16 +100,14 @@ def rotated_views_reference(
     if space_to_depth is not None:
         side, n = space_to_depth.side, space_to_depth.count
         shape = (n, n, side, side, 3)
-        edge = max(
-            space_to_depth.pad, space_to_depth.beyond(s), 0
-        )  # all round, before the rotations: once an image
-        values = F.pad(values, (0, 0, edge, edge, edge, edge))
+        edge = max(space_to_depth.pad, space_to_depth.beyond(s), 0)
+        values = F.pad(values, (0, 0, *[edge] * 4))  # before the rotations: once an image
 
     def rotated(values: Tensor, rotation: int) -> Tensor:
         view = torch.rot90(values, rotation, (1, 2))
-        return (
-            view if space_to_depth is None else space_to_depth.cut(view, edge - space_to_depth.pad)
-        )
+        if space_to_depth is None:
+            return view
+        return space_to_depth.cut(view, edge - space_to_depth.pad)
 
     if isinstance(rotations, Tensor):
         out = values.new_empty(b, rotations.shape[1], *shape)
@@ -242,25 +239,16 @@ if triton is not None:
 # ---- launch ----
 
 
-def _launch(
-    images: Tensor,
-    rotations: Sequence[int] | Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    space_to_depth: SpaceToDepth | None,
-) -> Tensor:
+def _launch(images, rotations, mean, std, dtype, space_to_depth) -> Tensor:
+    """The same by the kernels."""
     check_kernel(dtype)
     images = images.contiguous()
     b, s = images.shape[:2]
     if isinstance(rotations, Tensor):
         views, pattern, rotations = rotations.shape[1], -1, rotations.contiguous()
     else:
-        views, pattern, rotations = (
-            len(rotations),
-            sum(t << 2 * v for v, t in enumerate(rotations)),
-            images,
-        )
+        views, pattern = len(rotations), sum(t << 2 * v for v, t in enumerate(rotations))
+        rotations = images
     out = torch.empty(b * views, *_shape(s, space_to_depth), dtype=dtype, device=images.device)
     if not out.numel():
         return out
@@ -288,29 +276,27 @@ def _shape(size, space_to_depth: SpaceToDepth | None):
     return space_to_depth.count, space_to_depth.count, space_to_depth.channels
 
 
-@torch.library.custom_op("fastrot::rotated_views", mutates_args=())
-def _rotated_views(
-    images: Tensor,
-    per_image: Optional[Tensor],  # noqa: UP045 (what torch.library reads)
-    for_all: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    space_to_depth: Optional[Sequence[int]] = None,  # noqa: UP045 (side, pad, count)
-) -> Tensor:
+@torch.library.custom_op(
+    "fastrot::rotated_views",
+    mutates_args=(),
+    schema="(Tensor images, Tensor? per_image, int[] for_all, float[] mean, float[] std, ScalarType dtype,"
+    " int[]? cells=None) -> Tensor",
+)
+def _rotated_views(images, per_image, for_all, mean, std, dtype, cells=None):
+    """`cells` are the fields of a SpaceToDepth."""
     rotations = for_all if per_image is None else per_image
     if per_image is not None and not per_image.is_cuda and bool((per_image & 3 != per_image).any()):
         raise UsageError("rotations of each image got a number outside 0, 1, 2 and 3")
     run = _launch if form_for(images) == "triton" else rotated_views_reference
-    cells = None if space_to_depth is None else SpaceToDepth(*space_to_depth)
-    return run(images, rotations, mean, std, dtype, cells).permute(0, 3, 1, 2)
+    space_to_depth = None if cells is None else SpaceToDepth(*cells)
+    return run(images, rotations, mean, std, dtype, space_to_depth).permute(0, 3, 1, 2)
 
 
 @_rotated_views.register_fake
-def _(images, per_image, for_all, mean, std, dtype, space_to_depth=None):
+def _(images, per_image, for_all, mean, std, dtype, cells=None):
     b, s = images.shape[:2]
     views = len(for_all) if per_image is None else per_image.shape[1]
-    shape = _shape(s, None if space_to_depth is None else SpaceToDepth(*space_to_depth))
+    shape = _shape(s, None if cells is None else SpaceToDepth(*cells))
     return images.new_empty(b * views, *shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
@@ -330,29 +316,24 @@ def rotated_views(
     `rotations` is one tuple for all images, or one row per image (kept modulo 4 on a GPU, where looking would wait).
     [B*V, 3, S, S]; with `space_to_depth` [B*V, side * side * 3, count, count], for a convolution that reads these.
     """
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise UsageError(
-            f"images are {tuple(images.shape)}: rotated_views wants square ones, [B, S, S, 3]"
-        )
-    if images.dtype != torch.uint8:
-        raise UsageError(f"images are {images.dtype}: rotated_views wants torch.uint8")
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.dtype != torch.uint8 or not square:
+        raise misfit("images are", images, "square ones, torch.uint8 [B, S, S, 3]")
     if dtype not in DTYPES:
         raise UsageError(f"dtype got {dtype}: rotated_views wants one of {DTYPES}")
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise UsageError(
-            f"mean, std got {mean}, {std}: each wants three numbers, those of std above 0"
-        )
+        raise UsageError(f"mean, std got {mean}, {std}: give three numbers each, std's above 0")
+    per_image, for_all = None, []
     if not isinstance(rotations, Tensor):
-        if not rotations or any(t not in (0, 1, 2, 3) for t in rotations):
+        for_all = list(rotations)
+        if not for_all or not {*for_all} <= {0, 1, 2, 3}:
             raise UsageError(f"rotations got {rotations}: they want at least one of 0, 1, 2 and 3")
     elif rotations.ndim != 2 or len(rotations) != len(images) or rotations.dtype != torch.int64:
-        raise UsageError(
-            f"rotations are {rotations.dtype} {tuple(rotations.shape)}: they want torch.int64 [{len(images)}, V]"
-        )
-    mean, std = [float(m) for m in mean], [float(s) for s in std]
+        raise misfit("rotations are", rotations, f"torch.int64 [{len(images)}, V]")
+    else:
+        per_image = rotations
     cells = None
     if space_to_depth is not None:
         cells = [space_to_depth.side, space_to_depth.pad, space_to_depth.count]
-    if isinstance(rotations, Tensor):
-        return _rotated_views(images, rotations, [], mean, std, dtype, cells)
-    return _rotated_views(images, None, list(rotations), mean, std, dtype, cells)
+    mean, std = [float(m) for m in mean], [float(s) for s in std]
+    return _rotated_views(images, per_image, for_all, mean, std, dtype, cells)

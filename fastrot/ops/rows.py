@@ -160,22 +160,19 @@ def check_device(first: Tensor, *others: Tensor | None) -> None:
 def check_width(features: Tensor) -> None:
     """Features [B, D] that a kernel's program can hold."""
     if features.shape[1] > WIDEST:
-        raise UsageError(
-            f"the Triton kernels hold features up to {WIDEST}, and these are {features.shape[1]}: "
-            "say --method.dim 128, or set FASTROT_OPS=reference"
-        )
+        held = f"the Triton kernels hold features up to {WIDEST}, and these are {features.shape[1]}"
+        raise UsageError(f"{held}: say --method.dim 128, or set FASTROT_OPS=reference")
 
 
 def check_values(features: Tensor, rows: int, *indices: Tensor | None) -> None:
     """What a GPU would have to be waited for."""
     for index in indices:
-        if index is not None and index.numel():
-            low, high = (int(end) for end in index.aminmax())
-            if low < 0 or high >= rows:
-                raise UsageError(
-                    f"index out of range: rows {low} to {high} are asked for, the bank has 0 to {rows - 1}"
-                )
+        if index is None or not index.numel():
+            continue
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= rows:
+            asked = f"rows {low} to {high} are asked for"
+            raise UsageError(f"index out of range: {asked}, the bank has 0 to {rows - 1}")
     if not bool(torch.isfinite(features).all()):
-        raise NotFinite(
-            "features are not finite (NaN or infinity): start again with a smaller --lr, or --precision fp32"
-        )
+        way_out = "start again with a smaller --lr, or --precision fp32"
+        raise NotFinite(f"features are not finite (NaN or infinity): {way_out}")

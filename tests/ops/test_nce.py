@@ -535,21 +535,7 @@ def test_kernel_path_with_a_draw_makes_nothing_of_b_times_k(monkeypatch):
         x, rows, positive = unit(b, 128), unit(50, 128), integers(50, b)
         draw = a_draw(b, k)
         with Made() as made:
-            kernels.launch(
-                x,
-                rows,
-                positive,
-                None,
-                draw.index,
-                draw.step,
-                k,
-                3,
-                False,
-                torch.tensor(9.0),
-                T,
-                50,
-                1e-7,
-            )
+            kernels.launch(x, rows, positive, draw, torch.tensor(9.0), T, 50, 1e-7)
         assert b * 128 * 4 <= max(made.bytes) < b * k * 4
     assert list(second) == [(2,), (192,), (7,)]
     assert next(iter(first)) == (2 * 22,)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrot.ops import nce
+from fastrot.ops.choice import tl, triton
 from fastrot.ops.philox import WORD, philox, scaled
 
 ANSWERS = {  # Random123's kat_vectors for philox4x32, 10 rounds: key, counter, words
@@ -43,9 +43,7 @@ def test_scaling_is_the_high_half_of_the_product(size):
     assert scaled(words, size).tolist() == [int(word) * size >> 32 for word in words]
 
 
-if nce.triton is not None:
-    import triton
-    import triton.language as tl
+if triton is not None:
 
     @triton.jit(do_not_specialize=["seed", "size"])
     def words_kernel(seed, index, step, size, out, COUNT: tl.constexpr):
@@ -75,7 +73,7 @@ def tritons_words_are_ours(device: str):
 
 
 @pytest.mark.skipif(
-    nce.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
+    triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
 )
 def test_tritons_generator_gives_the_same_words():
     tritons_words_are_ours("cpu")
