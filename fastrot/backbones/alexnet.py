@@ -1,6 +1,7 @@
 """AlexNet with batch norm and without groups, as RotNet and Rotation Feature Decoupling train it."""
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
@@ -58,15 +59,9 @@ class AlexNet(Staged):
 def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
     """The network that the config describes, for images of `size` pixels a side."""
     c1, c2, c3, c4, c5 = (scaled(c, cfg.width) for c in CHANNELS)
-    return AlexNet(
-        size,
-        channels=(c1, c2, c3, c4, c5),
-        hidden=scaled(HIDDEN, cfg.width),
-        kernel=cfg.kernel,
-        stride=cfg.stride,
-        space_to_depth=cfg.space_to_depth,
-        fuse=cfg.fuse,
-    )
+    widths: dict[str, Any] = dict(channels=(c1, c2, c3, c4, c5), hidden=scaled(HIDDEN, cfg.width))
+    forms = dict(space_to_depth=cfg.space_to_depth, fuse=cfg.fuse)
+    return AlexNet(size, kernel=cfg.kernel, stride=cfg.stride, **widths, **forms)
 
 
 def pool5_side(size: int, kernel: int, stride: int) -> int:
@@ -89,14 +84,8 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
 
 
 def _linears(before: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(before, hidden, bias=False),
-            bn1=nn.BatchNorm1d(hidden),
-            relu1=nn.ReLU(inplace=True),
-            fc2=nn.Linear(hidden, hidden, bias=False),
-            bn2=nn.BatchNorm1d(hidden),
-            relu2=nn.ReLU(inplace=True),
-        )
-    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for n, wide in ((1, before), (2, hidden)):
+        layers[f"fc{n}"] = nn.Linear(wide, hidden, bias=False)
+        layers[f"bn{n}"], layers[f"relu{n}"] = nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)
+    return nn.Sequential(layers)

@@ -17,10 +17,8 @@ Idea.    A tile decodes alone and lies at a known place, so that a crop reads th
 Bytes.   0.75 h w of tiles from memory (3 h w raw), and 3 S S of crop, written once.
          B ceil(S / 32)**2 programs of 256 threads. A thread has four pixels; for each tap of n x n x 4 it loads three words
          of 8 bytes (raw: three bytes), most of which it shares with its neighbours; its stores are of 4 elements, those
-         of a warp fill whole lines of 32 elements, which are sectors. Of 8 pixels a thread would store 16 bytes, and
-         spill: decoding takes 128 registers as it is.
-Bound.   Arithmetic, most of it decoding: 1,728 instructions of machine code (Triton 3.8, sm_90) for a thread's four pixels
-         where n is 1. Not timed on a GPU.
+         of a warp fill whole lines of 32 elements, which are sectors. Of 8 pixels a thread would spill: decoding takes 128
+         registers as it is, and is what binds: 1,728 instructions for a thread's four pixels where n is 1. Not timed on a GPU.
 Digits.  The same bits everywhere, as all of it is whole numbers, but for the place of a tap: float64, once a row or column,
          each operation rounded by itself (so the kernel is compiled without fused multiply-adds), then float32.
 """
@@ -47,8 +45,7 @@ class PackTensors:
     """Packed pictures on one device. A row of `tiles` is a tile (c = 48) or a pixel (c = 3)."""
 
     tiles: UInt8[Tensor, "t c"]
-    # where each picture begins in `tiles`, and at last their number: m = n + 1
-    first: Int64[Tensor, " m"]
+    first: Int64[Tensor, " m"]  # [n + 1]: where each picture begins in `tiles`; last, their number
     sizes: Int32[Tensor, "n 2"]  # heights and widths
 
     @property
@@ -124,7 +121,9 @@ def _samples(blocks: UInt8[Tensor, "t k 8"]) -> Int16[Tensor, "t k 16"]:
 def resampled(box: UInt8[Tensor, "3 h w"], size: int) -> UInt8[Tensor, "3 s s"]:
     """`crops.resample` of a whole box, in whole numbers: OpenCV's INTER_LINEAR, and the mean of n x n of it."""
     height, width = box.shape[1:]
-    n = _taps(height, width, size)
+    n = 1  # the smallest power of two times `size` to which no side shrinks to less than half
+    while max(height, width) > 2 * n * size:
+        n *= 2
     x0, x1, ax, bx = _columns(width, n * size, box.device)
     y0, y1, ay, by = _rows(height, n * size, box.device)
     pixels = box.int()
@@ -143,14 +142,6 @@ def _mean(fine: Int32[Tensor, "3 ns ns"], n: int) -> Tensor:
     half = n * n // 2
     mean = (total + half) // (n * n)
     return torch.where((total % (n * n) == half) & (n > 2), mean & ~1, mean)
-
-
-def _taps(height: int, width: int, size: int) -> int:
-    """The smallest power of two by which `size` grows until no side of the box shrinks to less than half."""
-    n = 1
-    while max(height, width) > 2 * n * size:
-        n *= 2
-    return n
 
 
 def _columns(length: int, size: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -50,9 +50,7 @@ def _checked(form: str, setting: str) -> str:
 def check_kernel(*dtypes: torch.dtype) -> None:
     """Refuse, in one sentence, to run a Triton kernel where there is no Triton, or on what no kernel takes."""
     if triton is None:
-        raise UsageError(
-            "the Triton kernels want Triton, which this torch came without: set FASTROT_OPS=reference"
-        )
+        raise UsageError("there is no Triton, this torch came without: set FASTROT_OPS=reference")
     for dtype in dtypes:
         if dtype not in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
             raise UsageError(f"the Triton kernels take no {dtype}: set FASTROT_OPS=reference")

@@ -18,16 +18,11 @@ Idea.    NCE is a sum over negatives; InfoNCE's gradient is attention with one q
          negatives are shared out over several programs; a second kernel adds their sums in a fixed order, and the positive.
 Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given; partial sums 8 B splits (D + 2), where
          splits * D < K. At B 192, K 4096, D 128 on 132 multiprocessors: 8 splits, 1,536 programs of 128 threads in
-         the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous copies
-         into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way.
-         Machine code for sm_90 (Triton 3.8, `make kernels`), draws, bfloat16: 95 registers, 32 KB
-         shared, no spills, so 5 programs a multiprocessor and 80 to 160 KB in flight, where 4.8 TB/s at a latency of
-         1 us want 36 KB: two programs are enough, as in the last wave. The loop is 525 instructions of a warp for 4 KB
-         of rows, no barrier but the copies' own, no change of layout: 201 MB cost 49,000 issue slots of each
-         scheduler, 29 us at 1.7 GHz, where the bytes take 42 us at 4.8 TB/s. float32: 56 registers, 360
-         instructions for 4 KB, 39 us where the bytes take 84. Not yet timed on a GPU.
-         On a CPU the reference goes over pieces that stay in a core's cache, 2 MB a core instead of the gather's 403 MB,
-         and the cores share the images.
+         the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous
+         copies into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way:
+         5 programs a multiprocessor have 80 to 160 KB in flight, where 4.8 TB/s at a latency of 1 us want 36 KB. By its
+         instructions (`make kernels`) the loop takes 29 us in bfloat16 and 39 in float32, its bytes 42 and 84. Not yet timed on a GPU.
+         On a CPU the reference goes over pieces that stay in a core's cache, 2 MB a core instead of the gather's 403 MB.
 Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss; the kernel counts in
          powers of 2 and takes one logarithm of a product of up to 64 factors 1 + exp(-|u|).
 """

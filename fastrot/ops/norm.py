@@ -21,9 +21,7 @@ Bytes.   For each element of y of s bytes and q elements of out (a quarter, pool
              sums                         read q (2 s + 1)                   not pooled: read 2 s
              dy                           read s + q (s + 1)   write s       not pooled: read 2 s   write s
          so 4 s + q (5 s + 3) pooled and 8 s not: 11.25 and 16 bytes in bfloat16. Windows overlap: the caches serve what is read again.
-         Machine code for sm_90 (Triton 3.8, `make kernels`): no spills, 16 bytes a thread and load; in bfloat16 pooled
-         the forward is 664 instructions for 8 values of out (21 for each of y that it reads), 70 registers; dy 792 for
-         32 (25), 125 registers; statistics and sums 96 and 156 registers. Not yet timed on a GPU.
+         No spills, 16 bytes a thread and load (`make kernels` shows the machine code). Not yet timed on a GPU.
 Digits.  Statistics: each lane keeps a mean and the squares about it, row after row (Welford 1962), lanes and then programs are
          merged by Chan's formula about one of their means (Chan 1983), all in float32 and in a fixed order, no atomics: the same
          bits again on the same device. sums: float32 lanes of a few dozen rows, added in a fixed order.
@@ -203,7 +201,7 @@ def norm_relu(
         raise misfit("y is", y, "a convolution's output, [N, C, H, W]")
     n, c, h, w = y.shape
     if n * h * w < 2:
-        raise UsageError(f"y is {tuple(y.shape)}: give two values a channel, by --batch 2")
+        raise UsageError(f"y is {tuple(y.shape)}: give two values a channel at least, by --batch 2")
     running = dict(running_mean=running_mean, running_var=running_var)
     for name, each in dict(weight=weight, bias=bias, shift=shift, **running).items():
         if each is not None and each.shape != (c,):

@@ -15,13 +15,11 @@ Idea.    A rotation is an address: source = first + i * down + j * right, three 
 Bytes.   3 B S S (1 + V * itemsize): the crop is read from memory once, each view is written once.
          B * ceil(S / 32) * ceil(3 S / 32) programs of 128 threads. In bfloat16 a thread's share of a view is 8 elements:
          one 8-byte load where it is not rotated and 8 single bytes where it is, and one 16-byte store; a warp writes
-         8 rows of 64 bytes. Machine code for sm_90 (Triton 3.8, `make kernels`): four rotations in
-         792 instructions, 72 registers, no spills, no shared memory. Not yet timed on a GPU.
+         8 rows of 64 bytes. No spills, no shared memory (`make kernels`). Not yet timed on a GPU.
          In cells: 3 B (S S + V itemsize (D n)**2), for 224 pixels in 57 cells of 4 and four rotations in bfloat16 1.03 times
          those above, by B * ceil(n / 4) * ceil(3 D D n / 256) programs of 128 threads. All 8 bytes of a thread's share of a
          view are loaded one by one, since cells do not begin where words do; it stores 16 bytes where D is 4, a warp 512 in a
-         row. Two addresses serve four rotations: two rotations more mirror one. Machine code for sm_90: four rotations in 1,088
-         instructions, 80 registers, no spills, no shared memory. Not timed either.
+         row. Two addresses serve four rotations: two rotations more mirror one.
 Digits.  Reference and kernel give the same bits on every device: u / 255 is written as u * HI + u * LO, where u * HI
          is exact, so that a compiler may or may not contract it into a fused multiply-add; the second
          division is the reciprocal, corrected by its own exact residue. Tests go through all 256 values.

@@ -259,7 +259,7 @@ def test_the_operators_keep_torchs_rules(pool):
     [
         (dict(y=torch.zeros(4, 16)), r"y is torch.float32 \(4, 16\): .* \[N, C, H, W\]"),
         (dict(y=torch.zeros(2, 16, 7, 7).int()), "y is torch.int32"),
-        (dict(y=torch.zeros(1, 16, 1, 1), pool=False), "two values a channel.* --batch 2"),
+        (dict(y=torch.zeros(1, 16, 1, 1), pool=False), "two values a channel .* --batch 2"),
         (dict(y=torch.zeros(4, 16, 2, 7)), "y is 2 x 7 pixels"),
         (dict(weight=torch.zeros(15)), r"weight is \(15,\): y of 16 channels"),
         (dict(shift=torch.zeros(1)), r"shift is \(1,\)"),
