@@ -45,8 +45,7 @@ _patient: Any = None  # the group in which `everyones` waits; None: torch's own
 def start(here: Place, device: torch.device, *, patience: timedelta | None = None) -> None:
     """Join the other processes: NCCL for GPU tensors, gloo for those in host memory.
 
-    `patience`: how long `everyones` waits for a rank that has joined; None: torch's half hour, which is
-    also what all have to join.
+    `patience`: how long `everyones` waits for a rank that has joined; None: torch's half hour, as to join.
     """
     global _patient
     if here.world == 1:
@@ -61,9 +60,7 @@ def start(here: Place, device: torch.device, *, patience: timedelta | None = Non
 
 
 def stop(*, together: bool = False) -> None:
-    """Leave the others. `together` waits for them first, since a rank that leaves early can abort one
-    that is still at it; not after an error, where the others may never come.
-    """
+    """Leave the others; `together` waits for them first, as one that is still at it would fail; not after an error."""
     global _patient
     if distributed.is_initialized():
         if together:
@@ -73,9 +70,7 @@ def stop(*, together: bool = False) -> None:
 
 
 def abandon(device: torch.device) -> None:
-    """Give up what is under way with the others on a GPU: where one of them has failed it would never end, and all
-    that waits for the GPU with it.
-    """
+    """Give up what is under way with the others on a GPU: where one has failed it would never end."""
     if world() > 1 and device.type == "cuda":
         distributed.distributed_c10d._abort_process_group()
 

@@ -60,7 +60,7 @@ def alexnet(cfg: config.AlexNet, size: int) -> AlexNet:
     """The network that the config describes, for images of `size` pixels a side."""
     c1, c2, c3, c4, c5 = (scaled(c, cfg.width) for c in CHANNELS)
     widths: dict[str, Any] = dict(channels=(c1, c2, c3, c4, c5), hidden=scaled(HIDDEN, cfg.width))
-    forms = dict(space_to_depth=cfg.space_to_depth, fuse=cfg.fuse)
+    forms: dict[str, Any] = dict(space_to_depth=cfg.space_to_depth, fuse=cfg.fuse)
     return AlexNet(size, kernel=cfg.kernel, stride=cfg.stride, **widths, **forms)
 
 

@@ -232,9 +232,7 @@ if triton is not None:
         centre, rstd, scale = _scales(weight, mean, var, eps, column, known)
         level, slope = _means(dweight, dbias, rstd, over_rows, column, known)
         g00 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        g01 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        g10 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        g11 = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        g01, g10, g11 = g00, g00, g00
         for back in tl.static_range(4):  # the window that begins here, left of it, above, both
             p, q = i - back // 2, j - back % 2
             near = there & (p >= 0) & (p < down) & (q >= 0) & (q < across)
@@ -255,15 +253,7 @@ if triton is not None:
             inside = (there & (h < height) & (w < width))[:, None] & known[None, :]
             row = (image.to(tl.int64) * height + h) * width + w
             off = _values(y, row, column, inside, C) - centre
-            if step == 0:
-                g = g00
-            elif step == 1:
-                g = g01
-            elif step == 2:
-                g = g10
-            else:
-                g = g11
-            value = scale * (g - level - off * slope)
+            value = scale * ((g00, g01, g10, g11)[step] - level - off * slope)
             tl.store(_at(dy, row, column, C), value.to(dy.dtype.element_ty), mask=inside)
 
     @triton.jit
