@@ -57,9 +57,7 @@ class _Blocks(NamedTuple):
 
 
 def _fitted(
-    x: UInt8[np.ndarray, "16 n"],
-    low: UInt8[np.ndarray, " n"],
-    sums: UInt64[np.ndarray, " n"],
+    x: UInt8[np.ndarray, "16 n"], low: UInt8[np.ndarray, " n"], sums: UInt64[np.ndarray, " n"]
 ) -> tuple[Int64[np.ndarray, " m"], _Blocks]:
     """Which blocks lose less with the ends of least squares, and these ends and places."""
     high, low = _least_squares(sums, low)

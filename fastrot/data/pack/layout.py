@@ -79,8 +79,7 @@ def decode(rows: UInt8[np.ndarray, "t c"], height: int, width: int) -> UInt8[np.
 
 
 def tiles_of(
-    picture: UInt8[np.ndarray, "h w 3"],
-    coder: Callable[[np.ndarray], np.ndarray] = bc4.encode,
+    picture: UInt8[np.ndarray, "h w 3"], coder: Callable[[np.ndarray], np.ndarray] = bc4.encode
 ) -> UInt8[np.ndarray, "t 48"]:
     """The tiles of a picture. `coder`: a plane's blocks, as `bc4.encode` gives them."""
     height, width = picture.shape[:2]

@@ -92,11 +92,7 @@ def write_pack(
     known = [-1] * len(pictures) if labels is None else labels
     records = [Record(name, int(label)) for name, label in zip(names, known, strict=True)]
     source = InMemory(
-        root=path,
-        records=records,
-        classes=tuple(classes),
-        seen=len(records),
-        pictures=pictures,
+        root=path, records=records, classes=tuple(classes), seen=len(records), pictures=pictures
     )
     stats = PartStats()
     coded = [*stats.kept(encode_chunk(EncodeSpec(Coder(encoding)), Chunk(0, source)))]
@@ -151,10 +147,7 @@ def write_folder(
 
 
 def write_array(
-    path: Path,
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    pieces: Iterable[bytes | memoryview],
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]
 ) -> list[int]:
     """A `.npy` of a known shape from its bytes in pieces, whole or not at all; the crc32 of each 64 MB of it."""
     crcs: list[int] = []

@@ -75,10 +75,7 @@ class PartStats:
         """Of red, green, blue over all pixels, in 0..1. The only rounding is the last division and root."""
         n = self.pixels
         variance = [n * q - s * s for s, q in zip(self.sums, self.squares, strict=True)]
-        return (
-            [s / (255 * n) for s in self.sums],
-            [(v / (n * n)) ** 0.5 / 255 for v in variance],
-        )
+        return ([s / (255 * n) for s in self.sums], [(v / (n * n)) ** 0.5 / 255 for v in variance])
 
 
 @dataclass(frozen=True)
