@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -316,23 +315,23 @@ def test_what_rank_0_refuses_ends_all(mixed, tmp_path):
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "SEEN_WITHIN", 0.2)
-    ranks.Claim.make(tmp_path).await_shared()
+    ranks.await_shared(ranks.make_claim(tmp_path))
     with pytest.raises(UsageError, match="not the same folder for all ranks"):
-        ranks.Claim(tmp_path / "sign.of-another-machine").await_shared()
+        ranks.await_shared(tmp_path / "sign.of-another-machine")
 
 
 def test_ranks_that_a_killed_launcher_left_stop_when_another_start_takes_over(mixed, tmp_path):
     """They write no part any more: it might be of other options."""
     work = tmp_path / "a.beton.parts"
     with part_files.parts_folder(_made(work), {"quality": 90}, False):
-        ended = ranks.Claim.make(work)
-    assert not ended.path.exists()
-    sign = ranks.Claim.make(work)  # of a start that was killed
+        ended = ranks.make_claim(work)
+    assert not ended.exists()
+    sign = ranks.make_claim(work)  # of a start that was killed
     with part_files.parts_folder(work, {"quality": 80}, True):
-        source = options(mixed, tmp_path / "a.beton").open_source()
+        asked = options(mixed, tmp_path / "a.beton")
+        source, save = asked.open_source(), asked.writer().write_part
         parts = part_files.parts_of(work, 20, ".beton", {"quality": 80}, PART)
         spec = EncodeSpec(write.Coder())
-        save = partial(write.write_part, write.Coder())
         with pytest.raises(RunError, match="another start has taken over"):
             part_files.make_parts(parts, source, spec, save, 0, lambda n: None, sign)
         assert {p.name for p in work.iterdir()} == {"plan.json", "lock"}

@@ -46,7 +46,7 @@ from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options, difference
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import Converted, Existing, FormatWriter, OutputPaths
+from fastrot.data.prepare.writer import Converted, Existing, FormatWriter
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
@@ -78,11 +78,6 @@ class BetonOptions(Options):
             raise UsageError(f"--out got {self.out}, a folder: it wants a file's name")
 
     @property
-    def parts(self) -> Path:
-        """The folder in which parts are made."""
-        return side(self.out, "parts")
-
-    @property
     def set(self) -> Path:
         """The folder of whole parts that --keep-parts leaves."""
         return side(self.out, "set")
@@ -94,10 +89,6 @@ class Coder:
 
     encoding: Literal["jpg", "raw"] = "jpg"
     quality: int = 90
-
-    @property
-    def mode(self) -> int:
-        return layout.JPG if self.encoding == "jpg" else layout.RAW
 
     def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
         if self.encoding == "raw":
@@ -178,27 +169,12 @@ class Packer:
         shutil.copyfileobj(spool, self.file, 2**20)
 
 
-def write_part(coder: Coder, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
-    """A .beton of its own from a part's pictures; `index` counts from 0 in it."""
-
-    def write(file: BinaryIO) -> None:
-        with contextlib.closing(Packer(file, room)) as packer:
-            for p in pictures:
-                packer.add(p.data, mode=coder.mode, height=p.height, width=p.width, label=p.label)
-            packer.finish()
-
-    write_atomically(path, write)
-
-
 def read_part(path: Path) -> Iterator[tuple[np.void, bytes]]:
     """Row and record of every picture of a file that `Packer` wrote, in order."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(layout.HEADER.itemsize), layout.HEADER)[0]
-        count = int(header["rows"])
-        file.seek(ROWS_AT)
-        rows = np.frombuffer(file.read(count * layout.ROW.itemsize), layout.ROW)
-        file.seek(int(header["table"]))
-        table = np.frombuffer(file.read(count * layout.TABLE.itemsize), layout.TABLE)
+        header = np.fromfile(file, layout.HEADER, 1)[0]
+        rows = np.fromfile(path, layout.ROW, int(header["rows"]), offset=ROWS_AT)
+        table = np.fromfile(path, layout.TABLE, len(rows), offset=int(header["table"]))
         for row, entry in zip(rows, table, strict=True):
             file.seek(int(entry["ptr"]))
             yield row, file.read(int(entry["size"]))
@@ -239,19 +215,25 @@ class BetonWriter(FormatWriter):
 
     @property
     def encode_spec(self) -> EncodeSpec:
-        return EncodeSpec(self._coder, self.options.short_side, self.options.max_side)
-
-    @property
-    def _coder(self) -> Coder:
-        return Coder(self.options.encoding, self.options.quality)
+        o = self.options
+        return EncodeSpec(Coder(o.encoding, o.quality), o.short_side, o.max_side)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
-        write_part(self._coder, path, pictures, room)
+        """A .beton of its own from a part's pictures; `index` counts from 0 in it."""
+        mode = layout.JPG if self.options.encoding == "jpg" else layout.RAW
 
-    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
+        def write(file: BinaryIO) -> None:
+            with contextlib.closing(Packer(file, room)) as packer:
+                for p in pictures:
+                    packer.add(p.data, mode=mode, height=p.height, width=p.width, label=p.label)
+                packer.finish()
+
+        write_atomically(path, write)
+
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
         if "parts" in manifest:
-            return OutputPaths(self.options.set, self.options.set / "set.rejects.jsonl", parts=True)
-        return OutputPaths(self.options.out, side(self.options.out, "rejects.jsonl"))
+            return self.options.set, self.options.set / "set.rejects.jsonl"
+        return self.options.out, side(self.options.out, "rejects.jsonl")
 
     # what is there
 
@@ -271,7 +253,7 @@ class BetonWriter(FormatWriter):
             kept = begun and {k: v for k, v in begun.items() if k != "part"}
             if kept == plan and not options.keep_parts:
                 part_files.remove(options.set)  # merged by a start that was killed at its very end
-            part_files.remove_if_of(options.parts, {**plan, "part": part})
+            part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
             return Existing(manifest)
         if begun is None:
             return Existing()
@@ -285,7 +267,7 @@ class BetonWriter(FormatWriter):
 
         One that lacks something becomes the folder of parts again, so that it is mended there: None.
         """
-        at, parts = self.options.set, self.options.parts
+        at, parts = self.options.set, self.parts_folder
         if differs := difference(plan, {k: v for k, v in begun.items() if k != "part"}):
             raise UsageError(f"{at} is there, made {differs}: {WAYS}")
         manifest: dict[str, Any] = {"parts": []}
@@ -307,21 +289,15 @@ class BetonWriter(FormatWriter):
     # what is made
 
     def write(self, converted: Converted) -> dict[str, Any]:
-        return (
-            self._write_set(converted) if self.options.keep_parts else self._write_file(converted)
-        )
+        write = self._write_set if self.options.keep_parts else self._write_file
+        return write(converted)
 
     def _write_file(self, converted: Converted) -> dict[str, Any]:
         """Merge the parts and put OUT.beton and all beside it in their places."""
-        out, new = self.options.out, self.options.parts / part_files.NEW
+        out, new = self.options.out, self.parts_folder / part_files.NEW
         write_atomically(new, lambda file: merge(converted.parts, len(converted.records), file))
-        header, head_crc, table_crc = _checked(new)
-        body = {
-            "head_crc": head_crc,
-            "table_crc": table_crc,
-            "bytes": new.stat().st_size,
-            "page": int(header["page"]),
-        }
+        found = _described(new)
+        body = {name: found[name] for name in ("head_crc", "table_crc", "bytes", "page")}
         manifest = _write_beside(new, converted, body)
         theirs = named_beside(side(out, "json"))
         # all of it is on the disk: from here on names change, which needs no space
@@ -335,34 +311,23 @@ class BetonWriter(FormatWriter):
         os.replace(new, out)
         sync_folder(out.parent)
         part_files.remove(self.options.set)
-        part_files.remove(self.options.parts)
+        part_files.remove(self.parts_folder)
         return manifest
 
     def _write_set(self, converted: Converted) -> dict[str, Any]:
         """Add to the folder of parts what makes it a set, and give it its name."""
-        options, listed, page = self.options, [], 0
-        for part in converted.parts:
-            if part.file.exists():
-                header, head_crc, table_crc = _checked(part.file)
-                listed.append(
-                    {
-                        "file": part.file.name,
-                        "rows": int(header["rows"]),
-                        "bytes": part.file.stat().st_size,
-                        "head_crc": head_crc,
-                        "table_crc": table_crc,
-                    }
-                )
-                page = max(page, int(header["page"]))
+        options = self.options
+        listed = [_described(part.file) for part in converted.parts if part.file.exists()]
+        page = max(each.pop("page") for each in listed)
         body = {"parts": listed, "bytes": sum(each["bytes"] for each in listed), "page": page}
-        manifest = _write_beside(options.parts / "set", converted, body)
+        manifest = _write_beside(self.parts_folder / "set", converted, body)
         # what it replaces goes first, as with a file
         beside = named_beside(side(options.out, "json"))
         options.out.unlink(missing_ok=True)
         for name in (*beside, *BESIDE):
             side(options.out, name).unlink(missing_ok=True)
         part_files.remove(options.set)
-        os.rename(options.parts, options.set)
+        os.rename(self.parts_folder, options.set)
         sync_folder(options.out.parent)
         (options.set / part_files.LOCK).unlink(missing_ok=True)
         return manifest
@@ -373,7 +338,7 @@ def _write_beside(base: Path, converted: Converted, body: dict[str, Any]) -> dic
     for name, array in (("crc.npy", converted.crcs), ("keys.npy", converted.keys)):
         write_atomically(side(base, name), lambda file, array=array: np.save(file, array))
     beside = converted.write_beside(lambda name: side(base, name))
-    manifest = converted.manifest("beton", body | beside, BetonWriter.packages)
+    manifest = converted.manifest("beton", body | beside)
     replace_bytes(side(base, "json"), sealed(manifest))
     return manifest
 
@@ -386,10 +351,9 @@ def _all_beside(base: Path, manifest: dict[str, Any]) -> bool:
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a finished file; another plan's is refused."""
     try:
-        manifest = unsealed(side(out, "json").read_bytes())
-        _, head_crc, table_crc = _checked(out)
-        whole = (manifest["head_crc"], manifest["table_crc"]) == (head_crc, table_crc)
-        whole, theirs = whole and _all_beside(out, manifest), manifest["options"]
+        manifest, found = unsealed(side(out, "json").read_bytes()), _described(out)
+        same = all(manifest[name] == found[name] for name in ("head_crc", "table_crc"))
+        whole, theirs = same and _all_beside(out, manifest), manifest["options"]
     except (OSError, ValueError, KeyError, IndexError):
         whole, manifest, theirs = False, {}, {}
     if not whole:
@@ -401,22 +365,28 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 def _as_listed(folder: Path, part: dict[str, Any]) -> bool:
     """Whether a part of a set is what set.json says; its records are not read."""
-    if not (folder / part["file"]).with_suffix(".json").exists():
+    file = folder / part["file"]
+    if not file.with_suffix(".json").exists():
         return False  # a merge found a record changed
     try:
-        header, head_crc, table_crc = _checked(folder / part["file"])
+        return _described(file).items() >= part.items()
     except (OSError, ValueError, IndexError):
         return False
-    found = (int(header["rows"]), head_crc, table_crc)
-    return found == (part["rows"], part["head_crc"], part["table_crc"])
 
 
-def _checked(path: Path) -> tuple[np.void, int, int]:
-    """Header, crc32 of header, fields and rows, crc32 of the table."""
+def _described(path: Path) -> dict[str, Any]:
+    """What a set's list says of a file, and its page. head_crc: crc32 of header, fields and rows; table_crc: of the table."""
     with open(path, "rb") as file:
-        header = np.frombuffer(file.read(layout.HEADER.itemsize), layout.HEADER)[0]
-        head = _crc(file, 0, ROWS_AT + int(header["rows"]) * layout.ROW.itemsize)
-        return header, head, _crc(file, int(header["table"]), path.stat().st_size)
+        header = np.fromfile(file, layout.HEADER, 1)[0]
+        rows, size = int(header["rows"]), path.stat().st_size
+        return {
+            "file": path.name,
+            "rows": rows,
+            "bytes": size,
+            "head_crc": _crc(file, 0, ROWS_AT + rows * layout.ROW.itemsize),
+            "table_crc": _crc(file, int(header["table"]), size),
+            "page": int(header["page"]),
+        }
 
 
 def _crc(file: BinaryIO, start: int, stop: int) -> int:

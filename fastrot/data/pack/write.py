@@ -97,7 +97,7 @@ def write_pack(
     stats = PartStats()
     coded = [*stats.kept(encode_chunk(EncodeSpec(Coder(encoding)), Chunk(0, source)))]
     assert len(coded) == len(records)
-    converted = Converted.from_stats(source, {"encoding": encoding}, [], [stats])
+    converted = Converted.of(source, {"encoding": encoding}, [], [stats])
     sizes = np.array([(picture.height, picture.width) for picture in coded], np.int32)
     new = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
@@ -140,7 +140,7 @@ def write_folder(
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         **beside,
     }
-    manifest = converted.manifest("pack", described, PackWriter.packages)
+    manifest = converted.manifest("pack", described)
     manifest["checksums"] = checksums
     replace_bytes(folder / META, sealed(manifest))
     return manifest

@@ -13,6 +13,7 @@ import json
 import resource
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,16 @@ from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare import report
 from fastrot.data.prepare.encode import Chunk, EncodedPicture, encode_chunk, spread
 from fastrot.data.prepare.options import Options, plan_of
-from fastrot.data.prepare.ranks import ALONE, Claim, Ranks, appears, joined_ranks, same_pictures
+from fastrot.data.prepare.parts import Part
+from fastrot.data.prepare.ranks import (
+    ALONE,
+    Ranks,
+    appears,
+    await_shared,
+    joined_ranks,
+    make_claim,
+    same_pictures,
+)
 from fastrot.data.prepare.report import Estimate, Summary
 from fastrot.data.prepare.writer import Converted, FormatWriter
 from fastrot.data.sources.records import Source
@@ -35,11 +45,11 @@ def run(options: Options, *, part: int | None = None) -> int:
     """Convert, tell it, and give the exit status, the same on all ranks: 1 with rejects."""
     with joined_ranks() as ranks:
         done = convert(options, ranks, part=part)
-    lines = [*done.lines()] if ranks.rank == 0 else []
     rejected = isinstance(done, Summary) and done.rejects and not options.allow_rejects
-    if rejected and lines:
-        lines.append("status 1, since pictures were rejected: --allow-rejects accepts them")
-    print("".join(f"{line}\n" for line in lines), end="")
+    if ranks.rank == 0:
+        print(*done.lines(), sep="\n")
+        if rejected:
+            print("status 1, since pictures were rejected: --allow-rejects accepts them")
     return int(bool(rejected))
 
 
@@ -65,15 +75,15 @@ def convert(
         work = ranks.on_rank_0(
             lambda: _begin(writer, source, plan, part or writer.part, ranks.world, held)
         )
-        if work.summary is not None:
-            return work.summary
-        missing = [work.parts[i] for i in work.missing]
-        mine = missing[ranks.rank :: ranks.world]
-        share, left = (sum(len(p.records) for p in each) for each in (mine, missing))
-        done_before = sum(len(p.records) for p in work.parts) - left
+        if isinstance(work, Summary):
+            return work
+        mine = work.missing[ranks.rank :: ranks.world]
+        share, left, records = (
+            sum(len(p.records) for p in each) for each in (mine, work.missing, work.parts)
+        )
         if work.claim is not None:
-            work.claim.await_shared()
-        with report.progress_bar(share, done_before, ranks.rank, ranks.world) as tick:
+            await_shared(work.claim)
+        with report.progress_bar(share, records - left, ranks.rank, ranks.world) as tick:
             processes = min(workers, -(-share // part_files.CHUNK))
             part_files.make_parts(
                 mine, source, writer.encode_spec, writer.write_part, processes, tick, work.claim
@@ -82,14 +92,9 @@ def convert(
 
         def finish() -> Summary:
             manifest = writer.write(_whole(writer, source, plan, work))
-            return _summary(
-                writer,
-                manifest,
-                converted=left,
-                resumed=done_before,
-                seconds=time.perf_counter() - start,
-                cpu_seconds=others + cpu_seconds() - cpu,
-            )
+            seconds, used = time.perf_counter() - start, others + cpu_seconds() - cpu
+            done = {"converted": left, "resumed": records - left}
+            return _summary(writer, manifest, seconds=seconds, cpu_seconds=used, **done)
 
         return ranks.on_rank_0(finish)
 
@@ -97,35 +102,26 @@ def convert(
 class _Work(NamedTuple):
     """What rank 0 found, and decided for all."""
 
-    summary: Summary | None = None  # where nothing is left to do
-    parts: list[part_files.Part] = []  # noqa: RUF012 (a tuple's default)
-    missing: list[int] = []  # noqa: RUF012
-    claim: Claim | None = None  # of several ranks
+    parts: list[Part]
+    missing: list[Part]
+    claim: Path | None  # of several ranks
 
 
 def _begin(
-    writer: FormatWriter,
-    source: Source,
-    plan: dict[str, Any],
-    part: int,
-    world: int,
-    held: contextlib.ExitStack,
-) -> _Work:
-    """Look at what is there; unless that is all, hold the folder of parts until `held` is closed."""
+    writer: FormatWriter, source: Source, plan: dict[str, Any], part: int, world: int, held
+) -> Summary | _Work:
+    """Look at what is there; unless that is all, hold the folder of parts until `held`, an ExitStack, is closed."""
     existing = writer.existing(plan, part)
     if existing.manifest is not None:
-        return _Work(_summary(writer, existing.manifest, already=True))
+        return _summary(writer, existing.manifest, already=True)
     folder, part = existing.folder or writer.parts_folder, existing.part or part
-    held.enter_context(
-        part_files.parts_folder(
-            writer.parts_folder, {**plan, "part": part}, writer.options.overwrite
-        )
-    )
+    begun = {**plan, "part": part}
+    overwrite = writer.options.overwrite
+    held.enter_context(part_files.parts_folder(writer.parts_folder, begun, overwrite))
     count = len(source.records[: writer.options.limit])
     parts = part_files.parts_of(folder, count, writer.suffix, plan, part)
-    missing = [i for i, each in enumerate(parts) if not each.whole()]
-    claim = Claim.make(folder) if world > 1 and missing else None
-    return _Work(None, parts, missing, claim)
+    missing = [each for each in parts if not each.whole()]
+    return _Work(parts, missing, make_claim(folder) if world > 1 and missing else None)
 
 
 def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Work) -> Converted:
@@ -135,8 +131,8 @@ def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Wo
             f"{work.parts[0].folder} lacks parts that ranks have made: run the same command again"
         )
     if work.claim is not None:
-        work.claim.path.unlink(missing_ok=True)
-    converted = Converted.of(source, plan, work.parts)
+        work.claim.unlink(missing_ok=True)
+    converted = Converted.of(source, plan, work.parts, [part.stats() for part in work.parts])
     if not len(converted.records):
         part_files.remove(writer.parts_folder)
         path, reason = converted.rejects[0]
@@ -147,22 +143,13 @@ def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Wo
 
 
 def _summary(writer: FormatWriter, manifest: dict[str, Any], **how) -> Summary:
-    paths, rejects = writer.paths(manifest), []
+    (out, rejected_at), rejects = writer.paths(manifest), []
     if manifest["rejected"]:
-        with open(paths.rejects, "rb") as file:
+        with open(rejected_at, "rb") as file:
             rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
-    return Summary(
-        out=paths.out,
-        parts=paths.parts,
-        rejected_at=paths.rejects,
-        written=manifest["rows"],
-        rejects=rejects,
-        skipped=manifest["skipped"],
-        beyond_limit=manifest["beyond_limit"],
-        seen=manifest["seen"],
-        bytes=manifest["bytes"],
-        **how,
-    )
+    how |= {name: manifest[name] for name in ("skipped", "beyond_limit", "seen", "bytes")}
+    how |= {"written": manifest["rows"], "parts": "parts" in manifest}
+    return Summary(out=out, rejected_at=rejected_at, rejects=rejects, **how)
 
 
 def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> Estimate:
@@ -171,23 +158,20 @@ def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> 
     numbers = sorted({i * records // TRIED for i in range(TRIED)})
     chunks = (Chunk(i, source.part(i, i + 1)) for i in numbers)
     spec = dataclasses.replace(writer.encode_spec, measure_loss=True)
-    size = pixels = loss = tried = 0
-    seconds = 0.0
     with contextlib.closing(spread(partial(encode_chunk, spec), chunks, workers)) as encoded:
-        for picture in itertools.chain.from_iterable(encoded):
-            if isinstance(picture, EncodedPicture):
-                tried += 1
-                size += len(picture.data) + writer.row_bytes
-                pixels += picture.height * picture.width
-                loss += picture.loss or 0
-                seconds += picture.seconds
+        tried = [
+            (len(p.data) + writer.row_bytes, p.height * p.width, p.loss or 0, p.seconds)
+            for p in itertools.chain.from_iterable(encoded)
+            if isinstance(p, EncodedPicture)
+        ]
     if not tried:
         raise UsageError(f"none of {len(numbers)} pictures tried could be decoded: check --root")
+    size, pixels, loss, seconds = map(sum, zip(*tried, strict=True))
     return Estimate(
         pictures=records,
-        tried=tried,
-        bytes=round(size / tried * records),
-        minutes=seconds / tried * records / max(workers, 1) / world / 60,
+        tried=len(tried),
+        bytes=round(size / len(tried) * records),
+        minutes=seconds / len(tried) * records / max(workers, 1) / world / 60,
         psnr=float(10 * np.log10(255**2 * 3 * pixels / loss)) if loss else None,
     )
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastrot.config import UsageError
+from fastrot.config import RunError, UsageError
 from fastrot.data.prepare.encode import (
     Chunk,
     EncodedPicture,
@@ -25,7 +25,7 @@ from fastrot.data.prepare.encode import (
     spread,
 )
 from fastrot.data.prepare.options import difference, plan_hash
-from fastrot.data.prepare.ranks import CLAIM, Claim
+from fastrot.data.prepare.ranks import CLAIM
 from fastrot.data.sources.records import Source
 from fastrot.disk import locked, replace_bytes
 
@@ -151,7 +151,7 @@ def make_parts(
     write: WritePart,
     workers: int,
     tick: Callable[[int], None],
-    claim: Claim | None = None,
+    claim: Path | None = None,
 ) -> None:
     """Make the parts, one after the other, while workers read ahead over their borders.
 
@@ -164,8 +164,10 @@ def make_parts(
             for results in itertools.islice(encoded, -(-len(part.records) // CHUNK)):
                 tick(len(results))
                 yield from results
-            if claim is not None:
-                claim.check()
+            if claim is not None and not claim.exists():
+                raise RunError(
+                    f"another start has taken over {claim.parent}: this one is at its end"
+                )
 
         for part in parts:
             part.make(results_of(part), write)

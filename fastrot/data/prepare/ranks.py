@@ -98,35 +98,23 @@ def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+def make_claim(folder: Path) -> Path:
     """A file by which ranks know that they share one folder of parts, and that it is still theirs.
 
     The next start in that folder removes it, so that ranks which a killed launcher left behind stop.
     """
+    claim = folder / f"{CLAIM}.{secrets.token_hex(4)}"
+    claim.touch()
+    return claim
 
-    path: Path
 
-    @classmethod
-    def make(cls, folder: Path) -> "Claim":
-        claim = cls(folder / f"{CLAIM}.{secrets.token_hex(4)}")
-        claim.path.touch()
-        return claim
-
-    def await_shared(self) -> None:
-        """Raises UsageError where this rank does not see the folder that rank 0 sees."""
-        if not appears(self.path.exists):
-            raise UsageError(
-                f"{self.path.parent} is not the same folder for all ranks: choose an --out on a file "
-                "system that all machines share"
-            )
-
-    def check(self) -> None:
-        """Raises RunError where another start has taken the folder over."""
-        if not self.path.exists():
-            raise RunError(
-                f"another start has taken over {self.path.parent}: this one is at its end"
-            )
+def await_shared(claim: Path) -> None:
+    """Raises UsageError where this rank does not see the folder that rank 0 sees."""
+    if not appears(claim.exists):
+        raise UsageError(
+            f"{claim.parent} is not the same folder for all ranks: choose an --out on a file "
+            "system that all machines share"
+        )
 
 
 def appears(there: Callable[[], bool]) -> bool:

@@ -41,11 +41,7 @@ class Converted:
     rejects: list[tuple[str, str]]  # path, reason; those of the source first
 
     @classmethod
-    def of(cls, source: Source, plan: dict[str, Any], parts: list[Part]) -> "Converted":
-        return cls.from_stats(source, plan, parts, [part.stats() for part in parts])
-
-    @classmethod
-    def from_stats(
+    def of(
         cls, source: Source, plan: dict[str, Any], parts: list[Part], stats: list[PartStats]
     ) -> "Converted":
         total, rejects = PartStats(), list(source.rejected)
@@ -93,11 +89,9 @@ class Converted:
             crcs[f"{name}.npz"] = zlib.crc32(file.read_bytes())
         return {"beside": crcs} if crcs else {}
 
-    def manifest(
-        self, name: str, body: dict[str, Any], packages: tuple[str, ...]
-    ) -> dict[str, Any]:
+    def manifest(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         """What is known of the prepared pictures; `body`: what it says of the file or files that hold them."""
-        counted = np.array_equal(self.numbers, np.arange(len(self.numbers)))
+        as_rows = np.array_equal(self.numbers, np.arange(len(self.numbers)))
         mean, std = self.stats.mean_and_std()
         limit = self.plan.get("limit")
         return {
@@ -107,9 +101,7 @@ class Converted:
             "mean": mean,  # of red, green, blue, in 0..1, over all pixels before encoding
             "std": std,
             "fingerprint": order_fingerprint(self.keys, self.labels),
-            "numbers": None
-            if counted
-            else self.numbers.tolist(),  # where they differ from the rows
+            "numbers": None if as_rows else self.numbers.tolist(),
             **body,
             "max_height": self.stats.largest[0],
             "max_width": self.stats.largest[1],
@@ -122,7 +114,7 @@ class Converted:
             "versions": {
                 "python": platform.python_version(),
                 "fastrot": fastrot.__version__,
-                **{package: version(package) for package in packages},
+                **{package: version(package) for package in ("numpy", "simplejpeg")},
             },
         }
 
@@ -141,26 +133,16 @@ class Existing(NamedTuple):
     part: int | None = None  # records a part in it
 
 
-class OutputPaths(NamedTuple):
-    """Where a finished conversion's files are."""
-
-    out: Path
-    rejects: Path  # the file that names all rejects
-    parts: bool = False  # `out` is a folder of parts
-
-
 class FormatWriter(ABC):
     """A prepared format.
 
     suffix     of a part's file
     row_bytes  what a picture takes beside its own bytes, for --estimate
-    packages   whose versions the manifest names
     part       records a part
     """
 
     suffix: str
     row_bytes: int
-    packages: tuple[str, ...] = ("numpy", "simplejpeg")
     part: int = PART
 
     def __init__(self, options: Options):
@@ -189,8 +171,8 @@ class FormatWriter(ABC):
         """Make of whole parts what the options ask for; its manifest, with its `bytes`."""
 
     @abstractmethod
-    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
-        """Of a finished conversion."""
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
+        """What a finished conversion made, and the file that names all its rejects."""
 
 
 class FolderWriter(FormatWriter):
@@ -259,5 +241,5 @@ class FolderWriter(FormatWriter):
         part_files.remove(folder)
         return manifest
 
-    def paths(self, manifest: dict[str, Any]) -> OutputPaths:
-        return OutputPaths(self.options.out, self.out / "rejects.jsonl")
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
+        return self.options.out, self.out / "rejects.jsonl"

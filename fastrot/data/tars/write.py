@@ -179,7 +179,7 @@ class TarsWriter(FolderWriter):
             "bytes": sum(shard["bytes"] for shard in shards),
             **converted.write_beside(folder.joinpath),
         }
-        manifest = converted.manifest("tars", body, self.packages)
+        manifest = converted.manifest("tars", body)
         replace_bytes(folder / layout.MANIFEST, sealed(manifest))
         return manifest
 
