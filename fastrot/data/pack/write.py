@@ -189,18 +189,8 @@ class _Checked:
 
 def sizes_in(parts: list[Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
     """Heights and widths of all pictures in whole parts, in order. Raises UsageError as `body_of`."""
-    each = [np.zeros((0, 2), np.int32)]
-    for part in parts:
-        sizes = np.zeros((len(part.stats().crcs), 2), np.int32)
-        if len(sizes):
-            with open(part.file, "rb") as file:
-                for size in sizes:
-                    size[:] = np.frombuffer(_exactly(file, HEAD.itemsize, part), HEAD.base)
-                    file.seek(_bytes_of(size, encoding, part), os.SEEK_CUR)
-                if file.tell() != part.file.stat().st_size:
-                    raise part.changed()
-        each.append(sizes)
-    return np.concatenate(each)
+    each = ([size for size, _, _ in _pictures(part, encoding)] for part in parts)
+    return np.concatenate([np.array(sizes, np.int32).reshape(-1, 2) for sizes in each])
 
 
 def body_of(parts: list[Part], encoding: Encoding) -> Iterator[memoryview]:
@@ -209,30 +199,27 @@ def body_of(parts: list[Part], encoding: Encoding) -> Iterator[memoryview]:
     Raises UsageError where a part has changed since it was written; it then counts as not made.
     """
     for part in parts:
-        crcs = part.stats().crcs
-        if crcs:
-            with open(part.file, "rb") as file:
-                for crc in crcs:
-                    head = _exactly(file, HEAD.itemsize, part)
-                    size = np.frombuffer(head, HEAD.base)
-                    data = _exactly(file, _bytes_of(size, encoding, part), part)
-                    if zlib.crc32(data, zlib.crc32(head)) != crc:
-                        raise part.changed()
-                    yield memoryview(data)
+        for _, picture, crc in _pictures(part, encoding):
+            if zlib.crc32(picture) != crc:
+                raise part.changed()
+            yield picture[HEAD.itemsize :]
 
 
-def _bytes_of(size: Int32[np.ndarray, " 2"], encoding: Encoding, part: Part) -> int:
-    """Of a picture's tiles or pixels."""
-    if size.min() < 1 or size.max() > 65_535:
+def _pictures(part: Part, encoding: Encoding) -> Iterator[tuple[list[int], memoryview, int]]:
+    """Height and width, bytes with their head, and crc32 as it was written, of each picture of a whole part."""
+    crcs = part.stats().crcs
+    if not crcs:
+        return
+    file, end = memoryview(np.memmap(part.file, np.uint8, "r")), 0
+    for crc in crcs:
+        start, body = end, end + HEAD.itemsize
+        size = np.frombuffer(bytes(file[start:body]).ljust(HEAD.itemsize, b"\0"), HEAD.base)
+        if size.min() < 1 or size.max() > 65_535:
+            raise part.changed()
+        end = body + WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
+        yield size.tolist(), file[start:end], crc
+    if end != len(file):
         raise part.changed()
-    return WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
-
-
-def _exactly(file: BinaryIO, count: int, part: Part) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise part.changed()
-    return data
 
 
 # ---- the conversion ----

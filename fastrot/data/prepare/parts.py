@@ -109,11 +109,11 @@ class Part:
             **{**stats, "rejects": [(record, why) for record, why in stats["rejects"]]}
         )
 
-    def changed(self) -> UsageError:
-        """The part counts as not made from now on; what to say of it."""
+    def changed(self, what: str = "") -> UsageError:
+        """The part counts as not made from now on; what to say of it, or of `what` lies beside its file."""
         self.about.unlink(missing_ok=True)
         return UsageError(
-            f"{self.file} has changed since it was written: run again, and that part is made anew"
+            f"{what}{self.file} has changed since it was written: run again, and that part is made anew"
         )
 
     def chunks(self, source: Source) -> Iterator[Chunk]:

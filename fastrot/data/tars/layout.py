@@ -63,10 +63,6 @@ def length_in(block: bytes) -> int | None:
     return member.size if member.isreg() else None
 
 
-def shard_name(number: int, ending: str = "tar") -> str:
-    return f"{number:05d}.{ending}"
-
-
 class Index(NamedTuple):
     manifest: dict[str, Any]  # what shards.json says
     rows: np.ndarray  # ROW [n]

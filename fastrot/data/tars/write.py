@@ -89,14 +89,14 @@ def write_shard(path: Path, pictures: Iterable[EncodedPicture]) -> None:
 
     def write(file: BinaryIO) -> None:
         for picture in pictures:
-            key, kind = f"{picture.record:09d}", sniff(picture.data[:HEAD])
-            ending = layout.ENDINGS.get(str(kind), str(kind))
+            key, kind = f"{picture.record:09d}", str(sniff(picture.data[:HEAD]))
+            ending = layout.ENDINGS.get(kind, kind)
             image = _add(file, f"{key}.{ending}", picture.data)
             label = _add(file, f"{key}.cls", b"%d" % picture.label)
             lines.append(f"{ending} {image} cls {label}\n")
-            size = (picture.height, picture.width)
-            first = int(image.split()[0])
-            rows.append((first, len(picture.data), picture.label, *size, picture.crc, 0))
+            where = int(image.split()[0]), len(picture.data)
+            what = picture.label, picture.height, picture.width, picture.crc
+            rows.append((*where, *what, 0))
         file.write(bytes(2 * layout.BLOCK))
         file.write(layout.padding(file.tell(), layout.RECORD))
 
@@ -159,16 +159,11 @@ class TarsWriter(FolderWriter):
         each = [_rows_of(part, number) for number, part in enumerate(parts)]
         shards = []
         for number, part in enumerate(parts):
-            for ending in ("tar", "idx"):
-                name = layout.shard_name(number, ending)
-                _name_too(part.file.with_suffix(f".{ending}"), folder / name)
-            shards.append(
-                {
-                    "file": layout.shard_name(number),
-                    "rows": len(each[number]),
-                    "bytes": (folder / layout.shard_name(number)).stat().st_size,
-                }
-            )
+            size = part.file.stat().st_size
+            name = f"{number:05d}.tar"
+            shards.append({"file": name, "rows": len(each[number]), "bytes": size})
+            for file in (part.file, part.file.with_suffix(".idx")):
+                _name_too(file, (folder / name).with_suffix(file.suffix))
         rows = np.concatenate(each)
         for name, array in ((layout.ROWS, rows), (layout.KEYS, converted.keys)):
             write_atomically(folder / name, lambda file, array=array: np.save(file, array))
@@ -192,11 +187,7 @@ def _rows_of(part: Part, shard: int) -> np.ndarray:
     except (OSError, ValueError, EOFError):
         same, rows = False, np.zeros(0, layout.ROW)
     if not same or not part.file.with_suffix(".idx").exists():
-        part.about.unlink()
-        raise UsageError(
-            f"what lies beside {part.file} has changed since it was written: run again, and that part is "
-            "made anew"
-        )
+        raise part.changed("what lies beside ")
     rows["shard"] = shard
     return rows
 
