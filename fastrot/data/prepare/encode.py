@@ -59,8 +59,7 @@ class EncodeSpec:
     measure_loss: bool = False  # also measure what the coder loses
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedPicture:
+class EncodedPicture(NamedTuple):
     """A picture as it comes back from a worker."""
 
     record: int  # its number in the source
@@ -75,8 +74,7 @@ class EncodedPicture:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reject:
+class Reject(NamedTuple):
     """A picture that cannot be used, and why."""
 
     record: int
@@ -96,7 +94,7 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[EncodedPicture | Reject
     for i, record in enumerate(chunk.source.records):
         if _stop is not None and _stop.is_set():
             break  # nobody waits for the rest
-        number = chunk.first + i
+        number, named = chunk.first + i, entry.printable(shown(record.path))
         try:
             results.append(_encode(spec, chunk, i))
         except BadPicture as e:
@@ -104,14 +102,13 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[EncodedPicture | Reject
         except OSError as e:
             if e.errno not in GONE:  # else a failing disk would reject thousands of good pictures
                 raise RunError(
-                    f"{entry.printable(shown(record.path))} cannot be read ({e.strerror}): see to the "
-                    "disk, and run the same command again to go on"
+                    f"{named} cannot be read ({e.strerror}): see to the disk, and run the same command "
+                    "again to go on"
                 ) from None
             results.append(Reject(number, f"cannot be read: {e.strerror}"))
         except MemoryError:
             raise RunError(
-                f"{entry.printable(shown(record.path))} took more memory than there is: run the same "
-                "command again with fewer --workers"
+                f"{named} took more memory than there is: run the same command again with fewer --workers"
             ) from None
         except Exception as e:
             raise RuntimeError(f"converting {record.path!r} failed: {e!r}") from e
@@ -131,23 +128,14 @@ def _encode(spec: EncodeSpec, chunk: Chunk, i: int) -> EncodedPicture:
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")
     data = read if spec.keep_bytes and isinstance(read, bytes) else spec.coder.encode(picture)
-    sums, squares = _channel_sums(picture)
     loss = None
     if spec.measure_loss:
         apart = picture.astype(np.int32) - spec.coder.decode(data, height, width)
         loss = int(np.square(apart).sum(dtype=np.int64))
-    return EncodedPicture(
-        record=chunk.first + i,
-        label=chunk.source.records[i].label,
-        height=height,
-        width=width,
-        data=data,
-        crc=zlib.crc32(data),
-        sums=sums,
-        squares=squares,
-        loss=loss,
-        seconds=time.perf_counter() - start,
-    )
+    sums, squares = _channel_sums(picture)
+    number, label, crc = chunk.first + i, chunk.source.records[i].label, zlib.crc32(data)
+    seconds = time.perf_counter() - start
+    return EncodedPicture(number, label, height, width, data, crc, sums, squares, loss, seconds)
 
 
 _kept = threading.local()  # planes: the page faults of fresh ones would cost more than the sums
@@ -158,9 +146,8 @@ def _channel_sums(picture: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]
     import cv2
 
     sums, squares = [0, 0, 0], [0, 0, 0]
-    if not hasattr(
-        _kept, "planes"
-    ):  # the odd length: planes a power of two apart meet in the cache
+    if not hasattr(_kept, "planes"):
+        # the odd length: planes a power of two apart meet in the cache
         _kept.planes = np.empty((3, BAND + 1088), np.uint8)
     rows = BAND // picture.shape[1]  # a side has at most 65,535 pixels
     for top in range(0, len(picture), rows):
@@ -186,9 +173,8 @@ def spread(
         yield from map(task, items)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
-    stop = spawn.Event()
+    stop, waiting = spawn.Event(), deque()
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker, (stop,))
-    waiting = deque()
     try:
         for item in items:
             waiting.append(pool.submit(task, item))

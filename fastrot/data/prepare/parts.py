@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ PLAN, LOCK = "plan.json", "lock"
 NEW = "new"  # so begin names of files in a folder of parts that are on their way to another place
 # writes a part's file, whole or not at all: its path, its pictures, the most that may come
 WritePart = Callable[[Path, Iterable[EncodedPicture], int], None]
+Sums = Sequence[int]
 
 
 @dataclass
@@ -55,17 +56,14 @@ class PartStats:
             if isinstance(result, Reject):
                 self.rejects.append((result.record, result.reason))
                 continue
-            size = result.height, result.width
             self.crcs.append(result.crc)
             self.records.append(result.record)
-            self._grow(size[0] * size[1], result.sums, result.squares, size)
+            size = result.height, result.width
+            self.add(size[0] * size[1], result.sums, result.squares, size)
             yield result
 
-    def add(self, other: "PartStats") -> None:
-        """The statistics of both; what is known picture by picture stays with the parts."""
-        self._grow(other.pixels, other.sums, other.squares, other.largest)
-
-    def _grow(self, pixels, sums, squares, largest) -> None:
+    def add(self, pixels: int, sums: Sums, squares: Sums, largest: Sums) -> None:
+        """The statistics of more pictures; what is known picture by picture stays with their parts."""
         self.pixels += pixels
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
@@ -104,10 +102,9 @@ class Part:
             return False
 
     def stats(self) -> PartStats:
-        stats = json.loads(self.about.read_bytes())["tally"]
-        return PartStats(
-            **{**stats, "rejects": [(record, why) for record, why in stats["rejects"]]}
-        )
+        stats = PartStats(**json.loads(self.about.read_bytes())["tally"])
+        stats.rejects = [(record, reason) for record, reason in stats.rejects]
+        return stats
 
     def changed(self, what: str = "") -> UsageError:
         """The part counts as not made from now on; what to say of it, or of `what` lies beside its file."""
@@ -126,11 +123,8 @@ class Part:
         first = next(pictures, None)
         if first is not None:  # a part of rejects alone has no file
             write(self.file, itertools.chain([first], pictures), len(self.records))
-        about = {
-            "plan": self.plan,
-            "bytes": self.file.stat().st_size if first else 0,
-            "tally": dataclasses.asdict(stats),
-        }
+        size = self.file.stat().st_size if first else 0
+        about = {"plan": self.plan, "bytes": size, "tally": dataclasses.asdict(stats)}
         replace_bytes(self.about, json.dumps(about).encode())
 
 
@@ -178,10 +172,7 @@ def make_parts(
 
 @contextlib.contextmanager
 def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """The folder of parts, held by this process alone, with nothing in it but whole parts of this plan.
-
-    It stays, for the next start, until it is removed.
-    """
+    """The folder of parts, which stays, held by this process alone, with nothing in it but whole parts of this plan."""
     folder.mkdir(parents=True, exist_ok=True)
     refusal = f"another conversion writes into {folder}: wait for it, or choose another --out"
     with locked(folder, refusal):
@@ -191,10 +182,9 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             raise UsageError(
                 f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
             )
+        others = differs or not begun  # parts without a plan are rests of a removal, of any options
         for file in folder.iterdir():
-            # parts without a plan are rests of a removal, and may be of any options
-            of_others = (differs or not begun) and _lasting(file)
-            if of_others or _passing(file):
+            if _passing(file) or (others and _lasting(file)):
                 _discard(file)
         replace_bytes(folder / PLAN, json.dumps(plan).encode())
         try:

@@ -82,12 +82,8 @@ def progress_bar(share: int, before: int, rank: int, world: int) -> Iterator[Cal
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s, left:"),
-        Remaining(),
-    )
+    rate = TextColumn("{task.fields[rate]} images/s, left:")
+    columns = BarColumn(), MofNCompleteColumn(), rate, Remaining()
     start, done = time.perf_counter(), 0
     with Progress(*columns, console=Console(stderr=True)) as bar:
         before = before if world == 1 else 0
@@ -96,8 +92,7 @@ def progress_bar(share: int, before: int, rank: int, world: int) -> Iterator[Cal
         def tick(images: int) -> None:
             nonlocal done
             done += images
-            bar.update(
-                task, advance=images, rate=f"{done / (time.perf_counter() - start + 1e-9):,.0f}"
-            )
+            rate = done / (time.perf_counter() - start + 1e-9)
+            bar.update(task, advance=images, rate=f"{rate:,.0f}")
 
         yield tick

@@ -46,7 +46,7 @@ class Converted:
     ) -> "Converted":
         total, rejects = PartStats(), list(source.rejected)
         for each in stats:
-            total.add(each)
+            total.add(each.pixels, each.sums, each.squares, each.largest)
             rejects += [(source.records[i].path, reason) for i, reason in each.rejects]
         crcs = np.concatenate([np.array(each.crcs, np.uint32) for each in stats])
         records = np.concatenate([np.array(each.records, np.int64) for each in stats])
@@ -74,13 +74,11 @@ class Converted:
         `at`: where a file of such a name goes. Gives what the manifest says of the source's files: the crc32 of each.
         """
         rows = zip(self.records, self.numbers, strict=True)
-        _write_lines(
-            at("paths.jsonl"),
-            ({"path": self.source.records[i].path, "number": int(number)} for i, number in rows),
-        )
+        paths = ({"path": self.source.records[i].path, "number": int(n)} for i, n in rows)
+        _write_lines(at("paths.jsonl"), paths)
         if self.rejects:
-            lines = ({"path": path, "reason": reason} for path, reason in self.rejects)
-            _write_lines(at("rejects.jsonl"), lines)
+            rejects = ({"path": path, "reason": reason} for path, reason in self.rejects)
+            _write_lines(at("rejects.jsonl"), rejects)
         crcs = {}
         arrays: dict[str, Any]
         for name, arrays in self.source.beside(self.records).items():
