@@ -55,9 +55,9 @@ def look(options: Look) -> int:
     from fastrot.assemble import open_data
     from fastrot.config import UsageError
 
-    for name in ("size", "pictures"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} got {getattr(options, name)}: it wants at least 1")
+    for name, got in (("size", options.size), ("pictures", options.pictures)):
+        if got < 1:
+            raise UsageError(f"--{name} got {got}: it wants at least 1")
     start = time.perf_counter()
     data = open_data(options.data)
     opened = time.perf_counter() - start
@@ -65,7 +65,10 @@ def look(options: Look) -> int:
         print(f"{name:<12}{words}")
     bad = 0
     if options.verify:
-        bad = verify_pack(data.file) if is_pack(data) else verify(data)
+        start = time.perf_counter()
+        bad, what, which = verify_pack(data.file) if is_pack(data) else verify(data)
+        state = f"{bad:,}{which} DAMAGED" if bad else "all whole"
+        print(f"{'verified':<12}{what} in {time.perf_counter() - start:.1f} s: {state}")
     if not bad:
         out = options.out or beside(options.data)
         draw(data, options, out)
@@ -104,19 +107,16 @@ def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
     of = f" in {len(parts):,} part{'s'[: len(parts) != 1]}" if parts else ""
     yield "file", f"{size / 1e6:,.1f} MB{of}, pages of {c.page / 2**20:g} MiB: {fields}"
     raw = int(c.raw.sum())
-    kilobytes = " / ".join(
-        f"{v / 1000:.1f}" for v in (c.size.min(), np.median(c.size), c.size.max())
-    )
+    sizes = (c.size.min(), np.median(c.size), c.size.max())
+    kilobytes = " / ".join(f"{v / 1000:.1f}" for v in sizes)
     yield "records", f"{data.rows - raw:,} jpg, {raw:,} raw, {kilobytes} kB (least / median / most)"
     if not facts:
         yield "beside it", "nothing: no checksums, no class names, no paths"
         yield "checked", "header, rows and table fit together; records only by --verify"
         return
     yield from made(facts)
-    yield (
-        "checked",
-        "header, rows and table fit together and have their checksums; so have the path hashes",
-    )
+    whole = "header, rows and table fit together and have their checksums"
+    yield "checked", f"{whole}; so have the path hashes"
 
 
 def is_pack(data: "Data") -> bool:
@@ -129,10 +129,8 @@ def of_pack(file: "PackFile") -> Iterator[tuple[str, str]]:
     size = file.tiles.nbytes / 1e6
     yield "file", f"{size:,.1f} MB of {file.encoding}: {len(file.tiles):,} {what}"
     yield from made(file.meta)
-    yield (
-        "checked",
-        "arrays fit together, all but the pictures' by checksum; these only by --verify",
-    )
+    whole = "arrays fit together, all but the pictures' by checksum"
+    yield "checked", f"{whole}; these only by --verify"
 
 
 def made(facts: dict) -> Iterator[tuple[str, str]]:
@@ -156,10 +154,8 @@ def of_labels(data: "Data") -> Iterator[tuple[str, str]]:
         return
     order = np.argsort(-count, kind="stable")
     few, most, mid = count.min(), count.max(), np.median(count)
-    yield (
-        "classes",
-        f"{len(count):,} with {few:,} / {mid:,.0f} / {most:,} pictures (least / median / most)",
-    )
+    each = f"{few:,} / {mid:,.0f} / {most:,} pictures (least / median / most)"
+    yield "classes", f"{len(count):,} with {each}"
     shown = order if len(order) <= 12 else np.concatenate([order[:5], order[-3:]])
     for place, label in enumerate(shown):
         if len(order) > 12 and place == 5:
@@ -179,8 +175,8 @@ def name_of(data: "Data", label: int) -> str:
 # ---- every record ----
 
 
-def verify(data) -> int:
-    """Read and decode every record; name the bad ones, and tell how many."""
+def verify(data) -> tuple[int, str, str]:
+    """Read and decode every record, and name the bad ones; how many those are, of what, and how they are called."""
     from fastrot.data.files import BadPicture
     from fastrot.entry import cores
 
@@ -191,41 +187,31 @@ def verify(data) -> int:
                 data.picture(row)  # checks its size, and its checksum where it has one
             except (BadPicture, RunError, OSError) as error:
                 words = str(error)
-                named = (
-                    words if words.startswith("row ") else f"row {row} ({data.name(row)}): {words}"
-                )
-                found.append(entry.printable(named))
+                named = "" if words.startswith("row ") else f"row {row} ({data.name(row)}): "
+                found.append(entry.printable(named + words))
         return found
 
-    start, bad = time.perf_counter(), 0
+    bad = 0
     with ThreadPoolExecutor(cores()) as pool:
         for found in pool.map(task, range(0, data.rows, TASK)):
             bad += len(found)
             print("".join(line + "\n" for line in found), end="", file=sys.stderr)
-    seconds = time.perf_counter() - start
-    state = f"{bad:,} DAMAGED" if bad else "all whole"
-    print(f"{'verified':<12}{data.rows:,} records read and decoded in {seconds:.1f} s: {state}")
-    return bad
+    return bad, f"{data.rows:,} records read and decoded", ""
 
 
-def verify_pack(file: "PackFile") -> int:
-    """Compare all checksums; name the damaged stretches and their pictures, and tell how many."""
+def verify_pack(file: "PackFile") -> tuple[int, str, str]:
+    """Compare all checksums, and name the damaged stretches and their pictures; gives what `verify` gives."""
     from fastrot.data.pack.layout import BLOCK
 
-    start, bad = time.perf_counter(), 0
+    bad = 0
     for block in file.damaged(file.array):
         bad += 1
         rows = file.rows_in(block)
         first, last = (f"row {row:,} ({file.name(row)})" for row in (rows[0], rows[-1]))
         where = f"bytes {block * BLOCK:,} to {(block + 1) * BLOCK:,} of {file.array}"
         print(entry.printable(f"{where}: {first} to {last}"), file=sys.stderr)
-    seconds = time.perf_counter() - start
-    state = f"{bad:,} stretch{'es'[: 2 * (bad != 1)]} DAMAGED" if bad else "all whole"
-    size = file.tiles.nbytes / 1e6
-    print(
-        f"{'verified':<12}{file.rows:,} pictures, {size:,.1f} MB read in {seconds:.1f} s: {state}"
-    )
-    return bad
+    read = f"{file.rows:,} pictures, {file.tiles.nbytes / 1e6:,.1f} MB read"
+    return bad, read, " stretch" if bad == 1 else " stretches"
 
 
 # ---- the sheet ----

@@ -30,11 +30,8 @@ def look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
             return "skip", ""
         if by_name:
             return taken
-        file = without_waiting(path, os.O_RDONLY)
-        try:
-            head = os.read(file, HEAD)
-        finally:
-            os.close(file)
+        with open(path, "rb", buffering=0, opener=without_waiting) as file:
+            head = file.read(HEAD)
     except OSError as e:
         what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
         return ("reject", f"{what} ({e.strerror})") if named else ("skip", "")
@@ -67,10 +64,7 @@ def without_waiting(path: str, flags: int) -> int:
 
 def sniff(head: bytes) -> str | None:
     """What a picture's first HEAD bytes say it is; None: no picture."""
-    for kind, pattern in _FIRST_BYTES.items():
-        if pattern.match(head):
-            return kind
-    return None
+    return next((kind for kind, pattern in _FIRST_BYTES.items() if pattern.match(head)), None)
 
 
 _APPLEDOUBLE = b"\x00\x05\x16\x07"

@@ -41,25 +41,19 @@ def encode(plane: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "_h4 _w4 8"]:
     sums = _tables().sums.take(places).sum(axis=0)
 
     lossy = np.flatnonzero(_field("error", sums))
-    better, fitted = _fitted(x.take(lossy, axis=1), low[lossy], sums[lossy])
-    high[lossy[better]], low[lossy[better]] = fitted.high, fitted.low
-    places[:, lossy[better]] = fitted.places
+    better, *fitted = _fitted(x.take(lossy, axis=1), low[lossy], sums[lossy])
+    better = lossy[better]
+    high[better], low[better], places[:, better] = fitted
 
     words = np.bitwise_or.reduce(_tables().indices.take(places) << _PLACES, axis=0)
     words |= low.astype(np.uint64) << np.uint64(8) | high
     return words.astype("<u8", copy=False).view(np.uint8).reshape(down, right, 8)
 
 
-class _Blocks(NamedTuple):
-    high: UInt8[np.ndarray, " n"]
-    low: UInt8[np.ndarray, " n"]
-    places: Int64[np.ndarray, "16 n"]
-
-
 def _fitted(
     x: UInt8[np.ndarray, "16 n"], low: UInt8[np.ndarray, " n"], sums: UInt64[np.ndarray, " n"]
-) -> tuple[Int64[np.ndarray, " m"], _Blocks]:
-    """Which blocks lose less with the ends of least squares, and these ends and places."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which blocks [m] lose less with the ends of least squares, and these: high [m], low [m], places [16, m]."""
     high, low = _least_squares(sums, low)
     within = np.minimum(np.maximum(x, low), high)
     places = _places(within, high, low)
@@ -67,20 +61,18 @@ def _fitted(
     errors = _tables().errors.take(places).sum(axis=0, dtype=np.int64)
     errors += (beyond * beyond).sum(axis=0, dtype=np.int64)
     better = np.flatnonzero(errors < _field("error", sums))
-    return better, _Blocks(high[better], low[better], places.take(better, axis=1))
+    return better, high[better], low[better], places.take(better, axis=1)
 
 
 def _least_squares(
     sums: UInt64[np.ndarray, " n"], low: UInt8[np.ndarray, " n"]
 ) -> tuple[UInt8[np.ndarray, " n"], UInt8[np.ndarray, " n"]]:
     """The ends, high and low, of blocks that lose something: such have steps 0 and 7, so the ends stay apart."""
-    s, vv, x, vx = (
-        _field(name, sums) for name in ("s", "ss", "x", "sx")
-    )  # x in sevenths, above low
+    # x in sevenths, above low
+    s, vv, x, vx = (_field(name, sums) for name in ("s", "ss", "x", "sx"))
     uu, uv, ux = 16 * 49 - 14 * s + vv, 7 * s - vv, 7 * x - vx
-    scale = (uu * vv - uv * uv).astype(
-        np.float64
-    )  # the quotient of two is rounded everywhere alike
+    # the quotient of two float64 is rounded everywhere alike
+    scale = (uu * vv - uv * uv).astype(np.float64)
     high = np.rint((vv * ux - uv * vx) / scale) + low
     under = np.rint((uu * vx - uv * ux) / scale) + low
     return high.clip(0, 255).astype(np.uint8), under.clip(0, 255).astype(np.uint8)
@@ -100,9 +92,7 @@ def _field(name: str, words: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"
 class _Tables(NamedTuple):
     """By a block's range and a sample's height above its low end: place 256 range + height."""
 
-    sums: UInt64[
-        np.ndarray, " n"
-    ]  # the fields of _FIELDS: at most 16 times what they hold fits them
+    sums: UInt64[np.ndarray, " n"]  # of _FIELDS, which fit 16 times the largest
     errors: UInt16[np.ndarray, " n"]  # squared distance to the nearest step
     indices: UInt64[np.ndarray, " n"]  # its number in the format
 
