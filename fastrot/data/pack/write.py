@@ -210,7 +210,7 @@ def _pictures(part: Part, encoding: Encoding) -> Iterator[tuple[list[int], memor
     crcs = part.stats().crcs
     if not crcs:
         return
-    file, end = memoryview(np.memmap(part.file, np.uint8, "r")), 0
+    file, end = np.memmap(part.file, np.uint8, "r").data, 0
     for crc in crcs:
         start, body = end, end + HEAD.itemsize
         size = np.frombuffer(bytes(file[start:body]).ljust(HEAD.itemsize, b"\0"), HEAD.base)
