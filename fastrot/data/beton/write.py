@@ -7,22 +7,16 @@
     OUT.beton.rejects.jsonl {"path", "reason"} of each picture left out, where there are any
     OUT.beton.json          all else: classes, statistics, fingerprint, options, counts, versions
 
-The .json has rows, classes, mean and std (of red, green, blue over all pixels before encoding, 0..1),
-fingerprint, numbers (a list where the source's differ from the rows, else null), page, max_height, max_width,
-counts, options and versions.
-
-These files belong together: the .json's head_crc (header, fields and rows) and table_crc name the one .beton
-that it describes; its own crc is its last key. All are written under other names before anything old is
-touched; then one that is replaced goes first, and the .beton comes last. So a reader that finds a .beton finds
-its whole set, the two crcs tell of one that was carried here alone, and a full disk harms nothing.
+The .json's head_crc (header, fields and rows) and table_crc name the one .beton that it describes; its own crc is
+its last key. All are written under other names before anything old is touched; then one that is replaced goes first,
+and the .beton comes last. So a reader that finds a .beton finds its whole set, and a full disk harms nothing.
 
 With --keep-parts the parts are not merged: OUT.beton.set/ holds them, and of the above `set.json` (with a list
 `parts` of their names, rows, bytes and crcs instead of the two crcs), `set.crc.npy` and so on. That folder appears
 by one rename, is read as one file with the same rows, and is merged by a later start without --keep-parts.
 
-Every picture is decoded, shrunk where asked, and encoded anew, also a JPEG that could have been copied: one
-encoder, one quality, no EXIF, no surprise. The file is packed from the parts' records in order, so its bytes
-depend on neither workers nor parts.
+Every picture is encoded anew, also a JPEG that could have been copied: one encoder, one quality, no EXIF, no
+surprise. The parts' records are packed in order, so the bytes depend on neither workers nor parts.
 """
 
 import contextlib
@@ -255,10 +249,8 @@ class BetonWriter(FormatWriter):
                 part_files.remove(options.set)  # merged by a start that was killed at its very end
             part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
             return Existing(manifest)
-        if begun is None:
-            return Existing()
-        manifest = self._finished_set(plan, begun)
-        if manifest is not None and not options.keep_parts:
+        manifest = begun and self._finished_set(plan, begun)
+        if begun and manifest and not options.keep_parts:
             return Existing(None, options.set, begun["part"])  # to be merged
         return Existing(manifest)
 
@@ -289,8 +281,7 @@ class BetonWriter(FormatWriter):
     # what is made
 
     def write(self, converted: Converted) -> dict[str, Any]:
-        write = self._write_set if self.options.keep_parts else self._write_file
-        return write(converted)
+        return (self._write_set if self.options.keep_parts else self._write_file)(converted)
 
     def _write_file(self, converted: Converted) -> dict[str, Any]:
         """Merge the parts and put OUT.beton and all beside it in their places."""

@@ -1,11 +1,8 @@
 """A source's pictures into one pack; layout.py says what lies where.
 
-Every picture is decoded, shrunk and cut where asked, and coded in a worker process. A part's file holds its
-pictures one after the other: height and width (int32 each), then the tiles or pixels. Whole parts are put together
-in a folder inside that of the parts, which gets the pack's name by one rename: so a pack is there with all that
-belongs to it, or not at all. One that is replaced is moved aside first, and removed last.
-
-Its bytes depend on neither workers nor parts.
+A part's file holds its pictures one after the other: height and width (int32 each), then the tiles or pixels. Whole
+parts are put together in a folder that gets the pack's name by one rename (writer.FolderWriter): so a pack is there
+with all that belongs to it, or not at all. Its bytes depend on neither workers nor parts.
 """
 
 import os

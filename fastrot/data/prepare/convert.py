@@ -1,9 +1,8 @@
 """A conversion from its first record to the finished file: the same for all prepared formats.
 
 `convert` reads from the top: open the source, see what an earlier start left, make the missing parts (parts.py,
-encode.py), put them together (writer.py). Under torchrun or srun the missing parts are dealt out to the ranks
-(ranks.py), each with workers of its own; rank 0 alone decides what is missing, puts the parts together, and
-speaks. A rank that dies leaves its part missing, for the next start to make.
+encode.py), put them together (writer.py). Under torchrun or srun each rank (ranks.py) makes a share of the missing
+parts; rank 0 alone decides what is missing, puts the parts together, and speaks.
 """
 
 import contextlib

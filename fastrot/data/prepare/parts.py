@@ -102,9 +102,9 @@ class Part:
             return False
 
     def stats(self) -> PartStats:
-        stats = PartStats(**json.loads(self.about.read_bytes())["tally"])
-        stats.rejects = [(record, reason) for record, reason in stats.rejects]
-        return stats
+        stats = json.loads(self.about.read_bytes())["tally"]
+        stats["rejects"] = [(record, reason) for record, reason in stats["rejects"]]
+        return PartStats(**stats)
 
     def changed(self, what: str = "") -> UsageError:
         """The part counts as not made from now on; what to say of it, or of `what` lies beside its file."""

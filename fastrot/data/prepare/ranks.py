@@ -1,8 +1,7 @@
 """Ranks: the processes that share a conversion, how they meet, and the claim on their folder.
 
-They meet through torch.distributed, although the parts lie on a shared file system anyway: a process that dies
-closes its connections, which tells the others at their next meeting, while a file that does not come tells
-nothing, and one that does may be seen by other machines a minute later.
+They meet through torch.distributed, although they share a file system: a process that dies closes its connections,
+which tells the others, while a file that does not come tells nothing, and may be seen by others a minute late.
 """
 
 import contextlib

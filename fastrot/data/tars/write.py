@@ -4,9 +4,8 @@ Without --short-side, --max-side and --quality a picture's bytes stay as they ar
 same, so that what cannot be decoded is rejected, and its size and the statistics are those of upright pixels. Pixels
 that come from no file (CIFAR-10) become PNGs. With one of the three every picture becomes a JPEG, as in a `.beton`.
 
-A part is a shard. Whole parts get a second name in a folder inside that of the parts, which takes the name OUT by
-one rename: so the shards are there with all that belongs to them, or not at all. Their bytes depend on neither
-workers nor ranks.
+A part is a shard. Whole parts get a second name in a folder that takes the name OUT by one rename: so the shards are
+there with all that belongs to them, or not at all. Their bytes depend on neither workers nor ranks.
 """
 
 import os
@@ -135,9 +134,8 @@ class TarsWriter(FolderWriter):
 
     @property
     def encode_spec(self) -> EncodeSpec:
-        options, coder = self.options, self.options.coder
-        kept = coder.quality is None
-        return EncodeSpec(coder, options.short_side, options.max_side, keep_bytes=kept)
+        o, coder = self.options, self.options.coder
+        return EncodeSpec(coder, o.short_side, o.max_side, keep_bytes=coder.quality is None)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         write_shard(path, pictures)
