@@ -40,13 +40,12 @@ from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options, difference
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import Converted, Existing, FormatWriter
+from fastrot.data.prepare.writer import WAYS, Converted, Existing, FormatWriter
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
 NEEDED = ("crc.npy", "keys.npy", "paths.jsonl")  # beside the records, besides the .json
 BESIDE = (*NEEDED, "rejects.jsonl", "json")
-WAYS = "add --overwrite or choose another --out"
 LARGEST = 2**31  # bytes of a record: the largest page that the header can name
 LONGEST = 65_500  # pixels a side that libjpeg takes
 
@@ -249,8 +248,10 @@ class BetonWriter(FormatWriter):
                 part_files.remove(options.set)  # merged by a start that was killed at its very end
             part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
             return Existing(manifest)
-        manifest = begun and self._finished_set(plan, begun)
-        if begun and manifest and not options.keep_parts:
+        if begun is None:
+            return Existing()
+        manifest = self._finished_set(plan, begun)
+        if manifest is not None and not options.keep_parts:
             return Existing(None, options.set, begun["part"])  # to be merged
         return Existing(manifest)
 

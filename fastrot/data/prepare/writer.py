@@ -27,6 +27,8 @@ from fastrot.data.prepare.parts import PART, Part, PartStats
 from fastrot.data.sources.records import Source
 from fastrot.disk import sync_folder, write_atomically
 
+WAYS = "add --overwrite or choose another --out"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -201,7 +203,7 @@ class FolderWriter(FormatWriter):
         """Write all files into a folder; the manifest."""
 
     def existing(self, plan: dict[str, Any], part: int) -> Existing:
-        out, ways = self.out, "add --overwrite or choose another --out"
+        out = self.out
         with contextlib.suppress(OSError):
             out.rmdir()  # where it is empty
         if not out.exists():
@@ -220,9 +222,9 @@ class FolderWriter(FormatWriter):
             if lost := [name for name in beside if not (out / name).exists()]:
                 raise UsageError(f"{lost[0]} is missing")
         except UsageError as error:
-            raise UsageError(f"--out is there, but is not whole ({error}): {ways}") from None
+            raise UsageError(f"--out is there, but is not whole ({error}): {WAYS}") from None
         if differs := difference(plan, manifest["options"]):
-            raise UsageError(f"{out} is there, made {differs}: {ways}")
+            raise UsageError(f"{out} is there, made {differs}: {WAYS}")
         part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
         return Existing(manifest)
 
