@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from packs import write_pack
 from tape import TapeRecorder
 from truth import photo
 
 from benchmarks import bench_train, contestants, forms, full_epoch, measure, roofline
 from fastrot.config import AlexNet, Decoupling, RunError, UsageError
-from fastrot.data.pack.write import write_pack
 from fastrot.training import state
 
 CPU = torch.device("cpu")

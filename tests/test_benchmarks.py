@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from packs import write_pack
 from PIL import Image
 
 from benchmarks import (
@@ -25,7 +26,6 @@ from benchmarks import (
 )
 from fastrot.assemble import open_data
 from fastrot.config import RunError, UsageError
-from fastrot.data.pack.write import write_pack
 from fastrot.ops.blocks import unpack_crops
 from fastrot.ops.rotate import SpaceToDepth
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from packs import write_pack
 from PIL import Image
 from test_run import TINY
 from truth import photo
@@ -20,7 +21,6 @@ from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
 from fastrot.data.beton.write import BetonOptions
-from fastrot.data.pack.write import write_pack
 from fastrot.data.prepare.convert import convert
 from fastrot.data.tars.write import TarsOptions
 

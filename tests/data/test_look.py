@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packs import write_pack
 from PIL import Image
 from plain_beton import write_beton
 from truth import photo
 
 from fastrot.data.beton import write
-from fastrot.data.pack.write import write_pack
 from fastrot.data.prepare.convert import convert
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packs import write_pack
 from truth import DATA, photo
 
 from fastrot.config import UsageError
@@ -17,7 +18,6 @@ from fastrot.data.manifest import sealed
 from fastrot.data.pack import bc4, layout, write
 from fastrot.data.pack import file as opened
 from fastrot.data.pack.file import PackFile
-from fastrot.data.pack.write import write_pack
 from fastrot.data.pictures import decode, shrink
 
 PAGE = Path(__file__).parents[2] / "fastrot" / "data" / "pack" / "README.md"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from asked import asked
+from packs import write_pack
 from PIL import Image
 from truth import photo
 
@@ -38,7 +39,7 @@ def folder(request, tmp_path_factory):
         path = tmp_path_factory.mktemp("pack") / "a.pack"
         pictures = [photo(i, 24 + i, 61 - 3 * (i % 7)) for i in range(ROWS)]
         names = [f"here/{i}.jpg" for i in range(ROWS)]
-        yield write.write_pack(path, pictures, range(ROWS), encoding=request.param, paths=names)
+        yield write_pack(path, pictures, range(ROWS), encoding=request.param, paths=names)
 
 
 def batches(data, view=VIEW, *, batch=5, workers=0, **how) -> list:

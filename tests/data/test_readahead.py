@@ -2,6 +2,7 @@ import mmap
 
 import numpy as np
 import pytest
+from packs import write_pack
 from PIL import Image
 from truth import photo
 
@@ -12,7 +13,6 @@ from fastrot.data import readahead, sampler
 from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.pack.read import Pack
-from fastrot.data.pack.write import write_pack
 from fastrot.data.prepare.convert import convert
 from fastrot.data.prepare.report import Summary
 

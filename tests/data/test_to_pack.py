@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packs import write_pack
 from plain_beton import write_beton
 from truth import photo
 
@@ -105,9 +106,7 @@ def test_tiles_are_those_of_the_pictures(pictures, tmp_path):
     source, labels = open_source("imagefolder", pictures), []
     labels = [record.label for record in source.records]
     names = [record.path for record in source.records]
-    write.write_pack(
-        tmp_path / "b.pack", upright(pictures), labels, paths=names, classes=source.classes
-    )
+    write_pack(tmp_path / "b.pack", upright(pictures), labels, paths=names, classes=source.classes)
     a, b = files(tmp_path / "a.pack"), files(tmp_path / "b.pack")
     facts = [json.loads(each.pop("meta.json")) for each in (a, b)]
     assert a == b

@@ -17,7 +17,6 @@ numbers: every decoder gives the same bits.
 YCbCr is JPEG's (full-range BT.601), in 16-bit fixed point with libjpeg's constants, both ways.
 """
 
-from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import cv2
@@ -78,20 +77,18 @@ def decode(rows: UInt8[np.ndarray, "t c"], height: int, width: int) -> UInt8[np.
 # ---- pixels to tiles ----
 
 
-def tiles_of(
-    picture: UInt8[np.ndarray, "h w 3"], coder: Callable[[np.ndarray], np.ndarray] = bc4.encode
-) -> UInt8[np.ndarray, "t 48"]:
-    """The tiles of a picture. `coder`: a plane's blocks, as `bc4.encode` gives them."""
+def tiles_of(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "t 48"]:
+    """The tiles of a picture."""
     height, width = picture.shape[:2]
     below, beside = -height % SIDE, -width % SIDE
     if below or beside:
         picture = cv2.copyMakeBorder(picture, 0, below, 0, beside, cv2.BORDER_REPLICATE)
     down, right = picture.shape[0] // SIDE, picture.shape[1] // SIDE
     tiles = np.empty((down, right, WIDTH["ycc"]), np.uint8)
-    luma = coder(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
+    luma = bc4.encode(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY))
     quads = luma.reshape(down, 2, right, 2, 8).swapaxes(1, 2)
     tiles[..., :32].reshape(down, right, 2, 2, 8)[:] = quads
-    chroma = coder(_chroma(picture))  # Cb above Cr
+    chroma = bc4.encode(_chroma(picture))  # Cb above Cr
     tiles[..., 32:40], tiles[..., 40:] = chroma[:down], chroma[down:]
     return tiles.reshape(-1, WIDTH["ycc"])
 

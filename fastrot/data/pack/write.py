@@ -5,27 +5,24 @@ parts are put together in a folder that gets the pack's name by one rename (writ
 with all that belongs to it, or not at all. Its bytes depend on neither workers nor parts.
 """
 
-import os
-import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 
 from fastrot.config import UsageError
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
-from fastrot.data.prepare.encode import Chunk, EncodedPicture, EncodeSpec, encode_chunk
+from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options
-from fastrot.data.prepare.parts import Part, PartStats
+from fastrot.data.prepare.parts import Part
 from fastrot.data.prepare.writer import Converted, FolderWriter
-from fastrot.data.sources.records import InMemory, Record
 from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
@@ -69,41 +66,6 @@ class Coder:
 
 
 # ---- the folder ----
-
-
-def write_pack(
-    path: str | Path,
-    pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]],
-    labels: Sequence[int] | Int64[np.ndarray, " n"] | None = None,
-    *,
-    encoding: Encoding = "ycc",
-    paths: Sequence[str] | None = None,
-    classes: Sequence[str] = (),
-) -> Path:
-    """A pack of pictures in memory: for tests, benchmarks and notebooks. It replaces what stands there.
-
-    `labels`: None: -1 each. `paths`: the rows' names, from which their keys are made.
-    """
-    path = Path(path)
-    names = [f"{row:08d}" for row in range(len(pictures))] if paths is None else paths
-    known = [-1] * len(pictures) if labels is None else labels
-    records = [Record(name, int(label)) for name, label in zip(names, known, strict=True)]
-    source = InMemory(
-        root=path, records=records, classes=tuple(classes), seen=len(records), pictures=pictures
-    )
-    stats = PartStats()
-    coded = [*stats.kept(encode_chunk(EncodeSpec(Coder(encoding)), Chunk(0, source)))]
-    assert len(coded) == len(records)
-    converted = Converted.of(source, {"encoding": encoding}, [], [stats])
-    sizes = np.array([(picture.height, picture.width) for picture in coded], np.int32)
-    new = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    body = (picture.data[HEAD.itemsize :] for picture in coded)
-    write_folder(new, encoding, converted, sizes, body)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(new, path)
-    return path
 
 
 def write_folder(
