@@ -52,7 +52,7 @@ soak: $(VENV)/installed-dev
 	@$(MAKE) --no-print-directory kills fuzz matrix
 
 kills: $(VENV)/installed-dev
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python tests/chaos.py --kills $(KILLS)
+	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python tests/chaos.py --kills $(KILLS) --out build
 
 matrix:
 	@JOBS=$(JOBS) sh .ci/matrix
