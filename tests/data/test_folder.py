@@ -219,3 +219,15 @@ def test_a_cached_size_needs_the_same_length_and_time(tmp_path, what):
         file.write_bytes(file.read_bytes().ljust(size, b"\0"))
         os.utime(file, ns=(1, 1 + width * (what == "time")))
         assert folder.Folder(tmp_path).sizes(np.array([0])).tolist() == [[20, width]]
+
+
+def test_a_bug_in_a_worker_names_the_picture(pictures, monkeypatch):
+    def broken(decode, *_):
+        decode(1)
+        raise ZeroDivisionError("in a bug")
+
+    monkeypatch.setattr(folder, "fill_decoded", broken)
+    data = folder.Folder(pictures)
+    words = rf"row 2, '{data.name(2)}', cannot be cropped: in a bug"
+    with pytest.raises(RuntimeError, match=words):
+        asked(data, [request(data, [0, 2], Whole(size=8))], 0)
