@@ -89,7 +89,7 @@ def state_of(cfg, loader, momentum: bool = False) -> TrainState:
 )
 def test_the_batch_that_fits_is_found_by_halving(room, tried, found, pictures, loader, monkeypatch):
     cfg = cfg_of(pictures)
-    built = memory.Built(loader, state_of(cfg, loader), StepTimer(CPU))
+    built = state_of(cfg, loader), loader.view, StepTimer(CPU)
     asked, _ = room_for(room, monkeypatch)
     told = memory.out_of_memory_error(cfg, CPU, built)
     assert isinstance(told, UsageError)

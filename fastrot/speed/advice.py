@@ -21,14 +21,10 @@ from fastrot.speed.bounds import Measured, digits
 RATES = {"folder": 534.0, "tars": 1979.2, "beton": 3087.6, "pack": 13950.2}
 RATES_WITHOUT_EXTENSION = {"beton": 1933.5, "pack": 612.9}  # beton; pack
 SCRIPTS = {"beton": "to_ffcv.py", "pack": "to_pack.py"}  # of dataprep: what writes a format
-SOURCES = {
-    "folder": "imagefolder",
-    "beton": "beton",
-    "tars": "webdataset",
-}  # what it is told to read
+SOURCES = {"folder": "imagefolder", "beton": "beton", "tars": "webdataset"}  # its words for each
 CALLED = {"beton": ".beton", "pack": ".pack", "tars": "tar shards"}
 SPARE = (
-    1.1  # times the step's images/s: so much should loading give, for it is not always at its best
+    1.1  # times the step's images/s: so much should loading give, which is not always at its best
 )
 WORTH = 1.2  # times faster: so much another format must be, for a conversion to be advised
 MADE = "these pictures are made, not read: name your own"
@@ -92,12 +88,8 @@ def advice(found: Measurements, subject: Subject) -> dict[str, str]:
 
 def verdict(found: Measurements, subject: Subject) -> str:
     """What binds, by how much, what to change."""
-    setting = bounds.Setting(
-        workers=found.workers,
-        format=subject.format,
-        precision=subject.cfg.precision,
-        compiled=subject.cfg.compile,
-    )
+    has = {"precision": subject.cfg.precision, "compiled": subject.cfg.compile}
+    setting = bounds.Setting(workers=found.workers, format=subject.format, **has)
     return bounds.verdict(found.measured, subject.device, found.train, setting)
 
 
@@ -126,9 +118,9 @@ def which_format(found: Measurements, subject: Subject) -> str:
 
 def _gains(format: str) -> dict[str, float]:
     """How many times faster than this one the formats are that it can be converted to, by RATES; smaller files first."""
-    rates = RATES | ({} if native.load() is not None else RATES_WITHOUT_EXTENSION)
     if format not in SOURCES:
         return {}
+    rates = RATES if native.load() is not None else RATES | RATES_WITHOUT_EXTENSION
     return {name: rates[name] / rates[format] for name in SCRIPTS if name != format}
 
 
@@ -156,17 +148,16 @@ def how_many_workers(found: Measurements, subject: Subject) -> str:
         said = (
             f"--workers {subject.cores}, all cores, and that is too few: {enough:,} would keep up"
         )
-    alone = " where it has the cores to itself" if subject.gpu is None else ""
-    several = "" if subject.gpu is None else f"; each further GPU wants {enough:,} cores more"
-    return f"{said} (a worker gives {digits(each)} images/s, the step takes {digits(found.step)}{alone}){several}"
+    said += f" (a worker gives {digits(each)} images/s, the step takes {digits(found.step)}"
+    if subject.gpu is None:
+        return f"{said} where it has the cores to itself)"
+    return f"{said}); each further GPU wants {enough:,} cores more"
 
 
 def whether_a_pack_fits(found: Measurements, subject: Subject) -> str:
     """Into this GPU's memory."""
-    size = in_bytes(found.pack_bytes)
-    what = (
-        f"this pack is {size}" if subject.format == "pack" else f"the data as one would be {size}"
-    )
+    pack = "this pack is" if subject.format == "pack" else "the data as one would be"
+    what = f"{pack} {in_bytes(found.pack_bytes)}"
     if subject.gpu is None:
         least = in_bytes(found.pack_bytes / (1 - KEPT_FOR_TRAINING))
         return f"{what}; there is no GPU here: one of {least} or more would hold it"
@@ -176,9 +167,8 @@ def whether_a_pack_fits(found: Measurements, subject: Subject) -> str:
         return f"{what}, which fits into {gpu}"
     if found.pack_bytes <= subject.memory:
         return f"{what}, which does not fit into {gpu}: --placement pinned keeps it in host memory"
-    return (
-        f"{what}, more than {gpu}, and more than host memory, which has {in_bytes(subject.memory)}"
-    )
+    host = f"host memory, which has {in_bytes(subject.memory)}"
+    return f"{what}, more than {gpu}, and more than {host}"
 
 
 def _placement(found: Measurements, subject: Subject) -> str:

@@ -105,33 +105,22 @@ def verdict(
 ) -> str:
     """One sentence: bound by what, by how much, what to change."""
     kind = bound(m)
-    how_much, way = {
-        "read": (_by_data, _read_faster),
-        "decode": (_by_data, _decode_faster),
-        "copy": (_by_data, _copy_less),
-        "launch": (_by_launch, _launch_less),
-        "memory": (_by_device, _move_less),
-        "arithmetic": (_by_device, _multiply_faster),
-    }[kind]
-    return (
-        f"bound by {kind} at {digits(images_per_s)} images/s: {how_much(m, kind, device)}; "
-        f"{way(m, device, setting)}"
-    )
+    how_much = {"launch": _by_launch, "memory": _by_device, "arithmetic": _by_device}
+    said = how_much.get(kind, _by_data)(m, kind, "GPU" if device.type == "cuda" else "CPU")
+    return f"bound by {kind} at {digits(images_per_s)} images/s: {said}; {_what_to_change(m, kind, device, setting)}"
 
 
 # ---- by how much ----
 
 
-def _by_data(m: Measured, kind: Bound, device: torch.device) -> str:
-    found = f"{_idle(m):.0%} of the time the {_name(device)} has nothing to do but wait for data"
+def _by_data(m: Measured, kind: Bound, name: str) -> str:
+    found = f"{_idle(m):.0%} of the time the {name} has nothing to do but wait for data"
     alone = {"read": m.read, "decode": m.decode, "copy": m.copy}[kind]
-    if alone is None:
-        return found
     doing = {"read": "reading", "decode": "decoding", "copy": "copying"}[kind]
-    return f"{found}, since {doing} a batch takes {_ms(alone)}"
+    return found if alone is None else f"{found}, since {doing} a batch takes {_ms(alone)}"
 
 
-def _by_launch(m: Measured, kind: Bound, device: torch.device) -> str:
+def _by_launch(m: Measured, kind: Bound, name: str) -> str:
     if m.issue is None:
         floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
         return (
@@ -139,92 +128,79 @@ def _by_launch(m: Measured, kind: Bound, device: torch.device) -> str:
             "are calls of small operations"
         )
     if m.busy is not None and m.issue < m.busy:
-        return f"the host issues work for {_ms(m.issue)} of the {_ms(m.busy)} that a step takes the {_name(device)}"
-    kept = "" if m.busy is None else f", and it keeps the {_name(device)} busy for {_ms(m.busy)}"
+        return f"the host issues work for {_ms(m.issue)} of the {_ms(m.busy)} that a step takes the {name}"
+    kept = "" if m.busy is None else f", and it keeps the {name} busy for {_ms(m.busy)}"
     return f"the host needs {_ms(m.issue)} to issue a step's work{kept}"
 
 
-def _by_device(m: Measured, kind: Bound, device: torch.device) -> str:
-    floor = m.memory if kind == "memory" else m.arithmetic
+def _by_device(m: Measured, kind: Bound, name: str) -> str:
+    floor, doing = (
+        (m.memory, "moving numbers") if kind == "memory" else (m.arithmetic, "multiplying")
+    )
     whole = m.step if m.busy is None else m.busy
     if floor is None:
-        return f"{_ms(whole)} of a step's {_ms(m.step)} are the {_name(device)}'s own work"
-    share = f"{floor / whole:.0%} of a step's {_ms(whole)} at this {_name(device)}'s measured peak"
-    doing = "moving numbers" if kind == "memory" else "multiplying"
-    return f"{doing} takes {share}"
+        return f"{_ms(whole)} of a step's {_ms(m.step)} are the {name}'s own work"
+    return (
+        f"{doing} takes {floor / whole:.0%} of a step's {_ms(whole)} at this {name}'s measured peak"
+    )
 
 
 # ---- what to change ----
 
 
-def _read_faster(m: Measured, device: torch.device, setting: Setting) -> str:
-    ways = ["a faster disk"]
-    if setting.workers is not None and setting.workers < cores():
-        ways.append(f"--workers {cores()} instead of {setting.workers}")
-    if setting.format == "folder":
-        ways.append("a .beton of the same pictures (dataprep/to_ffcv.py), read in larger pieces")
-    elif setting.format != "pack":
-        ways.append("--order blocks, which reads neighbours together")
-    return f"try {_listed([*ways, 'smaller pictures (--short-side of dataprep)'])}"
-
-
-def _decode_faster(m: Measured, device: torch.device, setting: Setting) -> str:
-    ways = []
-    if setting.workers is not None and setting.workers < cores():
-        ways.append(f"--workers {cores()} instead of {setting.workers}")
-    if setting.format in (None, "beton", "pack") and native.load() is None:
-        ways.append(f"the C++ extension ({native.why()})")
-    if setting.format == "folder":
-        ways.append("a .beton of the same pictures (dataprep/to_ffcv.py)")
-    if setting.format != "pack":
-        ways.append("a .pack, which hardly needs decoding (dataprep/to_pack.py)")
-    elif device.type == "cuda" and setting.placement == "pinned":
-        ways.append("--placement resident, where the GPU's memory holds it")
-    ways.append("smaller pictures (--short-side of dataprep)")
-    return f"try {_listed(ways[:3])}"
-
-
-def _copy_less(m: Measured, device: torch.device, setting: Setting) -> str:
-    resident = (
-        "--placement resident" if setting.format == "pack" else "a .pack (dataprep/to_pack.py)"
-    )
-    return f"try {resident}, which copies no pictures once it lies in the GPU's memory"
-
-
-def _launch_less(m: Measured, device: torch.device, setting: Setting) -> str:
-    ways = [] if setting.compiled else ["--compile"]
-    if device.type == "cuda" and setting.graphed is False:
-        ways.append("--graph")
-    return f"try {_listed([*ways, 'a larger --batch'])}"
-
-
-def _move_less(m: Measured, device: torch.device, setting: Setting) -> str:
-    ways = [] if setting.compiled else ["--compile"]
-    if device.type == "cuda" and setting.fused is False:
-        ways.append("--backbone.fuse")
-    if setting.precision == "fp32" and device.type == "cuda":
-        ways.append("--precision bf16")
-    if ways:
-        return f"try {_listed(ways)}"
-    return "smaller crops (--image-size) would move less"
-
-
-def _multiply_faster(m: Measured, device: torch.device, setting: Setting) -> str:
-    if m.arithmetic is not None and m.arithmetic >= GOOD * (m.busy or m.step):
+def _what_to_change(m: Measured, kind: Bound, device: torch.device, has: Setting) -> str:
+    gpu, folder, pack = device.type == "cuda", has.format == "folder", has.format == "pack"
+    if kind == "copy":
+        resident = "--placement resident" if pack else "a .pack (dataprep/to_pack.py)"
+        return f"try {resident}, which copies no pictures once it lies in the GPU's memory"
+    if kind == "arithmetic" and (m.arithmetic or 0.0) >= GOOD * (m.busy or m.step):
         return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
-    if device.type != "cuda":
+    if kind == "arithmetic" and not gpu:
         return "a GPU, smaller crops (--image-size) or a narrower net are faster"
-    ways = ["--precision bf16"] if setting.precision == "fp32" else []
-    ways += [] if setting.compiled else ["--compile"]
-    return f"try {_listed([*ways, 'a larger --batch'])}"
-
-
-def _listed(ways: list[str]) -> str:
-    return ways[0] if len(ways) == 1 else f"{', '.join(ways[:-1])} or {ways[-1]}"
-
-
-def _name(device: torch.device) -> str:
-    return "GPU" if device.type == "cuda" else "CPU"
+    workers = f"--workers {cores()} instead of {has.workers}"
+    few = has.workers is not None and has.workers < cores()
+    slow = has.format in (None, "beton", "pack") and native.load() is None
+    smaller = "smaller pictures (--short-side of dataprep)"
+    fp32, compiled = has.precision == "fp32", bool(has.compiled)
+    ways: dict[Bound, dict[str, bool]] = {
+        "read": {
+            "a faster disk": True,
+            workers: few,
+            "a .beton of the same pictures (dataprep/to_ffcv.py), read in larger pieces": folder,
+            "--order blocks, which reads neighbours together": not folder and not pack,
+            smaller: True,
+        },
+        "decode": {
+            workers: few,
+            f"the C++ extension ({native.why() if slow else ''})": slow,
+            "a .beton of the same pictures (dataprep/to_ffcv.py)": folder,
+            "a .pack, which hardly needs decoding (dataprep/to_pack.py)": not pack,
+            "--placement resident, where the GPU's memory holds it": pack
+            and gpu
+            and has.placement == "pinned",
+            smaller: True,
+        },
+        "launch": {
+            "--compile": not compiled,
+            "--graph": gpu and has.graphed is False,
+            "a larger --batch": True,
+        },
+        "memory": {
+            "--compile": not compiled,
+            "--backbone.fuse": gpu and has.fused is False,
+            "--precision bf16": gpu and fp32,
+        },
+        "arithmetic": {
+            "--precision bf16": fp32,
+            "--compile": not compiled,
+            "a larger --batch": True,
+        },
+    }
+    fitting = [way for way, fits in ways[kind].items() if fits][: 3 if kind == "decode" else None]
+    if not fitting:
+        return "smaller crops (--image-size) would move less"
+    before = ", ".join(fitting[:-1])
+    return f"try {before} or {fitting[-1]}" if before else f"try {fitting[0]}"
 
 
 def digits(value: float) -> str:

@@ -1,10 +1,7 @@
 """Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
 
-import contextlib
 import gc
 import traceback
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import config, dist, machine
 from fastrot.config import Config, RunError, UsageError
-from fastrot.core import Method, View
-from fastrot.data.loader import Loader
+from fastrot.core import View
 from fastrot.speed.cost import random_batch
 from fastrot.speed.timer import StepTimer
+from fastrot.training.state import TrainState
 
 GB = 2**30
 FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
@@ -26,31 +23,11 @@ FULL = (  # what says so without torch's class for it: a CPU's allocator, the dr
 )
 
 
-@runtime_checkable
-class State(Protocol):
-    """What is asked of a TrainState here."""
-
-    method: Method
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    step: int
-
-    def autocast(self) -> contextlib.AbstractContextManager: ...
-
-
-@dataclass
-class Built:
-    """What a run consists of so far; None: not built yet."""
-
-    loader: Loader | None = None  # whose data may lie in the device's memory
-    state: State | None = None
-    step_timer: StepTimer | None = None  # knows whether a log line was told
-
-
 def is_full(error: Exception) -> bool:
     """Whether the error says that a device's memory is full. cuDNN's words have other causes too, rarely."""
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
-    return isinstance(error, torch.OutOfMemoryError) or told
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
 
 
 def forget(error: BaseException) -> None:
@@ -61,24 +38,29 @@ def forget(error: BaseException) -> None:
             forget(earlier)
 
 
-def out_of_memory_error(cfg: Config, device: torch.device, built: Built) -> UsageError | RunError:
+def out_of_memory_error(
+    cfg: Config, device: torch.device, built: tuple[TrainState, View, StepTimer] | None
+) -> UsageError | RunError:
     """The error for people where memory is full, to be called after `forget`: the failed step holds nothing any more.
+
+    built  None: there was no net yet
 
     Before the first log line it names a batch that fits; later, something else has taken the memory.
     """
-    where, state = memory_of(device), built.state
-    if state is None or built.loader is None:
+    where = memory_of(device)
+    if built is None:
         bank = " and its memory bank" if isinstance(cfg.method, config.Decoupling) else ""
         return UsageError(
             f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}"
         )
-    if built.step_timer is not None and built.step_timer.lines:
+    state, view, step_timer = built
+    if step_timer.lines:
         return RunError(
             f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
             "memory there, and the same command goes on from the last checkpoint"
         )
     dist.abandon(device)
-    found = largest(state, built.loader.view, cfg.batch)
+    found = largest(state, view, cfg.batch)
     if found is None:
         return UsageError(
             f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}"
@@ -107,7 +89,7 @@ def _less(cfg: Config) -> str:
     return ways
 
 
-def largest(state: State, view: View, batch: int) -> int | None:
+def largest(state: TrainState, view: View, batch: int) -> int | None:
     """The first of batch / 2, batch / 4, ... of which a step fits; None: not even one picture does.
 
     Talks to no other rank, which may be waiting or gone. Nothing stays of it but chosen kernels.
@@ -118,7 +100,7 @@ def largest(state: State, view: View, batch: int) -> int | None:
     return images or None
 
 
-def _fits(state: State, view: View, images: int) -> bool:
+def _fits(state: TrainState, view: View, images: int) -> bool:
     _free(state)
     try:
         _try_step(state, view, images)
@@ -132,7 +114,7 @@ def _fits(state: State, view: View, images: int) -> bool:
     return True
 
 
-def _try_step(state: State, view: View, images: int) -> None:
+def _try_step(state: TrainState, view: View, images: int) -> None:
     """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
 
     The network as it stands, neither compiled nor under DDP, which need less or little more; the mean of its outputs
@@ -160,7 +142,7 @@ def _try_step(state: State, view: View, images: int) -> None:
     del momentum
 
 
-def _free(state: State) -> None:
+def _free(state: TrainState) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if state.device.type == "cuda":

@@ -138,9 +138,9 @@ def _train_one(
         if saved is not None:
             resume.check_settings(saved, cfg, here, folder)
         set_determinism(cfg)
-        with _out_of_memory_told(cfg, device, memory.Built()):
+        with _out_of_memory_told(cfg, device, None):
             s = _built(cfg, folder, saved, begun, here, device)
-        with _out_of_memory_told(cfg, device, memory.Built(s.loader, s.state, s.step_timer)):
+        with _out_of_memory_told(cfg, device, (s.state, s.loader.view, s.step_timer)):
             said = _begun_or_resumed(s)
             with contextlib.closing(_journal(s)) as journal:
                 _write_setting(s)
@@ -149,8 +149,8 @@ def _train_one(
 
 
 @contextlib.contextmanager
-def _out_of_memory_told(cfg: Config, device: torch.device, built: memory.Built) -> Iterator[None]:
-    """Where memory is full in here: the sentence on it, by what there was before."""
+def _out_of_memory_told(cfg: Config, device: torch.device, built: Any) -> Iterator[None]:
+    """Where memory is full in here: the sentence on it, by what there was before (see memory.out_of_memory_error)."""
     try:
         yield
     except RuntimeError as error:

@@ -9,15 +9,13 @@ Workers read by themselves: a part of an `Archives` carries the places of its ow
 opens an archive once.
 """
 
-import dataclasses
 import errno
-import functools
 import os
 import threading
 import zlib
 from array import array
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,24 +139,10 @@ def changed(archive: Archive) -> OSError:
 # ---- the tree that unpacking would give ----
 
 
-@dataclass(slots=True)
-class _Inside:
-    """What a folder holds, by name."""
-
-    files: dict[str, int] = field(default_factory=dict)  # number of a place; _SPECIAL
-    links: dict[str, str] = field(default_factory=dict)  # where to
-    folders: set[str] = field(default_factory=set)
-
-    def replace(self, name: str, file: int | None = None, link: str | None = None) -> None:
-        self.files.pop(name, None)
-        self.links.pop(name, None)
-        if file is not None:
-            self.files[name] = file
-        if link is not None:
-            self.links[name] = link
-
-
-_SPECIAL = -1  # a device or pipe
+_SPECIAL = -1  # a device or pipe, instead of a place's number
+_Inside = dict[
+    str, int | str | None
+]  # what a folder holds, by name: a place's number, where a link leads, None: a folder
 
 
 class LeadsOut(OSError):
@@ -170,11 +154,9 @@ class Members:
 
     def __init__(self):
         self.archives: list[Archive] = []
-        self.rejected: list[
-            tuple[str, str]
-        ] = []  # (path, reason) of what unpacking could not place
+        self.rejected: list[tuple[str, str]] = []  # what unpacking could not place, and why
         self._top = ""  # the folder that is the root
-        self._inside = {"": _Inside()}  # by the folder's path, without links in it
+        self._inside: dict[str, _Inside] = {"": {}}  # by the folder's path, without links in it
         self._places = array("q")  # PLACE after PLACE
         self._named: list[tuple[str, str]] = []  # of each place: what it is under a picture's name
         self._sniffed = bytearray()  # and whether that holds under any name
@@ -182,11 +164,11 @@ class Members:
     def add(self, folder: str, member: Member) -> str | None:
         """Put a member of the latest archive below a folder; its path, None where that cannot be."""
         path = _below(folder, member.path)
-        reason = (
-            "its name leads out of the archive" if path is None else self._add(folder, path, member)
-        )
-        if reason is None:
-            return path
+        reason = "its name leads out of the archive"
+        if path is not None:
+            reason = self._add(folder, path, member)
+            if reason is None:
+                return path
         self.rejected.append((shown(path or member.path), reason))
         return None
 
@@ -199,21 +181,26 @@ class Members:
         if "\0" in path:
             return "its name has a zero byte"
         if member.kind == "folder":
-            return None if self._folder(path) else "a file or link has its name"
+            return "a file or link has its name" if self._folder(path) is None else None
         parent, _, name = path.rpartition("/")
-        inside = self._inside.get(parent) or self._folder(parent)
+        inside = self._folder(parent)
         if inside is None:
             return "it is in a file or link"
-        if not name or name in inside.folders:
+        if not name or inside.get(name, "") is None:
             return "a folder has its name"
         if member.kind == "link":
-            inside.replace(name, link=member.target)
+            inside[name] = member.target
         elif member.kind == "special":
-            inside.replace(name, file=_SPECIAL)
+            inside[name] = _SPECIAL
         elif member.kind == "file":
-            inside.replace(name, file=self._place(member))
+            inside[name] = self._place(member)
         else:
-            return self._hard_link(_below(folder, member.target), inside, name)
+            target = _below(folder, member.target) or ""
+            parent, _, other = target.rpartition("/")
+            there = self._inside.get(parent, {}).get(other)
+            if there is None:
+                return f"it is a hard link to {shown(target or 'no file')}, which does not come before it"
+            inside[name] = there
         return None
 
     def _folder(self, path: str) -> _Inside | None:
@@ -224,63 +211,44 @@ class Members:
             missing.append(name)
         inside = self._inside[path]
         for name in reversed(missing):
-            if name in inside.files or name in inside.links:
+            if name in inside:
                 return None
-            inside.folders.add(name)
+            inside[name] = None
             path = _join(path, name)
-            inside = self._inside[path] = _Inside()
+            inside = self._inside[path] = {}
         return inside
 
     def _place(self, member: Member) -> int:
         crc = member.crc + _DEFLATED if member.deflated else member.crc
-        self._places.extend(
-            (len(self.archives) - 1, member.offset, member.stored, member.length, crc)
-        )
-        largest = max(member.stored, member.length)
-        if member.fault:
-            self._named.append(("reject", member.fault))
-            self._sniffed.append(False)
-        else:
-            self._named.append(judged(True, member.head, largest))
-            picture = self._named[-1][0] == "picture"
-            self._sniffed.append(picture or sniff(member.head) is not None)
+        at = (len(self.archives) - 1, member.offset, member.stored, member.length, crc)
+        self._places.extend(at)
+        named = "reject", member.fault
+        if not member.fault:
+            named = judged(True, member.head, max(member.stored, member.length))
+        picture = named[0] == "picture" or sniff(member.head) is not None
+        self._named.append(named)
+        self._sniffed.append(picture and not member.fault)
         return len(self._named) - 1
-
-    def _hard_link(self, target: str | None, inside: _Inside, name: str) -> str | None:
-        parent, _, other = (target or "").rpartition("/")
-        there = self._inside.get(parent, _Inside())
-        if other in there.files:
-            inside.replace(name, file=there.files[other])
-        elif other in there.links:
-            inside.replace(name, link=there.links[other])
-        else:
-            return (
-                f"it is a hard link to {shown(target or 'no file')}, which does not come before it"
-            )
-        return None
 
     def enter(self, split: str, root: Path) -> None:
         """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
-        there = ", ".join(sorted(self._inside[""].folders)) or "none"
+        there = ", ".join(sorted(k for k, v in self._inside[""].items() if v is None)) or "none"
         self._top = _below("", split) or ""
         if not self._is_folder(""):
             raise UsageError(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
-        inside = f"{self._top}/"
-        self.rejected = [
-            (path.removeprefix(inside), reason)
-            for path, reason in self.rejected
-            if path.startswith(inside)
-        ]
+        top = f"{self._top}/"
+        below = [each for each in self.rejected if each[0].startswith(top)]
+        self.rejected = [(path.removeprefix(top), reason) for path, reason in below]
 
     def place_of(self, path: str) -> int:
         """The number of a file's place. Raises OSError."""
-        real = self._real(path)
-        parent, _, name = real.rpartition("/")
-        if name not in self._inside[parent].files:
+        parent, _, name = self._real(path).rpartition("/")
+        number = self._inside[parent].get(name)
+        if not isinstance(number, int):
             raise _not_there(errno.EISDIR)
-        return self._inside[parent].files[name]
+        return number
 
     def places(self, numbers: list[int]) -> np.ndarray:
         return np.frombuffer(self._places, PLACE)[numbers]
@@ -291,12 +259,11 @@ class Members:
         return self._real(path)
 
     def entries(self, path: str) -> list[Entry]:
-        inside = self._inside[self._real(path)]
-        found = [Entry(name, False, False, True) for name in inside.files]
-        found += [Entry(name, False, True, False) for name in inside.folders]
-        found += [
-            Entry(name, True, self._is_folder(_join(path, name)), False) for name in inside.links
-        ]
+        found = []
+        for name, what in self._inside[self._real(path)].items():
+            link = isinstance(what, str)
+            folder = self._is_folder(_join(path, name)) if link else what is None
+            found.append(Entry(name, link, folder, isinstance(what, int)))
         return sorted(found)
 
     def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
@@ -306,8 +273,7 @@ class Members:
         except LeadsOut:
             return "reject", "it is a link that leads out of the archive"
         except OSError as e:
-            reason = f"it is a broken link ({e.strerror})"
-            return ("reject", reason) if named else ("skip", "")
+            return ("reject", f"it is a broken link ({e.strerror})") if named else ("skip", "")
         if number == _SPECIAL:
             return "skip", ""
         if named or self._sniffed[number]:
@@ -326,7 +292,7 @@ class Members:
         """A path below the top without links, from the root of all. Raises OSError."""
         path = _join(self._top, path)
         parent, _, name = path.rpartition("/")
-        if path in self._inside or name in self._inside.get(parent, _NOTHING).files:
+        if path in self._inside or isinstance(self._inside.get(parent, {}).get(name), int):
             return path
         done, ahead, followed = "", path.split("/")[::-1], 0
         while ahead:
@@ -341,21 +307,19 @@ class Members:
             inside = self._inside.get(done)
             if inside is None:
                 raise _not_there(errno.ENOTDIR)
-            if name in inside.links:
-                followed += 1
-                if followed > _FOLLOWED:
-                    raise _not_there(errno.ELOOP)
-                if inside.links[name].startswith("/"):
-                    raise LeadsOut
-                ahead += inside.links[name].split("/")[::-1]
-            elif name in inside.folders or name in inside.files:
-                done = _join(done, name)
-            else:
+            if name not in inside:
                 raise _not_there(errno.ENOENT)
+            target = inside[name]
+            if not isinstance(target, str):
+                done = _join(done, name)
+                continue
+            followed += 1
+            if followed > _FOLLOWED:
+                raise _not_there(errno.ELOOP)
+            if target.startswith("/"):
+                raise LeadsOut
+            ahead += target.split("/")[::-1]
         return done
-
-
-_NOTHING = _Inside()
 
 
 def _not_there(number: int) -> OSError:
@@ -384,27 +348,21 @@ def archives(suffix: str, members: Callable[[Path], Iterator[Member]]) -> Opened
 
     First bytes come with the headers: `by_name` changes nothing.
     """
-    return functools.partial(_tree_of, suffix, members)
 
+    def opened(root: Path, how: Listing) -> Source:
+        tree, found, split = Members(), archives_in(root, suffix), how.split
+        for path, folder in found.archives:
+            if split is None or _meet(folder, split):
+                tree.archives.append(Archive.at(path))
+                for member in members(path):
+                    tree.add(folder, member)
+        others = found.others
+        if split is not None:
+            tree.enter(split, root)
+            others = [path for path in others if path.startswith(f"{split}/")]
+        return not_empty(with_places(tree, root, how, others, found.unreadable), root)
 
-def _tree_of(
-    suffix: str, members: Callable[[Path], Iterator[Member]], root: Path, how: Listing
-) -> Source:
-    split = how.split
-    tree, found = Members(), archives_in(root, suffix)
-    for path, folder in found.archives:
-        if split is None or _meet(folder, split):
-            tree.archives.append(Archive.at(path))
-            for member in members(path):
-                tree.add(folder, member)
-    if split is not None:
-        tree.enter(split, root)
-    others = [path for path in found.others if split is None or path.startswith(f"{split}/")]
-    source = with_places(tree, tree_source(tree, root, how))
-    source.rejected += [*found.unreadable, *tree.rejected]
-    source.seen += len(found.unreadable) + len(tree.rejected) + len(others)
-    source.skipped += len(others)
-    return not_empty(source, root)
+    return opened
 
 
 def _meet(folder: str, split: str) -> bool:
@@ -412,8 +370,13 @@ def _meet(folder: str, split: str) -> bool:
     return all(a == b for a, b in zip(folder.split("/"), split.split("/"), strict=False) if a)
 
 
-def with_places(tree: Members, source: Source) -> Archives:
-    """A tree's source that can read its pictures."""
-    known = {each.name: getattr(source, each.name) for each in dataclasses.fields(Source)}
+def with_places(
+    tree: Members, root: Path, how: Listing, others: list[str], unreadable: list[tuple[str, str]]
+) -> Archives:
+    """A tree's source that can read its pictures; `others`, `unreadable`: files and folders beside the archives."""
+    source = tree_source(tree, root, how)
+    source.rejected += [*unreadable, *tree.rejected]
+    source.seen += len(unreadable) + len(tree.rejected) + len(others)
+    source.skipped += len(others)
     numbers = [tree.place_of(record.path) for record in source.records]
-    return Archives(**known, files=tree.archives, places=tree.places(numbers))
+    return Archives(**vars(source), files=tree.archives, places=tree.places(numbers))

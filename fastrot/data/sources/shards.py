@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,7 @@ def webdataset(root: Path, how: Listing) -> Source:
             path = tree.add(folder, member)
             if path is not None and member.kind == "file" and how.labelled:
                 labels.note(path, member, shard)
-    source = with_places(tree, tree_source(tree, root, Listing(labelled=False)))
-    source.rejected += [*unreadable, *tree.rejected]
-    source.seen += len(unreadable) + len(tree.rejected) + len(others)
-    source.skipped += len(others)
+    source = with_places(tree, root, Listing(labelled=False), others, unreadable)
     return not_empty(_labelled(source, labels), root)
 
 
@@ -57,12 +53,11 @@ def _key_and_kind(path: str) -> tuple[str, str]:
     return folder + slash + key, kind.lower()
 
 
-@dataclass
 class _Labels:
     """What samples are labelled with, by their keys: a number, or why there is none."""
 
-    cls: dict[str, int | str] = field(default_factory=dict)
-    json: dict[str, int | str] = field(default_factory=dict)
+    def __init__(self):
+        self.cls, self.json = dict[str, int | str](), dict[str, int | str]()
 
     def note(self, path: str, member: Member, shard: Path) -> None:
         """Keep the label that a member holds, if any."""
@@ -70,17 +65,14 @@ class _Labels:
         if kind == "cls":
             self.cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
         elif kind == "json":
-            self.json.pop(key, None)
-            said = _said_in_json(member, shard)
-            if said is not None:
-                self.json[key] = said
+            self.json[key] = _said_in_json(member, shard)
 
     def of(self, key: str) -> int | str:
         return self.cls.get(key, self.json.get(key, -1))
 
 
-def _said_in_json(member: Member, shard: Path) -> int | str | None:
-    """The label in a sample's .json; what is wrong with that; None where it has no label."""
+def _said_in_json(member: Member, shard: Path) -> int | str:
+    """The label in a sample's .json, -1 where it has none; or what is wrong with it."""
     if member.length > MOST_JSON:
         return f"its .json has {member.length:,} bytes"
     text = member.head
@@ -88,15 +80,11 @@ def _said_in_json(member: Member, shard: Path) -> int | str | None:
         with open(shard, "rb") as file:
             text = os.pread(file.fileno(), member.length, member.offset)
     try:
-        words: Any = json.loads(text)
+        words = json.loads(text)
     except (ValueError, RecursionError):
         return "its .json cannot be read"
-    if not isinstance(words, dict):
-        return None
-    for name in ("label", "cls"):
-        if name in words:
-            return _whole(words[name], "json")
-    return None
+    words = words if isinstance(words, dict) else {}
+    return _whole(words.get("label", words.get("cls", -1)), "json")
 
 
 def _whole(said: Any, where: str) -> int | str:
