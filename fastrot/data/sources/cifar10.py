@@ -46,17 +46,15 @@ def cifar10(root: Path, how: Listing) -> Source:
     names = CIFAR_SPLITS.get(how.split or "train")
     if names is None:
         raise UsageError(f"--split {how.split} is none of CIFAR-10's: {', '.join(CIFAR_SPLITS)}")
-    source = Cifar10(root=root, records=[], classes=CIFAR_CLASSES, seen=0)
+    classes = CIFAR_CLASSES if how.labelled else ()
+    source = Cifar10(root=root, records=[], classes=classes, seen=0)
     for name in names:
         if not (root / name).is_file():
             raise UsageError(f"{root} has no {name}: give the folder cifar-10-batches-py, unpacked")
         source._pixels[name], labels = _cifar_batch(root / name)
         for place, label in enumerate(labels):
-            known = label if how.labelled else -1
-            source.records.append(Record(f"{name}/{place:05d}", known))
+            source.records.append(Record(f"{name}/{place:05d}", label if how.labelled else -1))
     source.seen = len(source.records)
-    if not how.labelled:
-        source.classes = ()
     return not_empty(source, root)
 
 

@@ -53,10 +53,8 @@ def text_list(root: Path, how: Listing) -> Source:
         looked = pool.map(lambda block: [look(path) for path in block], blocks)
         verdicts = list(itertools.chain.from_iterable(looked))
     source = Source(root=root.parent, records=[], classes=classes, seen=len(paths))
-    numbers = []
-    for number, (path, label, (kind, reason)) in enumerate(
-        zip(paths, labels, verdicts, strict=True)
-    ):
+    numbers, each = [], zip(paths, labels, verdicts, strict=True)
+    for number, (path, label, (kind, reason)) in enumerate(each):
         if kind == "reject":
             source.rejected.append((path, reason))
         else:

@@ -24,9 +24,7 @@ from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these
 LONGEST_NAME = 4096  # bytes; no system takes a longer path
-MOST_ZEROS = (
-    2**24
-)  # behind the last member: tar fills up to its blocking factor, 10 kB where nobody chose one
+MOST_ZEROS = 2**24  # behind the last member: tar fills up a block of 10 kB, or what was chosen
 MOST_EXTENDED = 2**20  # bytes of an extended header
 _AHEAD = 2 * BLOCK  # bytes read at once: a header, and where the member begins
 
@@ -102,32 +100,26 @@ class _Tar:
             at = first + -(-size // BLOCK) * BLOCK
             if at > self.stop:
                 self._cut(first, path)
-            yield from self._member(header, kind, path, known, first, size, head)
+            if kind == b"V":  # the name of the whole
+                continue
+            target = known.get("linkpath") or _until_zero(header[157:257])
+            sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in known)
+            yield from self._member(kind, path, target, sparse, first, size, head)
 
     def _member(
-        self,
-        header: bytes,
-        kind: bytes,
-        path: str,
-        known: dict[str, str],
-        first: int,
-        size: int,
-        head: bytes,
+        self, kind: bytes, path: str, target: str, sparse: bool, first: int, size: int, head: bytes
     ) -> Iterator[Member]:
         """A header's member, or those of the tar that it is."""
-        if kind == b"V":  # the name of the whole
-            return
         inside = f"{self.folder}/{path}" if self.folder else path
         if kind in b"5D" or (kind in b"\0" + b"0" and path.endswith("/")):
             yield Member(inside, "folder")
         elif kind in b"346":
             yield Member(inside, "special")
         elif kind in b"12":
-            target = known.get("linkpath") or _until_zero(header[157:257])
             if kind == b"1" and self.folder:
                 target = f"{self.folder}/{target}"
             yield Member(inside, "hard link" if kind == b"1" else "link", target=target)
-        elif kind in b"SM" or any(key.startswith("GNU.sparse") for key in known):
+        elif kind == b"M" or sparse:
             fault = "it goes on from another volume" if kind == b"M" else "it is stored sparse"
             yield Member(inside, "file", first, size, size, fault=fault)
         elif self.nested and path.lower().endswith(".tar") and not _in_hidden(path):
@@ -138,10 +130,8 @@ class _Tar:
 
     def _kind_and_size(self, header: bytes, at: int) -> tuple[bytes, int]:
         """What a header announces, and how many bytes follow it, once its checksum is right."""
-        said = _number(header[148:156])
-        total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        size = _number(header[124:136])
-        if said is None or size is None or (said != total and said != _signed(header)):
+        said, size = _number(header[148:156]), _number(header[124:136])
+        if size is None or (said != _checksum(header) and said != _signed(header)):
             self._damaged(at)
         return header[156:157], size
 
@@ -149,8 +139,7 @@ class _Tar:
         """The words of an extended header, and where the next header is."""
         if size > MOST_EXTENDED:
             self._damaged(at)
-        first = at + BLOCK
-        behind = first + -(-size // BLOCK) * BLOCK
+        first, behind = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
         if behind > self.stop:
             self._cut(at)
         return os.pread(self.file, size, first), behind
@@ -194,18 +183,15 @@ class _Tar:
             if full < len(zeros):
                 at -= (at - self.start) % BLOCK
                 header = os.pread(self.file, min(BLOCK, self.stop - at), at)
-                whole = len(header) == BLOCK and _number(header[148:156]) is not None
-                right = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-                if whole and _number(header[148:156]) == right and at - begins <= MOST_ZEROS:
+                whole = len(header) == BLOCK and _number(header[148:156]) == _checksum(header)
+                if whole and at - begins <= MOST_ZEROS:
                     return at
-                self._hollow(begins, at)
-        if at - begins > MOST_ZEROS:
-            self._hollow(begins, at)
-        return None
-
-    def _hollow(self, begins: int, ends: int) -> NoReturn:
+                break
+        else:
+            if at - begins <= MOST_ZEROS:
+                return None
         raise UsageError(
-            f"{self.name} has {ends - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
+            f"{self.name} has {at - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
             "that is not whole: fetch it anew"
         )
 
@@ -213,16 +199,15 @@ class _Tar:
         if at > self.start:
             raise UsageError(f"{self.name} is damaged at byte {at - self.start:,}: fetch it anew")
         head = os.pread(self.file, 8, at)
-        for magic, (kind, remedy) in _COMPRESSED.items():
+        for magic, kind, remedy in _COMPRESSED:
             if head.startswith(magic):
                 raise UsageError(
                     f"{self.name} is compressed ({kind}), so that its pictures cannot be reached one by "
-                    f"one: {remedy} first"
+                    f"one: {remedy} it first"
                 )
-        zipped = (
-            ", but a zip: --source zip reads it" if head.startswith(b"PK") else ": see what it is"
-        )
-        raise UsageError(f"{self.name} is no tar{zipped}")
+        zipped = head.startswith(b"PK")
+        what = ", but a zip: --source zip reads it" if zipped else ": see what it is"
+        raise UsageError(f"{self.name} is no tar{what}")
 
     def _cut(self, at: int, path: str | None = None) -> NoReturn:
         size = self.stop - self.start
@@ -241,13 +226,13 @@ class _Tar:
 _EMPTY = bytes(BLOCK)
 _LENGTH = re.compile(rb"(\d{1,9}) ")
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*$")
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gunzip it"),
-    b"BZh": ("bzip2", "bunzip2 it"),
-    b"\xfd7zXZ\0": ("xz", "unxz it"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd it"),
-    b"\x04\x22\x4d\x18": ("lz4", "unlz4 it"),
-}
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"\x04\x22\x4d\x18", "lz4", "unlz4"),
+)
 
 
 def _number(field: bytes) -> int | None:
@@ -258,10 +243,14 @@ def _number(field: bytes) -> int | None:
     return None if octal is None else int(octal[1] or b"0", 8)
 
 
+def _checksum(header: bytes) -> int:
+    """Of a header's bytes, those of the checksum itself taken as spaces."""
+    return sum(header) - sum(header[148:156]) + 8 * ord(" ")
+
+
 def _signed(header: bytes) -> int:
     """The checksum as some old systems made it, of signed bytes."""
-    numbers = struct.unpack("148b8x356b", header)
-    return sum(numbers) + 8 * ord(" ")
+    return sum(struct.unpack("148b8x356b", header)) + 8 * ord(" ")
 
 
 def _in_hidden(path: str) -> bool:
@@ -298,11 +287,9 @@ def _table(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-    except OSError as e:
-        if e.errno not in (None, errno.EINVAL):
-            raise
-        raise _damaged_zip(path, e) from None
     except Exception as e:  # a damaged table raises nearly every type there is
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
+            raise
         raise _damaged_zip(path, e) from None
     announced = _announced(path)
     if announced not in (len(infos), len(infos) % 2**16):  # before zip64 the count went round
@@ -333,9 +320,7 @@ def _damaged_zip(path: Path, why: object) -> UsageError:
     )
 
 
-_LOCAL = struct.Struct(
-    "<4s22xHH"
-)  # of a header before a member: "PK34", lengths of name and extra field
+_LOCAL = struct.Struct("<4s22xHH")  # before a member: "PK34", lengths of its name and extra field
 _UNIX, _UTF8, _ENCRYPTED = 3, 0x800, 0x1 | 0x40 | 0x2000
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -395,8 +380,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 def _inflated_head(file: int, raw: bytes, first: int, stored: int) -> bytes:
     """The first bytes of a deflated member. Raises zlib.error."""
     head = zlib.decompressobj(-15).decompress(raw, BLOCK)
-    if (
-        len(head) < BLOCK and len(raw) < stored
-    ):  # behind a large table of codes, or of many empty blocks
+    # behind a large table of codes, or many empty blocks
+    if len(head) < BLOCK and len(raw) < stored:
         head = zlib.decompressobj(-15).decompress(os.pread(file, min(stored, 2**16), first), BLOCK)
     return head

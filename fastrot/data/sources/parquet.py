@@ -52,14 +52,11 @@ class Parquet(Source):
             data = _reader(self.files[file], group, self.column).at(row)
         except Exception as e:  # a damaged page raises nearly every type there is
             vars(_held).clear()
-            if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None):
+            if _of_the_machine(e):
                 raise
-            said = " ".join(str(e).split())[:120]
-            raise BadPicture(f"its row group in the parquet file is damaged ({said})") from None
-        if data is None:
-            raise BadPicture("its row has no bytes")
-        reason = too_long(len(data))
-        if reason:
+            raise BadPicture(f"its row group in the parquet file is damaged ({_said(e)})") from None
+        reason = "its row has no bytes" if data is None else too_long(len(data))
+        if data is None or reason:
             raise BadPicture(reason)
         return data
 
@@ -125,21 +122,26 @@ def _opened(path: Path) -> Any:
         ) from None
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-    except OSError as e:
-        if e.errno is not None:
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
+        if _of_the_machine(e):
             raise
         raise _damaged(path, e) from None
-    except (pyarrow.ArrowException, ValueError) as e:
-        raise _damaged(path, e) from None
 
 
-def _damaged(path: Path, why: Exception) -> UsageError:
+def _of_the_machine(error: Exception) -> bool:
+    """Whether a failed call or full memory is to blame; else what was read is."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+
+
+def _damaged(path: Path, why: Exception | str) -> UsageError:
     with open(path, "rb") as file:
-        pointer = file.read(32).startswith(b"version https://git-lfs")
-    if pointer:
-        return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
-    said = " ".join(str(why).split())[:120]
-    return UsageError(f"{path} is no parquet file, or was cut short ({said}): fetch it anew")
+        if file.read(32).startswith(b"version https://git-lfs"):
+            return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
+    return UsageError(f"{path} is no parquet file, or was cut short ({_said(why)}): fetch it anew")
+
+
+def _said(why: object) -> str:
+    return " ".join(str(why).split())[:120]
 
 
 # ---- listing ----
@@ -156,10 +158,8 @@ def parquet_files(root: Path, how: Listing) -> Source:
         raise UsageError(f"--split {how.split}: {root} is one file; give the folder of all")
     names = [folder or root.name.removesuffix(".parquet") for _, folder in found.archives]
     chosen = set(of_split(names, how.split, root))
-    paths, names = zip(
-        *((p, n) for (p, _), n in zip(found.archives, names, strict=True) if n in chosen),
-        strict=True,
-    )
+    paths = [path for (path, _), name in zip(found.archives, names, strict=True) if name in chosen]
+    names = [name for name in names if name in chosen]
     columns = _columns(paths[0])
     records, places, said = [], [], []
     for number, path in enumerate(paths):
@@ -175,12 +175,10 @@ def parquet_files(root: Path, how: Listing) -> Source:
             said.append(_labels_said(file, path, columns.label))
         records += [f"{names[number]}/{row}" for row in range(file.metadata.num_rows)]
     labels, classes = _labels(said, columns, root, records)
+    labels = labels or [-1] * len(records)
     source = Parquet(
         root=root,
-        records=[
-            Record(path, label)
-            for path, label in zip(records, labels or [-1] * len(records), strict=True)
-        ],
+        records=[Record(*each) for each in zip(records, labels, strict=True)],
         classes=classes,
         seen=len(records) + len(found.others) + len(found.unreadable),
         skipped=len(found.others),
@@ -197,7 +195,7 @@ def _rows(file: Any, path: Path) -> list[int]:
     said = file.metadata
     rows = [said.row_group(group).num_rows for group in range(said.num_row_groups)]
     if min(rows, default=0) < 0 or sum(rows) != said.num_rows:
-        raise _damaged(path, ValueError("its row groups do not add up"))
+        raise _damaged(path, "its row groups do not add up")
     return rows
 
 
@@ -216,42 +214,34 @@ def _columns(path: Path) -> _Columns:
 
     features = _features(schema.metadata)
 
-    def holds_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    def of_pictures(field: Any) -> str | None:
-        """The column with the bytes of a field's pictures, as parquet calls it."""
-        if holds_bytes(field.type):
-            return field.name
-        inner = field.type.get_field_index("bytes") if types.is_struct(field.type) else -1
-        found = inner >= 0 and holds_bytes(field.type.field(inner).type)
-        return f"{field.name}.bytes" if found else None
-
     def called(field: Any, kind: str) -> bool:
         return features.get(field.name, {}).get("_type") == kind
 
-    pictures = sorted(schema, key=lambda field: not called(field, "Image"))
-    picture = next((name for name in map(of_pictures, pictures) if name), None)
-    if picture is None:
+    def of_bytes(field: Any, name: str) -> list[str]:
+        """The column with the bytes of a field's pictures, as parquet calls it; none where it holds none."""
+        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            field, name = field.type.field("bytes"), f"{name}.bytes"
+        return [name] if types.is_binary(field.type) or types.is_large_binary(field.type) else []
+
+    by_image = sorted(schema, key=lambda field: not called(field, "Image"))
+    pictures = [name for field in by_image for name in of_bytes(field, field.name)]
+    if not pictures:
         raise UsageError(
             f"{path} has no column of pictures: it has {', '.join(schema.names)}; one has to be binary, or a "
             "struct with a field bytes"
         )
-    ranked = sorted(
-        (
-            not called(field, "ClassLabel"),
-            LABELS.index(field.name) if field.name in LABELS else 9,
-            at,
-        )
-        for at, field in enumerate(schema)
-        if called(field, "ClassLabel") or field.name in LABELS
-    )
-    if not ranked:
-        return _Columns(picture, None, None)
-    label = schema.names[ranked[0][2]]
+
+    def rank(field: Any) -> tuple[bool, int]:
+        named = LABELS.index(field.name) if field.name in LABELS else 9
+        return not called(field, "ClassLabel"), named
+
+    field = min((field for field in schema if rank(field) != (True, 9)), key=rank, default=None)
+    if field is None:
+        return _Columns(pictures[0], None, None)
+    label = field.name
     names = features.get(label, {}).get("names")
     known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return _Columns(picture, label, tuple(names or ()) if known else None)
+    return _Columns(pictures[0], label, tuple(names or ()) if known else None)
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
@@ -268,11 +258,11 @@ def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
     try:
         values = file.read(columns=[column]).column(0).to_pylist()
     except Exception as e:
-        if isinstance(e, MemoryError) or (isinstance(e, OSError) and e.errno is not None):
+        if _of_the_machine(e):
             raise
         raise _damaged(path, e) from None
     if len(values) != file.metadata.num_rows:
-        raise _damaged(path, ValueError(f"its column {column} ends early"))
+        raise _damaged(path, f"its column {column} ends early")
     if all(value is None or type(value) in (int, str) for value in values):
         return values
     raise UsageError(

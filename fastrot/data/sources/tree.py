@@ -76,13 +76,11 @@ class Disk:
 
     def entries(self, path: str) -> list[Entry]:
         found = []
-        for entry in sorted(
-            os.scandir(os.path.join(self.root, path)), key=lambda entry: entry.name
-        ):
+        for entry in os.scandir(os.path.join(self.root, path)):
             link = entry.is_symlink()  # entry.is_dir() raises at links in a circle
             folder = os.path.isdir(entry.path) if link else entry.is_dir()
             found.append(Entry(entry.name, link, folder, entry.is_file(follow_symlinks=False)))
-        return found
+        return sorted(found)
 
     def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
         return look(os.path.join(self.root, path), by_name=by_name, plain=plain)
@@ -94,13 +92,9 @@ def tree_source(tree: Tree, root: Path, how: Listing) -> Source:
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         verdicts = list(pool.map(lambda folder: folder.look(tree, how.by_name), folders))
 
-    pictures_in_classes = any(
-        kind == "picture"
-        for folder, each in zip(folders, verdicts, strict=True)
-        for kind, _ in each
-        if folder.top
-    )
-    labelled = how.labelled and pictures_in_classes
+    looked = list(zip(folders, verdicts, strict=True))
+    in_classes = any(("picture", "") in each for folder, each in looked if folder.top)
+    labelled = how.labelled and in_classes
     paths = [folder.path for folder in folders] + [path for path, _ in unreadable]
     tops = sorted({_top(path) for path in paths if path and not hidden(_top(path))})
     label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
@@ -108,7 +102,7 @@ def tree_source(tree: Tree, root: Path, how: Listing) -> Source:
     source = Source(root=root, records=[], classes=tuple(label_of), seen=len(unreadable))
     source.rejected += unreadable
     numbers, number = [], 0
-    for folder, each in zip(folders, verdicts, strict=True):
+    for folder, each in looked:
         stray = labelled and not folder.top  # beside the class folders
         for (name, _), (kind, reason) in zip(folder.files, each, strict=True):
             source.seen += 1
