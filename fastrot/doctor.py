@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fastrot.speed.advice import Measurements, Subject
 
 SHORTEST = 5  # seconds in which something can be told
-
-
 Named = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
 
 
@@ -96,11 +94,9 @@ def config_of(wanted: Doctor) -> Config:
             f"--seconds got {wanted.seconds:g}: it wants {SHORTEST} or more, such as 20"
         )
     cfg = PRESETS[wanted.preset]()
-    own = {f.name for f in dataclasses.fields(Doctor)} & {
-        f.name for f in dataclasses.fields(Config)
-    }
-    knobs = {name: getattr(wanted, name) for name in own - {"preset"}}
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in knobs.items() if v is not None})
+    ours = {f.name for f in dataclasses.fields(Config)} - {"preset"}
+    knobs = {k: v for k, v in vars(wanted).items() if k in ours and v is not None}
+    cfg = dataclasses.replace(cfg, **knobs)
     config.check(cfg)
     return config.resolved(cfg)
 
@@ -113,14 +109,10 @@ def subject_of(cfg: Config, data: Any, device: "torch.device") -> "Subject":
 
     names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
     known = all(name in os.sysconf_names for name in names)
-    return Subject(
-        cfg=cfg,
-        format=data.format,
-        device=device,
-        cores=entry.cores(),
-        memory=math.prod(os.sysconf(name) for name in names) if known else 0,
-        gpu=torch.cuda.mem_get_info(device) if device.type == "cuda" else None,
-    )
+    memory = math.prod(os.sysconf(name) for name in names) if known else 0
+    gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+    here: dict[str, Any] = {"device": device, "cores": entry.cores(), "memory": memory, "gpu": gpu}
+    return Subject(cfg=cfg, format=data.format, **here)
 
 
 # ---- in words ----
@@ -170,12 +162,8 @@ def stages(found: "Measurements", subject: "Subject") -> Iterator[tuple[str, str
         yield "copy to the GPU", digits(found.batch / found.measured.copy), ""
     batches = f"batches of {found.batch}"
     yield "step on random pixels", digits(found.step), batches
-    waits = found.measured.wait / found.measured.step
-    yield (
-        "train on the data",
-        digits(found.train),
-        f"{batches}; {waits:.0%} of the time waiting for data",
-    )
+    waits = f"{found.measured.wait / found.measured.step:.0%} of the time waiting for data"
+    yield "train on the data", digits(found.train), f"{batches}; {waits}"
 
 
 def in_json(found: "Measurements", subject: "Subject") -> dict[str, Any]:

@@ -134,15 +134,13 @@ def _by_launch(m: Measured, kind: Bound, name: str) -> str:
 
 
 def _by_device(m: Measured, kind: Bound, name: str) -> str:
-    floor, doing = (
-        (m.memory, "moving numbers") if kind == "memory" else (m.arithmetic, "multiplying")
-    )
+    floor = m.memory if kind == "memory" else m.arithmetic
+    doing = "moving numbers" if kind == "memory" else "multiplying"
     whole = m.step if m.busy is None else m.busy
     if floor is None:
         return f"{_ms(whole)} of a step's {_ms(m.step)} are the {name}'s own work"
-    return (
-        f"{doing} takes {floor / whole:.0%} of a step's {_ms(whole)} at this {name}'s measured peak"
-    )
+    share = f"{floor / whole:.0%} of a step's {_ms(whole)}"
+    return f"{doing} takes {share} at this {name}'s measured peak"
 
 
 # ---- what to change ----
@@ -160,8 +158,10 @@ def _what_to_change(m: Measured, kind: Bound, device: torch.device, has: Setting
     workers = f"--workers {cores()} instead of {has.workers}"
     few = has.workers is not None and has.workers < cores()
     slow = has.format in (None, "beton", "pack") and native.load() is None
+    pinned = gpu and pack and has.placement == "pinned"
     smaller = "smaller pictures (--short-side of dataprep)"
-    fp32, compiled = has.precision == "fp32", bool(has.compiled)
+    fp32, compile = has.precision == "fp32", not has.compiled
+    graph, fuse = gpu and has.graphed is False, gpu and has.fused is False
     ways: dict[Bound, dict[str, bool]] = {
         "read": {
             "a faster disk": True,
@@ -175,26 +175,12 @@ def _what_to_change(m: Measured, kind: Bound, device: torch.device, has: Setting
             f"the C++ extension ({native.why() if slow else ''})": slow,
             "a .beton of the same pictures (dataprep/to_ffcv.py)": folder,
             "a .pack, which hardly needs decoding (dataprep/to_pack.py)": not pack,
-            "--placement resident, where the GPU's memory holds it": pack
-            and gpu
-            and has.placement == "pinned",
+            "--placement resident, where the GPU's memory holds it": pinned,
             smaller: True,
         },
-        "launch": {
-            "--compile": not compiled,
-            "--graph": gpu and has.graphed is False,
-            "a larger --batch": True,
-        },
-        "memory": {
-            "--compile": not compiled,
-            "--backbone.fuse": gpu and has.fused is False,
-            "--precision bf16": gpu and fp32,
-        },
-        "arithmetic": {
-            "--precision bf16": fp32,
-            "--compile": not compiled,
-            "a larger --batch": True,
-        },
+        "launch": {"--compile": compile, "--graph": graph, "a larger --batch": True},
+        "memory": {"--compile": compile, "--backbone.fuse": fuse, "--precision bf16": gpu and fp32},
+        "arithmetic": {"--precision bf16": fp32, "--compile": compile, "a larger --batch": True},
     }
     fitting = [way for way, fits in ways[kind].items() if fits][: 3 if kind == "decode" else None]
     if not fitting:

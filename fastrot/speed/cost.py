@@ -29,6 +29,7 @@ What a matrix kernel itself reads and writes is not counted: it is hidden behind
 """
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,19 +52,13 @@ FLOAT32 = 4  # bytes of a weight, its gradient and its momentum, whatever the ar
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer's share of a step, forward and backward.
-
-    flop             operations of its matrix products, a multiplication and its addition counted as 2
-    traffic          bytes that other kernels move where what follows a product is fused
-    traffic_unfused  the same where each operation is a kernel of its own (eager)
-    weights          bytes of its parameters in float32
-    """
+    """One layer's share of a step, forward and backward."""
 
     name: str
-    flop: int
-    traffic: int
-    traffic_unfused: int
-    weights: int
+    flop: int  # of its matrix products; a multiplication and its addition count as 2
+    traffic: int  # bytes that other kernels move where what follows a product is fused
+    traffic_unfused: int  # the same where each operation is a kernel of its own (eager)
+    weights: int  # bytes of its parameters in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +80,9 @@ def step_cost(method: Method, view: View, cfg: Config, device: torch.device) -> 
     shapes = tree_map(lambda each: (cfg.batch * len(each), *each.shape[1:]), views)
     fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
     each = layers(method.net, shapes, dtype)
-    return StepCost(
-        flop=sum(layer.flop for layer in each),
-        traffic=sum(layer.traffic if fused else layer.traffic_unfused for layer in each)
-        + optimiser_bytes(method.net, dtype, momentum=cfg.optim.momentum > 0),
-    )
+    traffic = sum(layer.traffic if fused else layer.traffic_unfused for layer in each)
+    traffic += optimiser_bytes(method.net, dtype, momentum=cfg.optim.momentum > 0)
+    return StepCost(flop=sum(layer.flop for layer in each), traffic=traffic)
 
 
 def random_batch(view: View, images: int, device: torch.device) -> Batch:
@@ -175,19 +168,15 @@ def _calls(net: nn.Module, views_shape: Sequence[Any]) -> list[Call]:
         if isinstance(tensor, nn.Parameter):
             meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
         empty[id(tensor)] = meta
-    # in eval a fused layer calls its parts as modules
-    hollow = copy.deepcopy(net, empty).eval()
+    hollow = copy.deepcopy(net, empty).eval()  # where a fused layer calls its parts as modules
     calls = []
 
-    def note(name: str):
-        def noted(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            calls.append(Call(name, module, given[0].numel(), out.numel()))
-
-        return noted
+    def noted(name: str, module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        calls.append(Call(name, module, given[0].numel(), out.numel()))
 
     for name, module in hollow.named_modules():
         if isinstance(module, SEEN):
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(functools.partial(noted, name))
     with torch.no_grad():
         hollow(_meta(views_shape))
     return calls
@@ -237,7 +226,7 @@ def _eager(group: list[Call], itemsize: int, training: bool) -> int:
     (product, *rest), n = group, group[0].given
     forward = backward = places = 0  # values; values; places that max pools note
     if getattr(product.module, "bias", None) is not None:
-        forward += 2 * n if isinstance(product.module, nn.Conv2d) else 0
+        forward += 2 * n * isinstance(product.module, nn.Conv2d)
         backward += n
     for _, module, taken, given in rest:
         if isinstance(module, NORMS):
@@ -249,8 +238,8 @@ def _eager(group: list[Call], itemsize: int, training: bool) -> int:
         elif isinstance(module, POOLS):
             forward += taken + given
             backward += taken + given
-            places += given if isinstance(module, nn.MaxPool2d) else 0
-        elif isinstance(module, nn.Flatten):
+            places += given * isinstance(module, nn.MaxPool2d)
+        else:  # flattened
             forward += 2 * given
             backward += 2 * given
     return (forward + training * backward) * itemsize + (1 + training) * PLACE * places

@@ -55,12 +55,8 @@ BATCHES = 8  # that a worker, or the training, should have time for
 ENOUGH = 16  # pictures of a step, at least: of fewer it would be the optimiser that is timed
 STEPS = 4  # on random pixels that there should be time for
 SLOWER = 3  # times its floor: so long a step may take, when its batch is chosen
-NEXT_TO_NOTHING = (
-    1e-6  # learning rate: weights stay finite on random pixels, and a step costs the same
-)
+NEXT_TO_NOTHING = 1e-6  # learning rate: weights stay finite on random pixels
 NOISE = 0.02  # share of a loader's time below which decoding cannot be told from reading
-
-Told = Callable[[str], Any]  # hears which stage begins
 
 
 def measure(
@@ -70,13 +66,14 @@ def measure(
     *,
     workers: int,
     seconds: float,
-    told: Told = lambda stage: None,
+    told: Callable[[str], Any] = lambda stage: None,
     val: Data | None = None,
 ) -> Measurements:
     """Time every stage, for about so many seconds in all; placing the data and compiling the net come on top.
 
-    cfg  resolved, its precision chosen
-    val  pictures to be judged on; None: there is no validation pass
+    cfg   resolved, its precision chosen
+    told  hears which stage begins
+    val   pictures to be judged on; None: there is no validation pass
 
     Raises UsageError for data that cannot train this config.
     """
@@ -84,8 +81,8 @@ def measure(
     loaders: list[Loader] = []
 
     def opened(data: Data, view: View, batch: int) -> Loader:
-        how: dict[str, Any] = {"seed": cfg.seed, "workers": workers, "enlarge": cfg.enlarge}
-        how |= {"device": device, "on_bad_record": "skip"}  # they are told at the end
+        how: Any = {"seed": cfg.seed, "workers": workers, "enlarge": cfg.enlarge, "device": device}
+        how |= {"on_bad_record": "skip"}  # they are told at the end
         loaders.append(assemble.open_loader(data, view, batch=batch, **how))
         return loaders[-1]
 
@@ -106,9 +103,12 @@ def measure(
     most = max(SMALLEST, int(share["train"] / BATCHES / loading))
     cfg = dataclasses.replace(cfg, batch=min(cfg.batch, most))
     batch = _batch_in_time(state, view, cfg, share["step"])
-    cfg = dataclasses.replace(cfg, batch=batch)
-    held = random_batch(view, batch, device)
-    _wrap(state, cfg, held)
+    cfg, held = dataclasses.replace(cfg, batch=batch), random_batch(view, batch, device)
+    state.net = assemble.wrapped(state.method.net, cfg, device)
+    if cfg.compile or device.type == "cuda":  # warm
+        for _ in range(3):
+            train_step(state, held)
+        wait_for(device)
 
     def train(batches: Generator[Batch, None, None], seconds: float) -> StepTimer:
         return _timed(batches, lambda each: train_step(state, each), device, seconds)
@@ -184,11 +184,10 @@ def _read(
     pictures, seconds, size = _touched(data, rows, workers, share["read"], damaged)
     after = _bytes_from_disk()
     again, less, _ = _touched(data, rows[:pictures], workers, share["again"], damaged)
-    share_of_disk = None
+    from_disk = None
     if before is not None and after is not None:
-        share_of_disk = min(1.0, (after - before) / max(size, 1))
-    rates = {"read": pictures / seconds, "reread": again / less}
-    return _Reading(pictures, damaged, size / pictures, share_of_disk, **rates)
+        from_disk = min(1.0, (after - before) / max(size, 1))
+    return _Reading(pictures, damaged, size / pictures, from_disk, pictures / seconds, again / less)
 
 
 def _touched(
@@ -288,15 +287,6 @@ def _batch_in_time(state: TrainState, view: View, cfg: Config, seconds: float) -
     return min(cfg.batch, max(ENOUGH, int(fitting)))
 
 
-def _wrap(state: TrainState, cfg: Config, held: Batch) -> None:
-    """The net as a run calls it, compiled where asked; warm."""
-    state.net = assemble.wrapped(state.method.net, cfg, state.device)
-    if cfg.compile or state.device.type == "cuda":
-        for _ in range(3):
-            train_step(state, held)
-        wait_for(state.device)
-
-
 def _timed(
     batches: Generator[Batch, None, None],
     work: Callable[[Batch], Any],
@@ -359,11 +349,10 @@ def _measured(
 def _epochs(loader: Loader) -> Generator[Batch, None, None]:
     """Epoch after epoch."""
     for number in itertools.count():
-        read = False
+        batch = None
         for batch in loader.epoch(number):
-            read = True
             yield batch
-        if not read:
+        if batch is None:
             raise RunError("no picture to be judged on can be read: give --val others")
 
 

@@ -65,26 +65,25 @@ class Profile:
     def _end(self) -> None:
         self._held.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._seen.export_chrome_trace(str(self.folder / "trace.json"))
         words = f"steps {self.first + 1} to {self.last + 1} of this start"
-        table = self.folder / "table.txt"
+        table, trace = self.folder / "table.txt", self.folder / "trace.json"
         table.write_text(f"{words}\n\n{self._table()}", encoding="utf-8")
+        self._seen.export_chrome_trace(str(trace))
         self.done(
-            f"profile of {words}: {table}, and {self.folder / 'trace.json'} for chrome://tracing or ui.perfetto.dev"
+            f"profile of {words}: {table}, and {trace} for chrome://tracing or ui.perfetto.dev"
         )
         del self._seen
 
     def _table(self) -> str:
         gpu = self.state.device.type == "cuda"
         steps = self.last + 1 - self.first
-        lines = [f"{'part of a step':<16}{'host, ms':>12}" + (f"{'GPU, ms':>12}" if gpu else "")]
-        if self.state.graphed is not None:
-            lines = [
-                "a graph's step is launched as a whole and has no parts: leave --graph out to see them"
-            ]
-        else:
+        lines = [
+            "a graph's step is launched as a whole and has no parts: leave --graph out to see them"
+        ]
+        if self.state.graphed is None:
+            lines = [f"{'part of a step':<16}{'host, ms':>12}" + f"{'GPU, ms':>12}" * gpu]
             for part, (host, device) in parts(list(self._seen.events() or [])).items():
-                device_ms = f"{device / steps / 1e3:>12.3f}" if gpu else ""
+                device_ms = f"{device / steps / 1e3:>12.3f}" * gpu
                 lines.append(f"{part:<16}{host / steps / 1e3:>12.3f}{device_ms}")
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
         costliest = self._seen.key_averages().table(
@@ -121,17 +120,17 @@ def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
 @contextlib.contextmanager
 def labelled(state: TrainState) -> Iterator[None]:
     """The parts of a step with their names, until the end: the functions stay the same."""
-    method, optimizer, net = state.method, state.optimizer, state.net
+    method, net = state.method, state.net
     instead = [
-        (method, "views", _label("views", method.views)),
-        (method, "losses", _label("losses", method.losses)),
-        (method, "after_step", _label("bank", method.after_step)),
-        (state, "descend", _label("backward", state.descend)),
-        (optimizer, "step", _label("optimiser", optimizer.step)),
+        (method, "views", "views"),
+        (method, "losses", "losses"),
+        (method, "after_step", "bank"),
+        (state, "descend", "backward"),
+        (state.optimizer, "step", "optimiser"),
     ]
     state.net = _label("forward", net)
-    for owner, name, function in instead:
-        setattr(owner, name, function)
+    for owner, name, part in instead:
+        setattr(owner, name, _label(part, getattr(owner, name)))
     try:
         yield
     finally:

@@ -356,11 +356,11 @@ def archives(suffix: str, members: Callable[[Path], Iterator[Member]]) -> Opened
                 tree.archives.append(Archive.at(path))
                 for member in members(path):
                     tree.add(folder, member)
-        others = found.others
         if split is not None:
             tree.enter(split, root)
-            others = [path for path in others if path.startswith(f"{split}/")]
-        return not_empty(with_places(tree, root, how, others, found.unreadable), root)
+            others = [path for path in found.others if path.startswith(f"{split}/")]
+            found = found._replace(others=others)
+        return not_empty(with_places(tree, root, how, found), root)
 
     return opened
 
@@ -370,13 +370,11 @@ def _meet(folder: str, split: str) -> bool:
     return all(a == b for a, b in zip(folder.split("/"), split.split("/"), strict=False) if a)
 
 
-def with_places(
-    tree: Members, root: Path, how: Listing, others: list[str], unreadable: list[tuple[str, str]]
-) -> Archives:
-    """A tree's source that can read its pictures; `others`, `unreadable`: files and folders beside the archives."""
+def with_places(tree: Members, root: Path, how: Listing, found: Found) -> Archives:
+    """A tree's source that can read its pictures, and counts what lies beside the archives."""
     source = tree_source(tree, root, how)
-    source.rejected += [*unreadable, *tree.rejected]
-    source.seen += len(unreadable) + len(tree.rejected) + len(others)
-    source.skipped += len(others)
+    source.rejected += [*found.unreadable, *tree.rejected]
+    source.seen += len(found.unreadable) + len(tree.rejected) + len(found.others)
+    source.skipped += len(found.others)
     numbers = [tree.place_of(record.path) for record in source.records]
     return Archives(**vars(source), files=tree.archives, places=tree.places(numbers))

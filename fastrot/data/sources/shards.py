@@ -19,7 +19,7 @@ from fastrot.config import UsageError
 from fastrot.data.sources.archives import Archive, Archives, Members, with_places
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
-from fastrot.data.sources.tree import archives_in, tree_source
+from fastrot.data.sources.tree import Found, archives_in
 
 SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
 MOST_SHARDS = 2**20  # that a pattern may stand for
@@ -32,14 +32,14 @@ def webdataset(root: Path, how: Listing) -> Source:
     `split` chooses the shards of a folder that have it in their names. `not how.labelled`: all labels are -1.
     """
     tree, labels = Members(), _Labels()
-    shards, others, unreadable = _shards(root, how.split)
-    for shard, folder in shards:
+    found = _shards(root, how.split)
+    for shard, folder in found.archives:
         tree.archives.append(Archive.at(shard))
         for member in tar_members(shard, nested=False):
             path = tree.add(folder, member)
             if path is not None and member.kind == "file" and how.labelled:
                 labels.note(path, member, shard)
-    source = with_places(tree, root, Listing(labelled=False), others, unreadable)
+    source = with_places(tree, root, Listing(labelled=False), found)
     return not_empty(_labelled(source, labels), root)
 
 
@@ -110,32 +110,27 @@ def _labelled(source: Archives, labels: _Labels) -> Archives:
         else:
             kept.append(i)
             records.append(Record(path, label))
+    labels_of = [record.label for record in records]
     source.records, source.places, source.numbers = records, source.places[kept], None
-    source.classes = numbered(
-        source.root, [record.label for record in records], lambda i: records[i].path
-    )
+    source.classes = numbered(source.root, labels_of, lambda i: records[i].path)
     return source
 
 
 # ---- which shards ----
 
 
-def _shards(
-    root: Path, split: str | None
-) -> tuple[list[tuple[Path, str]], list[str], list[tuple[str, str]]]:
-    """Shards and the folders that they would be unpacked into; files beside them; folders that cannot be read."""
+def _shards(root: Path, split: str | None) -> Found:
+    """Shards, with the folders that they would be unpacked into."""
     if root.is_dir():
         found = archives_in(root, ".tar")
-        names = [folder for _, folder in found.archives]
-        chosen = set(of_split(names, split, root))
-        shards = [each for each in found.archives if each[1] in chosen]
-        return shards, found.others, found.unreadable
+        chosen = set(of_split([folder for _, folder in found.archives], split, root))
+        return found._replace(archives=[each for each in found.archives if each[1] in chosen])
     if split is not None:
         raise UsageError(
             f"--split {split}: {root} names its shards itself; give those of that split"
         )
     if root.exists():
-        return [(root, root.name.removesuffix(".tar"))], [], []
+        return Found([(root, root.name.removesuffix(".tar"))], [], [])
     paths = [Path(path) for path in expanded(str(root))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -145,7 +140,7 @@ def _shards(
     names = [path.name.removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):  # in several folders
         names = [str(path).removesuffix(".tar").lstrip("/") for path in paths]
-    return list(zip(paths, names, strict=True)), [], []
+    return Found(list(zip(paths, names, strict=True)), [], [])
 
 
 def of_split(names: list[str], split: str | None, root: Path) -> list[str]:
