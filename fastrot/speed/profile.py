@@ -77,19 +77,15 @@ class Profile:
     def _table(self) -> str:
         gpu = self.state.device.type == "cuda"
         steps = self.last + 1 - self.first
-        lines = [
-            "a graph's step is launched as a whole and has no parts: leave --graph out to see them"
-        ]
+        lines = ["a graph's step is launched as a whole: leave --graph out to see its parts"]
         if self.state.graphed is None:
             lines = [f"{'part of a step':<16}{'host, ms':>12}" + f"{'GPU, ms':>12}" * gpu]
             for part, (host, device) in parts(list(self._seen.events() or [])).items():
                 device_ms = f"{device / steps / 1e3:>12.3f}" * gpu
                 lines.append(f"{part:<16}{host / steps / 1e3:>12.3f}{device_ms}")
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
-        costliest = self._seen.key_averages().table(
-            sort_by=order, row_limit=ROWS, max_name_column_width=60
-        )
-        return "\n".join([*lines, "", costliest])
+        shown = {"sort_by": order, "row_limit": ROWS, "max_name_column_width": 60}
+        return "\n".join([*lines, "", self._seen.key_averages().table(**shown)])
 
 
 def parts(events: list[Any]) -> dict[str, tuple[float, float]]:

@@ -60,34 +60,32 @@ class Archive(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Archives(Source):
-    """Pictures inside of archives."""
+class InFiles(Source):
+    """Pictures of which each file holds many. A part has only the files that its own are in."""
 
     files: list[Archive]
-    places: np.ndarray  # PLACE, of each record
-
-    def read(self, i: int) -> bytes:
-        """Encoded bytes of record i. Raises BadPicture where a zip's are damaged."""
-        file, offset, stored, length, crc = self.places[i].tolist()
-        data = _bytes(self.files[file], offset, stored)
-        return data if crc < 0 else _checked(data, length, crc)
+    places: np.ndarray  # of each record; "file" is the number of its file
 
     def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
         return {**super()._of_records(rows), "places": self.places[rows]}
 
     def part(self, first: int, stop: int) -> Source:
         part = super().part(first, stop)
-        assert isinstance(part, Archives)
-        part.files, part.places["file"] = used_only(part.files, part.places["file"])
+        assert isinstance(part, InFiles)
+        used, part.places["file"] = np.unique(part.places["file"], return_inverse=True)
+        part.files = [self.files[i] for i in used.tolist()]
         return part
 
 
-def used_only(
-    files: list[Archive], of: Int64[np.ndarray, " n"]
-) -> tuple[list[Archive], Int64[np.ndarray, " n"]]:
-    """The files that records are in, and of each record the number of its file among these."""
-    used, of = np.unique(of, return_inverse=True)
-    return [files[i] for i in used.tolist()], of.astype(np.int64)
+@dataclass(kw_only=True)
+class Archives(InFiles):
+    """Pictures inside of archives. `places` are PLACE."""
+
+    def read(self, i: int) -> bytes:
+        """Encoded bytes of record i. Raises BadPicture where a zip's are damaged."""
+        file, offset, stored, length, crc = self.places[i].tolist()
+        data = _bytes(self.files[file], offset, stored)
+        return data if crc < 0 else _checked(data, length, crc)
 
 
 def _checked(data: bytes, length: int, crc: int) -> bytes:

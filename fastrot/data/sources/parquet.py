@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture, too_long
-from fastrot.data.sources.archives import Archive, changed, used_only
+from fastrot.data.sources.archives import Archive, InFiles, changed
 from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
 from fastrot.data.sources.shards import of_split
 from fastrot.data.sources.tree import archives_in
 
+PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the row group
 ROWS_AT_ONCE = 16  # as many as a worker is given
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 
@@ -38,12 +38,10 @@ LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 
 @dataclass(kw_only=True)
-class Parquet(Source):
-    """Pictures in rows of parquet files."""
+class Parquet(InFiles):
+    """Pictures in rows of parquet files. `places` are PLACE."""
 
-    files: list[Archive]
     column: str  # of the pictures' bytes
-    places: Int64[np.ndarray, "n 3"]  # of each record: file, row group, row in that
 
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
@@ -59,15 +57,6 @@ class Parquet(Source):
         if data is None or reason:
             raise BadPicture(reason)
         return data
-
-    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
-        return {**super()._of_records(rows), "places": self.places[rows]}
-
-    def part(self, first: int, stop: int) -> Source:
-        part = super().part(first, stop)
-        assert isinstance(part, Parquet)
-        part.files, part.places[:, 0] = used_only(part.files, part.places[:, 0])
-        return part
 
 
 _held = threading.local()  # the reader that was last used
@@ -169,8 +158,8 @@ def parquet_files(root: Path, how: Listing) -> Source:
             )
         file = _opened(path)
         for group, rows in enumerate(_rows(file, path)):
-            places.append(np.full((rows, 3), (number, group, 0), np.int64))
-            places[-1][:, 2] = np.arange(rows)
+            places.append(place := np.empty(rows, PLACE))
+            place["file"], place["group"], place["row"] = number, group, np.arange(rows)
         if columns.label is not None and how.labelled:
             said.append(_labels_said(file, path, columns.label))
         records += [f"{names[number]}/{row}" for row in range(file.metadata.num_rows)]
@@ -185,7 +174,7 @@ def parquet_files(root: Path, how: Listing) -> Source:
         rejected=found.unreadable,
         files=[Archive.at(path) for path in paths],
         column=columns.picture,
-        places=np.concatenate([np.empty((0, 3), np.int64), *places]),
+        places=np.concatenate([np.empty(0, PLACE), *places]),
     )
     return not_empty(source, root)
 

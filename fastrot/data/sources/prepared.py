@@ -59,11 +59,8 @@ class Places(Source):
         import simplejpeg
 
         file, at, size, crc, height, width, raw = self.places[i]
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            data = os.pread(handle, size, at)
-        finally:
-            os.close(handle)
+        with open(file, "rb") as opened:
+            data = os.pread(opened.fileno(), size, at)
         if crc is not None and zlib.crc32(data) != crc:
             raise BadPicture("its checksum does not agree")
         pixels = np.empty((height, width, 3), np.uint8)
