@@ -33,7 +33,7 @@ from fastrot.data.files import (
 )
 from fastrot.data.sources.members import LONGEST_NAME, Member
 from fastrot.data.sources.records import Listing, Opened, Source, not_empty
-from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, archives_in, tree_source
+from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
     [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
