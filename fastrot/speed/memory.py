@@ -1,7 +1,9 @@
 """Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
 
+import contextlib
 import gc
 import traceback
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import config, dist, machine
 from fastrot.config import Config, RunError, UsageError
-from fastrot.core import View
+from fastrot.core import Method, View
 from fastrot.speed.cost import random_batch
 from fastrot.speed.timer import StepTimer
-from fastrot.training.state import TrainState
 
 GB = 2**30
 FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
@@ -21,6 +22,18 @@ FULL = (  # what says so without torch's class for it: a CPU's allocator, the dr
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",
 )
+
+
+@runtime_checkable
+class State(Protocol):
+    """What is asked of a TrainState here."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    step: int
+
+    def autocast(self) -> contextlib.AbstractContextManager: ...
 
 
 def is_full(error: Exception) -> bool:
@@ -39,7 +52,7 @@ def forget(error: BaseException) -> None:
 
 
 def out_of_memory_error(
-    cfg: Config, device: torch.device, built: tuple[TrainState, View, StepTimer] | None
+    cfg: Config, device: torch.device, built: tuple[State, View, StepTimer] | None
 ) -> UsageError | RunError:
     """The error for people where memory is full, to be called after `forget`: the failed step holds nothing any more.
 
@@ -89,7 +102,7 @@ def _less(cfg: Config) -> str:
     return ways
 
 
-def largest(state: TrainState, view: View, batch: int) -> int | None:
+def largest(state: State, view: View, batch: int) -> int | None:
     """The first of batch / 2, batch / 4, ... of which a step fits; None: not even one picture does.
 
     Talks to no other rank, which may be waiting or gone. Nothing stays of it but chosen kernels.
@@ -100,7 +113,7 @@ def largest(state: TrainState, view: View, batch: int) -> int | None:
     return images or None
 
 
-def _fits(state: TrainState, view: View, images: int) -> bool:
+def _fits(state: State, view: View, images: int) -> bool:
     _free(state)
     try:
         _try_step(state, view, images)
@@ -114,7 +127,7 @@ def _fits(state: TrainState, view: View, images: int) -> bool:
     return True
 
 
-def _try_step(state: TrainState, view: View, images: int) -> None:
+def _try_step(state: State, view: View, images: int) -> None:
     """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
 
     The network as it stands, neither compiled nor under DDP, which need less or little more; the mean of its outputs
@@ -142,7 +155,7 @@ def _try_step(state: TrainState, view: View, images: int) -> None:
     del momentum
 
 
-def _free(state: TrainState) -> None:
+def _free(state: State) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if state.device.type == "cuda":
