@@ -4,15 +4,13 @@ A new method, backbone or data format is a new file, one line in a union of conf
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from fastrot import config, dist
+from fastrot import config
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
@@ -204,13 +202,8 @@ def open_loader(
 
 
 def training_view(cfg: Config, rows: Path | None = None) -> View:
-    kind = METHODS[type(cfg.method)]
-    return View(
-        crops=kind.crops(cfg.method),
-        rows=rows,
-        owned=kind.owned(cfg.method),
-        blocks=config.blocks(cfg),
-    )
+    kind, own = METHODS[type(cfg.method)], cfg.method
+    return View(crops=kind.crops(own), rows=rows, owned=kind.owned(own), blocks=config.blocks(cfg))
 
 
 def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
@@ -238,13 +231,12 @@ def data_info(
                 f"--val has other classes than --data ({len(val.classes)} and {len(data.classes)}): both need the same "
                 "class folders"
             )
-    classes = len(data.classes) or int(data.labels.max()) + 1
     return DataInfo(
         images=loader.images,
         rows=loader.rows,
         data_rows=data.rows,
         data_fingerprint=data.fingerprint,
-        classes=classes,
+        classes=len(data.classes) or int(data.labels.max()) + 1,
         mean=cfg.mean,
         std=cfg.std,
         size=cfg.method.crop.size,
@@ -253,26 +245,3 @@ def data_info(
         dtype=dtype,
         fingerprint=loader.fingerprint,
     )
-
-
-def wrapped(net: nn.Module, cfg: Config, device: torch.device) -> Any:
-    """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
-    if cfg.compile:
-        mode = None if cfg.compile_mode == "default" else cfg.compile_mode
-        # shapes are fixed in training; a second form in one process would else be compiled for any shape
-        net = torch.compile(net, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
-    if dist.world() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
-        ddp = nn.parallel.DistributedDataParallel
-        # torch 2.14 renamed the option and warns of its old name
-        names = inspect.signature(ddp.__init__).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        options: dict[str, Any] = {name: False}
-        # gradients lie where they are summed, so that none is copied there and back
-        net = ddp(net, device_ids=ids, gradient_as_bucket_view=True, **options)
-        if cfg.gradients == "bf16":
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            net.register_comm_hook(None, bf16_compress_hook)
-    return net

@@ -98,7 +98,7 @@ def rotation(run: str, knobs: Rotation) -> int:
     name = knobs.data or nets[0].cfg.data or ""
     data = assemble.open_data(name, knobs.loader)
     fold = _folds(nets, data, name)
-    with joined(here, device, AGAIN), exactly():
+    with joined(device, AGAIN), exactly():
         answers = _asked(nets, knobs, data, fold, here, device)
     if here.rank:
         return 0

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastrot import assemble, config, dist
+from fastrot.training import state
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def main(out: str) -> None:
     found = {"own": own}
     for sent in ("fp32", "bf16"):
         cfg = dataclasses.replace(config.Config(), gradients=sent)
-        wrapped = assemble.wrapped(net, cfg, CPU)
+        wrapped = state.wrapped(net, cfg, CPU)
         gradients(wrapped)  # behind it the buckets are others
         mine = gradients(wrapped).clone()
         each = dist.gather_rows(mine[None])

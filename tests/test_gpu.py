@@ -20,7 +20,7 @@ from fastrot.training import checkpoint, loop
 from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import train_step, validate
 from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.state import TrainState
+from fastrot.training.state import TrainState, wrapped
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -44,7 +44,7 @@ def state_and_loader(data, dtype: torch.dtype, method: str = "rotnet", batch: in
     task.net.to(CUDA).to(memory_format=torch.channels_last)
     state = TrainState(
         method=task,
-        net=assemble.wrapped(task.net, cfg, CUDA),
+        net=wrapped(task.net, cfg, CUDA),
         optimizer=sgd(task.net, cfg.optim, 0.05),
         schedule=LRSchedule(
             cfg.schedule, epochs=1, batches=len(loader), steps=len(loader), lr=0.05

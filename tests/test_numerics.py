@@ -10,7 +10,7 @@ from fastrot.data.synthetic import Synthetic
 from fastrot.training.graph import Cuda, Graphed
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.state import TrainState
+from fastrot.training.state import TrainState, wrapped
 
 STEPS, RATE = 50, 0.01
 CROP = config.RandomResized(size=32)
@@ -61,7 +61,7 @@ def run(
     task.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = TrainState(
         method=task,
-        net=assemble.wrapped(task.net, cfg, device),
+        net=wrapped(task.net, cfg, device),
         optimizer=sgd(task.net, cfg.optim, 0.0),
         schedule=LRSchedule(cfg.schedule, epochs=2, batches=len(loader), steps=STEPS, lr=RATE),
         device=device,

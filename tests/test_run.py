@@ -433,7 +433,7 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
         cfg = dataclasses.replace(PRESETS["demo"](), placement="pinned", **named)
         with pytest.raises(RunError):
-            session._loaders(cfg, data, tmp_path, None, dist.Place(), torch.device("cpu"))
+            session._loaders(cfg, data, tmp_path, None, torch.device("cpu"))
     assert asked == [("auto", "pinned"), ("tars", "pinned")]
 
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import time
@@ -47,11 +48,13 @@ def draw(
     """
     log, plots = RunLog(run, headline), run / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    _save(plots / "accuracy.png", _accuracy(log))
-    _save(plots / "loss.png", _loss(log))
-    _save(plots / "throughput.png", _throughput(log))
+    figures = {"accuracy": _accuracy(log), "loss": _loss(log), "throughput": _throughput(log)}
     if net is not None and (filters := first_filters(net)) is not None:
-        _save(plots / "filters.png", _filters(log, filters))
+        figures["filters"] = _filters(log, filters)
+    for name, figure in figures.items():
+        memory = io.BytesIO()
+        figure.savefig(memory, format="png")
+        replace_bytes(plots / f"{name}.png", memory.getvalue())
     if images is not None and len(images):
         known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
         rotated_sheet(images, guesses, plots / "turned.png", **known)
@@ -65,10 +68,7 @@ class LivePage:
 
     def __init__(self, run: Path, method: Method, shown: Batch | None):
         self.run, self.method, self.shown = run, method, shown  # held-out pictures
-        self.drawn, self.cost = (
-            -math.inf,
-            0.0,
-        )  # when it was last drawn, and the seconds that it took
+        self.drawn, self.cost = -math.inf, 0.0  # when it was last drawn; the seconds that it took
 
     def at_epoch(self) -> None:
         if dist.rank() == 0 and time.perf_counter() - self.drawn > 20 * self.cost:
@@ -76,13 +76,10 @@ class LivePage:
 
     def draw(self) -> None:
         begun, shown = time.perf_counter(), self.shown
-        draw(
-            self.run,
-            headline=self.method.headline,
-            net=self.method.net,
-            images=None if shown is None else shown.images.cpu(),
-            guesses=None if shown is None else rotation_guesses(self.method, shown),
-        )
+        pictures = None if shown is None else shown.images.cpu()
+        guesses = None if shown is None else rotation_guesses(self.method, shown)
+        about = {"headline": self.method.headline, "net": self.method.net}
+        draw(self.run, images=pictures, guesses=guesses, **about)
         self.drawn = time.perf_counter()
         self.cost = self.drawn - begun
 
@@ -103,7 +100,7 @@ class RunLog:
         self.chance = _number(self.summary.get("chance", headline.chance))
         self.before = _number(self.summary.get(f"{judged}_first", first.get(judged)))
         self.after = self.figure(judged)
-        self.footer = self._machine_and_versions()
+        self.footer = _footer(self.environment)
 
     def curve(self, name: str) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
         """Steps and values of one number; neighbours are averaged where there are many. Unknown is NaN."""
@@ -127,18 +124,18 @@ class RunLog:
 
     def say(self, value: float | None) -> str:
         """The headline's score."""
-        return (
-            _percent(value)
-            if value is None or self.headline.score == "accuracy"
-            else f"{value:.3g}"
-        )
+        if value is None or self.headline.score == "accuracy":
+            return _percent(value)
+        return f"{value:.3g}"
 
-    def _machine_and_versions(self) -> str:
-        known = {k.removeprefix("versions."): v for k, v in _leaves(self.environment).items()}
-        device = known.get("device") or known.get("machine") or ""
-        named = ("fastrot", "torch", "python", "cuda", "commit")
-        parts = [f"{device}", *(f"{name} {known[name]!s:.18}" for name in named if known.get(name))]
-        return legible(" · ".join(part for part in parts if part))[:130]
+
+def _footer(environment: dict[str, Any]) -> str:
+    """The machine, and what the run was computed with."""
+    known = {k.removeprefix("versions."): v for k, v in _leaves(environment).items()}
+    named = ("fastrot", "torch", "python", "cuda", "commit")
+    parts = [f"{name} {known[name]!s:.18}" for name in named if known.get(name)]
+    device = known.get("device") or known.get("machine")
+    return legible(" · ".join([str(device), *parts] if device else parts))[:130]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -167,18 +164,16 @@ def _number(value: Any) -> float | None:
 
 def _accuracy(log: RunLog) -> "Figure":
     figure, (axes,) = _figure("Accuracy", log)
-    _curve(axes, log, "accuracy", "training", BLUE, scale=100.0)
-    _curve(axes, log, "val_accuracy", "held-out", RED, scale=100.0, marker="o")
-    inv = {"scale": 100.0, "marker": "o", "width": 1.0}
+    _curve(axes, log, "accuracy", "training", BLUE)
+    _curve(axes, log, "val_accuracy", "held-out", RED, marker="o")
+    inv = {"marker": "o", "linewidth": 1.0}
     _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], **inv)
     if log.chance is not None:
-        axes.axhline(100 * log.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
-        place = (0.995, 100 * log.chance - 2.5)
+        axes.axhline(log.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
-        axes.text(*place, "chance", color=GREY, size=8, **right)
-    axes.set_ylim(0, 100)
-    axes.yaxis.set_major_formatter("{x:.0f}%")
-    _legend(axes)
+        axes.text(0.995, log.chance - 0.025, "chance", color=GREY, size=8, **right)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -187,13 +182,12 @@ def _loss(log: RunLog) -> "Figure":
     names = dict.fromkeys(name for line in log.lines for name in line if name.startswith("loss_"))
     if len(names) > 1:  # a single term is the loss
         axes.set_yscale("log")  # a spread of .001 beside an NCE of 20
-        for name, colour in zip(names, TERMS * len(names), strict=False):
-            _curve(axes, log, name, name.removeprefix("loss_"), colour, width=1.0)
+        for name, colour in zip(names, itertools.cycle(TERMS), strict=False):
+            _curve(axes, log, name, name.removeprefix("loss_"), colour, linewidth=1.0)
     _curve(axes, log, "loss", "training", BLUE)
     several = any("val_prec_inv" in line for line in log.lines)
     judged = "held-out, rotation alone" if several else "held-out"
     _curve(axes, log, "val_loss", judged, RED, marker="o")
-    _legend(axes)
     return figure
 
 
@@ -203,17 +197,16 @@ def _throughput(log: RunLog) -> "Figure":
     _curve(speed, log, "images_per_s", "", BLUE)
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter("{x:,.0f}")
-    _curve(waiting, log, "wait_share", "", RED, scale=100.0)
-    waiting.set(ylim=(0, 100), yticks=(0, 50, 100))
-    waiting.yaxis.set_major_formatter("{x:.0f}%")
+    _curve(waiting, log, "wait_share", "", RED)
+    waiting.set(ylim=(0, 1), yticks=(0, 0.5, 1))
+    waiting.yaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
 def _filters(log: RunLog, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
     figure, (axes,) = _figure("Filters of the first layer", log)
-    axes.axis("off")
     axes.autoscale()  # _figure fixed the limits
-    axes.set_position((0.018, 0.09, 0.94, 0.8))
+    axes.set(frame_on=False, xticks=(), yticks=(), xlabel="", position=(0.018, 0.09, 0.94, 0.8))
     axes.set_anchor("NW")
     axes.imshow(filters)
     return figure
@@ -241,44 +234,21 @@ def _figure(title: str, log: RunLog, *, panels: int = 1) -> "tuple[Figure, list[
     return figure, list(grid.flat)
 
 
-def _curve(
-    axes: "Axes",
-    log: RunLog,
-    name: str,
-    label: str,
-    colour: str,
-    *,
-    scale: float = 1.0,
-    width: float = 1.6,
-    marker: str = "",
-) -> None:
+def _curve(axes: "Axes", log: RunLog, name: str, label: str, colour: str, **look: Any) -> None:
+    """One number over the steps, in the legend where it has a label; nothing where there is none yet."""
     steps, values = log.curve(name)
-    if np.isnan(values).all():  # nothing yet
+    if np.isnan(values).all():
         return
-    marker = (marker or "." * (len(steps) < 3)) if len(steps) <= 60 else ""
+    if len(steps) > 60:
+        look["marker"] = ""
+    elif len(steps) < 3:
+        look.setdefault("marker", ".")
     label = legible(label).replace("$", r"\$")  # which would begin a formula
-    look = {
-        "color": colour,
-        "linewidth": width,
-        "marker": marker,
-        "markersize": 4,
-        "clip_on": False,
-    }
-    axes.plot(steps, scale * values, label=label, **look)
-
-
-def _legend(axes: "Axes") -> None:
-    if axes.lines and axes.get_legend_handles_labels()[0]:
-        place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.985)}
-        axes.legend(
-            frameon=False, fontsize=8, ncols=5, columnspacing=1.2, handlelength=1.5, **place
-        )
-
-
-def _save(path: Path, figure: "Figure") -> None:
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png")
-    replace_bytes(path, memory.getvalue())
+    look = {"linewidth": 1.6, "markersize": 4, "clip_on": False, "color": colour, **look}
+    axes.plot(steps, values, label=label, **look)
+    if label:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.985), "frameon": False}
+        axes.legend(fontsize=8, ncols=5, columnspacing=1.2, handlelength=1.5, **place)
 
 
 # ---- the page ----
@@ -328,8 +298,8 @@ def _picture(path: Path) -> str:
 
 
 def _table(title: str, plain: dict[str, Any]) -> str:
-    leaves = ((html.escape(str(k)), html.escape(str(v))) for k, v in _leaves(plain).items())
-    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in leaves)
+    row, text = "<tr><th>{}</th><td>{}</td></tr>", html.escape
+    rows = "".join(row.format(text(str(k)), text(str(v))) for k, v in _leaves(plain).items())
     return f"<details><summary>{title}</summary><table>{rows}</table></details>" if rows else ""
 
 
@@ -338,10 +308,9 @@ def _percent(share: float | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 2:
+    if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{minutes:.1f} min" if hours < 2 else f"{hours:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 PAGE = """<!doctype html>

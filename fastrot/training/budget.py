@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import itertools
 import math
 import re
 import time
@@ -19,34 +21,27 @@ from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule
-from fastrot.training.state import TrainState
+from fastrot.training.state import Session, TrainState
 
 
 def schedule_of(cfg: Config, epochs: int, batches: int) -> LRSchedule:
     """So many epochs of so many batches, or --schedule.steps."""
-    steps = epochs * batches
-    if cfg.schedule.steps is not None:
-        steps = cfg.schedule.steps
-        epochs = math.ceil(steps / batches)
+    steps = cfg.schedule.steps or epochs * batches
+    epochs = math.ceil(steps / batches)
     return LRSchedule(cfg.schedule, epochs=epochs, batches=batches, steps=steps, lr=cfg.lr)
 
 
-def set_length(
-    state: TrainState,
-    cfg: Config,
-    saved: dict[str, Any] | None,
-    loader: Loader,
-    val_loader: Loader | None,
-) -> list[str]:
+def set_length(s: Session) -> list[str]:
     """With --budget: measure, choose the epochs, say so. A resumed run keeps those first chosen."""
+    cfg, state, batches = s.cfg, s.state, len(s.loader)
     if cfg.budget is None:
         return []
-    if saved is not None:
-        state.schedule = schedule_of(cfg, saved["run_identity"]["epochs"], len(loader))
+    if s.saved is not None:
+        state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
     seconds = seconds_of(cfg.budget)
-    epochs, epoch = epochs_within(seconds, state, loader, val_loader)
-    state.schedule = schedule_of(cfg, epochs, len(loader))
+    epochs, epoch = epochs_within(seconds, state, s.loader, s.val_loader)
+    state.schedule = schedule_of(cfg, epochs, batches)
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
     return [line + (", which is longer than the budget" if epoch > seconds else "")]
 
@@ -78,12 +73,12 @@ def epochs_within(
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
-    state._put_elsewhere()
+    if state.graphed is not None:
+        state.graphed.forget()
     if val_loader is not None:
         state.method.net.eval()
-        epoch += len(val_loader) * _seconds_each(
-            val_loader, 5, 3, state.device, lambda b: _look(state, b)
-        )
+        look = functools.partial(_look, state)
+        epoch += len(val_loader) * _seconds_each(val_loader, 5, 3, state.device, look)
     checkpoint.set_random_state(random, state.device)
     return dist.agree((max(1, int(seconds // epoch)), epoch))
 
@@ -102,14 +97,12 @@ def _seconds_each(
     while done < warm + steps:
         before, batches = done, cast(Any, loader.epoch(0))
         with contextlib.closing(batches):
-            for batch in batches:
+            for batch in itertools.islice(batches, warm + steps - done):
                 if done == warm:
                     wait_for(device)
                     begun = time.perf_counter()
                 work(batch)
                 done += 1
-                if done == warm + steps:
-                    break
         if done == before:
             return 0.0  # there is none: this rank's share is empty, or cannot be read
     wait_for(device)

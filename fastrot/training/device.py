@@ -1,5 +1,6 @@
 """What a run computes on, and how: the device, torch's threads, the precision, and which faster forms these admit."""
 
+import dataclasses
 import os
 
 import torch
@@ -8,6 +9,15 @@ from fastrot import config, dist, machine
 from fastrot.config import Config, UsageError
 from fastrot.entry import share_of_cores
 from fastrot.training.optim import check_apex
+
+
+def choose(cfg: Config) -> tuple[Config, torch.device]:
+    """The config with its precision, and the device; torch's threads are set."""
+    here = dist.place()
+    device = choose_device(cfg.device, here)
+    if (threads := choose_threads(cfg.threads, here, device)) is not None:
+        torch.set_num_threads(threads)
+    return dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device)), device
 
 
 def choose_device(wish: str, here: dist.Place) -> torch.device:
@@ -60,34 +70,34 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         check_apex()
     if not cfg.graph:
         return
-    without = "leave --graph out"
-    for holds, reason, way in (
-        (device.type != "cuda", "this run is on a CPU", without),
-        (here.world > 1, f"there are {here.world} processes", f"start one alone, or {without}"),
+    hindrances = (
+        (device.type != "cuda", "this run is on a CPU", ""),
+        (here.world > 1, f"there are {here.world} processes", "start one alone, or "),
         (
             cfg.precision == "fp16",
             "--precision fp16 looks at its gradients in each step",
-            f"use --precision bf16, or {without}",
+            "use --precision bf16, or ",
         ),
         (
             cfg.optim.kernel == "apex",
             "--optim.kernel apex has no rate that a graph can read",
-            f"use --optim.kernel torch, or {without}",
+            "use --optim.kernel torch, or ",
         ),
         (
             os.environ.get("FASTROT_OPS") == "reference",
             "FASTROT_OPS=reference has forms that wait for the GPU",
-            f"unset it, or {without}",
+            "unset it, or ",
         ),
         (
             cfg.deterministic,
             "nobody has compared the bits that --deterministic promises with a graph's",
-            f"leave out --deterministic, or {without}",
+            "leave out --deterministic, or ",
         ),
-    ):
+    )
+    for holds, reason, way in hindrances:
         if holds:
             raise UsageError(
-                f"--graph records the step of one process on a GPU, but {reason}: {way}"
+                f"--graph records the step of one process on a GPU, but {reason}: {way}leave --graph out"
             )
 
 

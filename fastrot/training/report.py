@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrot import dist, machine
-from fastrot.config import Config
-from fastrot.data.loader import Loader
+from fastrot import assemble, dist, machine
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Measured
@@ -28,10 +26,12 @@ def greeting(s: Session) -> list[str]:
         f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
         f"{trained:,} parameters, {cfg.precision} on {who['device']}",
         f"{s.loader.images:,} pictures of {cfg.data}, judged on {judged}",
-        *_judged_by_what_it_learns_from(cfg, s.loader, s.val_loader),
+        *_judged_by_what_it_learns_from(s),
     ]
     if cfg.folds:
         lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
+    if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg.method):
+        lines.append(f"backbone, crop, mean and std are those of {trunk}, whatever the knobs say")
     lines += [
         f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
         f"{state.schedule.epochs} epochs of {len(s.loader)} steps, {state.schedule.steps} steps in all",
@@ -56,18 +56,16 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _judged_by_what_it_learns_from(cfg: Config, loader: Loader, val_loader) -> list[str]:
+def _judged_by_what_it_learns_from(s: Session) -> list[str]:
     """A line where the names of most pictures of --val are names of pictures that are trained on."""
-    if cfg.val is None or val_loader is None:
+    if s.cfg.val is None or s.val_loader is None:
         return []
-    each = [
-        side.data.keys if side.rows is None else side.data.keys[side.rows]
-        for side in (loader, val_loader)
-    ]
-    nameless = any(
-        np.array_equal(s.data.keys, np.arange(s.data.rows)) for s in (loader, val_loader)
-    )
-    shared = 0 if nameless else int(np.isin(each[1], each[0]).sum())
+    each = []
+    for data, rows in ((x.data, x.rows) for x in (s.loader, s.val_loader)):
+        if np.array_equal(data.keys, np.arange(data.rows)):  # nameless
+            return []
+        each.append(data.keys if rows is None else data.keys[rows])
+    shared = int(np.isin(each[1], each[0]).sum())
     if shared <= len(each[1]) / 2:
         return []
     return [
@@ -136,9 +134,8 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
         "numbers": "metrics.jsonl",
         "TensorBoard": "tb",
     }
-    first, last = (
-        headline.say(each.get(headline.score)) for each in (progress.val_first, progress.val)
-    )
+    scores = (progress.val_first.get(headline.score), progress.val.get(headline.score))
+    first, last = map(headline.say, scores)
     chance = "" if headline.chance is None else f", chance {headline.say(headline.chance)}"
     speed = f"{summary['images_per_s']:,.0f} images/s, {summary['images']:,} images in {summary['seconds']:.0f} s"
     rows = [
@@ -149,8 +146,7 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
         *(("method", line) for line in summary["method"]),
     ]
     if skipped := summary["skipped_records"]:
-        rows.append(
-            ("damaged records skipped", f"{len(skipped):,}, named in {run / 'summary.json'}")
-        )
+        named = f"{len(skipped):,}, named in {run / 'summary.json'}"
+        rows.append(("damaged records skipped", named))
     rows += [(name, str(run / file)) for name, file in files.items() if (run / file).exists()]
     return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]

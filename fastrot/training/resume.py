@@ -8,7 +8,6 @@ import torch
 
 from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, UsageError
-from fastrot.core import Data
 from fastrot.data.loader import Loader
 from fastrot.training import checkpoint
 
@@ -32,13 +31,23 @@ def last_checkpoint(run: Path) -> dict[str, Any] | None:
         raise UsageError(f"{error}; {way}, or use --out NEW") from error
 
 
-def check_settings(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Path) -> None:
-    """Refuse knobs that would make it another run, each by name, before any part is built."""
+def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None:
+    """Refuse knobs that would make it another run, each by name, before any part is built; and a folder that
+    is another one for another rank. Called on all ranks.
+    """
+    places = dist.everyones(saved and (saved["step"], saved["validated_step"]))
+    if any(place != places[0] for place in places):
+        raise UsageError(
+            f"--out {run} is not the same folder for all ranks: choose one on a file system "
+            "that all machines share"
+        )
+    if saved is None:
+        return
     found = config.differences(saved["config"], config.to_plain(cfg))
     found.pop("batch", None)  # the global batch is what counts
     if saved["config"]["statistics"] == "data":
         found = {k: v for k, v in found.items() if k not in ("mean", "std")}  # will come again
-    before, now = saved["run_identity"]["global_batch"], cfg.batch * here.world
+    before, now = saved["run_identity"]["global_batch"], cfg.batch * dist.world()
     if before != now:
         found["batch x processes"] = (before, now)
     if found:
@@ -52,8 +61,9 @@ def check_settings(saved: dict[str, Any], cfg: Config, here: dist.Place, run: Pa
         )
 
 
-def check_data(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+def check_data(saved: dict[str, Any] | None, now: dict[str, Any], run: Path) -> None:
     """Refuse other pictures, or another order of them."""
+    before = now if saved is None else saved["run_identity"]
     if before["fingerprint"] != now["fingerprint"]:
         raise UsageError(
             f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
@@ -67,33 +77,18 @@ def with_trunk(cfg: Config) -> Config:
     if source is None:
         return cfg
     theirs = config.from_plain(checkpoint.load(checkpoint.of_run(source))["config"])
-    return dataclasses.replace(
-        cfg,
-        backbone=theirs.backbone,
-        method=dataclasses.replace(cfg.method, crop=theirs.method.crop),
-        image_size=theirs.image_size,
-        mean=theirs.mean,
-        std=theirs.std,
-        statistics="preset",
-    )
+    own = {name: getattr(theirs, name) for name in ("backbone", "image_size", "mean", "std")}
+    method = dataclasses.replace(cfg.method, crop=theirs.method.crop)
+    return dataclasses.replace(cfg, method=method, statistics="preset", **own)
 
 
-def check_method(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+def check_method(saved: dict[str, Any] | None, now: dict[str, Any], run: Path) -> None:
     """Refuse what the method itself says that a resumed run must agree with."""
+    before = now if saved is None else saved["run_identity"]
     if before["method"] != now["method"]:
         raise UsageError(
             f"{run} disagrees with what its method needs (was {before['method']}, now {now['method']}): "
             "use --out NEW"
-        )
-
-
-def check_one_folder(saved: dict[str, Any] | None, run: Path) -> None:
-    """Refuse a folder that is another one for another rank. Called on all ranks."""
-    places = dist.everyones(saved and (saved["step"], saved["validated_step"]))
-    if any(place != places[0] for place in places):
-        raise UsageError(
-            f"--out {run} is not the same folder for all ranks: choose one on a file system "
-            "that all machines share"
         )
 
 
@@ -121,16 +116,15 @@ def start_from(net: torch.nn.Module, source: str) -> None:
     checkpoint.load_weights(trunk, checkpoint.trunk_weights(theirs), source)
 
 
-def run_identity_of(
-    cfg: Config, data: Data, loader: Loader, here: dist.Place, device: torch.device
-) -> dict[str, Any]:
+def run_identity_of(cfg: Config, loader: Loader, device: torch.device) -> dict[str, Any]:
     """What decides a run's numbers beside its config; goes into checkpoints."""
+    data, ranks = loader.data, dist.world()
     return {
         "fingerprint": loader.fingerprint,
         "data_fingerprint": data.fingerprint,
         "images": loader.images,
-        "global_batch": cfg.batch * here.world,
-        "ranks": here.world,
+        "global_batch": cfg.batch * ranks,
+        "ranks": ranks,
         "threads": torch.get_num_threads(),
         "device": machine.device_name(device),
         "torch": str(torch.__version__),

@@ -16,7 +16,7 @@ import yaml
 
 from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, RunError, UsageError
-from fastrot.core import DTYPES, Batch, Data, View
+from fastrot.core import DTYPES, Batch, Data
 from fastrot.data.keys import fold_of, held_out
 from fastrot.data.loader import Loader
 from fastrot.disk import locked, replace_bytes, write_atomically
@@ -27,13 +27,7 @@ from fastrot.speed.cost import step_cost
 from fastrot.speed.profile import Profile
 from fastrot.speed.timer import StepTimer
 from fastrot.training import budget, checkpoint, loop, report, resume
-from fastrot.training.device import (
-    check_fast_forms,
-    choose_device,
-    choose_precision,
-    choose_threads,
-    set_determinism,
-)
+from fastrot.training.device import check_fast_forms, choose, set_determinism
 from fastrot.training.journal import Journal
 from fastrot.training.state import Session, build, warm_up_ddp
 
@@ -46,19 +40,14 @@ def train(cfg: Config) -> int:
 
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
-    here = dist.place()
-    device = choose_device(cfg.device, here)
-    if (threads := choose_threads(cfg.threads, here, device)) is not None:
-        torch.set_num_threads(threads)
-    cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
-    cfg = resume.with_trunk(cfg)
-    check_fast_forms(cfg, here, device)
+    cfg, device = choose(resume.with_trunk(cfg))
+    check_fast_forms(cfg, dist.place(), device)
     runs = runs_of(cfg)
     for folder, _ in runs:
         _made(folder)
-    with contextlib.closing(PreemptionSignal()) as preemption, joined(here, device):
+    with contextlib.closing(PreemptionSignal()) as preemption, joined(device):
         for folder, each in runs:
-            _train_one(each, folder, here, device, preemption)
+            _train_one(each, folder, device, preemption)
     return 0
 
 
@@ -73,23 +62,19 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
     if checkpoint.of_run(run).exists():
         raise UsageError(f"--out {run} holds a run without --folds: use --out NEW")
     folders = [run / f"fold{fold}" for fold in range(cfg.folds)]
-    return [
-        (folder, dataclasses.replace(cfg, fold=fold, out=str(folder)))
-        for fold, folder in enumerate(folders)
-    ]
+    each = enumerate(folders)
+    return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for fold, path in each]
 
 
 @contextlib.contextmanager
 def joined(
-    here: dist.Place,
-    device: torch.device,
-    again: str = "the same command goes on from the last checkpoint",
+    device: torch.device, again: str = "the same command goes on from the last checkpoint"
 ) -> Iterator[None]:
     """Among the other processes, from here to the end; raises PeerLost where one of them is gone.
 
     `again`: what the same command does then.
     """
-    dist.start(here, device)
+    dist.start(dist.place(), device)
     together = False
     try:
         yield
@@ -117,32 +102,32 @@ def _made(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"--out {run} cannot be made ({error.strerror}): name another folder"
-        ) from error
+        why, way = error.strerror, "name another folder"
+        raise UsageError(f"--out {run} cannot be made ({why}): {way}") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise UsageError(f"--out {run} cannot be written: name a folder of your own")
 
 
 def _train_one(
-    cfg: Config, folder: Path, here: dist.Place, device: torch.device, preemption: PreemptionSignal
+    cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal
 ) -> None:
     with contextlib.ExitStack() as until_the_end:
-        if here.rank == 0:  # the one that writes
+        if dist.rank() == 0:  # the one that writes
             refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
             until_the_end.enter_context(locked(folder, refusal))
         begun = time.perf_counter()
         dist.barrier()  # all meet here: nobody writes while they read the checkpoint
         saved = resume.last_checkpoint(folder)
-        resume.check_one_folder(saved, folder)
-        if saved is not None:
-            resume.check_settings(saved, cfg, here, folder)
+        resume.check_settings(saved, cfg, folder)
         set_determinism(cfg)
         with _out_of_memory_told(cfg, device, None):
-            s = _built(cfg, folder, saved, begun, here, device)
+            s = _built(cfg, folder, saved, begun, device)
         with _out_of_memory_told(cfg, device, (s.state, s.loader.view, s.step_timer)):
             said = _begun_or_resumed(s)
-            with contextlib.closing(_journal(s)) as journal:
+            at = {"resumed_at": s.state.step, "validated_step": s.state.validated_step}
+            end = loop.last_step(s.state, cfg)
+            journal = Journal(folder, steps=end, tensorboard=cfg.tensorboard, **at)
+            with contextlib.closing(journal):
                 _write_setting(s)
                 journal.say(*report.greeting(s), *said, *resume.other_machine(s.saved, s.identity))
                 _trained(s, journal, preemption)
@@ -161,26 +146,20 @@ def _out_of_memory_told(cfg: Config, device: torch.device, built: Any) -> Iterat
 
 
 def _built(
-    cfg: Config,
-    folder: Path,
-    saved: dict[str, Any] | None,
-    begun: float,
-    here: dist.Place,
-    device: torch.device,
+    cfg: Config, folder: Path, saved: dict[str, Any] | None, begun: float, device: torch.device
 ) -> Session:
     """The parts of a run; refused where they are not those that were saved."""
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
     cfg = _with_statistics(cfg, data)
-    loader, val_loader = _loaders(cfg, data, folder, saved, here, device)
-    identity = resume.run_identity_of(cfg, data, loader, here, device)
-    if saved is not None:
-        resume.check_data(saved["run_identity"], identity, folder)
+    loader, val_loader = _loaders(cfg, data, folder, saved, device)
+    identity = resume.run_identity_of(cfg, loader, device)
+    resume.check_data(saved, identity, folder)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     state = build(cfg, info, budget.schedule_of(cfg, cfg.epochs or 1, len(loader)))
     identity |= {"method": state.method.resume_contract(), "classes": info.classes}
-    if saved is not None:
-        resume.check_method(saved["run_identity"], identity, folder)
-    elif source := cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method):
+    resume.check_method(saved, identity, folder)
+    source = cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method)
+    if saved is None and source:
         resume.start_from(state.method.net, source)
     timer = StepTimer(device)
     return Session(cfg, folder, saved, begun, loader, val_loader, state, identity, timer)
@@ -189,22 +168,15 @@ def _built(
 def _begun_or_resumed(s: Session) -> list[str]:
     """The state as the first step wants it; what is to be said of the run's length."""
     state = s.state
-    said = budget.set_length(state, s.cfg, s.saved, s.loader, s.val_loader)
+    said = budget.set_length(s)
     s.identity |= {"epochs": state.schedule.epochs, "steps": state.schedule.steps}
     state.method.set_schedule(state.schedule.epochs, state.schedule.begins)
-    if dist.world() > 1:
-        warm_up_ddp(state, next(iter(s.loader.epoch(0))))
+    warm_up_ddp(state, s.loader)
     if s.saved is not None:
         state.load_state_dict(s.saved)
         for part in ("net", "optimizer", "method"):
             del s.saved[part]  # or a second bank would stay in host memory to the end
     return said
-
-
-def _journal(s: Session) -> Journal:
-    end, at = loop.last_step(s.state, s.cfg), s.state.step
-    begun_at = {"resumed_at": at, "validated_step": s.state.validated_step}
-    return Journal(s.folder, steps=end, **begun_at, tensorboard=s.cfg.tensorboard)
 
 
 def _write_setting(s: Session) -> None:
@@ -222,24 +194,13 @@ def _write_setting(s: Session) -> None:
 def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None:
     """From the step at hand to the end; then rank 0 writes summary, page and last words."""
     state, left = s.state, loop.last_step(s.state, s.cfg) - s.state.step
-    shown = _shown(s) if dist.rank() == 0 else None
-    page = LivePage(s.folder, state.method, shown)
+    page = LivePage(s.folder, state.method, _shown(s) if dist.rank() == 0 else None)
     if s.cfg.profile and dist.rank() == 0 and left > 0:
         s.step_timer.around = Profile(state, s.folder / "profile", left, journal.say)
     least = step_cost(state.method, s.loader.view, s.cfg, state.device)
-    loop.fit(
-        state,
-        loop.Run(
-            s.loader,
-            s.val_loader,
-            journal,
-            s.cfg,
-            functools.partial(_save, s),
-            page.at_epoch,
-            preemption,
-            s.step_timer,
-        ),
-    )
+    save, timer = functools.partial(_save, s), s.step_timer
+    among = loop.Run(s.loader, s.val_loader, journal, s.cfg, save, page.at_epoch, preemption, timer)
+    loop.fit(state, among)
     if dist.rank() == 0:
         summary = report.summary(s, least)
         replace_bytes(s.folder / "summary.json", json.dumps(summary, indent=1).encode())
@@ -272,38 +233,22 @@ def _with_statistics(cfg: Config, data: Data) -> Config:
 
 
 def _loaders(
-    cfg: Config,
-    data: Data,
-    run: Path,
-    saved: dict[str, Any] | None,
-    here: dist.Place,
-    device: torch.device,
+    cfg: Config, data: Data, run: Path, saved: dict[str, Any] | None, device: torch.device
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
-    share = share_of_cores(here.local_world)
-
-    def opened(data: Data, view: View) -> Loader:
-        return assemble.open_loader(
-            data,
-            view,
-            batch=cfg.batch,
-            seed=cfg.seed,
-            rank=here.rank,
-            world=here.world,
-            device=device,
-            workers=share if cfg.workers is None else cfg.workers,
-            enlarge=cfg.enlarge,
-            on_bad_record=cfg.on_bad_record,
-        )
-
+    here = dist.place()
+    own = {name: getattr(cfg, name) for name in ("batch", "seed", "enlarge", "on_bad_record")}
+    own["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
+    opened = functools.partial(
+        assemble.open_loader, rank=here.rank, world=here.world, device=device, **own
+    )
     val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
         val, data_path = Path(cfg.val), Path(cfg.data or "")
         alike = val.suffix == data_path.suffix
         alike = alike and assemble.format_of(val) == assemble.format_of(data_path)
-        val_data = assemble.open_data(
-            cfg.val, cfg.loader if alike else "auto", knob="--val", placement=cfg.placement
-        )
+        reader = cfg.loader if alike else "auto"
+        val_data = assemble.open_data(cfg.val, reader, knob="--val", placement=cfg.placement)
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():
         path = files[name] = run / f"rows-{name}.npy"
@@ -352,13 +297,7 @@ def _shown(s: Session) -> Batch | None:
         rows = np.load(s.val_loader.view.rows)[rows]
     path = s.folder / "rows-shown.npy"
     _save_rows(path, rows)
-    few = assemble.open_loader(
-        s.val_loader.data,
-        assemble.evaluation_view(s.cfg, path),
-        batch=len(rows),
-        device=s.state.device,
-        workers=0,
-        enlarge=True,
-        on_bad_record=s.cfg.on_bad_record,
-    )
+    view, batch = assemble.evaluation_view(s.cfg, path), len(rows)
+    how = {"device": s.state.device, "enlarge": True, "on_bad_record": s.cfg.on_bad_record}
+    few = assemble.open_loader(s.val_loader.data, view, batch=batch, workers=0, **how)
     return next(iter(few.epoch(0)), None)

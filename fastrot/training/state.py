@@ -1,6 +1,7 @@
 """All that a step of training reads and writes: built, saved, restored."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import assemble, dist
 from fastrot.config import Config
-from fastrot.core import Batch, DataInfo, Method
+from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
 from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
@@ -97,11 +98,7 @@ class TrainState:
         self.meter.load_state_dict(state["meter"], self.device)
         self.progress = Progress(**state["progress"])
         checkpoint.set_random_state(state["rng"], self.device)
-        self._put_elsewhere()
-
-    def _put_elsewhere(self) -> None:
-        """What a step reads lies in other memory now: a recorded one would go on with the old."""
-        if self.graphed is not None:
+        if self.graphed is not None:  # what it reads lies in other memory now
             self.graphed.forget()
 
 
@@ -112,7 +109,7 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
     method.net.to(info.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainState(
         method=method,
-        net=assemble.wrapped(method.net, cfg, info.device),
+        net=wrapped(method.net, cfg, info.device),
         optimizer=sgd(method.net, cfg.optim, 0.0),
         schedule=schedule,
         device=info.device,
@@ -121,7 +118,30 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
     )
 
 
-def warm_up_ddp(state: TrainState, batch: Batch) -> None:
+def wrapped(net: torch.nn.Module, cfg: Config, device: torch.device) -> Any:
+    """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
+    if cfg.compile:
+        mode = None if cfg.compile_mode == "default" else cfg.compile_mode
+        # shapes are fixed in training; a second form in one process would else be compiled for any shape
+        net = torch.compile(net, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
+    if dist.world() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
+        ddp = torch.nn.parallel.DistributedDataParallel
+        # torch 2.14 renamed the option and warns of its old name
+        names = inspect.signature(ddp.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        # gradients lie where they are summed, so that none is copied there and back
+        net = ddp(net, device_ids=ids, gradient_as_bucket_view=True, **options)
+        if cfg.gradients == "bf16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            net.register_comm_hook(None, bf16_compress_hook)
+    return net
+
+
+def warm_up_ddp(state: TrainState, loader: Loader) -> None:
     """One forward and backward through DDP, forgotten again; before the first step of every start.
 
     DDP puts its gradients into other buckets after its first backward. The order of a sum over three or
@@ -130,6 +150,7 @@ def warm_up_ddp(state: TrainState, batch: Batch) -> None:
     """
     if dist.world() == 1:
         return
+    batch = next(iter(loader.epoch(0)))
     buffers = [(b, b.clone()) for b in state.method.net.buffers()]
     devices = [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices), state.autocast():
