@@ -29,9 +29,9 @@ AGAIN = "give the same command again"  # the way out where a process was lost
 def main(argv: list[str] | None = None) -> int:
     import tyro
 
-    run, name, rest = _words(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
     with entry.told_once():
-        if name is None:
+        if not words or not {"-h", "--help"}.isdisjoint(words[:2]):
             print("usage: evaluate.py RUN EVALUATION [any knob]\n")
             print(
                 "RUN is a run's folder, a checkpoint, or a folder of fold0, fold1, ... (--folds).\n"
@@ -39,21 +39,15 @@ def main(argv: list[str] | None = None) -> int:
             for word, (knobs, _) in EVALUATIONS.items():
                 print(f"  {word:<9} {(knobs.__doc__ or '').strip()}")
             return 0
+        known = ", ".join(EVALUATIONS)
+        if words[0].startswith("-") or len(words) < 2:
+            raise UsageError(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
+        run, name, *rest = words
+        if name not in EVALUATIONS:
+            raise UsageError(f"there is no evaluation {name!r}: choose one of {known}")
         knobs, evaluate = EVALUATIONS[name]
         wanted = tyro.cli(knobs, args=rest, prog=f"evaluate.py {run} {name}")
     return evaluate(run, wanted)
-
-
-def _words(argv: list[str]) -> tuple[str, str | None, list[str]]:
-    """RUN, the evaluation's name, and its knobs; the name is None where only help is asked for."""
-    if not argv or argv[0] in ("-h", "--help") or argv[1:2] in (["-h"], ["--help"]):
-        return "", None, []
-    known = ", ".join(EVALUATIONS)
-    if argv[0].startswith("-") or len(argv) < 2:
-        raise UsageError(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
-    if argv[1] not in EVALUATIONS:
-        raise UsageError(f"there is no evaluation {argv[1]!r}: choose one of {known}")
-    return argv[0], argv[1], argv[2:]
 
 
 # ---- rotation ----
@@ -109,9 +103,8 @@ def rotation(run: str, knobs: Rotation) -> int:
     for line in _cautions(answers, nets, data):
         print(line)
     if knobs.table is not None:
-        rotation_table.write(
-            knobs.table, rotation_table.RotationTable(answers.probabilities, fold, data.fingerprint)
-        )
+        table = rotation_table.RotationTable(answers.probabilities, fold, data.fingerprint)
+        rotation_table.write(knobs.table, table)
         print(f"written to {knobs.table}")
     return 0
 
@@ -139,22 +132,16 @@ def _asked(nets, knobs: Rotation, data: "Data", fold: "np.ndarray", here, device
     from fastrot.evals.rotation import Answers, ask
     from fastrot.evals.trained import trained_method
 
-    share = entry.share_of_cores(here.local_world)
+    workers = entry.share_of_cores(here.local_world) if knobs.workers is None else knobs.workers
+    how: dict[str, Any] = {"rank": here.rank, "world": here.world, "device": device}
+    how |= {"workers": workers, "on_bad_record": knobs.on_bad_record}
     answers = Answers.none_yet(data.rows)
     with _counted(data.rows, here.rank) as count:
         for number, net in enumerate(nets):
             with _rows_file(fold, number) as rows:
-                loader = assemble.open_loader(
-                    data,
-                    assemble.evaluation_view(net.cfg, rows),
-                    batch=knobs.batch or net.cfg.batch,
-                    rank=here.rank,
-                    world=here.world,
-                    device=device,
-                    workers=share if knobs.workers is None else knobs.workers,
-                    enlarge=net.cfg.enlarge,
-                    on_bad_record=knobs.on_bad_record,
-                )
+                view = assemble.evaluation_view(net.cfg, rows)
+                how["batch"] = knobs.batch or net.cfg.batch
+                loader = assemble.open_loader(data, view, enlarge=net.cfg.enlarge, **how)
             method = trained_method(net.source, device)
             ask(method, loader, answers, lambda pictures: count(pictures * here.world))
     return answers.of_all_ranks()
@@ -212,9 +199,8 @@ def _cautions(answers: "Answers", nets: "list[Trained]", data: "Data") -> list[s
         lines.append(
             "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"
         )
-    if len(nets) > 1 and (
-        begun := next((n.cfg.start_from for n in nets if n.cfg.start_from), None)
-    ):
+    begun = next((net.cfg.start_from for net in nets if net.cfg.start_from), None)
+    if len(nets) > 1 and begun:
         lines.append(
             f"these nets began with the weights of {begun}: if it was trained on these pictures, no net is one that "
             "never saw them\n"

@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = config.resolved(cfg)
     if cfg.data is None:
         raise UsageError("--data is missing: name a .beton file, an image folder, or synthetic")
-    from fastrot.training.session import (
-        train,  # torch is imported here: a wrong knob is told before that
-    )
+    from fastrot.training.session import train  # and torch with it: a wrong knob is told before
 
     return train(cfg)
 
@@ -38,25 +36,14 @@ def command_line(argv: list[str]) -> Config:
         config.refuse_old_knobs(argv)
         file, rest = _config_file(argv)
         if file is not None:
-            return tyro.cli(
-                Config,
-                default=read_config(file),
-                args=rest,
-                prog="train.py --config FILE",
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            own = {"default": read_config(file), "config": (tyro.conf.AvoidSubcommands,)}
+            return tyro.cli(Config, args=rest, prog="train.py --config FILE", **own)
         if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
             near = difflib.get_close_matches(argv[0], PRESETS, n=1)
-            raise UsageError(
-                f"there is no preset {argv[0]!r}: "
-                + (f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}")
-            )
+            way = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+            raise UsageError(f"there is no preset {argv[0]!r}: {way}")
         presets = {name: ((make.__doc__ or "").strip(), make()) for name, make in PRESETS.items()}
-        return tyro.extras.overridable_config_cli(
-            presets,
-            args=argv,
-            prog="train.py",
-        )
+        return tyro.extras.overridable_config_cli(presets, args=argv, prog="train.py")
 
 
 def _config_file(argv: list[str]) -> tuple[Path | None, list[str]]:

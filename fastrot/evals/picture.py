@@ -6,17 +6,15 @@ the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastrot.disk import replace_bytes
-
-if TYPE_CHECKING:
-    from PIL import Image, ImageFont
 
 RIGHT, WRONG, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
@@ -50,8 +48,6 @@ def rotated_sheet(
 
     `overall` is the accuracy on the whole hold-out.
     """
-    from PIL import Image, ImageDraw
-
     if guesses is None:
         title, body = "Held-out photographs", _contact(images)
         words = "Some of those that the net is judged on"
@@ -79,9 +75,7 @@ def legible(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
 
 
-def _turned(images: UInt8[Tensor, "n s s 3"], answer: Said) -> "Image.Image":
-    from PIL import Image, ImageDraw
-
+def _turned(images: UInt8[Tensor, "n s s 3"], answer: Said) -> Image.Image:
     plain, bold, high = _font(15), _font(15, bold=True), SIDE + 36
     sheet = Image.new("RGB", (4 * (SIDE + GAP) - GAP, 30 + len(images) * high), "white")
     draw = ImageDraw.Draw(sheet)
@@ -103,9 +97,7 @@ def _turned(images: UInt8[Tensor, "n s s 3"], answer: Said) -> "Image.Image":
     return sheet
 
 
-def _contact(images: UInt8[Tensor, "n s s 3"]) -> "Image.Image":
-    from PIL import Image
-
+def _contact(images: UInt8[Tensor, "n s s 3"]) -> Image.Image:
     cell, rows = SIDE + GAP, -(-len(images) // 4)
     sheet = Image.new("RGB", (4 * cell - GAP, rows * cell), "white")
     for i, image in enumerate(images.cpu().numpy()):
@@ -113,10 +105,8 @@ def _contact(images: UInt8[Tensor, "n s s 3"]) -> "Image.Image":
     return sheet
 
 
-def _badge(guess: int, colour: str) -> "Image.Image":
+def _badge(guess: int, colour: str) -> Image.Image:
     """A disc of 40 pixels with an arrow: drawn upright, four times as large, rotated as a picture is."""
-    from PIL import Image, ImageDraw
-
     large = Image.new("RGBA", (160, 160))
     draw = ImageDraw.Draw(large)
     draw.ellipse((4, 4, 156, 156), fill=colour, outline="white", width=8)
@@ -124,17 +114,14 @@ def _badge(guess: int, colour: str) -> "Image.Image":
     return large.rotate(90 * guess).resize((40, 40), Image.Resampling.LANCZOS)
 
 
-def _sized(image: np.ndarray, side: int) -> "Image.Image":
-    from PIL import Image
-
+def _sized(image: np.ndarray, side: int) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(image))
     return picture.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _font(size: int, *, bold: bool = False) -> "ImageFont.FreeTypeFont":
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which every matplotlib brings along: the machine may have no fonts."""
     import matplotlib
-    from PIL import ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(folder / f"DejaVuSans{'-Bold' if bold else ''}.ttf", size)

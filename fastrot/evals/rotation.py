@@ -31,9 +31,7 @@ def rotation_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | N
 class Answers:
     """What nets said of the rows of a data set; zeros where nothing was asked, or a picture cannot be read."""
 
-    probabilities: Float32[
-        np.ndarray, "rows 4 4"
-    ]  # row, rotation it was given, rotation the net says
+    probabilities: Float32[np.ndarray, "rows 4 4"]  # row, rotation given, rotation the net says
     right: UInt8[np.ndarray, "rows 4"]  # 1: the likeliest is the rotation that it was given
     asked: UInt8[np.ndarray, " rows"]
 

@@ -64,26 +64,12 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
     path = checkpoint.of_run(run)
     state = checkpoint.load(path)
     cfg, known = config.from_plain(state["config"]), state["run_identity"]
-    cfg = dataclasses.replace(
-        cfg, method=assemble.METHODS[type(cfg.method)].for_inference(cfg.method)
-    )
-    built = assemble.method(
-        cfg,
-        DataInfo(
-            images=1,
-            rows=None,
-            data_rows=1,
-            data_fingerprint="",
-            classes=known.get("classes", 0),
-            mean=cfg.mean,
-            std=cfg.std,
-            size=cfg.method.crop.size,
-            seed=cfg.seed,
-            device=device,
-            dtype=torch.float32,
-            fingerprint=known["fingerprint"],
-        ),
-    )
+    kind = assemble.METHODS[type(cfg.method)]
+    cfg = dataclasses.replace(cfg, method=kind.for_inference(cfg.method))
+    none = {"images": 1, "rows": None, "data_rows": 1, "data_fingerprint": ""}
+    own = {"mean": cfg.mean, "std": cfg.std, "size": cfg.method.crop.size, "seed": cfg.seed}
+    own |= {"classes": known.get("classes", 0), "fingerprint": known["fingerprint"]}
+    built = assemble.method(cfg, DataInfo(**none, **own, device=device, dtype=torch.float32))
     checkpoint.load_weights(built.net, state["net"], str(path))
     built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return built

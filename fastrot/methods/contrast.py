@@ -29,24 +29,14 @@ class Contrast:
     def __init__(self, cfg: Any, info: DataInfo, *, wants_z: bool | None = None):
         self.cfg, self.info = cfg, info
         self.wants_z = cfg.contrast == "nce" if wants_z is None else wants_z
-        self.bank = Bank(
-            info,
-            cfg.dim,
-            dtype=DTYPES[cfg.bank_dtype],
-            sharded=cfg.bank == "sharded",
-            momentum=cfg.bank_momentum,
-        )
+        kind = {"dtype": DTYPES[cfg.bank_dtype], "sharded": cfg.bank == "sharded"}
+        self.bank = Bank(info, cfg.dim, **kind, momentum=cfg.bank_momentum)
         self.mean_exp = torch.full((), torch.nan, device=info.device)
 
     def negatives(self, batch: Batch) -> Tensor | Draw:
         """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
-        return Draw(
-            self.cfg.negatives,
-            self.info.seed,
-            batch.index,
-            batch.epoch_step[1],
-            exclude_self=self.cfg.exclude_self,
-        )
+        cfg, seed, step = self.cfg, self.info.seed, batch.epoch_step[1]
+        return Draw(cfg.negatives, seed, batch.index, step, exclude_self=cfg.exclude_self)
 
     def before_first_step(self, features: Float[Tensor, "b d"], batch: Batch) -> None:
         """Z, from the first batch of all ranks."""
@@ -94,8 +84,8 @@ class Contrast:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        names = {name for name in state if name.startswith("bank.")}
-        self.bank.load_state_dict({name.removeprefix("bank."): state[name] for name in names})
+        bank = {k.removeprefix("bank."): v for k, v in state.items() if k.startswith("bank.")}
+        self.bank.load_state_dict(bank)
         if self.wants_z:
             each = state["mean_exp"].to(self.mean_exp.device)
             own = each[dist.rank()] if len(each) == dist.world() else each.mean()

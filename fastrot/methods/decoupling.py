@@ -19,16 +19,14 @@ from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.contrast import Contrast
 from fastrot.methods.rotation_table import pu_weights, read
 from fastrot.methods.rotnet import HEADLINE, ROTATIONS, rotation_labels
-from fastrot.methods.scores import classification_scores, wide
+from fastrot.methods.scores import Scores, classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
 
 class Parts(NamedTuple):
     """What the net makes of 4 B views; None: nothing asks for it."""
 
-    logits: (
-        Float[Tensor, "v 4"] | None
-    )  # of the four rotations, from the first half of the features
+    logits: Float[Tensor, "v 4"] | None  # of the rotations, from the first half of the features
     other: Float[Tensor, "v h"]  # the second half
     embedding: (
         Float[Tensor, "b d"] | None
@@ -61,7 +59,8 @@ class DecouplingNet(nn.Module):
         embedding = None
         if self.embed is not None:
             # guarded: the original divides a zero vector by its length of zero
-            embedding = F.normalize(wide(self.embed(_mean_over_rotations(other))), dim=1, eps=1e-12)
+            mean = wide(other).unflatten(0, (-1, len(ROTATIONS))).mean(dim=1)
+            embedding = F.normalize(wide(self.embed(mean)), dim=1, eps=1e-12)
         return Parts(logits, other, embedding)
 
 
@@ -77,9 +76,8 @@ class Decoupling(Method):
             self.headline = Headline(title="Spread over rotations", score="loss")
         self.contrast: Contrast | None = None
         if _has_bank(cfg):
-            self.contrast = Contrast(
-                cfg, info, wants_z=cfg.lambda_nce > 0 and cfg.contrast == "nce"
-            )
+            wants_z = cfg.lambda_nce > 0 and cfg.contrast == "nce"
+            self.contrast = Contrast(cfg, info, wants_z=wants_z)
         self.weights, self.pu_epoch, self.table_digest = None, cfg.pu_from, None
         if cfg.pu_table is not None:
             table = read(cfg.pu_table, rows=info.data_rows, fingerprint=info.data_fingerprint)
@@ -104,15 +102,8 @@ class Decoupling(Method):
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
-        info = self.info
-        return rotated_views(
-            batch.images,
-            ROTATIONS,
-            info.mean,
-            info.std,
-            dtype=info.dtype,
-            space_to_depth=self.space_to_depth,
-        )
+        info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
+        return rotated_views(batch.images, ROTATIONS, info.mean, info.std, **how)
 
     def before_first_step(self, outputs: Parts, batch: Batch) -> None:
         if self.contrast is not None and outputs.embedding is not None:
@@ -138,7 +129,7 @@ class Decoupling(Method):
                 terms["loss_proximal"] = self.cfg.proximal * apart.mean()
         return Losses(terms, metrics)
 
-    def score(self, outputs: Parts, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    def score(self, outputs: Parts, batch: Batch) -> Scores:
         """prec_rot and loss_rot of the rotation head; prec_inv and loss_inv of the same head on the other half.
 
         prec_inv should stay at chance: the other half holds nothing that this head can read. Without a
@@ -198,10 +189,6 @@ class Decoupling(Method):
 
 def _has_bank(cfg: config.Decoupling) -> bool:
     return cfg.lambda_nce > 0 or cfg.proximal > 0
-
-
-def _mean_over_rotations(other: Float[Tensor, "v h"]) -> Float[Tensor, "b h"]:
-    return wide(other).unflatten(0, (-1, len(ROTATIONS))).mean(dim=1)
 
 
 def _spread(other: Float[Tensor, "v h"]) -> Float[Tensor, " b"]:

@@ -9,7 +9,7 @@ from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
-from fastrot.methods.scores import classification_scores, wide
+from fastrot.methods.scores import Scores, classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
 ROTATIONS = (0, 1, 2, 3)  # times 90 degrees counter-clockwise; the label of a view is its rotation
@@ -27,24 +27,15 @@ class RotNet(Method):
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
-        info = self.info
-        return rotated_views(
-            batch.images,
-            ROTATIONS,
-            info.mean,
-            info.std,
-            dtype=info.dtype,
-            space_to_depth=self.space_to_depth,
-        )
+        info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
+        return rotated_views(batch.images, ROTATIONS, info.mean, info.std, **how)
 
     def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
         rotation = rotation_labels(outputs)
         right = (outputs.argmax(dim=1) == rotation).float().mean()
         return Losses({"loss_cls": F.cross_entropy(wide(outputs), rotation)}, {"accuracy": right})
 
-    def score(
-        self, outputs: Float[Tensor, "v 4"], batch: Batch
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def score(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Scores:
         return classification_scores(outputs, rotation_labels(outputs))
 
     @staticmethod

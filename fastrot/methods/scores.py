@@ -5,15 +5,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+Scores = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), each 0-d
+
 
 def wide(outputs: Tensor) -> Tensor:
     """float32 at least: half precision widened, float64 kept."""
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def classification_scores(
-    logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def classification_scores(logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]) -> Scores:
     """Cross-entropy and top-1 accuracy as (sum, count), in float32: counts of pictures stay exact to 2**24."""
     count = torch.full((), float(len(label)), device=logits.device)  # torch.tensor would wait
     return {

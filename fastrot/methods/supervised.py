@@ -9,7 +9,7 @@ from fastrot import config
 from fastrot.backbones.heads import Classifier
 from fastrot.backbones.staged import Staged
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
-from fastrot.methods.scores import classification_scores, wide
+from fastrot.methods.scores import Scores, classification_scores, wide
 from fastrot.ops.rotate import rotated_views
 
 
@@ -25,22 +25,13 @@ class Supervised(Method):
 
     @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
-        info = self.info
-        return rotated_views(
-            batch.images,
-            (0,),
-            info.mean,
-            info.std,
-            dtype=info.dtype,
-            space_to_depth=self.space_to_depth,
-        )
+        info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
+        return rotated_views(batch.images, (0,), info.mean, info.std, **how)
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:
         right = (outputs.argmax(dim=1) == batch.label).float().mean()
         loss = F.cross_entropy(wide(outputs), batch.label)
         return Losses({"loss_cls": loss}, {"accuracy": right})
 
-    def score(
-        self, outputs: Float[Tensor, "b k"], batch: Batch
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def score(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Scores:
         return classification_scores(outputs, batch.label)

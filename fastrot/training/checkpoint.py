@@ -14,11 +14,7 @@ from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
 VERSION = 3  # of the file's keys
-RENAMED = {  # keys of version 2, which is read too, and what they are called now
-    "judged": "validated_step",
-    "story": "progress",
-    "facts": "run_identity",
-}
+RENAMED = {"judged": "validated_step", "story": "progress", "facts": "run_identity"}  # version 2's
 
 
 def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
@@ -140,28 +136,26 @@ def set_random_state(states: list[dict[str, Tensor]], device: torch.device) -> N
 
 def all_finite(tensors: list[Tensor]) -> bool:
     """Whether every number is finite. Waits for the device."""
-    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
     sums: dict[torch.device, list[Tensor]] = {}  # a bank that was gathered lies in host memory
-    for t in floats:
-        sums.setdefault(t.device, []).append(t.detach().float().abs().sum())
+    for each in tensors:
+        if each.is_floating_point() and each.numel():
+            sums.setdefault(each.device, []).append(each.detach().float().abs().sum())
     return all(bool(torch.isfinite(torch.stack(each)).all()) for each in sums.values())
 
 
 def load_weights(net: nn.Module, weights: dict[str, Tensor], name: str) -> None:
     """Put weights into a net of the same keys and shapes, or say in one sentence what does not fit."""
-    mine = net.state_dict()
-    missing = sorted(set(mine) - set(weights))
-    spare = sorted(set(weights) - set(mine))
-    other = [k for k in mine if k in weights and mine[k].shape != weights[k].shape]
+    mine = {name: list(each.shape) for name, each in net.state_dict().items()}
+    missing, spare = sorted(mine.keys() - weights.keys()), sorted(weights.keys() - mine.keys())
     if missing or spare:
         raise UsageError(
             f"{name} has other layers than this net (missing {missing[:2]}, unknown {spare[:2]}): "
             "use the --backbone and method it was trained with"
         )
-    if other:
-        key = other[0]
-        raise UsageError(
-            f"{name} does not fit: {key} is {list(weights[key].shape)}, this net's is "
-            f"{list(mine[key].shape)}; use the --image-size and --backbone.width it was trained with"
-        )
+    for key, shape in mine.items():
+        if (found := list(weights[key].shape)) != shape:
+            raise UsageError(
+                f"{name} does not fit: {key} is {found}, this net's is {shape}; use the --image-size and "
+                "--backbone.width it was trained with"
+            )
     net.load_state_dict(weights)

@@ -70,34 +70,22 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         check_apex()
     if not cfg.graph:
         return
-    hindrances = (
+    fp16, apex = cfg.precision == "fp16", cfg.optim.kernel == "apex"
+    reference = os.environ.get("FASTROT_OPS") == "reference"
+    unsure = "nobody has compared the bits that --deterministic promises with a graph's"
+    hindrances = (  # whether there is one, why, and the way out beside leaving --graph out
         (device.type != "cuda", "this run is on a CPU", ""),
-        (here.world > 1, f"there are {here.world} processes", "start one alone, or "),
-        (
-            cfg.precision == "fp16",
-            "--precision fp16 looks at its gradients in each step",
-            "use --precision bf16, or ",
-        ),
-        (
-            cfg.optim.kernel == "apex",
-            "--optim.kernel apex has no rate that a graph can read",
-            "use --optim.kernel torch, or ",
-        ),
-        (
-            os.environ.get("FASTROT_OPS") == "reference",
-            "FASTROT_OPS=reference has forms that wait for the GPU",
-            "unset it, or ",
-        ),
-        (
-            cfg.deterministic,
-            "nobody has compared the bits that --deterministic promises with a graph's",
-            "leave out --deterministic, or ",
-        ),
+        (here.world > 1, f"there are {here.world} processes", "start one alone"),
+        (fp16, "--precision fp16 looks at its gradients in each step", "use --precision bf16"),
+        (apex, "--optim.kernel apex has no rate that a graph can read", "use --optim.kernel torch"),
+        (reference, "FASTROT_OPS=reference has forms that wait for the GPU", "unset it"),
+        (cfg.deterministic, unsure, "leave out --deterministic"),
     )
     for holds, reason, way in hindrances:
         if holds:
+            ways = ", or ".join(each for each in (way, "leave --graph out") if each)
             raise UsageError(
-                f"--graph records the step of one process on a GPU, but {reason}: {way}leave --graph out"
+                f"--graph records the step of one process on a GPU, but {reason}: {ways}"
             )
 
 

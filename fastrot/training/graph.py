@@ -104,12 +104,8 @@ def _tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def _room_for(batch: Batch) -> Batch:
-    return Batch(
-        tuple(torch.empty_like(crop) for crop in batch.crops),
-        torch.empty_like(batch.index),
-        torch.empty_like(batch.label),
-        torch.empty_like(batch.epoch_step),
-    )
+    *crops, index, label, epoch_step = map(torch.empty_like, _tensors(batch))
+    return Batch(tuple(crops), index, label, epoch_step)
 
 
 def _alike(batch: Batch, other: Batch) -> bool:

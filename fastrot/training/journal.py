@@ -92,17 +92,11 @@ class Journal:
 
             self._board = SummaryWriter(str(run / "tb"), purge_step=resumed_at + 1)
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._task = self._bar.add_task(
-                "training", total=steps, completed=resumed_at, figures=""
-            )
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+            columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=self.console)
+            about: dict[str, Any] = {"total": steps, "completed": resumed_at, "figures": ""}
+            self._task = self._bar.add_task("training", **about)
             self._bar.start()
 
     def say(self, *lines: str) -> None:
@@ -150,10 +144,8 @@ class Journal:
             text = f"validation {_describe(line, 'val_')}"
             self.say(f"step {line['step']}  epoch {line['epoch']}  {text}")
             return
-        figures = (
-            f"{_describe(line)}  {line['images_per_s']:.0f} images/s  "
-            f"waiting for data {line['wait_share']:.1%}"
-        )
+        speed, waited = f"{line['images_per_s']:.0f} images/s", f"{line['wait_share']:.1%}"
+        figures = f"{_describe(line)}  {speed}  waiting for data {waited}"
         if self._bar is not None:
             self._bar.update(self._task, figures=figures)
         else:
@@ -173,13 +165,13 @@ def _describe(line: dict[str, Any], prefix: str = "") -> str:
     shown = ["loss", "accuracy"]
     if len(terms) > 1:  # accuracy is one of these precisions
         shown = ["loss", *terms] if any(k.startswith("prec_") for k in terms) else [*shown, *terms]
-    return "  ".join(
-        f"{name} {values[name]:.1%}"
-        if name == "accuracy" or name.startswith("prec_")
-        else f"{name} {values[name]:.4f}"
-        for name in shown
-        if name in values
+    shares = {k for k in values if k == "accuracy" or k.startswith("prec_")}
+    figures = (
+        f"{k} {values[k]:.1%}" if k in shares else f"{k} {values[k]:.4f}"
+        for k in shown
+        if k in values
     )
+    return "  ".join(figures)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -199,13 +191,11 @@ def _cut_back(path: Path, step: int, validated_step: int):
 
     A line that --max-steps alone brought about is marked `partial`, and goes when the run goes on.
     """
-    kept = [
-        line
-        for line in read_lines(path)
-        if step and line["step"] <= (validated_step if "val_loss" in line else step)
-    ]
-    kept = [line for line in kept if not line.get("partial")]
-    replace_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    kept = []
+    for line in read_lines(path) if step else ():
+        if line["step"] <= (validated_step if "val_loss" in line else step):
+            kept += [] if line.get("partial") else [json.dumps(line) + "\n"]
+    replace_bytes(path, "".join(kept).encode())
     return path.open("a", encoding="utf-8")
 
 

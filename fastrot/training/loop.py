@@ -194,9 +194,8 @@ class _Fit:
         """Validation, checkpoint, page."""
         state, judged = self.state, self.run.val_loader is not None
         epochs, inside = divmod(state.step, self.batches)
-        due = state.step == state.schedule.steps or (
-            inside == 0 and epochs % self.cfg.validate_every == 0
-        )
+        due = inside == 0 and epochs % self.cfg.validate_every == 0
+        due = due or state.step == state.schedule.steps
         if judged and (due or state.step == self.end):
             line = {"step": state.step, "epoch": epochs - (inside == 0)}
             state.progress.val = self.validated(line | ({} if due else {"partial": True}))
@@ -206,7 +205,7 @@ class _Fit:
         state.validated_step = state.step
         self.save(best=best)
         if state.step < self.end:
-            self.end_if_warned()
+            self.save_if_warned(saved=True)
         self.run.at_epoch()
 
     def validated(self, line: dict[str, Any]) -> dict[str, float]:
@@ -217,22 +216,17 @@ class _Fit:
 
     # ---- warnings ----
 
-    def save_if_warned(self) -> None:
+    def save_if_warned(self, *, saved: bool = False) -> None:
         """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
-        if not dist.highest(self.run.preemption.got):
-            return
-        self.timer.stop()
-        if self.state.step:
-            self.state.method.net.train()
-            self.save()
-        self.end_if_warned()
-
-    def end_if_warned(self) -> None:
         number, state = dist.highest(self.run.preemption.got), self.state
         if not number:
             return
-        name = signal.Signals(number).name
+        if state.step and not saved:
+            self.timer.stop()
+            state.method.net.train()
+            self.save()
         where = f"saved at step {state.step}" if state.step else "ended before the first step"
+        name = signal.Signals(number).name
         sentence = f"{name}: {where} of {state.schedule.steps}; the same command goes on there"
         self.run.journal.say(sentence)
         raise Preempted(number, sentence)
@@ -272,10 +266,10 @@ class _Fit:
         if finite:
             return
         last = self.run.journal.run / "checkpoints" / "last.pt"
-        good = f"the last good checkpoint is {last}"
+        kept = f"the last good checkpoint is {last}"
         raise RunError(
             f"the loss or a weight is not finite at step {self.state.step}; "
-            f"{good if last.exists() else 'there is no checkpoint yet'}: "
+            f"{kept if last.exists() else 'there is no checkpoint yet'}: "
             "start again with a smaller --lr, or --precision fp32"
         )
 

@@ -37,7 +37,13 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
     groups = parameter_groups(net, cfg)
     rule: dict[str, Any] = {"momentum": cfg.momentum, "nesterov": cfg.nesterov and cfg.momentum > 0}
     if cfg.kernel == "apex":
-        return _of_apex(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
+        try:
+            return check_apex()(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
+        except RuntimeError as error:  # as it says where its extensions were not built
+            raise UsageError(
+                f"--optim.kernel apex, but it cannot be used here ({error}): build it with its CUDA extensions, "
+                "or use --optim.kernel torch"
+            ) from error
     learning = [p for group in groups for p in group["params"]]
     if fused is None:
         fused = all(p.is_cuda for p in learning)
@@ -60,11 +66,11 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     Waits for the device where the rate is a tensor.
     """
     state = optimizer.state_dict()
-    groups = [
-        {name: v.item() if isinstance(v, Tensor) else v for name, v in group.items()}
-        for group in state["param_groups"]
+    groups = state["param_groups"]
+    plain = [
+        {k: v.item() if isinstance(v, Tensor) else v for k, v in each.items()} for each in groups
     ]
-    return {**state, "param_groups": groups}
+    return {**state, "param_groups": plain}
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -90,17 +96,6 @@ def check_apex() -> Callable[..., Optimizer]:
         ) from None
 
 
-def _of_apex(groups: list[dict], **settings: Any) -> Optimizer:
-    kind = check_apex()
-    try:
-        return kind(groups, **settings)
-    except RuntimeError as error:  # as it says where its extensions were not built
-        raise UsageError(
-            f"--optim.kernel apex, but it cannot be used here ({error}): build it with its CUDA extensions, "
-            "or use --optim.kernel torch"
-        ) from error
-
-
 @dataclass(frozen=True)
 class LRSchedule:
     """The learning rate of each step of a run.
@@ -117,16 +112,14 @@ class LRSchedule:
 
     def __call__(self, step: int) -> float:
         """Rate of a 0-based step."""
-        first = self.schedule.table[0][1]
-        share = min(1.0, step / self.steps)
-        if self.schedule.kind == "table":
+        plan, first = self.schedule, self.schedule.table[0][1]
+        rate, share = first, min(1.0, step / self.steps)
+        if plan.kind == "table":
             rate = self.of_epoch(step // self.batches)
-        elif self.schedule.kind == "cosine":
-            rate = first * self._between(0.5 * (1 + math.cos(math.pi * share)))
-        elif self.schedule.kind == "linear":
-            rate = first * self._between(1 - share)
-        else:
-            rate = first
+        elif plan.kind == "cosine":
+            rate = first * (plan.last + (1 - plan.last) * (0.5 * (1 + math.cos(math.pi * share))))
+        elif plan.kind == "linear":
+            rate = first * (plan.last + (1 - plan.last) * (1 - share))
         warm = self.schedule.warmup * self.batches  # steps
         if step + 1 < warm:
             rate *= (step + 1) / warm
@@ -148,9 +141,8 @@ class LRSchedule:
     def describe(self) -> Iterable[str]:
         """The schedule as it will run, a line a change."""
         if self.schedule.kind != "table":
-            shape = {"constant": "stays there"}.get(
-                self.schedule.kind, f"falls ({self.schedule.kind}) over {self.steps} steps"
-            )
+            falls = f"falls ({self.schedule.kind}) over {self.steps} steps"
+            shape = "stays there" if self.schedule.kind == "constant" else falls
             yield f"learning rate begins at {self(0):g} and {shape}"
             return
         scale = 1.0 if self.lr is None else self.lr / self.schedule.table[0][1]
@@ -160,10 +152,6 @@ class LRSchedule:
                 yield f"learning rate {self.of_epoch(begin) * scale:g} in epochs {begin} to {epoch - 1}"
                 begin = epoch
 
-    def _between(self, share: float) -> float:
-        return self.schedule.last + (1 - self.schedule.last) * share
-
     def _lengths(self) -> tuple[int, int]:
-        if self.schedule.as_published:
-            return 1, 1
-        return self.schedule.epochs, self.epochs
+        plan = self.schedule
+        return (1, 1) if plan.as_published else (plan.epochs, self.epochs)
