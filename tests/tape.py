@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastrot.core import Losses
+from fastrot.training.graph import Cuda
 
 ASKS = torch.ops.aten._local_scalar_dense.default  # .item(), bool(), int()
 OF_HOST = torch.ops.aten.lift_fresh.default  # torch.tensor(...) of numbers
@@ -56,8 +57,8 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-class TapeRecorder:
-    """fastrot.training.graph's Recorder, with what became of it."""
+class TapeRecorder(Cuda):
+    """What records and plays in fastrot.training.graph, with what became of it."""
 
     def __init__(self, *_):
         self.done: list[str] = []

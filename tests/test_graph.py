@@ -16,7 +16,7 @@ from fastrot.methods.contrast import EMA
 from fastrot.methods.decoupling import Decoupling
 from fastrot.training import device as devices
 from fastrot.training import loop, session
-from fastrot.training.graph import WARM_UP, Graphed, Recorder
+from fastrot.training.graph import WARM_UP, Graphed
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.state import TrainState
@@ -109,10 +109,6 @@ def test_a_played_run_is_the_run(name):
     assert steps(plain) == steps(played)
     assert_same(plain, played)
     assert done(played) == ["aside"] * WARM_UP + ["record"] + ["play"] * (STEPS - WARM_UP)
-
-
-def test_a_stand_in_is_a_recorder():
-    assert isinstance(TapeRecorder(), Recorder)
 
 
 @pytest.mark.parametrize("stop", [5, WARM_UP, 20])

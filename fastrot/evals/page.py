@@ -8,6 +8,7 @@ import json
 import math
 import time
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#57606a"
 TERMS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # with blue and red: Okabe and Ito's colours
 POINTS = 400  # of a curve: more cannot be told apart at this size
+TEMPLATE = Path(__file__).with_suffix(".template")
 CURVES = ("accuracy", "loss", "throughput", "filters")
 
 
@@ -274,7 +276,7 @@ def _page(log: RunLog, stage: str) -> str:
     if seconds is not None:
         tiles.append(("Training time", _duration(seconds), "without validation"))
     verdict = log.summary.get("verdict")
-    return PAGE.format(
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=text(str(log.config.get("preset", log.run.name))),
         state=state if log.summary else f"{state} · still training",
         tiles="".join(f"<div><h2>{k}</h2><b>{v}</b><p>{note}</p></div>" for k, v, note in tiles),
@@ -311,50 +313,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{name} · fastrot</title>
-<style>
-:root {{ color-scheme: light; background: #fff; color: #1f2328; font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif }}
-body {{ max-width: 940px; margin: 40px auto; padding: 0 24px; overflow-wrap: anywhere }}
-h1 {{ font-size: 26px; margin: 0 }}
-h3 {{ font-size: 18px; margin: 28px 0 10px }}
-.state, .tiles h2, .tiles p, footer {{ color: #57606a; font-size: 13px; font-weight: normal; margin: 0 }}
-.tiles {{ display: flex; flex-wrap: wrap; gap: 12px 44px; margin: 28px 0 20px }}
-.tiles b {{ font-size: 28px; font-weight: 600 }}
-.tiles i {{ font-style: normal; font-weight: 400; color: #7a828c }}
-.verdict {{ border-left: 3px solid #0072B2; padding: 2px 14px; margin: 0 }}
-.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 24px; margin: 32px 0 20px -8px }}
-img {{ display: block; max-width: 100% }}
-.turned {{ margin-left: -22px }}
-pre {{ background: #f6f8fa; padding: 12px 14px; overflow-x: auto }}
-pre, code, table {{ font-size: 13px }}
-summary {{ cursor: pointer; font-weight: 600; margin-top: 12px }}
-table {{ border-collapse: collapse; margin: 8px 0 20px }}
-th, td {{ text-align: left; vertical-align: top; padding: 3px 24px 3px 0; border-bottom: 1px solid #eceef1 }}
-th {{ font-weight: normal; color: #57606a; overflow-wrap: normal }}
-footer {{ margin-top: 36px }}
-</style>
-<h1>{name}</h1>
-<p class="state">{state}</p>
-<div class="tiles">{tiles}</div>
-{verdict}
-<div class="curves">{curves}</div>
-{rotated}
-<h3>Go on from here</h3>
-<p>The command that began this run, typed again, goes on from its last checkpoint. The trained net, in Python:</p>
-<pre>import fastrot
-
-net = fastrot.load({quoted})
-features = net.features(images, stage="{stage}")</pre>
-<p>The curves in TensorBoard: <code>tensorboard --logdir {run}/tb</code></p>
-{config}
-{environment}
-<footer>{footer}</footer>
-</html>
-"""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,11 @@ def ask(
         asked(len(rows))
 
 
-@contextlib.contextmanager
-def exactly() -> Iterator[None]:
+def exactly() -> contextlib.AbstractContextManager[None]:
     """Convolutions in full float32, by algorithms that give the same bits each time."""
-    with torch.backends.cudnn.flags(
+    return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
-        yield
+    )
 
 
 def _logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:

@@ -11,7 +11,6 @@ Order.   Before it is recorded some steps run one by one, on a stream beside the
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -20,25 +19,8 @@ from fastrot.core import Batch, Losses
 WARM_UP = 11  # ordinary steps; torch's documentation asks for 11 where DDP is recorded, and for 3 elsewhere
 
 
-@runtime_checkable
-class Recorder(Protocol):
-    """What records and plays: torch.cuda's graphs, or a test's stand-in."""
-
-    def aside(self, step: Callable[[], Losses]) -> Losses:
-        """An ordinary step, run where it will be recorded."""
-        ...
-
-    def record(self, step: Callable[[], Losses]) -> Losses:
-        """What the step launches, noted and not run; what it returns is written each time it is played."""
-        ...
-
-    def play(self) -> None:
-        """Run what was recorded last, in the same memory. Waits for nothing."""
-        ...
-
-
 class Cuda:
-    """torch.cuda's graphs, one at a time."""
+    """Records and plays: torch.cuda's graphs, one at a time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -46,6 +28,7 @@ class Cuda:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def aside(self, step: Callable[[], Losses]) -> Losses:
+        """An ordinary step, run where it will be recorded."""
         main = torch.cuda.current_stream(self.device)
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
@@ -54,6 +37,7 @@ class Cuda:
         return losses
 
     def record(self, step: Callable[[], Losses]) -> Losses:
+        """What the step launches, noted and not run; what it returns is written each time it is played."""
         self.graph = torch.cuda.CUDAGraph()
         # other threads, which decode into pinned memory, may go on meanwhile
         mode = "thread_local"
@@ -61,6 +45,7 @@ class Cuda:
             return step()
 
     def play(self) -> None:
+        """Run what was recorded last, in the same memory. Waits for nothing."""
         assert self.graph is not None
         self.graph.replay()
 
@@ -71,7 +56,7 @@ class Graphed:
     A batch of other shapes than the recorded one's takes an ordinary step.
     """
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: Cuda):
         self.recorder = recorder
         self.forget()
 

@@ -22,6 +22,7 @@ def greeting(s: Session) -> list[str]:
     trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
     judged = "none" if s.val_loader is None else f"{s.val_loader.images:,}"
     threads = f", {_counted(who['threads'], 'thread')} for the network"
+    threads = threads if state.device.type == "cpu" else ""
     lines = [
         f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
         f"{trained:,} parameters, {cfg.precision} on {who['device']}",
@@ -35,8 +36,7 @@ def greeting(s: Session) -> list[str]:
     lines += [
         f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
         f"{state.schedule.epochs} epochs of {len(s.loader)} steps, {state.schedule.steps} steps in all",
-        f"{_counted(s.loader.workers, 'worker')} for pictures"
-        + (threads if state.device.type == "cpu" else ""),
+        _counted(s.loader.workers, "worker") + " for pictures" + threads,
         *s.loader.data.describe(),
         *state.schedule.describe(),
         *state.method.describe(),

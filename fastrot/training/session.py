@@ -61,9 +61,8 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
         return [(run, cfg)]
     if checkpoint.of_run(run).exists():
         raise UsageError(f"--out {run} holds a run without --folds: use --out NEW")
-    folders = [run / f"fold{fold}" for fold in range(cfg.folds)]
-    each = enumerate(folders)
-    return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for fold, path in each]
+    each = [(run / f"fold{fold}", fold) for fold in range(cfg.folds)]
+    return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for path, fold in each]
 
 
 @contextlib.contextmanager

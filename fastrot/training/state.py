@@ -155,16 +155,11 @@ def warm_up_ddp(state: TrainState, loader: Loader) -> None:
     devices = [state.device] if state.device.type == "cuda" else []
     with torch.random.fork_rng(devices), state.autocast():
         outputs = state.net(state.method.views(batch))
-    pulled(outputs).backward()
+    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    torch.stack([t.float().mean() for t in leaves]).sum().backward()  # reaches all of them
     state.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.data.copy_(before)
-
-
-def pulled(outputs: Any) -> Tensor:
-    """A number whose gradient reaches all outputs of a net, whatever its losses are."""
-    leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack([t.float().mean() for t in leaves]).sum()
 
 
 @dataclass
