@@ -7,6 +7,7 @@ HERE = Path(__file__).resolve().parent
 if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
+import argparse
 import difflib
 
 from fastrot import config, entry
@@ -48,19 +49,17 @@ def command_line(argv: list[str]) -> Config:
 
 def _config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
     """The file behind --config, and the arguments that are left."""
-    at = [i for i, word in enumerate(argv) if word.split("=")[0] == "--config"]
-    if not at:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    known, rest = parser.parse_known_args(argv)
+    if known.config is None:
         return None, argv
-    _, equals, file = argv[at[0]].partition("=")
-    after = at[0] + 1
-    if not equals:
-        file, after = "".join(argv[after : after + 1]), after + 1
-    rest = argv[: at[0]] + argv[after:]
-    if not file:
+    if not known.config:
         raise UsageError("--config wants a file: the config.yaml of a run folder")
     if rest and rest[0] in PRESETS:
-        raise UsageError(f"--config {file} takes the place of the preset: leave {rest[0]!r} out")
-    return Path(file), rest
+        way = f"leave {rest[0]!r} out"
+        raise UsageError(f"--config {known.config} takes the place of the preset: {way}")
+    return Path(known.config), rest
 
 
 def read_config(path: Path) -> Config:

@@ -1,5 +1,6 @@
 """The training loop, the same for every method: step, validation, log lines, checkpoints."""
 
+import collections
 import contextlib
 import functools
 import gc
@@ -65,7 +66,8 @@ def validate(
     net = state.method.net
     dist.broadcast_([b for b in net.buffers() if b.is_floating_point()])
     net.eval()
-    sums: dict[str, Tensor] = {}
+    nothing = functools.partial(torch.zeros, 2, dtype=torch.float64, device=state.device)
+    sums: dict[str, Tensor] = collections.defaultdict(nothing)  # and counts
     often = 1 if dist.world() == 1 else AGREE
     questions = -(-loader.min_batches // often)  # on each rank, though one may skip whole batches
     for k, batch in enumerate(loader.epoch(0)):
@@ -73,8 +75,7 @@ def validate(
             outputs = net(state.method.views(batch))
             scores = state.method.score(outputs, batch)
         for name, (total, count) in scores.items():
-            both = torch.stack([total, count]).double()
-            sums[name] = sums[name] + both if name in sums else both
+            sums[name] += torch.stack([total, count]).double()
         if k % often == 0 and questions:
             questions -= 1
             asked()
@@ -82,8 +83,7 @@ def validate(
         asked()
     net.train()
     for name in sorted(dist.together(set(sums))):  # a rank whose share is empty has no names
-        nothing = torch.zeros(2, dtype=torch.float64, device=state.device)
-        sums[name] = dist.sum_over_ranks(sums.get(name, nothing))
+        sums[name] = dist.sum_over_ranks(sums[name])
     if not sums:
         raise RunError(
             "no picture to be judged on can be read: give --val others, or prepare them anew"

@@ -32,7 +32,9 @@ def greeting(s: Session) -> list[str]:
     if cfg.folds:
         lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
     if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg.method):
-        lines.append(f"backbone, crop, mean and std are those of {trunk}, whatever the knobs say")
+        lines.append(
+            f"--backbone, --image-size, --mean and --std are those of its trunk's run, {trunk}"
+        )
     lines += [
         f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
         f"{state.schedule.epochs} epochs of {len(s.loader)} steps, {state.schedule.steps} steps in all",
