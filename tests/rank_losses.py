@@ -16,7 +16,7 @@ from fastrot import assemble, config, dist
 from fastrot.ops.nce import drawn
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
-from fastrot.training.state import TrainState
+from fastrot.training.state import TrainState, wrapped
 
 STEPS, GLOBAL_BATCH, SIZE = 12, 8, 32
 CROP = config.RandomResized(size=SIZE)
@@ -55,7 +55,7 @@ def main(pictures: str, out: str, name: str) -> None:
     rates = LRSchedule(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=RATES[name])
     state = TrainState(
         method=method,
-        net=assemble.wrapped(method.net, cfg, torch.device("cpu")),
+        net=wrapped(method.net, cfg, torch.device("cpu")),
         optimizer=sgd(method.net, cfg.optim, RATES[name]),
         schedule=rates,
         device=torch.device("cpu"),

@@ -39,7 +39,7 @@ from fastrot.speed.cost import random_batch, step_cost
 from fastrot.speed.timer import StepTimer
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule
-from fastrot.training.state import TrainState, build
+from fastrot.training.state import TrainState, build, wrapped
 
 SHARES = {
     "read": 0.1,
@@ -104,7 +104,7 @@ def measure(
     cfg = dataclasses.replace(cfg, batch=min(cfg.batch, most))
     batch = _batch_in_time(state, view, cfg, share["step"])
     cfg, held = dataclasses.replace(cfg, batch=batch), random_batch(view, batch, device)
-    state.net = assemble.wrapped(state.method.net, cfg, device)
+    state.net = wrapped(state.method.net, cfg, device)
     if cfg.compile or device.type == "cuda":  # warm
         for _ in range(3):
             train_step(state, held)
