@@ -266,9 +266,21 @@ _nce_op.register_autograd(_one_multiply, setup_context=_keep_gradient)
 # ---- public names ----
 
 
-def nce_loss(*where: Any, **settings: Any) -> Each:
-    """Loss of each image, differentiable in x (once): `nce_loss_and_mass`, which takes the same, without the mass."""
-    return nce_loss_and_mass(*where, **settings)[0]
+def nce_loss(
+    x: Features,
+    rows: Bank,
+    positive: Numbers,
+    negatives: Negatives,
+    *,
+    temperature: float,
+    z: float | Float[Tensor, ""] | None = None,
+    population: int | None = None,
+    kind: Literal["nce", "infonce"] = "nce",
+    eps: float = 1e-7,
+) -> Each:
+    """Loss of each image, differentiable in x (once): `nce_loss_and_mass` without the mass."""
+    known = dict(temperature=temperature, z=z, population=population, kind=kind, eps=eps)
+    return nce_loss_and_mass(x, rows, positive, negatives, **known)[0]  # type: ignore[arg-type]
 
 
 def nce_loss_and_mass(
