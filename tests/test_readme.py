@@ -72,7 +72,7 @@ def test_commands_parse(command):
         rest = words[words.index(script) + 1 :]
         assert train.command_line(rest).preset in PRESETS
     if script.endswith("evaluate.py"):
-        _, name, rest = evaluate._words(words[words.index(script) + 1 :])
+        _, name, *rest = words[words.index(script) + 1 :]
         assert tyro.cli(evaluate.EVALUATIONS[name][0], args=rest)
 
 
