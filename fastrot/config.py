@@ -205,7 +205,7 @@ class Config:
     order_window: int | None = None  # blocks that it mixes with each other, kept in memory; 256
     workers: int | None = free(None)  # threads or processes that decode; default: one a core
     threads: int | None = free(None)  # of torch on a CPU; default: a share of the cores
-    image_size: int | None = None  # pixels a side of the crop; default: the recipe's
+    image_size: int | None = None  # pixels a side of the crop; default: the preset's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures kept for validation, without --val
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
@@ -311,7 +311,7 @@ def check(cfg: Config) -> None:
 def resolved(cfg: Config) -> Config:
     """The same run with its shorthands carried out, so that what is spelt out and what is meant compare equal.
 
-    --image-size goes into the crop recipe; --epochs and --budget take the place of --schedule.steps;
+    --image-size goes into the crop; --epochs and --budget take the place of --schedule.steps;
     without any of them the schedule's own epochs are the run's, and without --lr its first rate.
     """
     schedule, epochs = cfg.schedule, cfg.epochs
@@ -335,7 +335,7 @@ def blocks(cfg: Config) -> tuple[int, int] | None:
 
 
 def with_size(crop: Crop, size: int) -> Crop:
-    """The same recipe for another number of pixels a side."""
+    """The same crop for another number of pixels a side."""
     if isinstance(crop, Within):
         return dataclasses.replace(crop, size=size, short=round(crop.short * size / crop.size))
     return dataclasses.replace(crop, size=size)

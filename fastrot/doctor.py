@@ -38,8 +38,8 @@ class Doctor:
     preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
     seconds: float = 20.0  # to look for; opening data, building and compiling a net are not counted
-    batch: int | None = None  # pictures per process and step, before turning; default: the preset's
-    image_size: int | None = None  # pixels a side of the crop; default: the recipe's
+    batch: int | None = None  # pictures per process and step; default: the preset's
+    image_size: int | None = None  # pixels a side of the crop; default: the preset's
     workers: int | None = None  # threads or processes that decode; default: one a core
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     compile: bool = False  # torch.compile the network

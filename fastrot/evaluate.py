@@ -59,7 +59,7 @@ class Rotation:
 
     data: str | None = None  # pictures to ask about; default: all that the run's data holds
     table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
-    batch: int | None = None  # pictures at once in each process, before turning; default: the run's
+    batch: int | None = None  # pictures at once in each process; default: the run's
     workers: int | None = None  # threads or processes that decode; default: one a core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = "auto"  # what reads the data; auto: by its format

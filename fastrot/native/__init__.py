@@ -166,7 +166,7 @@ class Pool:
         self.close()
 
     def jpeg_crops(self, records: Records, boxes: Sequence[Boxes], out: Sequence[Crops]) -> Work:
-        """Begin a batch: crops of the records into `out`, one array for each recipe, as `crops.resample` makes them.
+        """Begin a batch: crops of the records into `out`, one array for each crop of the view, as `crops.resample` makes them.
 
         Raises ValueError for what is not of the form above, IndexError for a record outside its file.
         """

@@ -36,7 +36,7 @@ SHOWN = 8  # held-out pictures in the run's contact sheet
 
 def train(cfg: Config) -> int:
     """Train as the config says, from the folder's last checkpoint where there is one; with --folds each
-    fold's net one by one.
+    fold's net in turn.
 
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
