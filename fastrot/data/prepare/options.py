@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ NOT_IN_PLAN = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ABC):
     """Where pictures come from, how large they stay, where the prepared file goes."""
 
     source: Layout  # how --root is laid out
@@ -34,9 +35,9 @@ class Options:
     overwrite: bool = False  # replace a finished --out, and parts made with other options
     estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
 
+    @abstractmethod
     def writer(self) -> Any:
         """The FormatWriter of these options."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raises UsageError for a value that makes no sense."""
