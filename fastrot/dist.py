@@ -3,8 +3,10 @@
 One process needs no launcher; torchrun and srun are read from their environment variables.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from fastrot.config import RunError
+from fastrot.config import PeerLost, RunError
+from fastrot.entry import Preempted
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,37 @@ def stop(*, together: bool = False) -> None:
             distributed.barrier()
         distributed.destroy_process_group()
         _patient = None
+
+
+@contextlib.contextmanager
+def joined(
+    device: torch.device, again: str = "the same command goes on from the last checkpoint"
+) -> Iterator[None]:
+    """Among the other processes, from here to the end; raises PeerLost where one of them is gone.
+
+    `again`: what the same command does then.
+    """
+    start(place(), device)
+    at_the_end = False
+    try:
+        yield
+        at_the_end = True
+    except Preempted:
+        at_the_end = True  # all ranks raise it, and rank 0 is the last to have saved
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and "killed" in str(error):
+            raise RunError(
+                f"a process that decodes was killed, perhaps for want of memory: {again}, with fewer "
+                "--workers where that was the reason"
+            ) from error
+        if _lost(error):
+            raise PeerLost(
+                f"another process of this run has ended: see what it says, and {again}"
+            ) from error
+        raise
+    finally:
+        stop(together=at_the_end)
 
 
 def abandon(device: torch.device) -> None:
@@ -145,7 +179,7 @@ def everyones(value: Any) -> list[Any]:
     return values
 
 
-def lost(error: RuntimeError) -> bool:
+def _lost(error: RuntimeError) -> bool:
     """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
     if world() == 1 or isinstance(error, RunError):
         return False

@@ -73,7 +73,6 @@ def rotation(run: str, knobs: Rotation) -> int:
     from fastrot.evals.trained import nets_of
     from fastrot.methods import rotation_table
     from fastrot.training.device import choose_device
-    from fastrot.training.session import joined
 
     for name, least in {"batch": 1, "workers": 0}.items():
         if (value := getattr(knobs, name)) is not None and value < least:
@@ -92,7 +91,7 @@ def rotation(run: str, knobs: Rotation) -> int:
     name = knobs.data or nets[0].cfg.data or ""
     data = assemble.open_data(name, knobs.loader)
     fold = _folds(nets, data, name)
-    with joined(device, AGAIN), exactly():
+    with dist.joined(device, AGAIN), exactly():
         answers = _asked(nets, knobs, data, fold, here, device)
     if here.rank:
         return 0

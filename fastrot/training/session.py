@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from fastrot import assemble, config, dist, machine
-from fastrot.config import Config, RunError, UsageError
+from fastrot.config import Config, UsageError
 from fastrot.core import DTYPES, Batch, Data
 from fastrot.data.keys import fold_of, held_out
 from fastrot.data.loader import Loader
 from fastrot.disk import locked, replace_bytes, write_atomically
-from fastrot.entry import Preempted, PreemptionSignal, share_of_cores
+from fastrot.entry import PreemptionSignal, share_of_cores
 from fastrot.evals.page import LivePage
 from fastrot.speed import memory
 from fastrot.speed.cost import step_cost
@@ -45,7 +45,7 @@ def train(cfg: Config) -> int:
     runs = runs_of(cfg)
     for folder, _ in runs:
         _made(folder)
-    with contextlib.closing(PreemptionSignal()) as preemption, joined(device):
+    with contextlib.closing(PreemptionSignal()) as preemption, dist.joined(device):
         for folder, each in runs:
             _train_one(each, folder, device, preemption)
     return 0
@@ -63,37 +63,6 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
         raise UsageError(f"--out {run} holds a run without --folds: use --out NEW")
     each = [(run / f"fold{fold}", fold) for fold in range(cfg.folds)]
     return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for path, fold in each]
-
-
-@contextlib.contextmanager
-def joined(
-    device: torch.device, again: str = "the same command goes on from the last checkpoint"
-) -> Iterator[None]:
-    """Among the other processes, from here to the end; raises PeerLost where one of them is gone.
-
-    `again`: what the same command does then.
-    """
-    dist.start(dist.place(), device)
-    together = False
-    try:
-        yield
-        together = True
-    except Preempted:
-        together = True  # all ranks raise it, and rank 0 is the last to have saved
-        raise
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "killed" in str(error):
-            raise RunError(
-                f"a process that decodes was killed, perhaps for want of memory: {again}, with fewer "
-                "--workers where that was the reason"
-            ) from error
-        if dist.lost(error):
-            raise config.PeerLost(
-                f"another process of this run has ended: see what it says, and {again}"
-            ) from error
-        raise
-    finally:
-        dist.stop(together=together)
 
 
 def _made(run: Path) -> None:
