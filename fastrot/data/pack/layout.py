@@ -1,28 +1,15 @@
-"""The pack on disk, and its codec in numpy; README.md beside this file says it in words.
+"""The pack on disk, and its codec on a CPU: README.md beside this file tells both.
 
-    NAME.pack/meta.json     what is known of it as a whole, sealed by its own crc32; written last
-    tiles.npy               ycc: uint8 [tiles, 48], a row for each 8x8 pixels
-    pixels.npy              raw: uint8 [pixels, 3], in its place
-    first.npy               int64 [rows + 1]: the first tile (or pixel) of each picture; the last is the total
-    sizes.npy               int32 [rows, 2]: heights and widths
-    labels.npy, keys.npy    int64 and uint64 [rows]
-    paths.jsonl             {"path", "number"} of each row, as beside a .beton
-    rejects.jsonl           {"path", "reason"} of each picture left out, where there are any
-
-A tile is four BC4 blocks of Y (top left, top right, bottom left, bottom right), one of Cb and one of Cr, each for
-4x4 samples in 8 bytes: two end points, and sixteen numbers of 3 bits that choose from the palette between them.
-So a crop reads the tiles that it touches, at known places, and each tile decodes alone. All arithmetic is whole
-numbers: every decoder gives the same bits.
-
-YCbCr is JPEG's (full-range BT.601), in 16-bit fixed point with libjpeg's constants, both ways.
+A tile decodes alone, at a known place, and all arithmetic is whole numbers: every decoder gives the same bits.
 """
 
 from typing import Literal, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
+from fastrot.arrays import Numbers, Picture, Sizes
 from fastrot.data.pack import bc4
 
 VERSION = 1
@@ -33,6 +20,7 @@ Encoding: TypeAlias = Literal["ycc", "raw"]
 BODY = {"ycc": "tiles.npy", "raw": "pixels.npy"}  # the array that holds the pictures
 LENGTH = {"ycc": "tiles", "raw": "pixels"}  # how meta.json calls its length
 WIDTH = {"ycc": 48, "raw": 3}  # bytes of a row of it
+Tiles = UInt8[np.ndarray, "t c"]  # tiles [t, 48] or pixels [t, 3], one picture after the other
 
 
 def arrays(encoding: str) -> dict[str, tuple[np.dtype, int | None]]:
@@ -46,7 +34,7 @@ def arrays(encoding: str) -> dict[str, tuple[np.dtype, int | None]]:
     }
 
 
-def lengths(sizes: Int32[np.ndarray, "n 2"], encoding: Encoding) -> Int64[np.ndarray, " n"]:
+def lengths(sizes: Sizes, encoding: Encoding) -> Numbers:
     """Tiles (ycc) or pixels (raw) of pictures of these heights and widths."""
     sides = sizes.astype(np.int64)
     if encoding == "ycc":
@@ -54,31 +42,15 @@ def lengths(sizes: Int32[np.ndarray, "n 2"], encoding: Encoding) -> Int64[np.nda
     return sides.prod(axis=1)
 
 
-def firsts(sizes: Int32[np.ndarray, "n 2"], encoding: Encoding) -> Int64[np.ndarray, " m"]:
+def firsts(sizes: Sizes, encoding: Encoding) -> Int64[np.ndarray, " m"]:
     """Where each picture begins, in tiles or pixels; the last is the total. m = n + 1."""
     return np.concatenate([[0], np.cumsum(lengths(sizes, encoding))])
 
 
-def encode(picture: UInt8[np.ndarray, "h w 3"], encoding: Encoding) -> UInt8[np.ndarray, "t c"]:
+def encode(picture: Picture, encoding: Encoding) -> Tiles:
     """The picture's tiles [t, 48], or its pixels [t, 3]."""
-    return tiles_of(picture) if encoding == "ycc" else picture.reshape(-1, 3)
-
-
-def decode(rows: UInt8[np.ndarray, "t c"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture whose tiles [t, 48] or pixels [t, 3] these are."""
-    if rows.shape[1] == WIDTH["raw"]:
-        return rows.reshape(height, width, 3)
-    down, right = -(-height // SIDE), -(-width // SIDE)
-    tiles = pixels_of(rows).reshape(down, right, SIDE, SIDE, 3)
-    whole = tiles.swapaxes(1, 2).reshape(down * SIDE, right * SIDE, 3)
-    return np.ascontiguousarray(whole[:height, :width])
-
-
-# ---- pixels to tiles ----
-
-
-def tiles_of(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "t 48"]:
-    """The tiles of a picture."""
+    if encoding == "raw":
+        return picture.reshape(-1, 3)
     height, width = picture.shape[:2]
     below, beside = -height % SIDE, -width % SIDE
     if below or beside:
@@ -93,7 +65,7 @@ def tiles_of(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "t 48"]:
     return tiles.reshape(-1, WIDTH["ycc"])
 
 
-def _chroma(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w2"]:
+def _chroma(picture: Picture) -> UInt8[np.ndarray, "h w2"]:
     """Cb of each 2x2 pixels, and below it Cr: of their mean, rounded once. Sides are even."""
     height, width = picture.shape[0] // 2, picture.shape[1] // 2
     sums = cv2.resize(
@@ -106,23 +78,19 @@ def _chroma(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w2"]:
     return np.minimum(np.concatenate([cb, cr]), 255).astype(np.uint8)
 
 
-# ---- tiles to pixels ----
-
-
-def pixels_of(tiles: UInt8[np.ndarray, "t 48"]) -> UInt8[np.ndarray, "t 8 8 3"]:
-    """The 8x8 pixels of each tile."""
-    samples = bc4.decode(tiles.reshape(-1, 8)).reshape(-1, 6, 4, 4).astype(np.int32)
-    y = samples[:, :4].reshape(-1, 2, 2, 4, 4).swapaxes(2, 3).reshape(-1, 8, 8)
-    cb, cr = (samples[:, i].repeat(2, axis=1).repeat(2, axis=2) for i in (4, 5))
-    return rgb_of(y, cb, cr)
-
-
-def rgb_of(
-    y: Int32[np.ndarray, "*s"], cb: Int32[np.ndarray, "*s"], cr: Int32[np.ndarray, "*s"]
-) -> UInt8[np.ndarray, "*s 3"]:
-    """Full-range BT.601 in whole numbers, as libjpeg has it."""
-    cb, cr = cb - 128, cr - 128
+def decode(rows: Tiles, height: int, width: int) -> Picture:
+    """The picture whose tiles [t, 48] or pixels [t, 3] these are."""
+    if rows.shape[1] == WIDTH["raw"]:
+        return rows.reshape(height, width, 3)
+    down, right = -(-height // SIDE), -(-width // SIDE)
+    blocks = rows.reshape(down, right, 6, 8)
+    luma = blocks[:, :, :4].reshape(down, right, 2, 2, 8).swapaxes(1, 2)
+    y = bc4.decode(luma.reshape(2 * down, 2 * right, 8)).astype(np.int32)
+    chroma = bc4.decode(np.concatenate([blocks[:, :, 4], blocks[:, :, 5]]))  # Cb above Cr
+    chroma = chroma.repeat(2, axis=0).repeat(2, axis=1).astype(np.int32) - 128
+    cb, cr = np.split(chroma, 2)
     red = y + ((91881 * cr + 32768) >> 16)
     green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
     blue = y + ((116130 * cb + 32768) >> 16)
-    return np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
+    whole = np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(whole[:height, :width])
