@@ -1,21 +1,18 @@
-"""Which box and flip of row i: a pure function of (crop, seed, epoch, index, view), and the one resampler.
+"""Which box and flip of row i: a pure function of (crop, seed, epoch, index, view).
 
 A crop is nothing but a box rule, in numpy float64 on the CPU, always: every loader on every device gets the
 same integers. A box is (y, x, height, width) in pixels of the picture after EXIF orientation; it may reach over
 the border, where pixels are 0. Boxes travel to the loaders as int64 rows (index, y, x, height, width, flip).
 """
 
-import cv2
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64
 
 from fastrot.config import Crop, RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.data.sampler import GOLDEN, hash64, mix
 
 TRIES = 10  # as torchvision's RandomResizedCrop, before it falls back to a centred box
 _CROPS = 0x63726F7073  # "crops": keeps these draws apart from those of the order
-
-cv2.setNumThreads(1)  # our threads work picture by picture; its own would fight them for the cores
 
 
 def boxes(
@@ -122,56 +119,3 @@ def check_sizes(crop: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = 
             f"the crop is {crop.size} pixels a side, but half of the pictures have a short side of at most "
             f"{middle}: set --image-size {middle} or smaller, or --enlarge to stretch them"
         )
-
-
-def cut(
-    picture: UInt8[np.ndarray, "h w 3"], row: Int64[np.ndarray, " 6"]
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The box of `row` (index, y, x, height, width, flip): a view, or a copy where it reaches over the border.
-
-    Raises ValueError for a box that lies outside the picture altogether.
-    """
-    _, y, x, h, w, _ = row.tolist()
-    height, width = picture.shape[:2]
-    if y >= 0 and x >= 0 and y + h <= height and x + w <= width:
-        return picture[y : y + h, x : x + w]
-    top, left = max(y, 0), max(x, 0)
-    inside = picture[top : max(y + h, 0), left : max(x + w, 0)]
-    if not inside.size:
-        raise ValueError(f"the box {(y, x, h, w)} lies outside the picture of {height} x {width}")
-    box = np.zeros((h, w, 3), np.uint8)
-    box[top - y : top - y + inside.shape[0], left - x : left - x + inside.shape[1]] = inside
-    return box
-
-
-def resample(
-    picture: UInt8[np.ndarray, "h w 3"],
-    row: Int64[np.ndarray, " 6"],
-    out: UInt8[np.ndarray, "s s 3"],
-) -> None:
-    """Write the box of `row` (index, y, x, height, width, flip) into `out`: outside is 0, mirrored if flip.
-
-    OpenCV's INTER_LINEAR, which is whole numbers throughout, so that other decoders give the same bits. Where a
-    side shrinks to less than half, plain bilinear would skip pixels: there the box goes to `taps` times the size,
-    and each pixel is the mean of taps x taps of these.
-    """
-    box, size = cut(picture, row), out.shape[0]
-    h, w = box.shape[:2]
-    n = taps(h, w, size)
-    if n > 1:
-        box = cv2.resize(box, (n * size, n * size), interpolation=cv2.INTER_LINEAR)
-        cv2.resize(box, (size, size), dst=out, interpolation=cv2.INTER_AREA)  # the mean of n x n
-    elif (h, w) != (size, size):
-        cv2.resize(box, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
-    else:
-        out[:] = box
-    if row[5]:
-        cv2.flip(out, 1, dst=out)
-
-
-def taps(height: int, width: int, size: int) -> int:
-    """The smallest power of two by which `size` grows until no side of the box shrinks to less than half."""
-    n = 1
-    while max(height, width) > 2 * n * size:
-        n *= 2
-    return n

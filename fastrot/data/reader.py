@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastrot import native
 from fastrot.core import CropRequest, DamagedRecord, Decoded, Pending, Reader
-from fastrot.data import crops
 from fastrot.data.ring import Ring
+from fastrot.ops.resample import resample
 
 TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
 AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
@@ -104,7 +104,7 @@ def fill_decoded(
     request: CropRequest,
     out: tuple[Tensor, ...],
     places: Iterable[int],
-    resample: Callable[[np.ndarray, np.ndarray, np.ndarray], None] = crops.resample,
+    resample: Callable[[np.ndarray, np.ndarray, np.ndarray], None] = resample,
 ) -> Errors:
     """Decode the pictures at some places of a batch once each, resample them for each crop; those that cannot be."""
     errors, into = [], [crop.numpy() for crop in out]

@@ -159,14 +159,8 @@ class Pool:
         if getattr(self, "address", None) is not None:
             self.close()  # threads may still write into the arrays of what is under way
 
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def jpeg_crops(self, records: Records, boxes: Sequence[Boxes], out: Sequence[Crops]) -> Work:
-        """Begin a batch: crops of the records into `out`, one array for each crop of the view, as `crops.resample` makes them.
+        """Begin a batch: crops of the records into `out`, one array for each crop of the view, as `resample` makes them.
 
         Raises ValueError for what is not of the form above, IndexError for a record outside its file.
         """
@@ -204,7 +198,12 @@ class Pool:
         boxes: Boxes,
         out: Crops,
     ) -> Work:
-        """Begin a batch of a pack's pictures, see `pack_crops`."""
+        """Begin a batch: crops of a pack's pictures, decoded, then as `resample` makes them.
+
+        `data` are its tiles or pixels, `first` the first of each picture and the total; a box that lies outside its
+        picture is not FINE. Raises ValueError for what is not of this form or does not agree, IndexError for a row
+        that there is not.
+        """
         tiled = encoding == "ycc"
         data = _checked(data, np.uint8, (len(data), TILE if tiled else 3))
         sizes = _checked(sizes, np.int32, (len(sizes), 2))
@@ -217,35 +216,6 @@ class Pool:
         arguments = [len(boxes), data_at, first_at, sizes_at, int(tiled), boxes_at, side, out_at]
         status = np.full(len(boxes), -1, np.int32)
         return Work(self, self.library.fastrot_pack_crops, arguments, status, *kept)
-
-
-def pack_crops(
-    data: UInt8[np.ndarray, "t c"],
-    first: Int64[np.ndarray, " n1"],
-    sizes: Int32[np.ndarray, "n 2"],
-    encoding: Literal["ycc", "raw"],
-    boxes: Boxes,
-    size: int,
-    out: Crops | None = None,
-    threads: int = 1,
-) -> Crops:
-    """Crops of a pack's pictures: decode the box, then `crops.resample`, to the bit.
-
-    `data` are tiles of 48 bytes (ycc) or pixels of 3 (raw), `first` the first of each picture and the total, `sizes`
-    true heights and widths; boxes are rows (index, y, x, height, width, flip), index a row of `first` and `sizes`.
-    Raises ValueError for what is not of this form or does not agree, IndexError for a row that there is not.
-    """
-    if out is None:
-        out = np.empty((len(boxes), size, size, 3), np.uint8)
-    if out.shape[1] != size:
-        raise ValueError(f"out holds crops of {out.shape[1]} pixels a side, not {size}")
-    with Pool(threads if threads > 1 else 0) as pool:
-        status = pool.pack_crops(data, first, sizes, encoding, boxes, out).wait()
-    if status.any():
-        bad = int(np.argmax(status != FINE))
-        row, *box, _ = boxes[bad].tolist()
-        raise ValueError(f"the box {tuple(box)} lies outside the picture of row {row}")
-    return out
 
 
 def _check_rows(rows: Numbers, first: np.ndarray, sizes: np.ndarray, total: int, side: int) -> None:

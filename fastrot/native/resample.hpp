@@ -1,4 +1,4 @@
-// A box of a picture -> size x size, equal to the bit to crops.resample (fastrot/data/crops.py).
+// A box of a picture -> size x size, equal to the bit to fastrot/ops/resample.py.
 //
 // Shapes.  A box of h x w pixels; n = taps(h, w, size): the box goes to (n * size)^2 by OpenCV's INTER_LINEAR, and
 //          each pixel is the mean of its n x n.

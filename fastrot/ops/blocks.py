@@ -9,7 +9,7 @@ Maths.   A tile holds six BC4 blocks of 8 bytes: four of Y, one of Cb, one of Cr
          j = 1 to 6, where e0 > e1; else over 5, j = 1 to 4, and 0 and 255; rounded down. R = Y + (91881 Cr' + 2**15 >> 16),
          B = Y + (116130 Cb' + 2**15 >> 16), G = Y + (-22554 Cb' - 46802 Cr' + 2**15 >> 16), each clipped; ' is less 128.
          The box is cut out, 0 outside the picture, and brought to n S x n S, n the least power of two with no side over
-         2 n S, by OpenCV's INTER_LINEAR; a pixel is the mean of n x n of these. So crops.resample does it (data/crops.py).
+         2 n S, by OpenCV's INTER_LINEAR; a pixel is the mean of n x n of these (ops/resample.py).
 Idea.    A tile decodes alone and lies at a known place, so that a crop reads those under its box and no other. A program
          owns 32 x 32 pixels of a crop: it decodes the four pixels that each mixes, where it needs them. What it has made
          goes through shared memory, so that a thread writes elements that lie together. A tap outside the picture is
@@ -26,13 +26,14 @@ Digits.  The same bits everywhere, as all of it is whole numbers, but for the pl
 from dataclasses import dataclass
 from typing import Literal, no_type_check
 
+import numpy as np
 import torch
 from jaxtyping import Int16, Int32, Int64, UInt8
 from torch import Tensor
 
-from fastrot import native
 from fastrot.config import UsageError
 from fastrot.ops.choice import check_kernel, form_for, tl, triton
+from fastrot.ops.resample import Box, resample
 from fastrot.ops.rows import check_device, misfit
 
 YCC, RAW = 48, 3  # bytes of a row of tiles
@@ -59,13 +60,18 @@ class PackTensors:
 def unpack_crops_reference(
     pack: PackTensors, boxes: Int64[Tensor, "b 6"], size: int
 ) -> UInt8[Tensor, "b s s 3"]:
-    """What tests trust, and what a CPU runs without the extension: one picture after the other."""
-    out = pack.tiles.new_empty(len(boxes), size, size, 3)
-    for crop, (index, y, x, height, width, flip) in zip(out, boxes.tolist(), strict=True):
-        box = decoded_box(pack, index, y, x, height, width)
-        pixels = resampled(box, size)
-        crop.copy_((pixels.flip(2) if flip else pixels).permute(1, 2, 0))
-    return out
+    """What tests trust, and what runs on a CPU: one box after the other."""
+    out = np.empty((len(boxes), size, size, 3), np.uint8)
+    for row, crop in zip(boxes.cpu().numpy(), out, strict=True):
+        unpack_crop(pack, row, crop)
+    return torch.from_numpy(out).to(boxes.device)
+
+
+def unpack_crop(pack: PackTensors, row: Box, out: UInt8[np.ndarray, "s s 3"]) -> None:
+    """Write the crop of one box into `out`: decoded by PyTorch, resampled by OpenCV."""
+    index, y, x, height, width, flip = row.tolist()
+    box = decoded_box(pack, index, y, x, height, width).permute(1, 2, 0).contiguous()
+    resample(box.cpu().numpy(), np.array([0, 0, 0, height, width, flip]), out)
 
 
 def decoded_box(
@@ -116,61 +122,6 @@ def _samples(blocks: UInt8[Tensor, "t k 8"]) -> Int16[Tensor, "t k 16"]:
     words = blocks.view(torch.int64)  # [t, k, 1]
     choices = (words >> torch.arange(16, 64, 3, device=blocks.device)) & 7
     return palette.gather(2, choices)
-
-
-def resampled(box: UInt8[Tensor, "3 h w"], size: int) -> UInt8[Tensor, "3 s s"]:
-    """`crops.resample` of a whole box, in whole numbers: OpenCV's INTER_LINEAR, and the mean of n x n of it."""
-    height, width = box.shape[1:]
-    n = 1  # the smallest power of two times `size` to which no side shrinks to less than half
-    while max(height, width) > 2 * n * size:
-        n *= 2
-    x0, x1, ax, bx = _columns(width, n * size, box.device)
-    y0, y1, ay, by = _rows(height, n * size, box.device)
-    pixels = box.int()
-    mixed = (pixels[:, :, x0] * ax + pixels[:, :, x1] * bx) >> 4  # [3, h, n s]
-    above, below = ay[:, None] * mixed[:, y0], by[:, None] * mixed[:, y1]
-    fine = ((above >> 16) + (below >> 16) + 2) >> 2  # 0 to 255: the weights add up to 2049 at most
-    return _mean(fine, n).to(torch.uint8)
-
-
-def _mean(fine: Int32[Tensor, "3 ns ns"], n: int) -> Tensor:
-    """Of n x n pixels: rounded half up where n is 2, half to even beyond, as OpenCV's INTER_AREA does it."""
-    if n == 1:
-        return fine
-    size = fine.shape[1] // n
-    total = fine.view(3, size, n, size, n).sum(dim=(2, 4))
-    half = n * n // 2
-    mean = (total + half) // (n * n)
-    return torch.where((total % (n * n) == half) & (n > 2), mean & ~1, mean)
-
-
-def _columns(length: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Both taps of each of `size` columns of `length`, and their weights in 2048ths. Edges are moved inside."""
-    place, share = _places(length, size, device)
-    before, beyond = place < 0, place >= length - 1
-    share = share.masked_fill(before | beyond, 0)
-    place = place.masked_fill(before, 0).masked_fill(beyond, length - 1)
-    return place, (place + 1).clamp(max=length - 1), *_weights(share)
-
-
-def _rows(length: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """The same of rows, where edges keep their weights: both taps are the edge."""
-    place, share = _places(length, size, device)
-    return place.clamp(0, length - 1), (place + 1).clamp(0, length - 1), *_weights(share)
-
-
-def _places(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tap at or before each place, and the share of the next one. float64, then float32, as OpenCV has it."""
-    scale = 1.0 / (size / length)
-    middle = torch.arange(size, dtype=torch.float64, device=device) + 0.5
-    place = (middle * scale - 0.5).to(torch.float32)
-    floor = place.floor()
-    return floor.long(), place - floor
-
-
-def _weights(share: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the first and the second tap: halves to even."""
-    return ((1 - share) * 2048).round().int(), (share * 2048).round().int()
 
 
 # ---- kernel ----
@@ -341,9 +292,10 @@ if triton is not None:
 # ---- launch ----
 
 
-def _launch(pack: PackTensors, boxes: Tensor, size: int, out: Tensor) -> Tensor:
+def _launch(pack: PackTensors, boxes: Tensor, size: int) -> Tensor:
     check_kernel()
     tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
+    out = boxes.new_empty((len(boxes), size, size, 3), dtype=torch.uint8)
     if out.numel():
         with torch.cuda.device_of(boxes):
             _unpack_kernel[(len(boxes) * triton.cdiv(size, SIDE) ** 2,)](
@@ -357,32 +309,19 @@ def _launch(pack: PackTensors, boxes: Tensor, size: int, out: Tensor) -> Tensor:
 
 
 def unpack_crops(
-    pack: PackTensors,
-    boxes: Int64[Tensor, "b 6"],
-    size: int,
-    *,
-    out: UInt8[Tensor, "b s s 3"] | None = None,
+    pack: PackTensors, boxes: Int64[Tensor, "b 6"], size: int
 ) -> UInt8[Tensor, "b s s 3"]:
-    """The boxes of packed pictures, decoded, brought to size x size and mirrored where asked; into `out`, if given.
+    """The boxes of packed pictures, decoded, brought to size x size and mirrored where asked.
 
-    boxes  rows (index, y, x, height, width, flip), as they travel with the order, where index is the picture's number
-           in `pack`. They may reach over the border, where pixels are 0. A number that the pack has not is refused on a
-           CPU, and so is a box altogether outside; on a GPU, where looking would wait, that is the caller's to avoid.
+    boxes  rows (index, y, x, height, width, flip), index a picture's number in `pack`: one that it has not is refused
+           on a CPU; on a GPU, where looking would wait, that is the caller's to avoid
 
-    Equal to the bit to decoding the whole picture, then `crops.resample`, on every device.
+    Equal to the bit to decoding the whole picture, then `resample`, on every device.
     """
     _check(pack, boxes, size)
-    shape = (len(boxes), size, size, 3)
-    out = boxes.new_empty(shape, dtype=torch.uint8) if out is None else out
-    if out.shape != shape or not out.is_contiguous():
-        raise misfit("out is", out, f"torch.uint8 {list(shape)}, contiguous")
     if form_for(boxes) == "triton":
-        return _launch(pack, boxes, size, out)
-    if boxes.is_cuda or native.load() is None:
-        return out.copy_(unpack_crops_reference(pack, boxes, size))
-    arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
-    native.pack_crops(*arrays, pack.encoding, boxes.numpy(), size, out.numpy())
-    return out
+        return _launch(pack, boxes, size)
+    return unpack_crops_reference(pack, boxes, size)
 
 
 def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
@@ -405,6 +344,3 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
         if low < 0 or high >= len(sizes):
             last = len(sizes) - 1
             raise UsageError(f"boxes ask for pictures {low} to {high}: the pack has 0 to {last}")
-        starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
-        if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
-            raise UsageError("boxes lie outside their pictures: they want a pixel of these")

@@ -5,6 +5,7 @@ from truth import photo
 
 from fastrot.config import RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.data import crops
+from fastrot.ops.resample import resample
 
 HEIGHTS = np.array([375, 500, 64, 256, 40], np.int32)
 WIDTHS = np.array([500, 375, 64, 256, 1000], np.int32)
@@ -196,7 +197,7 @@ def test_shifted_reaches_over_the_border_by_the_pad():
 
 def sampled(picture, y, x, h, w, flip, size):
     out = np.full((size, size, 3), 77, np.uint8)
-    crops.resample(picture, np.array([0, y, x, h, w, flip], np.int64), out)
+    resample(picture, np.array([0, y, x, h, w, flip], np.int64), out)
     return out
 
 

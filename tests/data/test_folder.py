@@ -17,11 +17,12 @@ from truth import photo
 from fastrot import core
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, View
-from fastrot.data import crops, folder
+from fastrot.data import folder
 from fastrot.data import pictures as decoder
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.loader import Loader
 from fastrot.data.sources.open import open_source
+from fastrot.ops.resample import resample
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_crops_are_the_boxes_of_the_decoded_pictures(pictures, workers):
                 truth = np.zeros_like(pixels)
                 path = os.path.join(data.root, data.name(int(box[0])))
                 with open(path, "rb") as file:
-                    crops.resample(decoder.decode(file.read()), box, truth)
+                    resample(decoder.decode(file.read()), box, truth)
                 assert (pixels == truth).all()
 
 

@@ -18,11 +18,11 @@ from fastrot import native
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, DamagedRecord, View
-from fastrot.data import crops
 from fastrot.data.loader import Loader
 from fastrot.data.pack import file as opened
 from fastrot.data.pack import read, write
 from fastrot.data.pack.read import Pack, choose
+from fastrot.ops.resample import resample
 
 ROWS = 24
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -53,11 +53,11 @@ def all_rows_request(data: Pack) -> CropRequest:
 
 
 def wanted(data: Pack, request: CropRequest) -> list[np.ndarray]:
-    """Pictures decoded whole, then `crops.resample`."""
+    """Pictures decoded whole, then `resample`."""
     out = [np.empty((ROWS, size, size, 3), np.uint8) for size in request.sizes]
     for rows, pixels in zip(request.rows, out, strict=True):
         for row, crop in zip(rows, pixels, strict=True):
-            crops.resample(data.file.picture(int(row[0])), row, crop)
+            resample(data.file.picture(int(row[0])), row, crop)
     return out
 
 

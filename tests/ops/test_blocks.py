@@ -1,17 +1,16 @@
-"""unpack_crops: every form gives the bits of decoding the whole picture, then `crops.resample`."""
+"""unpack_crops: every form gives the bits of decoding the whole picture, then `resample`."""
 
 import numpy as np
 import pytest
 import torch
 from truth import DATA
 
-from fastrot import native
 from fastrot.config import UsageError
-from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.ops import blocks as op
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
+from fastrot.ops.resample import resample
 
 ENCODINGS: tuple[layout.Encoding, ...] = ("ycc", "raw")
 PICTURES = ((50, 61), (8, 8), (1, 3), (90, 41), (16, 104))  # height, width
@@ -43,7 +42,6 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 interpreted = pytest.mark.skipif(
     op.triton is None or torch.cuda.is_available(), reason="for machines with Triton and no GPU"
 )
-in_c = pytest.mark.skipif(native.load() is None, reason="the C++ extension is not built")
 
 
 def random_pack(encoding: layout.Encoding, sizes=PICTURES) -> PackTensors:
@@ -59,7 +57,7 @@ def decoded_then_cropped(pack: PackTensors, boxes: torch.Tensor, size: int) -> t
     for crop, box in zip(out, boxes.cpu().numpy(), strict=True):
         start, stop = pack.first[box[0] : box[0] + 2].tolist()
         picture = layout.decode(pack.tiles[start:stop].cpu().numpy(), *pack.sizes[box[0]].tolist())
-        crops.resample(picture, box, crop)
+        resample(picture, box, crop)
     return torch.from_numpy(out)
 
 
@@ -96,21 +94,6 @@ def test_reference_equals_decode_then_crop(encoding):
         assert torch.equal(found, decoded_then_cropped(pack, boxes, size)), size
 
 
-def test_resampled_is_opencvs_bilinear_and_the_mean_of_its_taps():
-    draw, seen = np.random.default_rng(2), set()
-    for _ in range(80):
-        height, width = (int(side) for side in draw.integers(1, 150, 2))
-        size = int(draw.integers(1, 100) if draw.random() < 0.6 else draw.integers(1, 10))
-        picture = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        want = np.empty((size, size, 3), np.uint8)
-        crops.resample(picture, np.array([0, 0, 0, height, width, 0]), want)
-        box = torch.from_numpy(picture).permute(2, 0, 1)
-        found = op.resampled(box, size).permute(1, 2, 0).numpy()
-        assert np.array_equal(found, want), (height, width, size)
-        seen.add(crops.taps(height, width, size))
-    assert {1, 2, 4, 8} <= seen
-
-
 def test_only_the_tiles_of_the_box_are_read():
     pack = random_pack("ycc")
     boxes = torch.tensor([(0, 17, 25, 20, 10, 0)])  # tile rows 2 to 4, columns 3 and 4, of 7 x 8
@@ -137,32 +120,6 @@ def test_real_pictures_come_out_as_decoded():
     want = decoded_then_cropped(pack, boxes, 96)
     assert torch.equal(unpack_crops_reference(pack, boxes, 96), want)
     assert torch.equal(unpack_crops(pack, boxes, 96), want)
-
-
-# ---- the C++ extension ----
-
-
-@in_c
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_the_extension_gives_the_same_bits(encoding, monkeypatch):
-    draw, pack = np.random.default_rng(4), random_pack(encoding)
-    for size in (1, 7, 40, 65):
-        boxes = random_boxes(draw, pack, 20)
-        want = unpack_crops_reference(pack, boxes, size)
-        with monkeypatch.context() as patch:
-            patch.setattr(op, "unpack_crops_reference", None)  # it is not what runs
-            assert torch.equal(unpack_crops(pack, boxes, size), want)
-            out = torch.full((20, size, size, 3), 9, dtype=torch.uint8)
-            assert unpack_crops(pack, boxes, size, out=out).data_ptr() == out.data_ptr()
-            assert torch.equal(out, want)
-
-
-def test_without_the_extension_the_reference_runs(monkeypatch):
-    monkeypatch.setenv("FASTROT_NATIVE", "0")
-    pack, boxes = random_pack("ycc"), torch.tensor([CASES["shrunk"][0]])
-    out = torch.full((1, 9, 9, 3), 9, dtype=torch.uint8)
-    assert unpack_crops(pack, boxes, 9, out=out) is out
-    assert torch.equal(out, decoded_then_cropped(pack, boxes, 9))
 
 
 # ---- kernel ----
@@ -280,11 +237,7 @@ def test_nothing_waits_for_the_gpu():
         (dict(boxes=torch.zeros(1, 6)), r"torch.int64 \[B, 6\]"),
         (dict(boxes=torch.tensor([[5, 0, 0, 4, 4, 0]])), "pictures 5 to 5: the pack has 0 to 4"),
         (dict(boxes=torch.tensor([[-1, 0, 0, 4, 4, 0]])), "pictures -1"),
-        (dict(boxes=torch.tensor([[0, 50, 0, 4, 4, 0]])), "outside their pictures"),
-        (dict(boxes=torch.tensor([[0, 0, -4, 4, 4, 0]])), "outside their pictures"),
-        (dict(boxes=torch.tensor([[0, 0, 0, 0, 4, 0]])), "outside their pictures"),
         (dict(size=0), "size got 0"),
-        (dict(out=torch.zeros(1, 5, 5, 3, dtype=torch.uint8)), "out is"),
     ],
 )
 def test_wrong_use_is_refused(change, words):

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, Decoded, Pending
-from fastrot.data import crops
 from fastrot.data.beton.layout import IMAGE
 from fastrot.data.beton.read import Beton
 from fastrot.data.reader import AHEAD, PooledReader, fill_decoded, in_tasks
+from fastrot.ops.resample import cut
 
 
 @contextlib.contextmanager
@@ -128,8 +128,8 @@ class FfcvBeton(Beton):
 
 
 def _resample(picture: np.ndarray, row: np.ndarray, out: np.ndarray) -> None:
-    """As `crops.resample`, with FFCV's resampler."""
-    box = crops.cut(picture, row)
+    """As `resample`, with FFCV's resampler."""
+    box = cut(picture, row)
     _, y, x, h, w, flip = row.tolist()
     if box.flags.owndata:  # it reaches over the border
         picture, y, x = box, 0, 0

@@ -30,13 +30,12 @@ from torch import Tensor
 from fastrot import native
 from fastrot.config import Placement, UsageError
 from fastrot.core import CropRequest, Data, Decoded, Pending
-from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import BLOCK, WIDTH
-from fastrot.data.reader import PooledReader, ThreadedReader, in_tasks
+from fastrot.data.reader import Errors, PooledReader, ThreadedReader, in_tasks
 from fastrot.data.ring import Ring
-from fastrot.ops.blocks import PackTensors, decoded_box, unpack_crops
+from fastrot.ops.blocks import PackTensors, unpack_crop, unpack_crops
 
 KEPT_FOR_TRAINING = 1 / 3  # of a GPU's memory, by auto
 GB = 1e9
@@ -149,14 +148,12 @@ class Pack(Data):
 
 def _fill(
     pack: PackTensors, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
-) -> list[tuple[int, str]]:
-    """The crops of some places of a batch, on a CPU: decoded by PyTorch, resampled by OpenCV."""
+) -> Errors:
+    """The crops of some places of a batch, on a CPU without the extension."""
     for rows, crop in zip(request.rows, out, strict=True):
+        pixels = crop.numpy()
         for place in places:
-            index, y, x, height, width, flip = rows[place].tolist()
-            box = decoded_box(pack, index, y, x, height, width)
-            whole = np.array([0, 0, 0, height, width, flip])
-            crops.resample(box.permute(1, 2, 0).contiguous().numpy(), whole, crop[place].numpy())
+            unpack_crop(pack, rows[place], pixels[place])
     return []
 
 

@@ -5,7 +5,7 @@ boxes travel with them. DALI's own readers are not used: they shuffle in a buffe
 an epoch of ours.
 
 DALI decodes, and no more: with one crop a picture nothing but its box; with several, or where a box reaches over the
-border, the whole picture, once. Crops are made as everywhere: on a CPU by `crops.resample`, equal to those of our
+border, the whole picture, once. Crops are made as everywhere: on a CPU by `resample`, equal to those of our
 readers to the bit; on a GPU by the kernel that cuts a raw pack's, where they differ by the decoder alone.
 
 DALI is given upright JPEGs in colour or grey, whose header agrees with what is known of them. Every other picture
@@ -40,10 +40,11 @@ from torch import Tensor
 
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending
-from fastrot.data import crops, pictures
+from fastrot.data import pictures
 from fastrot.data.reader import Errors, PooledReader, fill_decoded, in_tasks
 from fastrot.data.ring import Ring
 from fastrot.ops.blocks import PackTensors, unpack_crops
+from fastrot.ops.resample import cut
 
 Crops = tuple[UInt8[Tensor, "b _s _s 3"], ...]
 STAND_IN = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)), np.uint8)
@@ -229,7 +230,7 @@ class _Job:
         if place not in self.ours:
             return np.asarray(self.pixels[place])
         picture = self.ours[place]
-        return picture if self.whole else crops.cut(picture, self.request.rows[0][place])
+        return picture if self.whole else cut(picture, self.request.rows[0][place])
 
     def in_decoded(self) -> CropRequest:
         """The boxes inside what `decoded` gives, by place."""
