@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+import types
 from dataclasses import dataclass
 
 import jaxtyping
@@ -271,7 +273,9 @@ def knn(run: str, knobs: Knn) -> int:
 
 
 def test_an_evaluation_over_features(straight, pictures, capsys, monkeypatch):
-    monkeypatch.setitem(evaluate.EVALUATIONS, "knn", (Knn, knn))
+    monkeypatch.setitem(evaluate.EVALUATIONS, "knn", Knn)
+    file = types.SimpleNamespace(evaluate=knn)
+    monkeypatch.setitem(sys.modules, "fastrot.evals.knn", file)
     assert evaluate.main([str(straight), "knn", "--data", str(pictures)]) == 0
     assert "% of 37" in capsys.readouterr().out
 

@@ -73,7 +73,7 @@ def test_commands_parse(command):
         assert train.command_line(rest).preset in PRESETS
     if script.endswith("evaluate.py"):
         _, name, *rest = words[words.index(script) + 1 :]
-        assert tyro.cli(evaluate.EVALUATIONS[name][0], args=rest)
+        assert tyro.cli(evaluate.EVALUATIONS[name], args=rest)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -1,20 +1,127 @@
-"""What a network says of pictures' rotations: probabilities of the four, and how often it is right."""
+"""What nets say of pictures' rotations: `evaluate.py RUN rotation`, and a few pictures' probabilities for a run's page."""
 
-import contextlib
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int8, UInt8
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastrot import dist
-from fastrot.core import Batch, Method
+from fastrot import assemble, dist, entry
+from fastrot.config import RunError, UsageError
+from fastrot.core import Batch, Data, Method
+from fastrot.data.keys import fold_of
 from fastrot.data.loader import Loader
+from fastrot.evals.knobs import Rotation
+from fastrot.evals.trained import Trained, nets_of, trained_method
+from fastrot.methods import rotation_table
 from fastrot.methods.rotation_table import ROTATIONS
+from fastrot.training.device import choose_device
+from fastrot.training.journal import table
+
+Fold = Int8[np.ndarray, " rows"]  # whose net never saw the row; -1: there is one net for all
+Answers = Float32[np.ndarray, "rows 4 4"]  # probabilities: row, rotation given, net's rotation
+Right = UInt8[np.ndarray, "rows 4"]  # 1: the likeliest rotation is the one that was given
+
+
+def evaluate(run: str, knobs: Rotation) -> int:
+    """Print how often the nets of a run are right, and write the table where one is asked for."""
+    for name, least in {"batch": 1, "workers": 0}.items():
+        if (value := getattr(knobs, name)) is not None and value < least:
+            raise UsageError(f"--{name} got {value}: it wants at least {least}")
+    if knobs.table is not None:
+        rotation_table.check_name(knobs.table, "--table")
+    nets = nets_of(run)
+    for net in nets:
+        if not assemble.METHODS[type(net.cfg.method)].predicts_rotation(net.cfg.method):
+            kind = type(net.cfg.method).__name__
+            way = "name a run of rotnet or decoupling"
+            raise UsageError(f"{net.source} predicts no rotations ({kind}): {way}")
+    device = choose_device(knobs.device, dist.place())
+    name = knobs.data or nets[0].cfg.data or ""
+    data = assemble.open_data(name, knobs.loader)
+    fold = _folds(nets, data, name)
+    with dist.joined(device, "give the same command again"):
+        answers, right = _answers(nets, knobs, data, fold, device)
+    if dist.place().rank:
+        return 0
+    read = answers.any(axis=(1, 2))  # a picture that cannot be read has zeros
+    if not read.any():
+        raise RunError(f"no picture of {name} can be read: prepare it anew")
+    print(f"{run}: {data.rows:,} pictures of {name}, each rotated four ways")
+    shares = _shares_right(right[read], fold[read], nets)
+    print(*shares, *_cautions(nets, data, data.rows - len(right[read])), sep="\n")
+    if knobs.table is not None:
+        found = rotation_table.RotationTable(answers, fold, data.fingerprint)
+        rotation_table.write(knobs.table, found)
+        print(f"written to {knobs.table}")
+    return 0
+
+
+def _folds(nets: list[Trained], data: Data, name: str) -> Fold:
+    if len(nets) == 1:
+        return np.full(data.rows, -1, np.int8)
+    for net in nets:
+        if net.identity["data_fingerprint"] != data.fingerprint:
+            raise UsageError(
+                f"--data {name} holds other pictures than {net.source} was trained on, so that no fold says "
+                f"which net never saw them: give the same --data, or name {net.source} alone"
+            )
+    return fold_of(data.keys, len(nets))
+
+
+def _answers(
+    nets: list[Trained], knobs: Rotation, data: Data, fold: Fold, device: torch.device
+) -> tuple[Answers, Right]:
+    """What the nets say of all rows, each of those of its fold; on every rank."""
+    here = dist.place()
+    how: dict[str, Any] = {"rank": here.rank, "world": here.world, "device": device}
+    workers = entry.share_of_cores(here.local_world) if knobs.workers is None else knobs.workers
+    how |= {"workers": workers, "on_bad_record": knobs.on_bad_record}
+    answers = np.zeros((data.rows, ROTATIONS, ROTATIONS), np.float32)
+    right = np.zeros((data.rows, ROTATIONS), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, net in enumerate(nets):
+            rows = Path(folder) / f"fold{number}.npy" if len(nets) > 1 else None
+            if rows is not None:
+                np.save(rows, np.flatnonzero(fold == number))
+            view = assemble.evaluation_view(net.cfg, rows)
+            how |= {"batch": knobs.batch or net.cfg.batch, "enlarge": net.cfg.enlarge}
+            loader = assemble.open_loader(data, view, **how)
+            _ask(trained_method(net.source, device), loader, answers, right)
+    # the shares of ranks do not overlap: each sum is exact
+    whole = [dist.sum_over_ranks(torch.from_numpy(mine)).numpy() for mine in (answers, right)]
+    return whole[0], whole[1]
+
+
+@torch.no_grad()
+def _ask(method: Method, loader: Loader, answers: Answers, right: Right) -> None:
+    """Write what a net says of this rank's share of a view in data order into the rows of `answers` and `right`.
+
+    Convolutions are in full float32, by algorithms that give the same bits each time.
+    """
+    console = Console()
+    show = {"console": console, "disable": dist.place().rank > 0 or not console.is_terminal}
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        for batch in track(loader.epoch(0), "pictures", len(loader), **show):
+            logits = _logits(method, _filled(batch, loader.batch))
+            assert logits is not None
+            logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
+            likeliest = logits.argmax(dim=2)
+            answers[rows] = logits.softmax(dim=2).cpu().numpy()
+            right[rows] = (likeliest == torch.arange(ROTATIONS, device=logits.device)).cpu().numpy()
+
+
+def _filled(batch: Batch, size: int) -> Batch:
+    """A batch of `size`, its last picture repeated: libraries may choose by shape how they add up."""
+    places = torch.arange(size, device=batch.index.device).clamp(max=len(batch.index) - 1)
+    crops = tuple(crop[places.to(crop.device)] for crop in batch.crops)
+    return Batch(crops, batch.index[places], batch.label[places], batch.epoch_step)
 
 
 @torch.no_grad()
@@ -27,54 +134,6 @@ def rotation_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | N
     return None if logits is None else logits.softmax(dim=2).cpu()
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What nets said of the rows of a data set; zeros where nothing was asked, or a picture cannot be read."""
-
-    probabilities: Float32[np.ndarray, "rows 4 4"]  # row, rotation given, rotation the net says
-    right: UInt8[np.ndarray, "rows 4"]  # 1: the likeliest is the rotation that it was given
-    asked: UInt8[np.ndarray, " rows"]
-
-    @classmethod
-    def none_yet(cls, rows: int) -> "Answers":
-        return cls(
-            np.zeros((rows, ROTATIONS, ROTATIONS), np.float32),
-            np.zeros((rows, ROTATIONS), np.uint8),
-            np.zeros(rows, np.uint8),
-        )
-
-    def of_all_ranks(self) -> "Answers":
-        """Called on all ranks, whose shares do not overlap: each number is exact."""
-        mine = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Answers(*(dist.sum_over_ranks(torch.from_numpy(each)).numpy() for each in mine))
-
-
-@torch.no_grad()
-def ask(
-    method: Method, loader: Loader, answers: Answers, asked: Callable[[int], None] = lambda _: None
-) -> None:
-    """Ask a method that predicts rotations about this rank's share of a view in data order.
-
-    `asked` hears how many pictures a batch had.
-    """
-    for batch in loader.epoch(0):
-        logits = _logits(method, _filled(batch, loader.batch))
-        assert logits is not None
-        logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
-        right = logits.argmax(dim=2) == torch.arange(ROTATIONS, device=logits.device)
-        answers.probabilities[rows] = logits.softmax(dim=2).cpu().numpy()
-        answers.right[rows] = right.cpu().numpy()
-        answers.asked[rows] = 1
-        asked(len(rows))
-
-
-def exactly() -> contextlib.AbstractContextManager[None]:
-    """Convolutions in full float32, by algorithms that give the same bits each time."""
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-
-
 def _logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
     training = method.net.training
     method.net.eval()
@@ -84,12 +143,37 @@ def _logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
     return None if logits is None else logits.float().unflatten(0, (-1, ROTATIONS))
 
 
-def _filled(batch: Batch, size: int) -> Batch:
-    """A batch of `size`, its last picture repeated: libraries may choose by shape how they add up."""
-    places = torch.arange(size, device=batch.index.device).clamp(max=len(batch.index) - 1)
-    return Batch(
-        tuple(crop[places.to(crop.device)] for crop in batch.crops),
-        batch.index[places],
-        batch.label[places],
-        batch.epoch_step,
-    )
+# ---- what is printed ----
+
+
+def _shares_right(right: Right, fold: Fold, nets: list[Trained]) -> list[str]:
+    """A table of them, of all pictures that could be read."""
+    rows = [("all rotations", f"{right.mean():.2%}")]
+    for rotation, share in enumerate(right.mean(axis=0)):
+        rows.append((f"rotated {90 * rotation} degrees" if rotation else "upright", f"{share:.2%}"))
+    for number, net in enumerate(nets if len(nets) > 1 else ()):
+        mine = right[fold == number]
+        share = f"{mine.mean():.2%}" if len(mine) else "nothing"
+        rows.append((f"fold {number}", f"{share} of {len(mine):,} pictures, by {net.source}"))
+    return table(rows)
+
+
+def _cautions(nets: list[Trained], data: Data, unread: int) -> list[str]:
+    """What to know before these numbers are used."""
+    lines = []
+    if unread:
+        lines.append(
+            f"{unread:,} of {data.rows:,} pictures cannot be read: their probabilities are 0, so that PU weights "
+            "leave them as they are"
+        )
+    begun = next((net.cfg.start_from for net in nets if net.cfg.start_from), None)
+    if len(nets) > 1 and begun:
+        lines.append(
+            f"these nets began with the weights of {begun}: if it was trained on these pictures, no net is one that "
+            "never saw them"
+        )
+    if len(nets) == 1 and nets[0].identity.get("data_fingerprint") in (None, data.fingerprint):
+        lines.append(
+            "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"
+        )
+    return lines
