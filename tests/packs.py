@@ -32,9 +32,7 @@ def write_pack(
     names = [f"{row:08d}" for row in range(len(pictures))] if paths is None else paths
     known = [-1] * len(pictures) if labels is None else labels
     records = [Record(name, int(label)) for name, label in zip(names, known, strict=True)]
-    source = InMemory(
-        root=path, records=records, classes=tuple(classes), seen=len(records), pictures=pictures
-    )
+    source = InMemory(root=path, records=records, classes=tuple(classes), pictures=pictures)
     stats = PartStats()
     coded = [*stats.kept(encode_chunk(EncodeSpec(write.Coder(encoding)), Chunk(0, source)))]
     assert len(coded) == len(records)

@@ -6,66 +6,9 @@ import stat
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
+PICTURE, SKIP = "picture", "skip"  # a file's verdict; any other is the reason why it is rejected
 HEAD = 32  # bytes that `sniff` wants
 MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
-
-
-class BadPicture(ValueError):
-    """A picture that cannot be decoded: the reason in one short phrase."""
-
-
-def hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
-
-
-def look(path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
-    """What a file is: ("picture" | "skip" | "reject", reason)."""
-    named = path.lower().endswith(SUFFIXES)
-    taken = ("picture", "") if named else ("skip", "")
-    if by_name and plain:
-        return taken
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            return "skip", ""
-        if by_name:
-            return taken
-        with open(path, "rb", buffering=0, opener=without_waiting) as file:
-            head = file.read(HEAD)
-    except OSError as e:
-        what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
-        return ("reject", f"{what} ({e.strerror})") if named else ("skip", "")
-    return judged(named, head, found.st_size)
-
-
-def judged(named: bool, head: bytes, length: int) -> tuple[str, str]:
-    """What a file of so many bytes is that begins so: ("picture" | "skip" | "reject", reason).
-
-    `named`: its name ends as a picture's.
-    """
-    if sniff(head):
-        reason = too_long(length)
-        return ("reject", reason) if reason else ("picture", "")
-    if not named or head.startswith(_APPLEDOUBLE):
-        return "skip", ""
-    return "reject", "its first bytes are no picture's" if head else "it is empty"
-
-
-def too_long(length: int) -> str | None:
-    """Why a file of so many bytes is no picture, whatever it begins with."""
-    if length > MOST_BYTES:
-        return f"it has {length:,} bytes: a picture may have {MOST_BYTES:,}"
-
-
-def without_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe that took its place would block whoever waits for it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def sniff(head: bytes) -> str | None:
-    """What a picture's first HEAD bytes say it is; None: no picture."""
-    return next((kind for kind, pattern in _FIRST_BYTES.items() if pattern.match(head)), None)
-
 
 _APPLEDOUBLE = b"\x00\x05\x16\x07"
 _FIRST_BYTES = {
@@ -79,6 +22,73 @@ _FIRST_BYTES = {
     "tiff": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "ppm": re.compile(rb"P[1-6]\s+[#0-9]"),
 }
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be decoded: the reason in one short phrase."""
+
+
+def hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
+
+
+def look(path: str, *, by_name: bool, plain: bool = False) -> str:
+    """The verdict on a file of a disk. `by_name`: its suffix is trusted; `plain`: it is known to be no link or pipe."""
+    named = path.lower().endswith(SUFFIXES)
+    taken = PICTURE if named else SKIP
+    if by_name and plain:
+        return taken
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return SKIP
+        if by_name:
+            return taken
+        with open(path, "rb", buffering=0, opener=without_waiting) as file:
+            head = file.read(HEAD)
+    except OSError as e:
+        what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
+        return f"{what} ({e.strerror})" if named else SKIP
+    return judged(named, head, found.st_size)
+
+
+def judged(named: bool, head: bytes, length: int) -> str:
+    """The verdict on a file of so many bytes that begins so. `named`: its name ends as a picture's."""
+    if sniff(head):
+        return too_long(length) or PICTURE
+    if not named or head.startswith(_APPLEDOUBLE):
+        return SKIP
+    return "its first bytes are no picture's" if head else "it is empty"
+
+
+def too_long(length: int) -> str:
+    """Why a file of so many bytes is no picture, whatever it begins with; "" where it may be one."""
+    if length <= MOST_BYTES:
+        return ""
+    return f"it has {length:,} bytes: a picture may have {MOST_BYTES:,}"
+
+
+def sniff(head: bytes) -> str | None:
+    """What a picture's first HEAD bytes say it is; None: no picture."""
+    return next((kind for kind, pattern in _FIRST_BYTES.items() if pattern.match(head)), None)
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that took its place would block whoever waits for it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def whole_file(path: str) -> bytes:
+    """A file's bytes. Raises OSError, and BadPicture where they are too many for a picture."""
+    with open(path, "rb", opener=without_waiting) as file:
+        if reason := too_long(os.fstat(file.fileno()).st_size):
+            raise BadPicture(reason)
+        return file.read()
+
+
+def one_line(error: object) -> str:
+    """What a library says of damaged data, as a sentence may hold it."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def shown(path: str) -> str:

@@ -21,7 +21,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from fastrot.data.files import HEAD, BadPicture, sniff, too_long, without_waiting
+from fastrot.data.files import HEAD, BadPicture, one_line, sniff, too_long, without_waiting
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
@@ -140,8 +140,7 @@ def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFil
     except Image.UnidentifiedImageError as e:
         raise BadPicture(f"its {kind} header is damaged") from e
     except Exception as e:  # Pillow's decoders raise nearly every type there is
-        said = " ".join(str(e).split())[:120] or type(e).__name__
-        raise BadPicture(f"its {kind} data is damaged ({said})") from e
+        raise BadPicture(f"its {kind} data is damaged ({one_line(e)})") from e
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:

@@ -230,10 +230,9 @@ def test_cifar10_is_read_in_its_own_order(tmp_path):
         source = open_source("cifar10", root)
         assert [r.label for r in source.records[::4]] == [0, 1, 2, 3, 4]
         assert source.records[5].path == "data_batch_2/00001"
-        assert len(pickle.dumps(source)) < 3000  # without the pixels
-        far = pickle.loads(pickle.dumps(source))
-        for copy in (source, far):
-            assert (copy.read(5) == pixels[1, 1].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+        far = pickle.loads(pickle.dumps(source.part(5, 7)))
+        for picture in (source.read(5), far.read(0)):
+            assert (picture == pixels[1, 1].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert open_source("cifar10", tmp_path, split="test").records[0].label == 5
 
 

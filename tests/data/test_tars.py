@@ -146,7 +146,7 @@ def test_pixels_without_a_file_become_pngs(tmp_path, monkeypatch):
             return made[i]
 
     records = [Record(f"{i}", i) for i in range(5)]
-    source = Pixels(root=tmp_path, records=records, classes=tuple("abcde"), seen=5)
+    source = Pixels(root=tmp_path, records=records, classes=tuple("abcde"))
     monkeypatch.setattr("fastrot.data.prepare.options.open_source", lambda *_, **__: source)
     convert(options(tmp_path, tmp_path / "shards", source="cifar10"))
     data = Tars(tmp_path / "shards")

@@ -520,7 +520,7 @@ def test_what_cannot_be_read_is_rejected_unless_the_machine_is_at_fault(pictures
             raise error
 
     (record, *_) = open_source("imagefolder", pictures).records
-    chunk = Chunk(7, Fails(root=pictures, records=[record], classes=(), seen=1, pictures=[]))
+    chunk = Chunk(7, Fails(root=pictures, records=[record], pictures=[]))
     spec = EncodeSpec(write.Coder())
     if says is None:
         (reject,) = encode_chunk(spec, chunk)

@@ -4,9 +4,6 @@ A listing is that of the unpacked tree, of which `Members` is the picture: same 
 labels, same keys as `image_folder` gives where an archive was unpacked. A folder of archives is as if each had
 been unpacked into a folder of its own name, without .tar or .zip. As unpacking would have it, the last of
 several members of one name wins, and links are followed; those that lead out of the archives are rejected.
-
-Workers read by themselves: a part of an `Archives` carries the places of its own pictures, and each process
-opens an archive once.
 """
 
 import errno
@@ -20,26 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
+from fastrot.arrays import Numbers
 from fastrot.config import UsageError
-from fastrot.data.files import (
-    SUFFIXES,
-    BadPicture,
-    judged,
-    shown,
-    sniff,
-    without_waiting,
-)
+from fastrot.data.files import SKIP, SUFFIXES, BadPicture, judged, shown, sniff, without_waiting
 from fastrot.data.sources.members import LONGEST_NAME, Member
-from fastrot.data.sources.records import Listing, Opened, Source, not_empty
+from fastrot.data.sources.records import Listing, Source
 from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
     [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
 )  # a deflated one has `length` when inflated; crc: -1 where none is known
 _DEFLATED = 2**32  # is added to the crc of a deflated one
-_OPEN = 32  # archives that a thread holds open
+_OPEN = 32  # files that a thread holds open
 _FOLLOWED = 40  # links on the way to one file, as the kernel has it
 
 
@@ -54,9 +44,25 @@ class Archive(NamedTuple):
     changed: int  # ns
 
     @classmethod
-    def at(cls, path: Path) -> "Archive":
+    def at(cls, path: str | Path) -> "Archive":
         found = os.stat(path)
         return cls(str(path), found.st_size, found.st_mtime_ns)
+
+    def opened(self) -> int:
+        """The file, opened. Raises OSError where it has changed or is gone."""
+        try:
+            file = without_waiting(self.path, os.O_RDONLY)
+        except OSError as e:
+            raise self.failed(e.strerror) from None
+        found = os.fstat(file)
+        if (found.st_size, found.st_mtime_ns) != self[1:]:
+            os.close(file)
+            raise self.failed("it has changed since it was listed")
+        return file
+
+    def failed(self, why: str | None) -> OSError:
+        """An error of the machine: else each picture of the file would be rejected by itself."""
+        return OSError(errno.EIO, f"{self.path}: {why}")
 
 
 @dataclass(kw_only=True)
@@ -66,7 +72,7 @@ class InFiles(Source):
     files: list[Archive]
     places: np.ndarray  # of each record; "file" is the number of its file
 
-    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+    def _of_records(self, rows: Numbers) -> dict[str, Any]:
         return {**super()._of_records(rows), "places": self.places[rows]}
 
     def part(self, first: int, stop: int) -> Source:
@@ -76,6 +82,24 @@ class InFiles(Source):
         part.files = [self.files[i] for i in used.tolist()]
         return part
 
+    def bytes_at(self, file: int, offset: int, count: int) -> bytes:
+        """What lies there. Each thread opens a file once. Raises OSError."""
+        archive, held = self.files[file], vars(_held).setdefault("files", {})
+        if archive not in held:
+            if len(held) >= _OPEN:
+                os.close(held.pop(next(iter(held))))
+            held[archive] = archive.opened()
+        data = os.pread(held[archive], count, offset)
+        while len(data) < count:  # a single read gives 2 GB at most
+            more = os.pread(held[archive], count - len(data), offset + len(data))
+            if not more:
+                raise archive.failed("it has been cut short since it was listed")
+            data += more
+        return data
+
+
+_held = threading.local()
+
 
 @dataclass(kw_only=True)
 class Archives(InFiles):
@@ -84,7 +108,7 @@ class Archives(InFiles):
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where a zip's are damaged."""
         file, offset, stored, length, crc = self.places[i].tolist()
-        data = _bytes(self.files[file], offset, stored)
+        data = self.bytes_at(file, offset, stored)
         return data if crc < 0 else _checked(data, length, crc)
 
 
@@ -99,48 +123,12 @@ def _checked(data: bytes, length: int, crc: int) -> bytes:
     return data
 
 
-_held = threading.local()  # archives by path, opened
-
-
-def _bytes(archive: Archive, offset: int, count: int) -> bytes:
-    file = _opened(archive)
-    data = os.pread(file, count, offset)
-    while len(data) < count:  # a single read gives 2 GB at most
-        more = os.pread(file, count - len(data), offset + len(data))
-        if not more:
-            raise changed(archive)
-        data += more
-    return data
-
-
-def _opened(archive: Archive) -> int:
-    held = _held.__dict__.setdefault("files", {})
-    if archive not in held:
-        if len(held) >= _OPEN:
-            os.close(held.pop(next(iter(held))))
-        try:
-            file = without_waiting(archive.path, os.O_RDONLY)
-        except OSError as e:  # else each of its pictures would be rejected by itself
-            raise OSError(errno.EIO, f"{archive.path}: {e.strerror}") from None
-        found = os.fstat(file)
-        if (found.st_size, found.st_mtime_ns) != archive[1:]:
-            os.close(file)
-            raise changed(archive)
-        held[archive] = file
-    return held[archive]
-
-
-def changed(archive: Archive) -> OSError:
-    return OSError(errno.EIO, f"{archive.path} has changed since it was listed")
-
-
 # ---- the tree that unpacking would give ----
 
 
 _SPECIAL = -1  # a device or pipe, instead of a place's number
-_Inside = dict[
-    str, int | str | None
-]  # what a folder holds, by name: a place's number, where a link leads, None: a folder
+# what a folder holds, by name: a place's number, where a link leads, None: a folder
+_Inside = dict[str, int | str | None]
 
 
 class LeadsOut(OSError):
@@ -156,8 +144,8 @@ class Members:
         self._top = ""  # the folder that is the root
         self._inside: dict[str, _Inside] = {"": {}}  # by the folder's path, without links in it
         self._places = array("q")  # PLACE after PLACE
-        self._named: list[tuple[str, str]] = []  # of each place: what it is under a picture's name
-        self._sniffed = bytearray()  # and whether that holds under any name
+        self._verdicts: list[str] = []  # of each place, under a picture's name
+        self._by_bytes = bytearray()  # and whether that holds under any name
 
     def add(self, folder: str, member: Member) -> str | None:
         """Put a member of the latest archive below a folder; its path, None where that cannot be."""
@@ -220,13 +208,10 @@ class Members:
         crc = member.crc + _DEFLATED if member.deflated else member.crc
         at = (len(self.archives) - 1, member.offset, member.stored, member.length, crc)
         self._places.extend(at)
-        named = "reject", member.fault
-        if not member.fault:
-            named = judged(True, member.head, max(member.stored, member.length))
-        picture = named[0] == "picture" or sniff(member.head) is not None
-        self._named.append(named)
-        self._sniffed.append(picture and not member.fault)
-        return len(self._named) - 1
+        length = max(member.stored, member.length)
+        self._verdicts.append(member.fault or judged(True, member.head, length))
+        self._by_bytes.append(not member.fault and sniff(member.head) is not None)
+        return len(self._verdicts) - 1
 
     def enter(self, split: str, root: Path) -> None:
         """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
@@ -240,16 +225,22 @@ class Members:
         below = [each for each in self.rejected if each[0].startswith(top)]
         self.rejected = [(path.removeprefix(top), reason) for path, reason in below]
 
-    def place_of(self, path: str) -> int:
+    def source(self, root: Path, labelled: bool, found: Found) -> Archives:
+        """A source that can read its pictures, and counts what lies beside the archives."""
+        source = tree_source(self, root, labelled)
+        source.rejected += [*found.unreadable, *self.rejected]
+        source.skipped += len(found.others)
+        numbers = [self._place_of(record.path) for record in source.records]
+        places = np.frombuffer(self._places, PLACE)[numbers]
+        return Archives(**vars(source), files=self.archives, places=places)
+
+    def _place_of(self, path: str) -> int:
         """The number of a file's place. Raises OSError."""
         parent, _, name = self._real(path).rpartition("/")
         number = self._inside[parent].get(name)
         if not isinstance(number, int):
             raise _not_there(errno.EISDIR)
         return number
-
-    def places(self, numbers: list[int]) -> np.ndarray:
-        return np.frombuffer(self._places, PLACE)[numbers]
 
     # as a Tree
 
@@ -264,21 +255,21 @@ class Members:
             found.append(Entry(name, link, folder, isinstance(what, int)))
         return sorted(found)
 
-    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
+    def look(self, path: str, plain: bool) -> str:
         named = path.lower().endswith(SUFFIXES)
         try:
-            number = self.place_of(path)
+            number = self._place_of(path)
         except LeadsOut:
-            return "reject", "it is a link that leads out of the archive"
+            return "it is a link that leads out of the archive"
         except OSError as e:
-            return ("reject", f"it is a broken link ({e.strerror})") if named else ("skip", "")
+            return f"it is a broken link ({e.strerror})" if named else SKIP
         if number == _SPECIAL:
-            return "skip", ""
-        if named or self._sniffed[number]:
-            return self._named[number]
+            return SKIP
+        if named or self._by_bytes[number]:
+            return self._verdicts[number]
         if path.lower().endswith((".tar", ".zip", *COMPRESSED_TARS)):
-            return "reject", "it is an archive in an archive, which is not entered: unpack that"
-        return "skip", ""
+            return "it is an archive in an archive, which is not entered: unpack that"
+        return SKIP
 
     def _is_folder(self, path: str) -> bool:
         try:
@@ -341,38 +332,26 @@ def _below(folder: str, path: str) -> str | None:
 # ---- the layouts ----
 
 
-def archives(suffix: str, members: Callable[[Path], Iterator[Member]]) -> Opened:
-    """What opens an archive, or those of a folder that end so, as `image_folder` lists what they unpack to.
+def archives(
+    suffix: str, members: Callable[[Path], Iterator[Member]], root: Path, how: Listing
+) -> Source:
+    """An archive, or those of a folder that end so, as `image_folder` lists what they unpack to.
 
     First bytes come with the headers: `by_name` changes nothing.
     """
-
-    def opened(root: Path, how: Listing) -> Source:
-        tree, found, split = Members(), archives_in(root, suffix), how.split
-        for path, folder in found.archives:
-            if split is None or _meet(folder, split):
-                tree.archives.append(Archive.at(path))
-                for member in members(path):
-                    tree.add(folder, member)
-        if split is not None:
-            tree.enter(split, root)
-            others = [path for path in found.others if path.startswith(f"{split}/")]
-            found = found._replace(others=others)
-        return not_empty(with_places(tree, root, how, found), root)
-
-    return opened
+    tree, found, split = Members(), archives_in(root, suffix), how.split
+    for path, folder in found.archives:
+        if split is None or _meet(folder, split):
+            tree.archives.append(Archive.at(path))
+            for member in members(path):
+                tree.add(folder, member)
+    if split is not None:
+        tree.enter(split, root)
+        others = [path for path in found.others if path.startswith(f"{split}/")]
+        found = found._replace(others=others)
+    return tree.source(root, how.labelled, found)
 
 
 def _meet(folder: str, split: str) -> bool:
     """Whether one of two folders is in the other."""
     return all(a == b for a, b in zip(folder.split("/"), split.split("/"), strict=False) if a)
-
-
-def with_places(tree: Members, root: Path, how: Listing, found: Found) -> Archives:
-    """A tree's source that can read its pictures, and counts what lies beside the archives."""
-    source = tree_source(tree, root, how)
-    source.rejected += [*found.unreadable, *tree.rejected]
-    source.seen += len(found.unreadable) + len(tree.rejected) + len(found.others)
-    source.skipped += len(found.others)
-    numbers = [tree.place_of(record.path) for record in source.records]
-    return Archives(**vars(source), files=tree.archives, places=tree.places(numbers))

@@ -6,16 +6,11 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from fastrot.config import UsageError
-from fastrot.data.files import look as look_at
-from fastrot.data.sources.records import (
-    Listing,
-    Record,
-    Source,
-    not_empty,
-    numbered,
-    unless_counted,
-)
+from fastrot.data.files import SKIP, look
+from fastrot.data.sources.records import Listing, Source, numbered, unless_counted
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
@@ -29,8 +24,6 @@ def text_list(root: Path, how: Listing) -> Source:
     Paths may hold spaces: what stands last is a label if it is a whole number. `numbers` count the lines that
     are not blank, where one of them is rejected.
     """
-    if how.split is not None:
-        raise UsageError(f"--split {how.split}: a text list has no splits; give one list for each")
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
     lines = (line.strip() for line in _text(root).split("\n"))  # not at odd separators in names
@@ -39,29 +32,23 @@ def text_list(root: Path, how: Listing) -> Source:
     labels = [label if how.labelled else -1 for _, label in named]
     classes = numbered(root, labels, lambda i: paths[i])
 
-    def look(path: str) -> tuple[str, str]:
+    def verdict(path: str) -> str:
         if os.path.isabs(path):
-            return "reject", "its path is absolute: name it relative to the list's folder"
+            return "its path is absolute: name it relative to the list's folder"
         at = os.path.join(root.parent, path)
         if not os.path.lexists(at):
-            return "reject", "there is no such file"
-        kind, reason = look_at(at, by_name=how.by_name, plain=False)
-        return ("reject", "it is no picture") if kind == "skip" else (kind, reason)
+            return "there is no such file"
+        said = look(at, by_name=how.by_name)
+        return "it is no picture" if said == SKIP else said
 
     blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        looked = pool.map(lambda block: [look(path) for path in block], blocks)
-        verdicts = list(itertools.chain.from_iterable(looked))
-    source = Source(root=root.parent, records=[], classes=classes, seen=len(paths))
-    numbers, each = [], zip(paths, labels, verdicts, strict=True)
-    for number, (path, label, (kind, reason)) in enumerate(each):
-        if kind == "reject":
-            source.rejected.append((path, reason))
-        else:
-            source.records.append(Record(path, label))
-            numbers.append(number)
-    source.numbers = unless_counted(numbers)
-    return not_empty(source, root)
+        looked = pool.map(lambda block: [verdict(path) for path in block], blocks)
+        verdicts = itertools.chain.from_iterable(looked)
+        source = Source(root=root.parent, classes=classes)
+        taken = [source.take(*each) for each in zip(paths, labels, verdicts, strict=True)]
+    source.numbers = unless_counted(np.flatnonzero(taken).tolist())
+    return source
 
 
 def _path_and_label(line: str) -> tuple[str, int]:

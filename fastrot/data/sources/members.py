@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from fastrot.config import UsageError
-from fastrot.data.files import hidden, shown, without_waiting
+from fastrot.data.files import hidden, one_line, shown, without_waiting
 from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these
@@ -313,10 +313,9 @@ def _announced(path: Path) -> int:
 
 
 def _damaged_zip(path: Path, why: object) -> UsageError:
-    said = " ".join(str(why).split())[:120] or type(why).__name__
     return UsageError(
-        f"{path} has no table of contents of a zip, or a damaged one ({said}): it was cut short or is no "
-        "zip; fetch it anew"
+        f"{path} has no table of contents of a zip, or a damaged one ({one_line(why)}): it was cut short or "
+        "is no zip; fetch it anew"
     )
 
 

@@ -1,36 +1,40 @@
 """The table of sources, by the names of their layouts: `open_source` is the one door to all of them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastrot.config import UsageError
+from fastrot.data.files import shown
 from fastrot.data.sources.archives import archives
 from fastrot.data.sources.cifar10 import cifar10
 from fastrot.data.sources.lists import text_list
 from fastrot.data.sources.members import tar_members, zip_members
 from fastrot.data.sources.parquet import parquet_files
 from fastrot.data.sources.prepared import beton_rows
-from fastrot.data.sources.records import Listing, Opened, Source
+from fastrot.data.sources.records import Listing, Source
 from fastrot.data.sources.shards import webdataset
 from fastrot.data.sources.tree import image_folder
 
 
 @dataclass(frozen=True)
 class Kind:
-    open: Opened
+    open: Callable[[Path, Listing], Source]
     wants: str
     patterns: bool = False  # whether --root may stand for many names
+    splits: bool = True
 
 
 KINDS = {
     "imagefolder": Kind(image_folder, "a folder of class folders, or of pictures"),
-    "list": Kind(text_list, "a text file that names pictures"),
+    "list": Kind(text_list, "a text file that names pictures", splits=False),
     "cifar10": Kind(cifar10, "the folder cifar-10-batches-py"),
-    "beton": Kind(beton_rows, "a .beton file, or the folder of its parts"),
-    "tar": Kind(archives(".tar", tar_members), "a tar, or of a folder of tars"),
-    "zip": Kind(archives(".zip", zip_members), "a zip, or of a folder of zips"),
+    "beton": Kind(beton_rows, "a .beton file, or the folder of its parts", splits=False),
+    "tar": Kind(partial(archives, ".tar", tar_members), "a tar, or of a folder of tars"),
+    "zip": Kind(partial(archives, ".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
     "parquet": Kind(parquet_files, "a folder of parquet files with pictures in them"),
 }
@@ -50,9 +54,22 @@ def open_source(
     label_from: Literal["folder", "none"] = "folder",
     by_name: bool = False,
 ) -> Source:
-    """Open a source by the name of its layout: one of the table KINDS."""
+    """Open a source by the name of its layout, one of the table KINDS. Raises UsageError where it has no picture."""
     if kind not in KINDS:
         raise UsageError(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
-    if not os.path.exists(root) and not (KINDS[kind].patterns and "{" in str(root)):
-        raise UsageError(f"{root} does not exist: give the path of {KINDS[kind].wants}")
-    return KINDS[kind].open(Path(root), Listing(split, label_from == "folder", by_name))
+    layout = KINDS[kind]
+    if not os.path.exists(root) and not (layout.patterns and "{" in str(root)):
+        raise UsageError(f"{root} does not exist: give the path of {layout.wants}")
+    if split is not None and not layout.splits:
+        raise UsageError(f"--split {split}: {layout.wants} has no splits; name the file of one")
+    source = layout.open(Path(root), Listing(split, label_from == "folder", by_name))
+    if source.records:
+        return source
+    where = source.root if os.path.isdir(root) else root
+    if not source.seen:
+        raise UsageError(f"{where} is empty: give a path with pictures in it")
+    why = [f" ({shown(path) or 'the root'}: {reason})" for path, reason in source.rejected[:1]]
+    raise UsageError(
+        f"{where} has {source.seen} file(s) and no picture among them{''.join(why)}: look at the path, "
+        "or at the files"
+    )

@@ -2,8 +2,8 @@
 
 The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first that
 holds bytes: `binary`, or a struct with a field `bytes`. Labels are the column called a ClassLabel there, else a
-column `label` (or `labels`, `fine_label`, `cls`, `class`, `target`) of whole numbers or words; class names are
-ClassLabel's, else the words, else numbers.
+column of the names LABELS that holds whole numbers or words; class names are ClassLabel's, else the words, else
+numbers.
 
 Only labels are read when a folder is opened: pictures lie in pages of many, so every row counts as a picture
 until it is read. A picture's path is its file's, without .parquet, and its row in that file.
@@ -12,8 +12,8 @@ A worker reads a row group from its beginning on, 16 rows at a time, and goes on
 does not grow with the groups, and each group is read about once by each worker.
 """
 
-import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import BadPicture, too_long
-from fastrot.data.sources.archives import Archive, InFiles, changed
-from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
+from fastrot.data.files import BadPicture, one_line, too_long
+from fastrot.data.sources.archives import Archive, InFiles
+from fastrot.data.sources.records import Listing, Record, Source, numbered
 from fastrot.data.sources.shards import of_split
-from fastrot.data.sources.tree import archives_in
 
 PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the row group
 ROWS_AT_ONCE = 16  # as many as a worker is given
@@ -46,57 +45,44 @@ class Parquet(InFiles):
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
         file, group, row = self.places[i].tolist()
+        of = self.files[file], group, self.column
         try:
-            data = _reader(self.files[file], group, self.column).at(row)
+            rows: _Rows | None = vars(_held).get("rows")
+            if rows is None or rows.of != of or row < rows.first:
+                rows = _held.rows = _Rows(*of)
+            data = rows.at(row)
         except Exception as e:  # a damaged page raises nearly every type there is
             vars(_held).clear()
             if _of_the_machine(e):
                 raise
-            raise BadPicture(f"its row group in the parquet file is damaged ({_said(e)})") from None
+            why = one_line(e)
+            raise BadPicture(f"its row group in the parquet file is damaged ({why})") from None
         reason = "its row has no bytes" if data is None else too_long(len(data))
         if data is None or reason:
             raise BadPicture(reason)
         return data
 
 
-_held = threading.local()  # the reader that was last used
+_held = threading.local()  # the rows that were last read
 
 
-class _Reader:
+class _Rows:
     """Rows of a row group, forwards."""
 
     def __init__(self, archive: Archive, group: int, column: str):
-        if Archive.at(Path(archive.path)) != archive:
-            raise changed(archive)
-        self.of = archive, group, column
-        self._file = _opened(Path(archive.path))
-        self._begin()
-
-    def _begin(self) -> None:
-        _, group, column = self.of
-        self._batches: Iterator[Any] = self._file.iter_batches(
+        self.of, self.first, self._rows = (archive, group, column), 0, []
+        os.close(archive.opened())  # it is as it was listed
+        self._batches: Iterator[Any] = _opened(Path(archive.path)).iter_batches(
             ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
         )
-        self._first, self._rows = 0, []
 
     def at(self, row: int) -> bytes | None:
-        if row < self._first:
-            self._begin()
-        while row >= self._first + len(self._rows):
-            self._first += len(self._rows)
+        """The bytes of a row that is not before `first`."""
+        while row >= self.first + len(self._rows):
+            self.first += len(self._rows)
             values = next(self._batches).column(0)
             self._rows = values.field("bytes") if hasattr(values, "field") else values
-        return self._rows[row - self._first].as_py()
-
-
-def _reader(archive: Archive, group: int, column: str) -> _Reader:
-    reader: _Reader | None = vars(_held).get("reader")
-    if reader is None or reader.of != (archive, group, column):
-        try:
-            reader = _held.reader = _Reader(archive, group, column)
-        except FileNotFoundError as e:  # else each of its pictures would be rejected by itself
-            raise OSError(errno.EIO, f"{archive.path}: {e.strerror}") from None
-    return reader
+        return self._rows[row - self.first].as_py()
 
 
 def _opened(path: Path) -> Any:
@@ -126,11 +112,9 @@ def _damaged(path: Path, why: Exception | str) -> UsageError:
     with open(path, "rb") as file:
         if file.read(32).startswith(b"version https://git-lfs"):
             return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
-    return UsageError(f"{path} is no parquet file, or was cut short ({_said(why)}): fetch it anew")
-
-
-def _said(why: object) -> str:
-    return " ".join(str(why).split())[:120]
+    return UsageError(
+        f"{path} is no parquet file, or was cut short ({one_line(why)}): fetch it anew"
+    )
 
 
 # ---- listing ----
@@ -142,41 +126,35 @@ def parquet_files(root: Path, how: Listing) -> Source:
     `split` chooses the files that have it in their names or folders (train-00000-of-00294.parquet).
     `not how.labelled`: all labels are -1. No picture's bytes are looked at.
     """
-    found = archives_in(root, ".parquet")
-    if root.is_file() and how.split is not None:
-        raise UsageError(f"--split {how.split}: {root} is one file; give the folder of all")
-    names = [folder or root.name.removesuffix(".parquet") for _, folder in found.archives]
-    chosen = set(of_split(names, how.split, root))
-    paths = [path for (path, _), name in zip(found.archives, names, strict=True) if name in chosen]
-    names = [name for name in names if name in chosen]
-    columns = _columns(paths[0])
-    records, places, said = [], [], []
-    for number, path in enumerate(paths):
-        if number and _columns(path) != columns:
-            raise UsageError(
-                f"{path} has other columns or class names than {paths[0]}: give one data set at a time"
-            )
+    found, first = of_split(root, ".parquet", how.split), None
+    paths, places, values = [], [], []
+    for number, (path, name) in enumerate(found.archives):
         file = _opened(path)
+        columns = _columns(file.schema_arrow, path)
+        first = first or columns
+        if columns != first:
+            raise UsageError(
+                f"{path} has other columns or class names than {found.archives[0][0]}: give one data set "
+                "at a time"
+            )
         for group, rows in enumerate(_rows(file, path)):
             places.append(place := np.empty(rows, PLACE))
             place["file"], place["group"], place["row"] = number, group, np.arange(rows)
         if columns.label is not None and how.labelled:
-            said.append(_labels_said(file, path, columns.label))
-        records += [f"{names[number]}/{row}" for row in range(file.metadata.num_rows)]
-    labels, classes = _labels(said, columns, root, records)
-    labels = labels or [-1] * len(records)
-    source = Parquet(
+            values += _values(file, path, columns.label)
+        paths += [f"{name}/{row}" for row in range(file.metadata.num_rows)]
+    assert first is not None
+    labels, classes = _labels(values, first, root, paths) if values else ([-1] * len(paths), ())
+    return Parquet(
         root=root,
-        records=[Record(*each) for each in zip(records, labels, strict=True)],
+        records=[*map(Record, paths, labels)],
         classes=classes,
-        seen=len(records) + len(found.others) + len(found.unreadable),
         skipped=len(found.others),
         rejected=found.unreadable,
-        files=[Archive.at(path) for path in paths],
-        column=columns.picture,
+        files=[Archive.at(path) for path, _ in found.archives],
+        column=first.picture,
         places=np.concatenate([np.empty(0, PLACE), *places]),
     )
-    return not_empty(source, root)
 
 
 def _rows(file: Any, path: Path) -> list[int]:
@@ -193,12 +171,11 @@ class _Columns(NamedTuple):
 
     picture: str
     label: str | None
-    names: tuple[str, ...] | None  # of classes
+    names: list[str] | None  # of classes
 
 
-def _columns(path: Path) -> _Columns:
+def _columns(schema: Any, path: Path) -> _Columns:
     """The columns to read. Raises UsageError where none holds pictures."""
-    schema = _opened(path).schema_arrow
     from pyarrow import types  # it is there: see above
 
     features = _features(schema.metadata)
@@ -221,16 +198,16 @@ def _columns(path: Path) -> _Columns:
         )
 
     def rank(field: Any) -> tuple[bool, int]:
-        named = LABELS.index(field.name) if field.name in LABELS else 9
+        named = LABELS.index(field.name) if field.name in LABELS else len(LABELS)
         return not called(field, "ClassLabel"), named
 
-    field = min((field for field in schema if rank(field) != (True, 9)), key=rank, default=None)
-    if field is None:
+    label = min(schema, key=rank)
+    if rank(label) == (True, len(LABELS)):
         return _Columns(pictures[0], None, None)
-    label = field.name
-    names = features.get(label, {}).get("names")
-    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return _Columns(pictures[0], label, tuple(names or ()) if known else None)
+    names = features.get(label.name, {}).get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = None
+    return _Columns(pictures[0], label.name, names)
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
@@ -242,7 +219,7 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
+def _values(file: Any, path: Path, column: str) -> list[Any]:
     """A column's values: whole numbers, words, None."""
     try:
         values = file.read(columns=[column]).column(0).to_pylist()
@@ -260,32 +237,24 @@ def _labels_said(file: Any, path: Path, column: str) -> list[Any]:
 
 
 def _labels(
-    said: list[list[Any]], columns: _Columns, root: Path, paths: list[str]
+    values: list[Any], columns: _Columns, root: Path, paths: list[str]
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Labels and class names; none where no labels were read."""
-    values = [value for each in said for value in each]
+    """Labels and class names."""
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
-        place = {word: label for label, word in enumerate(words)}
-        if not all(value is None or value in place for value in values):
+        label_of = {None: -1} | {word: label for label, word in enumerate(words)}
+        if not set(values) <= label_of.keys():
             raise UsageError(
                 f"{root}: its column {columns.label} holds numbers here and words there"
             )
-        return [-1 if value is None else place[value] for value in values], tuple(words)
+        return [label_of[value] for value in values], tuple(words)
     labels = [-1 if value is None else value for value in values]
-    lowest = min(labels, default=0)
-    if lowest < -1:
+    classes = numbered(root, labels, lambda i: paths[i])
+    if columns.names is None:
+        return labels, classes
+    if len(classes) > len(columns.names):
         raise UsageError(
-            f"{root} has the label {lowest} ({paths[labels.index(lowest)]}): a label is -1 or more; "
+            f"{root} has the label {len(classes) - 1}, but names of {len(columns.names)} classes; "
             "--label-from none ignores all labels"
         )
-    numbers = numbered(root, labels, lambda i: paths[i])
-    names = columns.names if labels else None
-    if names is None:
-        return labels, numbers
-    if len(numbers) > len(names):
-        raise UsageError(
-            f"{root} has the label {len(numbers) - 1}, but names of {len(names)} classes; --label-from none "
-            "ignores all labels"
-        )
-    return labels, names
+    return labels, tuple(columns.names)

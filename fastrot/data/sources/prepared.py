@@ -1,72 +1,41 @@
 """The pictures of a `.beton` as a Source, to be prepared in another format: rows, labels and keys stay what they are."""
 
-import os
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
+from fastrot.arrays import Picture
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture
 from fastrot.data.manifest import UNKNOWN
-from fastrot.data.sources.records import Listing, Record, Source
+from fastrot.data.sources.archives import Archive, InFiles
+from fastrot.data.sources.records import Listing, Record
 
-
-class Place(NamedTuple):
-    """Where a picture's bytes lie, and what they are."""
-
-    file: str
-    at: int
-    size: int
-    crc: int | None  # None: nothing lies beside the file
-    height: int
-    width: int
-    raw: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Row(Record):
-    """A record that knows its row in the file."""
-
-    row: int = 0
+PLACE = np.dtype(  # where a picture's bytes lie, and what they are; crc: -1 where none is known
+    [
+        *(("file", "<i8"), ("offset", "<i8"), ("length", "<i8"), ("crc", "<i8")),
+        *(("height", "<i4"), ("width", "<i4"), ("raw", "?")),
+    ]
+)
 
 
 @dataclass(kw_only=True)
-class BetonRows(Source):
-    """Rows of an opened `.beton`; the opened file never travels, their places do."""
+class BetonRows(InFiles):
+    """Rows of `.beton` files, read without their tables and without torch. `places` are PLACE."""
 
-    file: object = field(repr=False)  # Beton: naming it would load torch in every worker
-
-    def part(self, first: int, stop: int) -> "Places":
-        records = self.records[first:stop]
-        places = [_place(self.file, record.row) for record in records]  # type: ignore[attr-defined]
-        return Places(root=self.root, records=records, classes=(), seen=0, places=places)
-
-    def read(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
-        return self.part(i, i + 1).read(0)
-
-
-@dataclass(kw_only=True)
-class Places(Source):
-    """Some rows, read without the file's tables. Raises BadPicture for one that has changed."""
-
-    places: list[Place]
-
-    def read(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, i: int) -> Picture:
+        """The pixels of record i. Raises BadPicture where they have changed."""
         import simplejpeg
 
-        file, at, size, crc, height, width, raw = self.places[i]
-        with open(file, "rb") as opened:
-            data = os.pread(opened.fileno(), size, at)
-        if crc is not None and zlib.crc32(data) != crc:
+        file, offset, length, crc, height, width, raw = self.places[i].tolist()
+        data = self.bytes_at(file, offset, length)
+        if crc >= 0 and zlib.crc32(data) != crc:
             raise BadPicture("its checksum does not agree")
-        pixels = np.empty((height, width, 3), np.uint8)
         if raw:
-            pixels.ravel()[:] = np.frombuffer(data, np.uint8)
-            return pixels
+            return np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
+        pixels = np.empty((height, width, 3), np.uint8)
         try:  # a JPEG larger than its row says does not fit
             found = simplejpeg.decode_jpeg(data, buffer=pixels)
         except ValueError as error:
@@ -82,30 +51,24 @@ def beton_rows(root: Path, how: Listing) -> BetonRows:
         raise UsageError(
             f"{root} is no .beton, nor the parts of one: name what dataprep/to_ffcv.py wrote"
         )
-    if how.split is not None:
-        raise UsageError(f"--split {how.split}: a .beton has no splits; name the file of one")
     from fastrot.data.beton.read import Beton  # which needs torch
 
     data = Beton(root)
     labels = data.labels.tolist() if how.labelled else [-1] * data.rows
-    records: list[Record] = []
-    for row, label in enumerate(labels):
-        name = data.name(row)
-        records.append(Row(f"{row:08d}" if name == UNKNOWN else name, label, row))
+    names = [data.name(row) for row in range(data.rows)]
+    paths = [f"{row:08d}" if name == UNKNOWN else name for row, name in enumerate(names)]
+    places = np.empty(data.rows, PLACE)
+    every = data._places(np.arange(data.rows))
+    places["file"], places["offset"], places["length"] = every
+    places["crc"] = -1 if data._crc is None else data._crc
+    places["height"], places["width"] = data.contents.sizes.T
+    places["raw"] = data.contents.raw
     return BetonRows(
         root=root,
-        records=records,
+        records=[*map(Record, paths, labels)],
         classes=data.classes if how.labelled else (),
-        seen=data.rows,
         numbers=data.numbers,
         keys=data.keys,
-        file=data,
+        files=[Archive.at(file.path) for file in data._files],
+        places=places,
     )
-
-
-def _place(data, row: int) -> Place:
-    c = data.contents
-    height, width = c.sizes[row].tolist()
-    crc = None if data._crc is None else int(data._crc[row])
-    file = str(data._file_of(row).path)
-    return Place(file, int(c.ptr[row]), int(c.size[row]), crc, height, width, bool(c.raw[row]))

@@ -1,20 +1,17 @@
-"""A source: pictures in a fixed order, wherever they come from. What reads one does not care.
-
-Every file is accounted for: len(records) + len(rejected) + skipped == seen. `skipped` are files that claim to be
-no picture, `rejected` those that claim to be one and cannot be.
-"""
+"""A source: pictures in a fixed order, wherever they come from. What reads one does not care."""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt64
+from jaxtyping import UInt8
 
+from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import shown, without_waiting
+from fastrot.data.files import PICTURE, SKIP, shown, whole_file
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
@@ -38,28 +35,43 @@ class Record:
 
 @dataclass(kw_only=True)
 class Source:
-    """Pictures in a fixed order, as encoded bytes or as pixels. Goes to worker processes by pickle."""
+    """Pictures in a fixed order, as encoded bytes or as pixels; and what became of all other files.
+
+    `skipped` are files that claim to be no picture, `rejected` those that claim to be one and cannot be.
+    """
 
     root: Path
-    records: list[Record]
-    classes: tuple[str, ...]
-    seen: int  # files
+    records: list[Record] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
     skipped: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    numbers: Int64[np.ndarray, " n"] | None = None  # see `image_folder`; None: 0 ... n - 1
-    keys: UInt64[np.ndarray, " n"] | None = None  # None: `path_keys` of the records
+    numbers: Numbers | None = None  # see `image_folder`; None: 0 ... n - 1
+    keys: Keys | None = None  # None: `path_keys` of the records
 
-    def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
-        """Encoded bytes of record i, or its pixels."""
-        path = os.path.join(self.root, self.records[i].path)
-        with open(path, "rb", opener=without_waiting) as file:
-            return file.read()
+    @property
+    def seen(self) -> int:
+        """Files: each is a record, rejected or skipped."""
+        return len(self.records) + len(self.rejected) + self.skipped
 
-    def taken(self, rows: Int64[np.ndarray, " k"]) -> "Source":
+    def take(self, path: str, label: int, verdict: str) -> bool:
+        """Account for one more file, by the verdict of data/files.py; whether it has become a record."""
+        if verdict == PICTURE:
+            self.records.append(Record(path, label))
+        elif verdict == SKIP:
+            self.skipped += 1
+        else:
+            self.rejected.append((path, verdict))
+        return verdict == PICTURE
+
+    def read(self, i: int) -> bytes | Picture:
+        """Encoded bytes of record i, or its pixels. Raises OSError or BadPicture."""
+        return whole_file(os.path.join(self.root, self.records[i].path))
+
+    def taken(self, rows: Numbers) -> "Source":
         """The same source with these of its records, in this order."""
         return replace(self, **self._of_records(rows))
 
-    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+    def _of_records(self, rows: Numbers) -> dict[str, Any]:
         """What it knows record by record, of these."""
         return {
             "records": [self.records[i] for i in rows.tolist()],
@@ -72,7 +84,7 @@ class Source:
         places = np.arange(len(self.records))
         return self.taken(ShuffledSampler(len(places), seed=seed, epoch=0)[places])
 
-    def beside(self, records: Int64[np.ndarray, " rows"]) -> dict[str, dict[str, np.ndarray]]:
+    def beside(self, records: Numbers) -> dict[str, dict[str, np.ndarray]]:
         """What else is known of these records, which became the rows of a prepared file, by names of files.
 
         {"boxes": {"count": [rows], "box": [boxes, 4]}} is written to FILE.boxes.npz, or FOLDER/boxes.npz. A
@@ -83,49 +95,35 @@ class Source:
     def part(self, first: int, stop: int) -> "Source":
         """Records first ... stop - 1 and what reads them, for a worker process."""
         part = self.taken(np.arange(first, stop))
-        return replace(part, classes=(), seen=0, skipped=0, rejected=[], numbers=None, keys=None)
+        return replace(part, classes=(), skipped=0, rejected=[], numbers=None, keys=None)
 
 
 @dataclass(kw_only=True)
 class InMemory(Source):
     """Pictures that travel with their records."""
 
-    pictures: Sequence[bytes | UInt8[np.ndarray, "_h _w 3"]]
+    pictures: Sequence[bytes | UInt8[np.ndarray, "_h _w 3"]]  # of different sizes
 
-    def read(self, i: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
+    def read(self, i: int) -> bytes | Picture:
         return self.pictures[i]
 
-    def _of_records(self, rows: Int64[np.ndarray, " k"]) -> dict[str, Any]:
+    def _of_records(self, rows: Numbers) -> dict[str, Any]:
         return {**super()._of_records(rows), "pictures": [self.pictures[i] for i in rows.tolist()]}
 
 
-Opened: TypeAlias = Callable[[Path, Listing], Source]  # what a line of the table holds
-
-
-def unless_counted(numbers: list[int]) -> Int64[np.ndarray, " n"] | None:
+def unless_counted(numbers: list[int]) -> Numbers | None:
     """Numbers as an array; None where they are 0 ... n - 1."""
     array = np.array(numbers, np.int64)
     return None if (array == np.arange(len(array))).all() else array
 
 
-def not_empty(source: Source, root: Path) -> Source:
-    if source.records:
-        return source
-    if not source.seen:
-        raise UsageError(f"{root} is empty: give a path with pictures in it")
-    first = source.rejected[:1]
-    why = "".join(f" ({shown(path) or 'the root'}: {reason})" for path, reason in first)
-    raise UsageError(
-        f"{root} has {source.seen} file(s) and no picture among them{why}: look at the path, or at the files"
-    )
-
-
 def numbered(root: Path, labels: list[int], name: Callable[[int], str]) -> tuple[str, ...]:
     """Class names where there are numbers alone: these. `name(i)`: the picture of label i, for people."""
-    highest = max(labels, default=-1)
-    if highest >= MOST_LABELS:
-        raise UsageError(
-            f"{root} has the label {highest} ({shown(name(labels.index(highest)))}): a label is below "
-            f"{MOST_LABELS:,}; --label-from none ignores all labels"
-        )
+    lowest, highest = min(labels, default=-1), max(labels, default=-1)
+    for label in (lowest, highest):
+        if not -1 <= label < MOST_LABELS:
+            raise UsageError(
+                f"{root} has the label {label} ({shown(name(labels.index(label)))}): a label is below "
+                f"{MOST_LABELS:,}, and -1 where there is none; --label-from none ignores all labels"
+            )
     return tuple(map(str, range(highest + 1)))

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.sources.archives import Archive, Archives, Members, with_places
+from fastrot.data.files import PICTURE, SKIP
+from fastrot.data.sources.archives import Archive, Members
 from fastrot.data.sources.members import Member, tar_members
-from fastrot.data.sources.records import Listing, Record, Source, not_empty, numbered
+from fastrot.data.sources.records import Listing, Record, Source, numbered
 from fastrot.data.sources.tree import Found, archives_in
 
-SPLITS = ("train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval")
+SPLITS = {"train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval"}
 MOST_SHARDS = 2**20  # that a pattern may stand for
 MOST_JSON = 2**22  # bytes of a sample's .json
 
@@ -31,19 +32,54 @@ def webdataset(root: Path, how: Listing) -> Source:
 
     `split` chooses the shards of a folder that have it in their names. `not how.labelled`: all labels are -1.
     """
-    tree, labels = Members(), _Labels()
-    found = _shards(root, how.split)
+    tree, found = Samples(), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.archives.append(Archive.at(shard))
         for member in tar_members(shard, nested=False):
             path = tree.add(folder, member)
             if path is not None and member.kind == "file" and how.labelled:
-                labels.note(path, member, shard)
-    source = with_places(tree, root, Listing(labelled=False), found)
-    return not_empty(_labelled(source, labels), root)
+                tree.note(path, member, shard)
+    source = tree.source(root, False, found)
+    source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
+    paths = [record.path for record in source.records]
+    labels = [int(tree.label(path)) for path in paths]
+    source.records = [*map(Record, paths, labels)]
+    source.classes = numbered(root, labels, lambda i: paths[i])
+    source.numbers = None
+    return source
 
 
 # ---- labels ----
+
+
+class Samples(Members):
+    """Members of shards, of which one that lies beside a picture may hold its label."""
+
+    def __init__(self):
+        super().__init__()
+        # by samples' keys: a label, or why there is none
+        self._cls, self._json = dict[str, int | str](), dict[str, int | str]()
+
+    def note(self, path: str, member: Member, shard: Path) -> None:
+        """Keep the label that a member holds, if any."""
+        key, kind = _key_and_kind(path)
+        if kind == "cls":
+            self._cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
+        elif kind == "json":
+            self._json[key] = _said_in_json(member, shard)
+
+    def label(self, path: str) -> int | str:
+        """A picture's label, or why it has none that is right."""
+        key, _ = _key_and_kind(path)
+        return self._cls.get(key, self._json.get(key, -1))
+
+    def look(self, path: str, plain: bool) -> str:
+        verdict, label = super().look(path, plain), self.label(path)
+        if verdict != PICTURE:
+            return verdict
+        if "." in _key_and_kind(path)[1]:
+            return SKIP
+        return label if isinstance(label, str) else PICTURE
 
 
 def _key_and_kind(path: str) -> tuple[str, str]:
@@ -51,24 +87,6 @@ def _key_and_kind(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     key, _, kind = name.partition(".")
     return folder + slash + key, kind.lower()
-
-
-class _Labels:
-    """What samples are labelled with, by their keys: a number, or why there is none."""
-
-    def __init__(self):
-        self.cls, self.json = dict[str, int | str](), dict[str, int | str]()
-
-    def note(self, path: str, member: Member, shard: Path) -> None:
-        """Keep the label that a member holds, if any."""
-        key, kind = _key_and_kind(path)
-        if kind == "cls":
-            self.cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
-        elif kind == "json":
-            self.json[key] = _said_in_json(member, shard)
-
-    def of(self, key: str) -> int | str:
-        return self.cls.get(key, self.json.get(key, -1))
 
 
 def _said_in_json(member: Member, shard: Path) -> int | str:
@@ -95,42 +113,17 @@ def _whole(said: Any, where: str) -> int | str:
     return f"its label in the .{where} is no whole number from -1 on"
 
 
-def _labelled(source: Archives, labels: _Labels) -> Archives:
-    """The pictures of samples, with their labels, in the order of the shards."""
-    order = np.lexsort((source.places["offset"], source.places["file"]))
-    kept, records = [], []
-    for i in order.tolist():
-        path = source.records[i].path
-        key, kind = _key_and_kind(path)
-        label = labels.of(key)
-        if "." in kind:
-            source.skipped += 1
-        elif isinstance(label, str):
-            source.rejected.append((path, label))
-        else:
-            kept.append(i)
-            records.append(Record(path, label))
-    labels_of = [record.label for record in records]
-    source.records, source.places, source.numbers = records, source.places[kept], None
-    source.classes = numbered(source.root, labels_of, lambda i: records[i].path)
-    return source
-
-
 # ---- which shards ----
 
 
 def _shards(root: Path, split: str | None) -> Found:
     """Shards, with the folders that they would be unpacked into."""
-    if root.is_dir():
-        found = archives_in(root, ".tar")
-        chosen = set(of_split([folder for _, folder in found.archives], split, root))
-        return found._replace(archives=[each for each in found.archives if each[1] in chosen])
+    if root.exists():
+        return of_split(root, ".tar", split)
     if split is not None:
         raise UsageError(
             f"--split {split}: {root} names its shards itself; give those of that split"
         )
-    if root.exists():
-        return Found([(root, root.name.removesuffix(".tar"))], [], [])
     paths = [Path(path) for path in expanded(str(root))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -143,19 +136,27 @@ def _shards(root: Path, split: str | None) -> Found:
     return Found(list(zip(paths, names, strict=True)), [], [])
 
 
-def of_split(names: list[str], split: str | None, root: Path) -> list[str]:
-    """Names that have the split as a word in them; all where none is asked for and no two are there."""
-    words = [_words(name) for name in names]
-    there = sorted({word for each in words for word in each if word in SPLITS})
+def of_split(root: Path, suffix: str, split: str | None) -> Found:
+    """A file; or those of a folder that end so and have the split as a word in their names.
+
+    All where none is asked for, and no two are there.
+    """
+    if not root.is_dir():
+        if split is not None:
+            raise UsageError(f"--split {split}: {root} is one file; give the folder of all")
+        return Found([(root, root.name.removesuffix(suffix))], [], [])
+    found = archives_in(root, suffix)
+    words = [_words(name) for _, name in found.archives]
+    there = sorted(set().union(*words) & SPLITS)
     listed = ", ".join(there) or "none"
     if split is None:
         if len(there) > 1:
             raise UsageError(f"{root} holds the splits {listed}: name one with --split")
-        return names
-    chosen = [name for name, each in zip(names, words, strict=True) if split in each]
+        return found
+    chosen = [each for each, of in zip(found.archives, words, strict=True) if split in of]
     if not chosen:
         raise UsageError(f"--split {split} got no file of that name in {root}; there are: {listed}")
-    return chosen
+    return found._replace(archives=chosen)
 
 
 def _words(name: str) -> set[str]:

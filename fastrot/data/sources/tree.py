@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastrot.config import UsageError
-from fastrot.data.files import TORCHVISION, hidden, look
-from fastrot.data.sources.records import Listing, Record, Source, not_empty, unless_counted
+from fastrot.data.files import PICTURE, SKIP, TORCHVISION, hidden, look
+from fastrot.data.sources.records import Listing, Source, unless_counted
 
 OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 
@@ -35,7 +35,7 @@ def image_folder(root: Path, how: Listing) -> Source:
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
         root = root / split
-    return not_empty(tree_source(Disk(str(root)), root, how), root)
+    return tree_source(Disk(str(root), how.by_name), root, how.labelled)
 
 
 class Entry(NamedTuple):
@@ -59,8 +59,8 @@ class Tree(Protocol):
         """What a folder holds, in the order of names. Raises OSError."""
         ...
 
-    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
-        """What a file is: ("picture" | "skip" | "reject", reason)."""
+    def look(self, path: str, plain: bool) -> str:
+        """The verdict of data/files.py on a file; `plain`: its entry's."""
         ...
 
 
@@ -69,6 +69,7 @@ class Disk:
     """A folder as a `Tree`."""
 
     root: str
+    by_name: bool = False  # whether suffixes are trusted
 
     def place(self, path: str) -> Hashable:
         found = os.stat(os.path.join(self.root, path))
@@ -82,38 +83,30 @@ class Disk:
             found.append(Entry(entry.name, link, folder, entry.is_file(follow_symlinks=False)))
         return sorted(found)
 
-    def look(self, path: str, *, by_name: bool, plain: bool) -> tuple[str, str]:
-        return look(os.path.join(self.root, path), by_name=by_name, plain=plain)
+    def look(self, path: str, plain: bool) -> str:
+        return look(os.path.join(self.root, path), by_name=self.by_name, plain=plain)
 
 
-def tree_source(tree: Tree, root: Path, how: Listing) -> Source:
+def tree_source(tree: Tree, root: Path, labelled: bool) -> Source:
     """The pictures of a tree, as `image_folder` says; perhaps none."""
     folders, unreadable, entered_twice = walk(tree)
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        verdicts = list(pool.map(lambda folder: folder.look(tree, how.by_name), folders))
+        verdicts = list(pool.map(lambda folder: folder.look(tree), folders))
 
     looked = list(zip(folders, verdicts, strict=True))
-    in_classes = any(("picture", "") in each for folder, each in looked if folder.top)
-    labelled = how.labelled and in_classes
+    labelled = labelled and any(PICTURE in each for folder, each in looked if folder.top)
     paths = [folder.path for folder in folders] + [path for path, _ in unreadable]
     tops = sorted({_top(path) for path in paths if path and not hidden(_top(path))})
     label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
 
-    source = Source(root=root, records=[], classes=tuple(label_of), seen=len(unreadable))
-    source.rejected += unreadable
+    source = Source(root=root, classes=tuple(label_of), rejected=unreadable)
     numbers, number = [], 0
     for folder, each in looked:
         stray = labelled and not folder.top  # beside the class folders
-        for (name, _), (kind, reason) in zip(folder.files, each, strict=True):
-            source.seen += 1
+        for (name, _), verdict in zip(folder.files, each, strict=True):
             listed = not stray and name.lower().endswith(TORCHVISION)
-            path = folder.inside(name)
-            if kind == "skip" or stray:
-                source.skipped += 1
-            elif kind == "reject":
-                source.rejected.append((path, reason))
-            else:
-                source.records.append(Record(path, label_of.get(folder.top, -1)))
+            path, label = folder.inside(name), label_of.get(folder.top, -1)
+            if source.take(path, label, SKIP if stray else verdict):
                 numbers.append(number if listed else -1)
             number += listed
     if entered_twice:  # torchvision lists such pictures again and again
@@ -138,12 +131,10 @@ class Folder:
         """The path of what it holds under a name."""
         return f"{self.path}/{name}" if self.path else name
 
-    def look(self, tree: Tree, by_name: bool) -> list[tuple[str, str]]:
-        """For each file ("picture" | "skip" | "reject", reason)."""
+    def look(self, tree: Tree) -> list[str]:
+        """The verdict on each file."""
         return [
-            ("skip", "")
-            if self.hidden or hidden(name)
-            else tree.look(self.inside(name), by_name=by_name, plain=plain)
+            SKIP if self.hidden or hidden(name) else tree.look(self.inside(name), plain)
             for name, plain in self.files
         ]
 
