@@ -11,23 +11,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
+from fastrot.arrays import Bytes, Picture, Rows, RowSizes, Sizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Reader
 from fastrot.data.manifest import Paths
 from fastrot.data.readahead import announce
-from fastrot.data.reader import InC, ThreadedReader, fill_decoded
+from fastrot.data.reader import Errors, InC, ThreadedReader, fill_decoded
 from fastrot.data.ring import Ring
 
-Memory = Callable[[int], UInt8[np.ndarray, " n"]]  # gives so many bytes of any content
+Memory = Callable[[int], Bytes]  # gives so many bytes of any content
 
 
 class MappedFile(NamedTuple):
     path: Path
     map: mmap.mmap
-    bytes: UInt8[np.ndarray, " n"]
+    bytes: Bytes
 
 
 class MappedData(Data):
@@ -36,25 +36,27 @@ class MappedData(Data):
     A format says where they lie, and how one is decoded. Arrays hold a number for each row.
     """
 
+    again: str  # what to do about a damaged record
+    path: Path
     _files: list[MappedFile]
     _which: np.ndarray  # the file
     _start: np.ndarray  # the record's first byte in it
     _bytes: np.ndarray
-    _sizes: Int32[np.ndarray, "n 2"]  # the picture's height and width, upright
+    _sizes: Sizes  # the picture's height and width, upright
     _crc: np.ndarray | None  # uint32; None: there are no checksums
     _paths: Paths
 
     def __init__(self) -> None:
         self._ring, self._scratch = Ring(), Scratch()
 
-    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+    def sizes(self, rows: Rows) -> RowSizes:
         return self._sizes[rows]
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""
         return self._paths.of(row)
 
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+    def record(self, row: int) -> Bytes:
         """The bytes of a picture as they lie in the file, compared with their crc32. Raises DamagedRecord."""
         start = int(self._start[row])
         data = self._file_of(row).bytes[start : start + int(self._bytes[row])]
@@ -62,22 +64,25 @@ class MappedData(Data):
             raise self._damaged(row, "its checksum does not agree")
         return data
 
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+    def picture(self, row: int) -> Picture:
         """The whole picture, upright (a raw one: read-only, in the file). Raises DamagedRecord."""
         return self._decode(row, partial(np.empty, dtype=np.uint8))
 
     @abstractmethod
-    def _decode(self, row: int, memory: Memory) -> UInt8[np.ndarray, "h w 3"]:
+    def _decode(self, row: int, memory: Memory) -> Picture:
         """The picture, in memory that it asks for. Raises DamagedRecord."""
 
-    @abstractmethod
     def _damaged(self, row: int, why: str) -> DamagedRecord:
         """What is said of a record."""
+        return DamagedRecord(
+            f"row {row} of {self._file_of(row).path} ({self.name(row)}) is damaged, {why}: {self.again}; "
+            f"dataprep/look.py {self.path} --verify names every damaged row"
+        )
 
     def _file_of(self, row: int) -> MappedFile:
         return self._files[self._which[row]]
 
-    def _places(self, rows: Int64[np.ndarray, " b"]) -> tuple[np.ndarray, ...]:
+    def _places(self, rows: Rows) -> tuple[np.ndarray, ...]:
         """File, first byte and bytes of records."""
         return self._which[rows], self._start[rows], self._bytes[rows]
 
@@ -89,16 +94,15 @@ class MappedData(Data):
         """How the C++ extension begins a batch; None: it cannot."""
         return None
 
-    def fill(
-        self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
-    ) -> list[tuple[int, str]]:
-        """The crops of some places of a batch, decoded in Python; place and sentence of what cannot be read."""
-        rows = request.rows[0][:, 0]
-        return fill_decoded(
-            lambda place: self._decode(int(rows[place]), self._scratch.take), request, out, places
-        )
+    def fill(self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]) -> Errors:
+        """The crops of some places of a batch, decoded in Python; what cannot be read."""
 
-    def _announce(self, request: CropRequest) -> list[tuple[int, str]]:
+        def decode(place: int) -> Picture:
+            return self._decode(int(request.rows[0][place, 0]), self._scratch.take)
+
+        return fill_decoded(decode, request, out, places)
+
+    def _announce(self, request: CropRequest) -> Errors:
         announce(request, [file.map for file in self._files], self._places)
         return []
 
@@ -108,7 +112,7 @@ class Scratch(threading.local):
 
     held = np.empty(0, np.uint8)
 
-    def take(self, size: int) -> UInt8[np.ndarray, " n"]:
+    def take(self, size: int) -> Bytes:
         if len(self.held) < size:
             self.held = np.empty(size, np.uint8)
         return self.held[:size]

@@ -10,8 +10,8 @@ from truth import photo
 
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError, Whole
-from fastrot.core import View
-from fastrot.data.beton.read import Beton, DamagedRecord
+from fastrot.core import DamagedRecord, View
+from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.prepare.convert import convert
 from fastrot.data.reader import AHEAD
@@ -269,7 +269,7 @@ def test_a_set_of_another_file_is_refused(ours, pictures, tmp_path, part):
         )
     )
     shutil.copy(f"{other}.{part}", f"{ours}.{part}")
-    with pytest.raises(UsageError, match=r"is of another file|is not that of"):
+    with pytest.raises(UsageError, match="of another file"):
         Beton(ours)
 
 
@@ -280,7 +280,7 @@ def test_a_set_in_pieces_is_refused(ours, part, content):
     side.unlink()
     if content is not None:
         side.write_bytes(content)
-    with pytest.raises(UsageError, match="missing" if content is None else "damaged|not that of"):
+    with pytest.raises(UsageError, match="missing" if content is None else "damaged"):
         Beton(ours)
 
 

@@ -117,7 +117,7 @@ def replace(part: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (os.unlink, "is missing"),
+        (os.unlink, "cannot be read"),
         (cut, "is cut short or damaged"),
         (change, "has changed since it was written"),
         (replace, "has changed since it was written"),
@@ -136,7 +136,9 @@ def test_what_lies_beside_the_parts_is_needed_whole(four, name, content):
     (four / name).unlink()
     if content is not None:
         (four / name).write_bytes(content)
-    words = f"has no {name}" if content is None else "set.json, .crc.npy or .keys.npy is damaged"
+    words = (
+        f"{name} is missing" if content is None else "set.json, .crc.npy or .keys.npy is damaged"
+    )
     with pytest.raises(UsageError, match=words):
         open_data(four)
 
@@ -163,7 +165,7 @@ def test_an_unfinished_set_is_told_from_a_folder_of_pictures(four):
     four.rename(parts)
     (parts / "set.json").unlink()
     with pytest.raises(
-        UsageError, match=r"a?no set\.json: run the same dataprep/to_ffcv.py command"
+        UsageError, match=r"set\.json is missing: .* run the same dataprep/to_ffcv.py command"
     ):
         open_data(parts)
 
@@ -174,9 +176,7 @@ def test_a_damaged_record_is_named_with_its_part(four):
     with open(four / PARTS[1], "r+b") as file:
         file.seek(at)
         file.write(b"\0\0\0\0\0\0\0")
-    with pytest.raises(
-        DamagedRecord, match=rf"row 13 of .*{data.name(13)}, in {PARTS[1]}.*checksum"
-    ):
+    with pytest.raises(DamagedRecord, match=rf"row 13 of .*{PARTS[1]} .{data.name(13)}.*checksum"):
         data.picture(13)
     data.picture(12)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 VERSION = 2
 PAGE = 2**23  # bytes; the page that FFCV's own writer uses, a power of two
-INT, FLOAT, IMAGE = 1, 0, 2  # type numbers of fields
+FLOAT, INT, IMAGE = 0, 1, 2  # types of fields; 3 to 6: bytes, array, json, tensor
 JPG, RAW = 0, 1  # modes of an image
 
 HEADER = np.dtype(
@@ -24,8 +24,8 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("args", "V1024")], align=True)
 PICTURE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])  # packed
 TABLE = np.dtype([("row", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-TYPES = {FLOAT: np.dtype("<f8"), INT: np.dtype("<i8"), IMAGE: PICTURE}  # of a field, inside a row
-
+BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+TYPES = {FLOAT: "<f8", INT: "<i8", IMAGE: PICTURE, 3: BLOB, 4: "<u8", 5: BLOB, 6: "<u8"}  # in a row
 ROW = np.dtype(
     [("f0", PICTURE), ("f1", "<i8"), ("f2", "<i8")], align=True
 )  # ours: image, label, index

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
 
+from fastrot.arrays import Picture
 from fastrot.config import UsageError
-from fastrot.core import DamagedRecord
 from fastrot.data import pictures
 from fastrot.data.manifest import Paths, known
 from fastrot.data.mapped import MappedData, MappedFile, Memory, mapped
 from fastrot.data.tars import layout
-from fastrot.data.tars.layout import AGAIN, read_index
+from fastrot.data.tars.layout import AGAIN, PATHS, ROWS, read_index
 from fastrot.disk import allow_open_files
 
 
@@ -28,7 +27,7 @@ class Tars(MappedData):
     manifest  what shards.json says
     """
 
-    format = "tars"
+    format, again = "tars", AGAIN
 
     def __init__(self, path: str | Path):
         super().__init__()
@@ -44,9 +43,9 @@ class Tars(MappedData):
         self.fingerprint = str(self.manifest["fingerprint"])
         self.classes = tuple(self.manifest["classes"])
         self.mean, self.std, self.numbers = known(self.manifest)
-        self._paths = Paths(self.path / layout.PATHS)
+        self._paths = Paths(self.path / PATHS)
 
-    def _decode(self, row: int, memory: Memory) -> UInt8[np.ndarray, "h w 3"]:
+    def _decode(self, row: int, memory: Memory) -> Picture:
         record = self.record(row)
         height, width = self._sizes[row].tolist()
         if pictures.is_upright_jpeg(record, height, width):
@@ -60,17 +59,11 @@ class Tars(MappedData):
             raise self._damaged(row, "its size is not that of the index")
         return picture
 
-    def _damaged(self, row: int, why: str) -> DamagedRecord:
-        file = self._file_of(row).path
-        return DamagedRecord(f"row {row} of {file} ({self.name(row)}) is damaged, {why}: {AGAIN}")
-
     def _compare(self) -> None:
         """Raises UsageError where the index leads outside of a shard, or not to its pictures."""
         shards = self._which
         if (shards[1:] < shards[:-1]).any():  # never so, as it is written
-            raise UsageError(
-                f"{self.path / layout.ROWS} is not in the order of the shards: {AGAIN}"
-            )
+            raise UsageError(f"{self.path / ROWS} is not in the order of the shards: {AGAIN}")
         begins = np.searchsorted(shards, np.arange(len(self._files) + 1))
         for number, shard in enumerate(self._files):
             mine = slice(begins[number], begins[number + 1])
@@ -81,9 +74,7 @@ class Tars(MappedData):
                 block = shard.bytes[first[at] - layout.BLOCK : first[at]].tobytes()
                 fits = fits and layout.length_in(block) == size[at]
             if not fits:
-                raise UsageError(
-                    f"{shard.path} is not the tar that {layout.ROWS} was made for: {AGAIN}"
-                )
+                raise UsageError(f"{shard.path} is not the tar that {ROWS} was made for: {AGAIN}")
 
 
 def _shard(folder: Path, listed: dict[str, Any]) -> MappedFile:
