@@ -20,7 +20,6 @@ makes a checksum of each record in the place of its crops, so that the disk bind
 arithmetic: labels per batch of sorted classes of ImageNet's size, without a picture.
 """
 
-import contextlib
 import ctypes
 import itertools
 import json
@@ -403,12 +402,12 @@ def repeated(source: Beton, out: Path, megabytes: int, *, seed: int | None = Non
         rows = np.random.default_rng(seed).permutation(rows)
 
     def write(file: Any) -> None:
-        with contextlib.closing(Packer(file, len(rows))) as packer:
-            for row in rows.tolist():
-                height, width = source.sizes(np.array([row]))[0].tolist()
-                shape = {"mode": 0, "height": height, "width": width}
-                packer.add(records[row], **shape, label=int(source.labels[row]))
-            packer.finish()
+        packer = Packer(file, len(rows))
+        for number in rows.tolist():
+            height, width = source.sizes(np.array([number]))[0].tolist()
+            shape = {"mode": 0, "height": height, "width": width}
+            packer.add(records[number], **shape, label=int(source.labels[number]))
+        packer.finish()
 
     write_atomically(out, write)
     return out

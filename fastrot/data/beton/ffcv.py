@@ -1,15 +1,6 @@
 """`.beton` through FFCV's own Loader, with our order and boxes: `--loader ffcv`.
 
-FFCV's Reader, its pipeline, its thread that works ahead and its C code (libjpeg-turbo's fast DCT, OpenCV's INTER_AREA)
-are used as they are; rows and boxes go in with each batch. What FFCV 1.0.2 gets wrong stays inside this file:
-
-    an operation that raises                  the consumer waits for ever     -> `_Epoch` hands the error on
-    an epoch broken off                       its thread and memory stay      -> `_Epoch.close` ends it
-    a damaged record                          zeros, without a word           -> checksum, else size and return code
-    its import, Loader and iterator           set torch's number of threads   -> `_aside`, `_Epoch.run`
-    every process                             compiles for 7 to 9 s           -> `_aside`; its C code is called as it is
-    each epoch                                a picture of memory a batch place and slot -> a few a thread
-    each Loader                               dicts of all rows, numba's types changed   -> `_Records`
+README.md tells which of FFCV's faults each piece keeps from a run.
 
 Needs ffcv and numba (`make ffcv`), so nothing imports this file but `assemble.open_data`, when asked.
 """
@@ -165,11 +156,7 @@ class _Decoder(Operation):
 
 
 class _Records(OSCacheManager):
-    """FFCV's memory map of the file, and where its records lie.
-
-    Without the dicts of every row (of 1.28 million: 4 s, and 0.7 GB for as long), and without its reader, whose
-    signature would make numba's type of flat uint8 arrays read-only for the whole process: nothing here asks for them.
-    """
+    """FFCV's memory map of the file, and where its records lie; without its dicts of every row and its reader."""
 
     def __init__(self, reader: Any):
         table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"], kind="stable")]

@@ -3,11 +3,7 @@
     header | field descriptors | rows (metadata) | pages of records | table
     24     | 1,041 a field     | aligned structs |                  | 24 a record, to the end of the file
 
-What FFCV needs and does not check (each tried): a record lies inside one page (`ptr // page` is the same at
-its first and last byte); the page size is a power of two; the table names every row once, with size > 0; no
-row is empty. The header is written last, so that an unfinished file has version 0.
-
-An image's struct is packed into 13 bytes inside its aligned row: mode (0 jpg, 1 raw), width, height, pointer.
+The header is written last, so that an unfinished file has version 0. README.md says what FFCV needs and does not check.
 """
 
 import numpy as np
@@ -22,11 +18,12 @@ HEADER = np.dtype(
     align=True,
 )
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("args", "V1024")], align=True)
-PICTURE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])  # packed
+PICTURE = np.dtype(
+    [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")]
+)  # 13 bytes
 TABLE = np.dtype([("row", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 BLOB = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 TYPES = {FLOAT: "<f8", INT: "<i8", IMAGE: PICTURE, 3: BLOB, 4: "<u8", 5: BLOB, 6: "<u8"}  # in a row
-ROW = np.dtype(
-    [("f0", PICTURE), ("f1", "<i8"), ("f2", "<i8")], align=True
-)  # ours: image, label, index
+# ours: image, label, index
+ROW = np.dtype([("f0", PICTURE), ("f1", "<i8"), ("f2", "<i8")], align=True)
 NAMES = (("image", IMAGE), ("label", INT), ("index", INT))  # the fields that our writer writes

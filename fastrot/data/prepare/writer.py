@@ -125,6 +125,17 @@ def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     )
 
 
+def save(path: Path, array: np.ndarray) -> None:
+    """A `.npy`, whole or not at all."""
+    write_atomically(path, lambda file: np.save(file, array))
+
+
+def refuse_other(out: Path, plan: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises UsageError where what is there was made from another plan."""
+    if differs := difference(plan, theirs):
+        raise UsageError(f"{out} is there, made {differs}: {WAYS}")
+
+
 class Existing(NamedTuple):
     """What an earlier start left."""
 
@@ -223,8 +234,7 @@ class FolderWriter(FormatWriter):
                 raise UsageError(f"{lost[0]} is missing")
         except UsageError as error:
             raise UsageError(f"--out is there, but is not whole ({error}): {WAYS}") from None
-        if differs := difference(plan, manifest["options"]):
-            raise UsageError(f"{out} is there, made {differs}: {WAYS}")
+        refuse_other(out, plan, manifest["options"])
         part_files.remove_if_of(self.parts_folder, {**plan, "part": part})
         return Existing(manifest)
 

@@ -26,7 +26,7 @@ from fastrot.data.manifest import sealed
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options
 from fastrot.data.prepare.parts import PART, Part
-from fastrot.data.prepare.writer import Converted, FolderWriter
+from fastrot.data.prepare.writer import Converted, FolderWriter, save
 from fastrot.data.tars import layout
 from fastrot.data.tars.layout import read_index
 from fastrot.disk import replace_bytes, write_atomically
@@ -102,8 +102,7 @@ def write_shard(path: Path, pictures: Iterable[EncodedPicture]) -> None:
     write_atomically(path, write)
     index = f"{layout.INDEX_VERSION} {len(lines)}\n{''.join(lines)}"
     replace_bytes(path.with_suffix(".idx"), index.encode())
-    each = np.array(rows, layout.ROW)
-    write_atomically(path.with_suffix(".npy"), lambda file: np.save(file, each))
+    save(path.with_suffix(".npy"), np.array(rows, layout.ROW))
 
 
 def _add(file: BinaryIO, name: str, data: bytes) -> str:
@@ -163,8 +162,8 @@ class TarsWriter(FolderWriter):
             for file in (part.file, part.file.with_suffix(".idx")):
                 _name_too(file, (folder / name).with_suffix(file.suffix))
         rows = np.concatenate(each)
-        for name, array in ((layout.ROWS, rows), (layout.KEYS, converted.keys)):
-            write_atomically(folder / name, lambda file, array=array: np.save(file, array))
+        save(folder / layout.ROWS, rows)
+        save(folder / layout.KEYS, converted.keys)
         body = {
             "version": layout.VERSION,
             "shards": shards,
