@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from fastrot.config import PeerLost, RunError, UsageError
 
@@ -146,3 +146,10 @@ def in_time(seconds: int | float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Two aligned columns, as lines."""
+    rows = list(rows)
+    wide = max(len(name) for name, _ in rows)
+    return [f"  {name:<{wide}}  {value}" for name, value in rows]

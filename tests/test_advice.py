@@ -14,8 +14,8 @@ from fastrot.data.beton.write import BetonOptions
 from fastrot.data.pack.write import PackOptions
 from fastrot.presets import PRESETS
 from fastrot.speed import advice
-from fastrot.speed.advice import Measurements, Subject
-from fastrot.speed.bounds import Measured
+from fastrot.speed.advice import Measurements
+from fastrot.speed.bounds import Measured, Subject
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,8 +40,9 @@ def findings(**changed) -> Measurements:
 
 def subject(format: str, *, data="some/train", gpu=None, memory=200 * 10**9, cores=8):
     cfg = dataclasses.replace(PRESETS["rotnet-alexnet"](), data=data, precision="fp32")
-    device = torch.device("cuda" if gpu else "cpu")
-    return Subject(cfg=cfg, format=format, device=device, cores=cores, memory=memory, gpu=gpu)
+    machine = {"device": torch.device("cuda" if gpu else "cpu"), "gpu": gpu}
+    machine |= {"cores": cores, "memory": memory}
+    return Subject(cfg=cfg, format=format, placement=None, **machine)
 
 
 def test_the_ratios_are_those_of_measured_rows():
@@ -112,7 +113,7 @@ def test_a_slow_disk_is_not_mended_by_a_format():
     m = Measured(step=0.5, wait=0.4, read=0.4, decode=0.1, busy=0.1)
     said = advice.which_format(findings(measured=m), subject("tars"))
     assert said.startswith("keep the tar shards where its disk")
-    said = advice.verdict(findings(measured=m), subject("tars"))
+    said = advice.advice(findings(measured=m), subject("tars"))["verdict"]
     assert said.startswith("bound by read at 400 images/s")
     assert "faster disk" in said
 

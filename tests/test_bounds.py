@@ -2,13 +2,15 @@
 
 import dataclasses
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from fastrot import assemble, config, native
+from fastrot import assemble, config, dist, native
+from fastrot.config import AlexNet, Config, Nin
 from fastrot.speed import bounds
-from fastrot.speed.bounds import Ceilings, Measured, Setting, bound, ceilings, verdict
+from fastrot.speed.bounds import Ceilings, Measured, Subject, bound, ceilings, verdict
 from fastrot.speed.cost import StepCost
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -45,19 +47,29 @@ CASES = {
 }
 
 
+def subject(device=GPU, format="beton", placement=None, **knobs) -> Subject:
+    cfg = config.resolved(Config(precision="bf16"))
+    cfg = dataclasses.replace(cfg, **knobs)
+    machine: Any = {"device": device, "cores": 8, "memory": 0, "gpu": None}
+    return Subject(cfg=cfg, format=format, placement=placement, **machine)
+
+
 @pytest.mark.parametrize(("kind", "numbers"), CASES.values(), ids=CASES)
 def test_the_slowest_stage_binds(kind, numbers):
     m = Measured(**numbers)
     assert bound(m) == kind
     for device in (CPU, GPU):
-        said = verdict(m, device, 1234.0)
+        said = verdict(m, 1234.0, 8, subject(device))
         assert said.startswith(f"bound by {kind} at 1,234 images/s: ")
         assert "\n" not in said
         assert "None" not in said
 
 
 def test_by_how_much():
-    said = {name: verdict(Measured(**numbers), GPU, 9.0) for name, (_, numbers) in CASES.items()}
+    said = {
+        name: verdict(Measured(**numbers), 9.0, 8, subject())
+        for name, (_, numbers) in CASES.items()
+    }
     assert "70% of the time the GPU has nothing to do but wait for data" in said["decode"]
     assert "reading a batch takes 90 ms" in said["read"]
     assert "decoding a batch takes 90 ms" in said["decode-timed-alone"]
@@ -68,41 +80,48 @@ def test_by_how_much():
     assert "moving numbers takes 60% of a step's 50 ms" in said["memory"]
     assert "multiplying takes 60%" in said["arithmetic"]
     assert "about as fast as it multiplies" in said["arithmetic"]
-    said = verdict(Measured(**CASES["cpu-calls"][1]), CPU, 9.0)
+    said = verdict(Measured(**CASES["cpu-calls"][1]), 9.0, 8, subject(CPU))
     assert "explain 5 ms of a step's 99 ms" in said
 
 
 WAYS = {  # what binds, what the run has, what it is told to try, and what not
     "few-workers": ("decode", dict(workers=1), "--workers 8 instead of 1", "resident"),
-    "all-workers": ("decode", dict(workers=8), ".pack", "--workers"),
+    "all-workers": ("decode", {}, ".pack", "--workers"),
     "pinned-pack": ("decode", dict(format="pack", placement="pinned"), "resident", "to_pack.py"),
     "folder": ("decode", dict(format="folder"), "to_ffcv.py", "C++"),
-    "slow-disk": ("read", dict(workers=8, format="beton"), "--order blocks", "--workers"),
+    "slow-disk": ("read", dict(format="beton"), "--order blocks", "--workers"),
     "slow-disk-under-a-folder": ("read", dict(format="folder"), "to_ffcv.py", "--order blocks"),
     "copied-pack": ("copy", dict(format="pack"), "--placement resident", "to_pack.py"),
-    "launched": (
-        "idle-and-no-wait",
-        dict(graphed=False),
-        "--compile, --graph or a larger --batch",
-        "bf16",
-    ),
-    "cannot-be-graphed": ("idle-and-no-wait", {}, "--compile or a larger --batch", "--graph"),
-    "compiled": ("idle-and-no-wait", dict(compiled=True, graphed=False), "--graph or", "--compile"),
-    "graphed": ("idle-and-no-wait", dict(compiled=True, graphed=True), "--batch", "--graph"),
-    "moved": ("memory", dict(fused=False), "--compile or --backbone.fuse", "bf16"),
-    "cannot-be-fused": ("memory", {}, "try --compile", "fuse"),
+    "launched": ("idle-and-no-wait", {}, "--compile, --graph or a larger --batch", "bf16"),
+    "launched-on-a-cpu": ("cpu-calls", dict(device=CPU), "--compile or a larger", "--graph"),
+    "compiled": ("idle-and-no-wait", dict(compile=True), "--graph or", "--compile"),
+    "graphed": ("idle-and-no-wait", dict(compile=True, graph=True), "--batch", "--graph"),
+    "moved": ("memory", {}, "--compile or --backbone.fuse", "bf16"),
+    "cannot-be-fused": ("memory", dict(backbone=Nin()), "try --compile", "fuse"),
     "moved-in-fp32": ("memory", dict(precision="fp32"), "--precision bf16", "--graph"),
-    "moved-as-little-as-can-be": ("memory", dict(compiled=True, fused=True), "--image-size", "try"),
-    "unknown-floor": ("nothing-known", dict(compiled=True), "a larger --batch", "--compile"),
+    "moved-as-little-as-can-be": (
+        "memory",
+        dict(compile=True, backbone=AlexNet(fuse=True)),
+        "--image-size",
+        "try",
+    ),
+    "unknown-floor": ("nothing-known", dict(compile=True), "a larger --batch", "--compile"),
 }
 
 
 @pytest.mark.parametrize(("case", "has", "told", "not_told"), WAYS.values(), ids=WAYS)
-def test_what_to_change(case, has, told, not_told, monkeypatch):
-    monkeypatch.setattr(bounds, "cores", lambda: 8)
-    said = verdict(Measured(**CASES[case][1]), GPU, 9.0, Setting(**has))
+def test_what_to_change(case, has, told, not_told):
+    has = dict(has)
+    workers = has.pop("workers", 8)
+    said = verdict(Measured(**CASES[case][1]), 9.0, workers, subject(**has))
     assert told in said
     assert not_told not in said
+
+
+def test_several_processes_are_not_told_to_record_a_graph(monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    said = verdict(Measured(**CASES["idle-and-no-wait"][1]), 9.0, 8, subject())
+    assert said.endswith("try --compile or a larger --batch")
 
 
 @pytest.mark.parametrize("built", [True, False])
@@ -111,7 +130,7 @@ def test_a_missing_extension_is_told_where_it_would_help(built, monkeypatch):
     monkeypatch.setattr(native, "why", lambda: "not built: no g++")
     m = Measured(**CASES["decode"][1])
     said = {
-        name: verdict(m, CPU, 9.0, Setting(format=name)) for name in ("beton", "folder", "tars")
+        name: verdict(m, 9.0, 8, subject(CPU, format=name)) for name in ("beton", "folder", "tars")
     }
     assert ("the C++ extension (not built: no g++)" in said["beton"]) == (not built)
     assert "C++" not in said["folder"] + said["tars"]
@@ -151,7 +170,7 @@ def test_floors_are_counts_over_ceilings():
 def test_a_run_on_a_cpu_gets_floors_and_no_copy(monkeypatch):
     monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=2.0, gb_per_s=4.0))
     m = Measured(step=1.0, wait=0.5, busy=0.5)
-    cfg = config.resolved(config.Config(precision="fp32"))
     cost = StepCost(flop=10**12, traffic=10**9)
-    found = bounds.with_floors(m, cost, assemble.training_view(cfg), cfg, CPU)
+    about = subject(CPU, precision="fp32")
+    found = bounds.with_floors(m, cost, assemble.training_view(about.cfg), about)
     assert found == dataclasses.replace(m, arithmetic=0.5, memory=0.25)

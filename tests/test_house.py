@@ -21,7 +21,7 @@ FLOORS = [
     {"methods"},
     {"assemble", "speed"},
     {"training"},
-    {"evals", "speed.probe", "speed.profile"},
+    {"evals", "speed.memory", "speed.probe", "speed.profile"},
     {"training.session"},
     {"train", "evaluate", "doctor", "__main__"},
 ]

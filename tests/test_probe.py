@@ -24,7 +24,7 @@ from fastrot.data.tars.read import Tars
 from fastrot.data.tars.write import TarsOptions
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds, probe
-from fastrot.speed.advice import Measurements
+from fastrot.speed.advice import Loading, Measurements
 from fastrot.speed.cost import StepCost
 
 CPU = torch.device("cpu")
@@ -43,9 +43,9 @@ def cfg_of(*, size=32, batch=8, backbone=TINY) -> config.Config:
     return config.resolved(cfg)
 
 
-def measured(data, *, cfg=None, workers=1, seconds=0.3, **more) -> Measurements:
-    cfg = cfg_of() if cfg is None else cfg
-    return probe.measure(cfg, data, CPU, workers=workers, seconds=seconds, **more)
+def measured(data, *, cfg=None, workers=1, seconds=0.3) -> Measurements:
+    cfg = dataclasses.replace(cfg_of() if cfg is None else cfg, workers=workers)
+    return probe.measure(cfg, data, None, CPU, seconds, print)
 
 
 def bound(found: Measurements) -> bounds.Bound:
@@ -216,19 +216,23 @@ def test_a_batch_is_as_large_as_there_is_time_for(monkeypatch):
 
 def test_what_is_waited_for_and_what_not():
     """Steps of 8 pictures that take 100 ms alone, on the data 160 ms, 60 ms of them waiting."""
-    step, together = probe.StepTimer(CPU), probe.StepTimer(CPU)
-    step.line(80.0, 0.0)
-    together.line(50.0, 0.375)
-    m = probe._measured(together, step, 8, 200.0, 400.0, CPU)
+
+    def found(read: float | None, decode: float, device=CPU) -> bounds.Measured:
+        loading = Loading(bytes=None, from_disk=None, read=read, decode=decode)
+        return probe._measured(together, alone, loading, 8, device)
+
+    alone = bounds.Measured(step=0.1, wait=0.0, busy=0.1)
+    together = bounds.Measured(step=0.16, wait=0.06, busy=0.1)
+    m = found(200.0, 400.0)
     assert (m.step, m.wait, m.busy) == tuple(map(pytest.approx, (0.16, 0.06, 0.1)))
     assert (m.read, m.decode) == (0.04, 0.02)
-    hiccup = probe._measured(together, step, 8, 2000.0, 4000.0, CPU)  # for data: 6 ms a batch
+    hiccup = found(2000.0, 4000.0)  # for data: 6 ms a batch
     assert hiccup.wait == pytest.approx(0.006)
-    made = probe._measured(together, step, 8, None, 4000.0, CPU)
+    made = found(None, 4000.0)
     assert (made.wait, made.busy, made.read) == (0.0, made.step, None)
-    ahead = probe._measured(together, step, 8, 20.0, 400.0, CPU)  # 420 ms a batch
+    ahead = found(20.0, 400.0)  # 420 ms a batch
     assert (ahead.step, ahead.busy) == (pytest.approx(0.42), pytest.approx(0.1))
-    gpu = probe._measured(together, step, 8, 200.0, 400.0, torch.device("cuda"))
+    gpu = found(200.0, 400.0, torch.device("cuda"))
     assert gpu.busy == pytest.approx(0.1)  # a step's on random pixels
 
 

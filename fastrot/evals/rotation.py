@@ -22,7 +22,6 @@ from fastrot.evals.trained import Trained, nets_of, trained_method
 from fastrot.methods import rotation_table
 from fastrot.methods.rotation_table import ROTATIONS
 from fastrot.training.device import choose_device
-from fastrot.training.journal import table
 
 Fold = Int8[np.ndarray, " rows"]  # whose net never saw the row; -1: there is one net for all
 Answers = Float32[np.ndarray, "rows 4 4"]  # probabilities: row, rotation given, net's rotation
@@ -155,7 +154,7 @@ def _shares_right(right: Right, fold: Fold, nets: list[Trained]) -> list[str]:
         mine = right[fold == number]
         share = f"{mine.mean():.2%}" if len(mine) else "nothing"
         rows.append((f"fold {number}", f"{share} of {len(mine):,} pictures, by {net.source}"))
-    return table(rows)
+    return entry.table(rows)
 
 
 def _cautions(nets: list[Trained], data: Data, unread: int) -> list[str]:

@@ -1,19 +1,19 @@
 """What was measured of data, machine and net, and what follows from it: a sentence for each thing to know."""
 
-import contextlib
+import dataclasses
 import math
+import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from fastrot import native
-from fastrot.config import Config
+from fastrot import config, machine, native
 from fastrot.data.pack.read import KEPT_FOR_TRAINING, choose
-from fastrot.entry import in_bytes, in_time
+from fastrot.entry import in_bytes, in_time, table
 from fastrot.speed import bounds
-from fastrot.speed.bounds import Measured, digits
+from fastrot.speed.bounds import Measured, Subject, digits
 
 # images/s and core of this project's loaders, crops of 224 pixels of the same pictures of ImageNet: the originals in the
 # folder, prepared at short side 256 and JPEG quality 90 elsewhere. Rows of benchmarks/results/cpu_amd_epyc_2_cores.jsonl,
@@ -23,28 +23,38 @@ RATES_WITHOUT_EXTENSION = {"beton": 1933.5, "pack": 612.9}  # beton; pack
 SCRIPTS = {"beton": "to_ffcv.py", "pack": "to_pack.py"}  # of dataprep: what writes a format
 SOURCES = {"folder": "imagefolder", "beton": "beton", "tars": "webdataset"}  # its words for each
 CALLED = {"beton": ".beton", "pack": ".pack", "tars": "tar shards"}
-SPARE = (
-    1.1  # times the step's images/s: so much should loading give, which is not always at its best
-)
+# times the step's images/s: so much should loading give, which is not always at its best
+SPARE = 1.1
 WORTH = 1.2  # times faster: so much another format must be, for a conversion to be advised
 MADE = "these pictures are made, not read: name your own"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """Images/s of each stage, and what they are of. None: there is no such stage, or it was not measured."""
+class Loading:
+    """How pictures come out of the data, by all workers: images/s. None: they are made, not read."""
+
+    bytes: float | None  # a picture, as the data holds it
+    from_disk: float | None  # share of the bytes read; None: the system does not tell
+    read: float | None  # for the first time
+    decode: float  # crops, without reading
+
+    @property
+    def load(self) -> float:
+        """Of pictures that are read for the first time and decoded."""
+        return 1 / (1 / self.decode + (0 if self.read is None else 1 / self.read))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements(Loading):
+    """Images/s of each further stage, and what they are of."""
 
     images: int  # of the data
     workers: int  # threads or processes that decode; 0: the one that trains
     batch: int  # pictures of the steps that were timed
-    bytes: float | None  # a picture, as the data holds it; None: it is made, not read
-    from_disk: float | None  # share of the bytes read; None: the system does not tell
-    read: float | None  # by all workers, for the first time
-    decode: float  # crops by all workers, without reading
     step: float  # on random pixels
     train: float  # on the data, all stages together
     steps: int  # that were timed so
-    val_seconds: float | None  # of a validation pass
+    val_seconds: float | None  # of a validation pass; None: there is none
     median_short: int  # pixels, of the pictures' short sides
     short: int  # pixels of the short side that a converted picture should have
     pack_bytes: int  # of the whole data as a .pack of that short side
@@ -53,44 +63,23 @@ class Measurements:
     seconds: float  # that all of this took
 
     @property
-    def load(self) -> float:
-        """By all workers, who read each picture for the first time and decode it."""
-        return 1 / (1 / self.decode + (0 if self.read is None else 1 / self.read))
-
-    @property
     def epoch_seconds(self) -> float:
         """Of one process; with the validation pass, where there is one."""
         return self.images / self.train + (self.val_seconds or 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What the advice is for: a run's config, the format of its data, and the machine."""
-
-    cfg: Config
-    format: str
-    device: torch.device
-    cores: int
-    memory: int  # bytes; 0: not known
-    gpu: tuple[int, int] | None  # bytes free and in all; None: no GPU here
+# ---- what follows ----
 
 
 def advice(found: Measurements, subject: Subject) -> dict[str, str]:
     """A sentence for each thing to know, by its name."""
     return {
-        "verdict": verdict(found, subject),
+        "verdict": bounds.verdict(found.measured, found.train, found.workers, subject),
         "format": which_format(found, subject),
         "workers": how_many_workers(found, subject),
         "pack": whether_a_pack_fits(found, subject),
         "epoch": what_an_epoch_costs(found),
     }
-
-
-def verdict(found: Measurements, subject: Subject) -> str:
-    """What binds, by how much, what to change."""
-    has = {"precision": subject.cfg.precision, "compiled": subject.cfg.compile}
-    setting = bounds.Setting(workers=found.workers, format=subject.format, **has)
-    return bounds.verdict(found.measured, subject.device, found.train, setting)
 
 
 def which_format(found: Measurements, subject: Subject) -> str:
@@ -104,8 +93,8 @@ def which_format(found: Measurements, subject: Subject) -> str:
         return f"keep the {ours} where its disk can be made faster: pictures wait to be read, not to be decoded"
     gains = _gains(subject.format)
     enough = [name for name, gain in gains.items() if gain * found.load >= SPARE * found.step]
-    best = next(iter(enough), max(gains, key=gains.__getitem__, default=None))
-    if subject.gpu is not None and "pack" in gains and _placement(found, subject) == "resident":
+    best = enough[0] if enough else max(gains, key=gains.__getitem__, default=None)
+    if "pack" in gains and _gpu_holds_a_pack(found, subject):
         best = "pack"  # which the GPU decodes itself
     if best is None or gains[best] < WORTH:
         return f"keep the {ours}: no other format is much faster; smaller crops (--image-size) are cheaper to make"
@@ -125,14 +114,13 @@ def _gains(format: str) -> dict[str, float]:
 
 
 def _conversion(name: str, subject: Subject, short: int) -> list[str]:
-    """The command that prepares the data anew."""
+    """The command that prepares the data anew, beside what it is made from."""
     path = Path(subject.cfg.data or "")
-    out = path.resolve().parent / f"{path.resolve().stem}-{short}.{name}"
-    if not path.is_absolute():
-        with contextlib.suppress(ValueError):
-            out = out.relative_to(Path.cwd())
+    whole = path.resolve()
+    out = str(whole.with_name(f"{whole.stem}-{short}.{name}"))
+    out = out if path.is_absolute() else os.path.relpath(out)
     command = ["python", f"dataprep/{SCRIPTS[name]}", "--source", SOURCES[subject.format]]
-    return [*command, "--root", str(path), "--out", str(out), "--short-side", str(short)]
+    return [*command, "--root", str(path), "--out", out, "--short-side", str(short)]
 
 
 def how_many_workers(found: Measurements, subject: Subject) -> str:
@@ -142,12 +130,10 @@ def how_many_workers(found: Measurements, subject: Subject) -> str:
     if subject.format == "pack" and subject.gpu is not None:
         return "one or two: the GPU decodes a pack itself"
     each = found.load / max(1, found.workers)
-    enough = math.ceil(SPARE * found.step / each)
-    said = f"--workers {enough} is enough, of {subject.cores} cores"
-    if enough > subject.cores:
-        said = (
-            f"--workers {subject.cores}, all cores, and that is too few: {enough:,} would keep up"
-        )
+    enough, cores = math.ceil(SPARE * found.step / each), subject.cores
+    said = f"--workers {enough} is enough, of {cores} cores"
+    if enough > cores:
+        said = f"--workers {cores}, all cores, and that is too few: {enough:,} would keep up"
     said += f" (a worker gives {digits(each)} images/s, the step takes {digits(found.step)}"
     if subject.gpu is None:
         return f"{said} where it has the cores to itself)"
@@ -163,7 +149,7 @@ def whether_a_pack_fits(found: Measurements, subject: Subject) -> str:
         return f"{what}; there is no GPU here: one of {least} or more would hold it"
     free, total = map(in_bytes, subject.gpu)
     gpu = f"this GPU, which has {free} of {total} free"
-    if _placement(found, subject) == "resident":
+    if _gpu_holds_a_pack(found, subject):
         return f"{what}, which fits into {gpu}"
     if found.pack_bytes <= subject.memory:
         return f"{what}, which does not fit into {gpu}: --placement pinned keeps it in host memory"
@@ -171,9 +157,10 @@ def whether_a_pack_fits(found: Measurements, subject: Subject) -> str:
     return f"{what}, more than {gpu}, and more than {host}"
 
 
-def _placement(found: Measurements, subject: Subject) -> str:
-    assert subject.gpu is not None
-    return choose("auto", found.pack_bytes, *subject.gpu, "")
+def _gpu_holds_a_pack(found: Measurements, subject: Subject) -> bool:
+    return subject.gpu is not None and (
+        choose("auto", found.pack_bytes, *subject.gpu, "") == "resident"
+    )
 
 
 def what_an_epoch_costs(found: Measurements) -> str:
@@ -185,3 +172,61 @@ def what_an_epoch_costs(found: Measurements) -> str:
     if found.val_seconds is None:
         return f"{said}; without a validation pass"
     return f"{said}; {in_time(found.val_seconds)} of it are the validation pass"
+
+
+# ---- in words ----
+
+
+def describe(found: Measurements, subject: Subject) -> list[str]:
+    """All of it, as lines."""
+    cfg = subject.cfg
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
+    kind = CALLED.get(subject.format, subject.format)
+    kind += "" if found.bytes is None else f", {in_bytes(found.bytes)} each"
+    run = f"{cfg.preset}, crops of {cfg.method.crop.size} pixels, {cfg.precision}"
+    about = {
+        "data": f"{cfg.data}: {found.images:,} pictures, {kind}, short side {found.median_short} pixels (median)",
+        "run": f"{run}, compiled" if cfg.compile else run,
+        "machine": machine.device_name(subject.device),
+        "versions": f"{versions}, commit {machine.commit()}",
+        "looked": f"{found.seconds:.0f} s",
+    }
+    if found.damaged:
+        about["damaged"] = f"{len(found.damaged):,} of those looked at; {found.damaged[0]}"
+    rows = [("stage", "images/s", ""), *stages(found, subject)]
+    wide, wider = (max(len(row[k]) for row in rows) for k in (0, 1))
+    lines = [f"  {a:<{wide}}  {b:>{wider}}  {c}".rstrip() for a, b, c in rows]
+    return [*table(about.items()), "", *lines, "", *table(advice(found, subject).items())]
+
+
+def stages(found: Measurements, subject: Subject) -> Iterator[tuple[str, str, str]]:
+    """Name, images/s, and what there is to say of it."""
+    if found.read is None or found.bytes is None:
+        yield "read", "-", "they are made, not read"
+    else:
+        disk = "the system does not tell how much of it came from a disk"
+        if found.from_disk is not None:
+            disk = f"{found.from_disk:.0%} of it came from a disk, the rest was in memory"
+        yield "read", digits(found.read), f"{in_bytes(found.read * found.bytes)}/s; {disk}"
+    by_gpu = subject.format == "pack" and subject.gpu is not None
+    workers = f"{found.workers} worker{'s'[: found.workers != 1]}"
+    yield "decode + crop", digits(found.decode), "by the GPU" if by_gpu else workers
+    if found.measured.copy is not None:
+        yield "copy to the GPU", digits(found.batch / found.measured.copy), ""
+    batches = f"batches of {found.batch}"
+    yield "step on random pixels", digits(found.step), batches
+    waits = f"{found.measured.wait / found.measured.step:.0%} of the time waiting for data"
+    yield "train on the data", digits(found.train), f"{batches}; {waits}"
+
+
+def in_json(found: Measurements, subject: Subject) -> dict[str, Any]:
+    """All of it, in plain data; images/s, seconds and bytes."""
+    here = {name: value for name, value in vars(subject).items() if name != "cfg"}
+    also = {"load": found.load, "bound": bounds.bound(found.measured)}
+    return {
+        "config": config.to_plain(subject.cfg),
+        "here": here | {"device": str(subject.device)},
+        "found": dataclasses.asdict(found) | also,
+        "epoch_s": found.epoch_seconds,
+        "advice": advice(found, subject),
+    }

@@ -12,6 +12,7 @@ On a CPU there is nothing to launch, but a step whose floors explain next to not
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 
-from fastrot import native
+from fastrot import dist, native
 from fastrot.config import Config
-from fastrot.core import DTYPES, View
+from fastrot.core import DTYPES, Data, View
 from fastrot.entry import cores
 from fastrot.machine import wait_for
 from fastrot.speed.cost import StepCost, random_batch
@@ -52,21 +53,46 @@ class Measured:
     copy: float | None = None  # of a batch to the device
     issue: float | None = None  # host time to launch a step's work (GPU)
     busy: float | None = None  # device time of a step (GPU), or the step itself on a CPU
-    arithmetic: float | None = None  # floor by matrix arithmetic: flop / ceiling
-    memory: float | None = None  # floor by other kernels' and the optimiser's traffic
+    arithmetic: float = 0.0  # floor by matrix arithmetic: flop / ceiling; 0: not counted
+    memory: float = 0.0  # floor by other kernels' and the optimiser's traffic; 0: not counted
+
+    @property
+    def work(self) -> float:
+        """The device's own share of a step; all of it where that was not measured."""
+        return self.step if self.busy is None else self.busy
+
+    @property
+    def idle(self) -> float:
+        """The share of a step in which the device has nothing to do."""
+        return (self.wait if self.busy is None else self.step - self.busy) / self.step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a run has already, so that it is not told to do that; None: not known."""
+class Subject:
+    """What a verdict or an advice is for: a run, its data, and the machine."""
 
-    workers: int | None = None  # threads or processes that decode
-    format: str | None = None  # beton, pack, tars, folder, synthetic
-    placement: str | None = None  # of a pack: resident, pinned
-    precision: str | None = None  # bf16, fp16, fp32
-    compiled: bool | None = None
-    graphed: bool | None = None  # None: or cannot be
-    fused: bool | None = None  # batch norm and ReLU in one kernel; None: or cannot be
+    cfg: Config
+    format: str  # of the data: beton, pack, tars, folder, synthetic
+    placement: str | None  # of a pack for a GPU: resident, pinned
+    device: torch.device
+    cores: int
+    memory: int  # bytes of the host's; 0: not known
+    gpu: tuple[int, int] | None  # bytes free and in all; None: no GPU here
+
+
+def subject_of(cfg: Config, data: Data, device: torch.device) -> Subject:
+    """This run, on this machine."""
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    known = all(name in os.sysconf_names for name in names)
+    return Subject(
+        cfg=cfg,
+        format=data.format,
+        placement=data.chosen,
+        device=device,
+        cores=cores(),
+        memory=math.prod(os.sysconf(name) for name in names) if known else 0,
+        gpu=torch.cuda.mem_get_info(device) if device.type == "cuda" else None,
+    )
 
 
 # ---- what binds ----
@@ -74,47 +100,41 @@ class Setting:
 
 def bound(m: Measured) -> Bound:
     """The stage that all others wait for."""
-    if _idle(m) >= IDLE:
-        if m.wait >= (m.step - (m.busy or 0.0)) / 2 or m.busy is None:
+    if m.idle >= IDLE:
+        if m.busy is None or m.wait >= (m.step - m.busy) / 2:
             return _slowest_of_loading(m)
         return "launch"
-    floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
-    busy = m.step if m.busy is None else m.busy
-    if m.issue is not None and m.issue >= FULL * busy and floors < FULL * busy:
+    floors = m.arithmetic + m.memory
+    if m.issue is None and 0 < floors < CALLS * m.work:
         return "launch"
-    if m.issue is None and None not in (m.arithmetic, m.memory) and floors < CALLS * busy:
+    if m.issue is not None and m.issue >= FULL * m.work > floors:
         return "launch"
-    return "memory" if (m.memory or 0.0) > (m.arithmetic or 0.0) else "arithmetic"
-
-
-def _idle(m: Measured) -> float:
-    """The share of a step in which the device has nothing to do."""
-    return (m.wait if m.busy is None else m.step - m.busy) / m.step
+    return "memory" if m.memory > m.arithmetic else "arithmetic"
 
 
 def _slowest_of_loading(m: Measured) -> Bound:
     """Decoding that was not timed alone takes what the copy leaves of a step that waits for data."""
-    decode = m.step - (m.copy or 0.0) if m.decode is None else m.decode
-    if (m.copy or 0.0) > decode + (m.read or 0.0):
+    read, copy = m.read or 0.0, m.copy or 0.0
+    decode = m.step - copy if m.decode is None else m.decode
+    if copy > decode + read:
         return "copy"
-    return "read" if (m.read or 0.0) > decode else "decode"
+    return "read" if read > decode else "decode"
 
 
-def verdict(
-    m: Measured, device: torch.device, images_per_s: float, setting: Setting = Setting()
-) -> str:
-    """One sentence: bound by what, by how much, what to change."""
+def verdict(m: Measured, images_per_s: float, workers: int, subject: Subject) -> str:
+    """One sentence: bound by what, by how much, what to change. `workers`: threads or processes that decode."""
     kind = bound(m)
     how_much = {"launch": _by_launch, "memory": _by_device, "arithmetic": _by_device}
-    said = how_much.get(kind, _by_data)(m, kind, "GPU" if device.type == "cuda" else "CPU")
-    return f"bound by {kind} at {digits(images_per_s)} images/s: {said}; {_what_to_change(m, kind, device, setting)}"
+    said = how_much.get(kind, _by_data)(m, kind, "GPU" if subject.device.type == "cuda" else "CPU")
+    change = _what_to_change(m, kind, workers, subject)
+    return f"bound by {kind} at {digits(images_per_s)} images/s: {said}; {change}"
 
 
 # ---- by how much ----
 
 
 def _by_data(m: Measured, kind: Bound, name: str) -> str:
-    found = f"{_idle(m):.0%} of the time the {name} has nothing to do but wait for data"
+    found = f"{m.idle:.0%} of the time the {name} has nothing to do but wait for data"
     alone = {"read": m.read, "decode": m.decode, "copy": m.copy}[kind]
     doing = {"read": "reading", "decode": "decoding", "copy": "copying"}[kind]
     return found if alone is None else f"{found}, since {doing} a batch takes {_ms(alone)}"
@@ -122,71 +142,72 @@ def _by_data(m: Measured, kind: Bound, name: str) -> str:
 
 def _by_launch(m: Measured, kind: Bound, name: str) -> str:
     if m.issue is None:
-        floors = (m.arithmetic or 0.0) + (m.memory or 0.0)
-        return (
-            f"arithmetic and memory explain {_ms(floors)} of a step's {_ms(m.busy or m.step)}, the rest "
-            "are calls of small operations"
-        )
-    if m.busy is not None and m.issue < m.busy:
-        return f"the host issues work for {_ms(m.issue)} of the {_ms(m.busy)} that a step takes the {name}"
-    kept = "" if m.busy is None else f", and it keeps the {name} busy for {_ms(m.busy)}"
-    return f"the host needs {_ms(m.issue)} to issue a step's work{kept}"
+        explained = f"{_ms(m.arithmetic + m.memory)} of a step's {_ms(m.work)}"
+        return f"arithmetic and memory explain {explained}, the rest are calls of small operations"
+    if m.issue < m.work:
+        return f"the host issues work for {_ms(m.issue)} of the {_ms(m.work)} that a step takes the {name}"
+    return f"the host needs {_ms(m.issue)} to issue a step's work, and it keeps the {name} busy for {_ms(m.work)}"
 
 
 def _by_device(m: Measured, kind: Bound, name: str) -> str:
     floor = m.memory if kind == "memory" else m.arithmetic
     doing = "moving numbers" if kind == "memory" else "multiplying"
-    whole = m.step if m.busy is None else m.busy
-    if floor is None:
-        return f"{_ms(whole)} of a step's {_ms(m.step)} are the {name}'s own work"
-    share = f"{floor / whole:.0%} of a step's {_ms(whole)}"
-    return f"{doing} takes {share} at this {name}'s measured peak"
+    if not floor:
+        return f"{_ms(m.work)} of a step's {_ms(m.step)} are the {name}'s own work"
+    return f"{doing} takes {floor / m.work:.0%} of a step's {_ms(m.work)} at this {name}'s measured peak"
 
 
 # ---- what to change ----
 
 
-def _what_to_change(m: Measured, kind: Bound, device: torch.device, has: Setting) -> str:
-    gpu, folder, pack = device.type == "cuda", has.format == "folder", has.format == "pack"
+def _what_to_change(m: Measured, kind: Bound, workers: int, subject: Subject) -> str:
     if kind == "copy":
-        resident = "--placement resident" if pack else "a .pack (dataprep/to_pack.py)"
-        return f"try {resident}, which copies no pictures once it lies in the GPU's memory"
-    if kind == "arithmetic" and (m.arithmetic or 0.0) >= GOOD * (m.busy or m.step):
+        packed = subject.format == "pack"
+        way = "--placement resident" if packed else "a .pack (dataprep/to_pack.py)"
+        return f"try {way}, which copies no pictures once it lies in the GPU's memory"
+    if kind == "arithmetic" and m.arithmetic >= GOOD * m.work:
         return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
-    if kind == "arithmetic" and not gpu:
+    if kind == "arithmetic" and subject.device.type == "cpu":
         return "a GPU, smaller crops (--image-size) or a narrower net are faster"
-    workers = f"--workers {cores()} instead of {has.workers}"
-    few = has.workers is not None and has.workers < cores()
-    slow = has.format in (None, "beton", "pack") and native.load() is None
-    pinned = gpu and pack and has.placement == "pinned"
+    ways = _ways(kind, workers, subject)
+    if not ways:
+        return "smaller crops (--image-size) would move less"
+    *others, last = ways
+    return f"try {', '.join(others)} or {last}" if others else f"try {last}"
+
+
+def _ways(kind: Bound, workers: int, subject: Subject) -> list[str]:
+    """What may help against this and is not done yet, the best first."""
+    cfg, gpu = subject.cfg, subject.device.type == "cuda"
+    folder, pack = subject.format == "folder", subject.format == "pack"
+    few, more = workers < subject.cores, f"--workers {subject.cores} instead of {workers}"
+    slow = subject.format in ("beton", "pack") and native.load() is None
     smaller = "smaller pictures (--short-side of dataprep)"
-    fp32, compile = has.precision == "fp32", not has.compiled
-    graph, fuse = gpu and has.graphed is False, gpu and has.fused is False
+    compile, fp32 = not cfg.compile, cfg.precision == "fp32"
+    graph = gpu and not cfg.graph and dist.world() == 1
+    fuse = gpu and getattr(cfg.backbone, "fuse", None) is False
     ways: dict[Bound, dict[str, bool]] = {
         "read": {
             "a faster disk": True,
-            workers: few,
+            more: few,
             "a .beton of the same pictures (dataprep/to_ffcv.py), read in larger pieces": folder,
             "--order blocks, which reads neighbours together": not folder and not pack,
             smaller: True,
         },
         "decode": {
-            workers: few,
-            f"the C++ extension ({native.why() if slow else ''})": slow,
+            more: few,
+            f"the C++ extension ({native.why()})": slow,
             "a .beton of the same pictures (dataprep/to_ffcv.py)": folder,
             "a .pack, which hardly needs decoding (dataprep/to_pack.py)": not pack,
-            "--placement resident, where the GPU's memory holds it": pinned,
+            "--placement resident, where the GPU's memory holds it": subject.placement == "pinned",
             smaller: True,
         },
         "launch": {"--compile": compile, "--graph": graph, "a larger --batch": True},
         "memory": {"--compile": compile, "--backbone.fuse": fuse, "--precision bf16": gpu and fp32},
         "arithmetic": {"--precision bf16": fp32, "--compile": compile, "a larger --batch": True},
     }
-    fitting = [way for way, fits in ways[kind].items() if fits][: 3 if kind == "decode" else None]
-    if not fitting:
-        return "smaller crops (--image-size) would move less"
-    before = ", ".join(fitting[:-1])
-    return f"try {before} or {fitting[-1]}" if before else f"try {fitting[0]}"
+    fitting = [way for way, fits in ways[kind].items() if fits]
+    return fitting[:3] if kind == "decode" else fitting
 
 
 def digits(value: float) -> str:
@@ -201,20 +222,19 @@ def _ms(seconds: float) -> str:
 # ---- floors and ceilings ----
 
 
+def with_floors(m: Measured, cost: StepCost, view: View, subject: Subject) -> Measured:
+    """With the floors, by ceilings measured now, and the time of a batch's copy to the GPU. Under a second."""
+    cfg, device = subject.cfg, subject.device
+    peak = ceilings(device, DTYPES[cfg.precision])
+    return replace(m, copy=copy_seconds(view, cfg.batch, device), **floors(cost, peak))
+
+
 def floors(cost: StepCost, peak: Ceilings) -> dict[str, float]:
     """Seconds that a step takes at least, by matrix arithmetic and by memory traffic, as `Measured` names them."""
     return {
         "arithmetic": cost.flop / (peak.tflops * 1e12),
         "memory": cost.traffic / (peak.gb_per_s * 1e9),
     }
-
-
-def with_floors(
-    m: Measured, cost: StepCost, view: View, cfg: Config, device: torch.device
-) -> Measured:
-    """With the floors, by ceilings measured now, and the time of a batch's copy to the GPU. Under a second."""
-    peak = ceilings(device, DTYPES[cfg.precision])
-    return replace(m, copy=copy_seconds(view, cfg.batch, device), **floors(cost, peak))
 
 
 def copy_seconds(view: View, images: int, device: torch.device) -> float | None:

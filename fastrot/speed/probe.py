@@ -12,43 +12,38 @@ comes slowly.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
 
 from fastrot import assemble
+from fastrot.arrays import Rows, Sizes
 from fastrot.config import Config, RunError
 from fastrot.core import DTYPES, Batch, DamagedRecord, Data, Pending, View
 from fastrot.data.loader import Loader
 from fastrot.data.pack import layout
 from fastrot.machine import wait_for
 from fastrot.speed import bounds
-from fastrot.speed.advice import Measurements
+from fastrot.speed.advice import Loading, Measurements
 from fastrot.speed.bounds import Measured
 from fastrot.speed.cost import random_batch, step_cost
 from fastrot.speed.timer import StepTimer
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule
-from fastrot.training.state import TrainState, build, wrapped
+from fastrot.training.state import TrainState, build
 
-SHARES = {
-    "read": 0.1,
-    "again": 0.05,
-    "decode": 0.2,
-    "step": 0.2,
-    "train": 0.3,
-    "val": 0.1,
-}  # of the seconds
+Told = Callable[[str], Any]  # hears which stage begins
+# of the seconds
+SHARES = {"read": 0.1, "again": 0.05, "decode": 0.2, "step": 0.2, "train": 0.3, "val": 0.1}
 SAMPLE = 4096  # pictures that are read, at most
 SMALLEST = 2  # pictures of a batch: batch norm wants two
 BATCHES = 8  # that a worker, or the training, should have time for
@@ -60,97 +55,62 @@ NOISE = 0.02  # share of a loader's time below which decoding cannot be told fro
 
 
 def measure(
-    cfg: Config,
-    data: Data,
-    device: torch.device,
-    *,
-    workers: int,
-    seconds: float,
-    told: Callable[[str], Any] = lambda stage: None,
-    val: Data | None = None,
+    cfg: Config, data: Data, val: Data | None, device: torch.device, seconds: float, told: Told
 ) -> Measurements:
     """Time every stage, for about so many seconds in all; placing the data and compiling the net come on top.
 
-    cfg   resolved, its precision chosen
-    told  hears which stage begins
-    val   pictures to be judged on; None: there is no validation pass
+    cfg  resolved, its precision chosen
+    val  pictures to be judged on; None: there is no validation pass
 
     Raises UsageError for data that cannot train this config.
     """
-    begun, share = time.perf_counter(), {k: part * seconds for k, part in SHARES.items()}
-    loaders: list[Loader] = []
-
-    def opened(data: Data, view: View, batch: int) -> Loader:
-        how: Any = {"seed": cfg.seed, "workers": workers, "enlarge": cfg.enlarge, "device": device}
-        how |= {"on_bad_record": "skip"}  # they are told at the end
-        loaders.append(assemble.open_loader(data, view, batch=batch, **how))
-        return loaders[-1]
-
-    told("opening")
-    view = assemble.training_view(cfg)
-    whole = opened(data, view, cfg.batch)  # or it is refused; on a GPU it is placed
-    told("reading")
-    rows = np.random.default_rng(cfg.seed).permutation(data.rows)[:SAMPLE]
-    reading = _read(data, rows, workers, share)
-    told(f"decoding, {workers} worker{'s'[: workers != 1]}")
-    decode = _decode(whole, rows[: reading.pictures], workers, share["decode"])
-    if reading.reread is not None:
-        decode = decode_alone(decode, reading.reread)
+    begun, view = time.perf_counter(), assemble.training_view(cfg)
+    how: Any = {"seed": cfg.seed, "workers": cfg.workers, "enlarge": cfg.enlarge, "device": device}
+    opened = functools.partial(assemble.open_loader, **how, on_bad_record="skip")
+    loader = opened(data, view, batch=cfg.batch)  # or it is refused; on a GPU it is placed
+    loading = _loading(loader, seconds, told)
     told("building the net")
-    state = _build(cfg, whole)
+    state = _build(cfg, loader)
     told("steps on random pixels")
-    loading = 1 / decode + (1 / reading.read if reading.read else 0)  # seconds a picture
-    most = max(SMALLEST, int(share["train"] / BATCHES / loading))
-    cfg = dataclasses.replace(cfg, batch=min(cfg.batch, most))
-    batch = _batch_in_time(state, view, cfg, share["step"])
-    cfg, held = dataclasses.replace(cfg, batch=batch), random_batch(view, batch, device)
-    state.net = wrapped(state.method.net, cfg, device)
-    if cfg.compile or device.type == "cuda":  # warm
-        for _ in range(3):
-            train_step(state, held)
-        wait_for(device)
-
-    def train(batches: Generator[Batch, None, None], seconds: float) -> StepTimer:
-        return _timed(batches, lambda each: train_step(state, each), device, seconds)
-
-    step = train((held for _ in itertools.count()), share["step"])
+    batch = _batch_in_time(state, view, cfg, loading, seconds)
+    cfg = dataclasses.replace(cfg, batch=batch)
+    alone = _on_random_pixels(state, view, cfg, SHARES["step"] * seconds)
     told("training on the data")
-    together = train(_epochs(opened(data, view, batch)), share["train"])
-    val_seconds = None
+    train_loader = opened(data, view, batch=batch)
+    together = _train(state, _epochs(train_loader), SHARES["train"] * seconds)
+    val_seconds, damaged = None, loader.skipped | train_loader.skipped
     if val is not None:
         told("validation")
-        loader = opened(val, assemble.evaluation_view(cfg), batch)
-        val_seconds = _validation(state, loader, share["val"])
-    measured = _measured(together, step, batch, reading.read, decode, device)
-    cost = step_cost(state.method, view, cfg, device)
-    sizes, short = data.sizes(np.arange(data.rows)), short_side(view)
+        val_loader = opened(val, assemble.evaluation_view(cfg), batch=batch)
+        val_seconds = _validation(state, val_loader, SHARES["val"] * seconds)
+        damaged |= val_loader.skipped
+    measured = _measured(_of(together, batch), alone, loading, batch, device)
+    cost, subject = step_cost(state.method, view, cfg, device), bounds.subject_of(cfg, data, device)
     return Measurements(
-        images=data.rows,
-        workers=workers,
+        **vars(loading),
+        **_about(data, view),
+        workers=loader.workers,
         batch=batch,
-        bytes=reading.bytes,
-        from_disk=reading.from_disk,
-        read=reading.read,
-        decode=decode,
-        step=batch / _of(step, batch).step,
+        step=batch / alone.step,
         train=batch / measured.step,
         steps=together.steps,
         val_seconds=val_seconds,
-        median_short=int(np.median(sizes.min(axis=1))),
-        short=short,
-        pack_bytes=pack_bytes(data, sizes, short),
-        damaged=tuple(sorted(reading.damaged.union(*(loader.skipped for loader in loaders)))),
-        measured=bounds.with_floors(measured, cost, view, cfg, device),
+        damaged=tuple(sorted(damaged)),
+        measured=bounds.with_floors(measured, cost, view, subject),
         seconds=time.perf_counter() - begun,
     )
 
 
-def short_side(view: View) -> int:
-    """Pixels of the short side that a prepared picture should have for crops of this size: 256 for 224."""
-    return round(max(crop.size for crop in view.crops) * 256 / 224)
+def _about(data: Data, view: View) -> dict[str, int]:
+    """What Measurements say of the data that takes no timing."""
+    sizes = data.sizes(np.arange(data.rows))
+    short = round(max(crop.size for crop in view.crops) * 256 / 224)  # as is usual: 256 for 224
+    median = int(np.median(sizes.min(axis=1)))
+    packed = pack_bytes(data, sizes, short)
+    return {"images": data.rows, "median_short": median, "short": short, "pack_bytes": packed}
 
 
-def pack_bytes(data: Any, sizes: Int32[np.ndarray, "n 2"], short: int) -> int:
+def pack_bytes(data: Any, sizes: Sizes, short: int) -> int:
     """Bytes of the data as a .pack (ycc) of that short side; of a .pack what it has."""
     if data.format == "pack":
         return data.file.tiles.nbytes
@@ -162,56 +122,50 @@ def pack_bytes(data: Any, sizes: Int32[np.ndarray, "n 2"], short: int) -> int:
 # ---- reading and decoding ----
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """Images/s and what they are of; None: pictures that are made, or what the system does not tell."""
-
-    pictures: int
-    damaged: set[str]
-    bytes: float | None = None  # a picture
-    from_disk: float | None = None  # share of the bytes
-    read: float | None = None
-    reread: float | None = None
-
-
-def _read(
-    data: Data, rows: Int64[np.ndarray, " n"], workers: int, share: dict[str, float]
-) -> _Reading:
-    """Read as many of these rows as time allows, and then the same again."""
-    if data.format == "synthetic":
-        return _Reading(len(rows), set())
-    before, damaged = _bytes_from_disk(), set[str]()
-    pictures, seconds, size = _touched(data, rows, workers, share["read"], damaged)
-    after = _bytes_from_disk()
-    again, less, _ = _touched(data, rows[:pictures], workers, share["again"], damaged)
-    from_disk = None
-    if before is not None and after is not None:
-        from_disk = min(1.0, (after - before) / max(size, 1))
-    return _Reading(pictures, damaged, size / pictures, from_disk, pictures / seconds, again / less)
+def _loading(loader: Loader, seconds: float, told: Told) -> Loading:
+    """Read as many pictures as there is time for, then the same again, and decode them."""
+    rows = np.random.default_rng(loader.seed).permutation(loader.data.rows)[:SAMPLE]
+    if loader.data.format == "synthetic":
+        told("decoding")
+        made = _decode(loader, rows, SHARES["decode"] * seconds)
+        return Loading(bytes=None, from_disk=None, read=None, decode=made)
+    told("reading")
+    before = _bytes_from_disk()
+    pictures, took, size = _read(loader, rows, SHARES["read"] * seconds)
+    after, rows = _bytes_from_disk(), rows[:pictures]
+    again, took_again, _ = _read(loader, rows, SHARES["again"] * seconds)
+    told("decoding")
+    both = _decode(loader, rows, SHARES["decode"] * seconds)
+    fetched = None if before is None or after is None else min(size, after - before)
+    return Loading(
+        bytes=size / pictures,
+        from_disk=None if fetched is None else fetched / max(size, 1),
+        read=pictures / took,
+        decode=decode_alone(both, again / took_again),
+    )
 
 
-def _touched(
-    data: Data, rows: Int64[np.ndarray, " n"], workers: int, seconds: float, damaged: set[str]
-) -> tuple[int, float, int]:
+def _read(loader: Loader, rows: Rows, seconds: float) -> tuple[int, float, int]:
     """Read rows until the seconds are over: how many, in how many seconds, how many bytes."""
+    workers = max(1, loader.workers)
 
-    def touch(some: Int64[np.ndarray, " s"]) -> int:
+    def touch(some: Rows) -> int:
         size = 0
         for row in some.tolist():
             try:
-                record = data.record(row)
+                record = loader.data.record(row)
                 record[:: mmap.PAGESIZE].max()  # a mapped page is read when it is looked at
                 size += record.nbytes
             except DamagedRecord as error:
-                damaged.add(str(error))
+                loader.skipped.add(str(error))
         return size
 
     begun = time.perf_counter()
     size, done = touch(rows[:1]), 1
     # a millisecond's work for a thread: hand-offs would cost more than reading what is in memory
     task = min(64, max(1, int(1e-3 / (time.perf_counter() - begun))))
-    at_once = task * max(workers, 1) * (4 if task > 1 else 1)
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    at_once = task * workers * (4 if task > 1 else 1)
+    with ThreadPoolExecutor(workers) as pool:
         while done < len(rows) and time.perf_counter() - begun < seconds:
             some = rows[done : done + at_once]
             size += sum(pool.map(touch, (some[at : at + task] for at in range(0, len(some), task))))
@@ -227,8 +181,8 @@ def _bytes_from_disk() -> int | None:
     return None
 
 
-def _decode(loader: Loader, rows: Int64[np.ndarray, " n"], workers: int, seconds: float) -> float:
-    """images/s of crops of these rows by so many workers, in batches of which each worker makes some in time."""
+def _decode(loader: Loader, rows: Rows, seconds: float) -> float:
+    """images/s of crops of these rows, read too, in batches of which each worker makes some in time."""
 
     def rate(images: int, workers: int, seconds: float) -> float:
         batches = _batches_of(loader, rows, images, workers)
@@ -236,11 +190,12 @@ def _decode(loader: Loader, rows: Int64[np.ndarray, " n"], workers: int, seconds
         return 1 / _of(timer, 1).step
 
     one = rate(SMALLEST, 0, 0.0)
-    return rate(min(loader.batch, max(SMALLEST, int(one * seconds / BATCHES))), workers, seconds)
+    images = min(loader.batch, max(SMALLEST, int(one * seconds / BATCHES)))
+    return rate(images, loader.workers, seconds)
 
 
 def _batches_of(
-    loader: Loader, rows: Int64[np.ndarray, " n"], images: int, workers: int
+    loader: Loader, rows: Rows, images: int, workers: int
 ) -> Generator[Batch, None, None]:
     """Batches of these rows again and again, by the same workers all the time."""
     at, pending = np.arange(images), deque[Pending]()
@@ -262,8 +217,8 @@ def decode_alone(loader: float, reread: float) -> float:
 
 
 def _build(cfg: Config, loader: Loader) -> TrainState:
-    """All that a run's step needs, its net not yet compiled; it learns next to nothing."""
-    cfg = dataclasses.replace(cfg, compile=False, graph=False)
+    """All that a run's step needs, never as a graph; it learns next to nothing."""
+    cfg = dataclasses.replace(cfg, graph=False)
     info = assemble.data_info(cfg, loader, None, loader.device, DTYPES[cfg.precision])
     n, lr = len(loader), NEXT_TO_NOTHING
     schedule = LRSchedule(cfg.schedule, epochs=1, batches=n, steps=n, lr=lr)
@@ -273,18 +228,37 @@ def _build(cfg: Config, loader: Loader) -> TrainState:
     return state
 
 
-def _batch_in_time(state: TrainState, view: View, cfg: Config, seconds: float) -> int:
-    """Pictures of a batch: on a CPU as many as fit STEPS times into the seconds where a step takes SLOWER times its floor."""
+def _batch_in_time(
+    state: TrainState, view: View, cfg: Config, loading: Loading, seconds: float
+) -> int:
+    """Pictures of a batch: the run's, or as many as there is time for, BATCHES times to load and, on a CPU, STEPS times to
+    train on where a step takes SLOWER times its floor.
+    """
+    most = min(cfg.batch, max(SMALLEST, int(SHARES["train"] * seconds / BATCHES * loading.load)))
     if state.device.type == "cuda":
-        return cfg.batch
+        return most
     peak = bounds.ceilings(state.device, state.dtype)
 
     def floor(images: int) -> float:
         cost = step_cost(state.method, view, dataclasses.replace(cfg, batch=images), state.device)
         return sum(bounds.floors(cost, peak).values())
 
-    fitting = (seconds / STEPS / SLOWER - floor(1)) / (floor(2) - floor(1))
-    return min(cfg.batch, max(ENOUGH, int(fitting)))
+    once = SHARES["step"] * seconds / STEPS / SLOWER
+    return min(most, max(ENOUGH, int((once - floor(1)) / (floor(2) - floor(1)))))
+
+
+def _on_random_pixels(state: TrainState, view: View, cfg: Config, seconds: float) -> Measured:
+    """A step on one batch, again and again."""
+    batch = random_batch(view, cfg.batch, state.device)
+    if cfg.compile or state.device.type == "cuda":  # warm
+        for _ in range(3):
+            train_step(state, batch)
+        wait_for(state.device)
+    return _of(_train(state, (batch for _ in itertools.count()), seconds), cfg.batch)
+
+
+def _train(state: TrainState, batches: Generator[Batch, None, None], seconds: float) -> StepTimer:
+    return _timed(batches, lambda batch: train_step(state, batch), state.device, seconds)
 
 
 def _timed(
@@ -325,25 +299,23 @@ def _of(timer: StepTimer, images: int) -> Measured:
 
 
 def _measured(
-    together: StepTimer,
-    step: StepTimer,
-    batch: int,
-    read: float | None,
-    decode: float,
-    device: torch.device,
+    together: Measured, alone: Measured, loading: Loading, batch: int, device: torch.device
 ) -> Measured:
-    """A step on the data, and what its stages take by themselves.
+    """A step on the data, and what its stages take by themselves: pictures that are made are its own work, no waiting.
 
-    read, decode  images/s; read None: pictures are made, which is a step's own work and no waiting
+    together, alone  a step of `batch` pictures on the data, and on random pixels
     """
-    m, alone = _of(together, batch), _of(step, batch)
-    stages = {} if read is None else {"read": batch / read, "decode": batch / decode}
-    load = sum(stages.values(), 0.0)
+    stages: dict[str, float] = {}
+    if loading.read is not None:
+        stages = {"read": batch / loading.read, "decode": batch / loading.decode}
+    load = sum(stages.values())
     # a batch is waited for no longer than it takes; what was prefetched before the first step hides a wait
-    hidden = max(0.0, load - m.step)
-    whole, wait = m.step + hidden, min(m.wait, load) + hidden
-    busy = min(whole, alone.busy or alone.step) if device.type == "cuda" else whole - wait
-    return dataclasses.replace(m, step=whole, wait=wait, issue=alone.issue, busy=busy, **stages)
+    hidden = max(0.0, load - together.step)
+    step, wait = together.step + hidden, min(together.wait, load) + hidden
+    busy = min(step, alone.work) if device.type == "cuda" else step - wait
+    return dataclasses.replace(
+        together, step=step, wait=wait, issue=alone.issue, busy=busy, **stages
+    )
 
 
 def _epochs(loader: Loader) -> Generator[Batch, None, None]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +196,3 @@ def _cut_back(path: Path, step: int, validated_step: int):
             kept += [] if line.get("partial") else [json.dumps(line) + "\n"]
     replace_bytes(path, "".join(kept).encode())
     return path.open("a", encoding="utf-8")
-
-
-def table(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Two aligned columns, as lines."""
-    rows = list(rows)
-    wide = max(len(name) for name, _ in rows)
-    return [f"  {name:<{wide}}  {value}" for name, value in rows]

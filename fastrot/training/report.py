@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fastrot import assemble, dist, machine
+from fastrot import assemble, machine
+from fastrot.entry import table
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Measured
 from fastrot.speed.cost import StepCost
 from fastrot.training.graph import WARM_UP
-from fastrot.training.journal import table
 from fastrot.training.state import Session
 
 
@@ -103,8 +103,8 @@ def summary(s: Session, least: StepCost) -> dict[str, Any]:
 
 def _bound(s: Session, least: StepCost) -> dict[str, str]:
     """What bound the run, and the sentence on it; of a run that had ended already, what was said then."""
-    state, cfg, data = s.state, s.cfg, s.loader.data
-    m = s.step_timer.measured(cfg.batch)
+    state = s.state
+    m = s.step_timer.measured(s.cfg.batch)
     if m is None:  # no step was taken
         path = s.folder / "summary.json"
         before = json.loads(path.read_text()) if path.exists() else {}
@@ -112,17 +112,9 @@ def _bound(s: Session, least: StepCost) -> dict[str, str]:
             return {name: before[name] for name in ("bound", "verdict")}
         step = state.progress.seconds / max(1, state.step)
         m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
-    m = bounds.with_floors(m, least, s.loader.view, cfg, state.device)
-    setting = bounds.Setting(
-        workers=s.loader.workers,
-        format=data.format,
-        placement=data.chosen,
-        precision=cfg.precision,
-        compiled=cfg.compile,
-        graphed=cfg.graph if dist.world() == 1 else None,
-        fused=getattr(cfg.backbone, "fuse", None),
-    )
-    said = bounds.verdict(m, state.device, state.progress.images_per_s(), setting)
+    subject = bounds.subject_of(s.cfg, s.loader.data, state.device)
+    m = bounds.with_floors(m, least, s.loader.view, subject)
+    said = bounds.verdict(m, state.progress.images_per_s(), s.loader.workers, subject)
     return {"bound": bounds.bound(m), "verdict": said}
 
 
