@@ -1,9 +1,7 @@
 """Out of memory at the first steps: one sentence with the batch that fits, found by halving."""
 
-import contextlib
 import gc
 import traceback
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,29 +9,18 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import config, dist, machine
 from fastrot.config import Config, RunError, UsageError
-from fastrot.core import Method, View
+from fastrot.core import View
+from fastrot.entry import in_bytes
 from fastrot.speed.cost import random_batch
 from fastrot.speed.timer import StepTimer
+from fastrot.training.state import TrainState
 
-GB = 2**30
 FULL = (  # what says so without torch's class for it: a CPU's allocator, the driver, cuBLAS, cuDNN
     "DefaultCPUAllocator: can't",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",
 )
-
-
-@runtime_checkable
-class State(Protocol):
-    """What is asked of a TrainState here."""
-
-    method: Method
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    step: int
-
-    def autocast(self) -> contextlib.AbstractContextManager: ...
 
 
 def is_full(error: Exception) -> bool:
@@ -52,7 +39,7 @@ def forget(error: BaseException) -> None:
 
 
 def out_of_memory_error(
-    cfg: Config, device: torch.device, built: tuple[State, View, StepTimer] | None
+    cfg: Config, device: torch.device, built: tuple[TrainState, View, StepTimer] | None
 ) -> UsageError | RunError:
     """The error for people where memory is full, to be called after `forget`: the failed step holds nothing any more.
 
@@ -60,35 +47,29 @@ def out_of_memory_error(
 
     Before the first log line it names a batch that fits; later, something else has taken the memory.
     """
-    where = memory_of(device)
+    where = _memory_of(device)
     if built is None:
         bank = " and its memory bank" if isinstance(cfg.method, config.Decoupling) else ""
-        return UsageError(
-            f"the network of {cfg.preset}{bank} is too large for {where}: {_less(cfg)}"
-        )
+        what = f"the network of {cfg.preset}{bank}"
+        return UsageError(f"{what} is too large for {where}: {_less(cfg)}")
     state, view, step_timer = built
     if step_timer.lines:
-        return RunError(
-            f"step {state.step + 1} did not fit into {where}, though those before it did: end what else takes "
-            "memory there, and the same command goes on from the last checkpoint"
-        )
+        way = "end what else takes memory there, and the same command goes on"
+        return RunError(f"step {state.step + 1} did not fit into {where}, but others did: {way}")
     dist.abandon(device)
-    found = largest(state, view, cfg.batch)
-    if found is None:
-        return UsageError(
-            f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}"
-        )
-    return UsageError(f"--batch {cfg.batch} does not fit into {where}: --batch {found} does")
+    if found := largest(state, view, cfg.batch):
+        return UsageError(f"--batch {cfg.batch} does not fit into {where}: --batch {found} does")
+    return UsageError(f"{cfg.preset} is too large for {where}, even with --batch 1: {_less(cfg)}")
 
 
-def memory_of(device: torch.device) -> str:
+def _memory_of(device: torch.device) -> str:
     """`the 24 GB of NVIDIA ...`, and what of them others hold."""
     if device.type != "cuda":
         return f"the memory of this machine ({machine.device_name(device)})"
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    taken = f" ({others / GB:.0f} of which others hold)" if others > total / 10 else ""
-    return f"the {total / GB:.0f} GB of {torch.cuda.get_device_name(device)}{taken}"
+    taken = f" ({in_bytes(others)} of which others hold)" if others > total / 10 else ""
+    return f"the {in_bytes(total)} of {torch.cuda.get_device_name(device)}{taken}"
 
 
 def _less(cfg: Config) -> str:
@@ -102,7 +83,7 @@ def _less(cfg: Config) -> str:
     return ways
 
 
-def largest(state: State, view: View, batch: int) -> int | None:
+def largest(state: TrainState, view: View, batch: int) -> int | None:
     """The first of batch / 2, batch / 4, ... of which a step fits; None: not even one picture does.
 
     Talks to no other rank, which may be waiting or gone. Nothing stays of it but chosen kernels.
@@ -113,7 +94,7 @@ def largest(state: State, view: View, batch: int) -> int | None:
     return images or None
 
 
-def _fits(state: State, view: View, images: int) -> bool:
+def _fits(state: TrainState, view: View, images: int) -> bool:
     _free(state)
     try:
         _try_step(state, view, images)
@@ -127,35 +108,33 @@ def _fits(state: State, view: View, images: int) -> bool:
     return True
 
 
-def _try_step(state: State, view: View, images: int) -> None:
+def _try_step(state: TrainState, view: View, images: int) -> None:
     """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
 
     The network as it stands, neither compiled nor under DDP, which need less or little more; the mean of its outputs
     as loss, since a loss takes next to nothing beside it.
     """
-    net, device = state.method.net, state.device
+    net, device, was_training = state.method.net, state.device, state.method.net.training
     trained = [p for p in net.parameters() if p.requires_grad]
     momentum = [torch.empty_like(p) for p in trained if not state.optimizer.state.get(p)]
     gradients = [torch.empty_like(p) for p in trained]
     # the same numbers under other names: DDP listens to the parameters themselves, and would talk to other ranks
-    weights = {n: p.detach().requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
-    buffers, was_training = [(b, b.clone()) for b in net.buffers()], net.training
+    own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
+    own |= {name: buffer.clone() for name, buffer in net.named_buffers()}
     net.train()
     try:
         batch = random_batch(view, images, device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), state.autocast():
-            outputs = torch.func.functional_call(net, weights, (state.method.views(batch),))
+            outputs = torch.func.functional_call(net, own, (state.method.views(batch),))
         gradients.clear()
         leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
         torch.stack([t.float().mean() for t in leaves]).sum().backward()
     finally:
         net.train(was_training)
-        for buffer, before in buffers:
-            buffer.data.copy_(before)
     del momentum
 
 
-def _free(state: State) -> None:
+def _free(state: TrainState) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if state.device.type == "cuda":
