@@ -31,8 +31,8 @@ from benchmarks.measure import IMAGENET
 from fastrot import native
 from fastrot.config import Placement, RandomResized, UsageError
 from fastrot.core import CropRequest, Data, Decoded, Pending, Reader, View
-from fastrot.data.pack.file import PackFile
 from fastrot.data.pack.layout import WIDTH, firsts
+from fastrot.data.pack.read import Pack
 from fastrot.ops.blocks import PackTensors, unpack_crops
 
 SIZE = 224  # pixels a side of a crop
@@ -218,14 +218,14 @@ class FullPack(Data):
     format = "pack"
 
     def __init__(self, path: Path, pictures: int = IMAGENET):
-        self.few = PackFile(path)
+        self.few = Pack(path)
         self.rows, self.classes = pictures, self.few.classes
         self.labels, self.keys = (
             np.resize(each, pictures) for each in (self.few.labels, self.few.keys)
         )
         self.mean, self.std = self.few.mean, self.few.std
         self.fingerprint = f"{self.few.fingerprint} to {pictures}"
-        self._sizes = np.resize(self.few.sizes, (pictures, 2))
+        self._sizes = np.resize(self.few.sizes(np.arange(self.few.rows)), (pictures, 2))
         self._first = firsts(self._sizes, self.few.encoding)
         self.pack: PackTensors | None = None
 

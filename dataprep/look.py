@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from PIL import Image
 
     from fastrot.core import Batch, Data
-    from fastrot.data.pack.file import PackFile
+    from fastrot.data.pack.read import Pack
 
 ROTATIONS = ("upright", "90°", "180°", "270°")
 INK, FAINT = "#1f2328", "#7a828c"
@@ -66,7 +66,7 @@ def look(options: Look) -> int:
     bad = 0
     if options.verify:
         start = time.perf_counter()
-        bad, what, which = verify_pack(data.file) if is_pack(data) else verify(data)
+        bad, what, which = verify_pack(data) if is_pack(data) else verify(data)
         state = f"{bad:,}{which} DAMAGED" if bad else "all whole"
         print(f"{'verified':<12}{what} in {time.perf_counter() - start:.1f} s: {state}")
     if not bad:
@@ -87,7 +87,7 @@ def facts(data: "Data", path: Path, opened: float) -> Iterator[tuple[str, str]]:
     if hasattr(data, "contents"):
         yield from of_file(data, path)
     if is_pack(data):
-        yield from of_pack(data.file)
+        yield from of_pack(data)
     for name, values in (("mean", data.mean), ("std", data.std)):
         if values is not None:
             yield name, " ".join(f"{v:.4f}" for v in values) + "  (red, green, blue; 0 to 1)"
@@ -123,12 +123,12 @@ def is_pack(data: "Data") -> bool:
     return data.format == "pack"
 
 
-def of_pack(file: "PackFile") -> Iterator[tuple[str, str]]:
+def of_pack(data: "Pack") -> Iterator[tuple[str, str]]:
     """What meta.json tells."""
-    what = "tiles of 8x8 pixels" if file.encoding == "ycc" else "pixels"
-    size = file.tiles.nbytes / 1e6
-    yield "file", f"{size:,.1f} MB of {file.encoding}: {len(file.tiles):,} {what}"
-    yield from made(file.meta)
+    what = "tiles of 8x8 pixels" if data.encoding == "ycc" else "pixels"
+    size = data.tiles.nbytes / 1e6
+    yield "file", f"{size:,.1f} MB of {data.encoding}: {len(data.tiles):,} {what}"
+    yield from made(data.meta)
     whole = "arrays fit together, all but the pictures' by checksum"
     yield "checked", f"{whole}; these only by --verify"
 
@@ -199,18 +199,18 @@ def verify(data) -> tuple[int, str, str]:
     return bad, f"{data.rows:,} records read and decoded", ""
 
 
-def verify_pack(file: "PackFile") -> tuple[int, str, str]:
+def verify_pack(data: "Pack") -> tuple[int, str, str]:
     """Compare all checksums, and name the damaged stretches and their pictures; gives what `verify` gives."""
     from fastrot.data.pack.layout import BLOCK
 
     bad = 0
-    for block in file.damaged(file.array):
+    for block in data.damaged(data.array):
         bad += 1
-        rows = file.rows_in(block)
-        first, last = (f"row {row:,} ({file.name(row)})" for row in (rows[0], rows[-1]))
-        where = f"bytes {block * BLOCK:,} to {(block + 1) * BLOCK:,} of {file.array}"
+        rows = data.rows_in(block)
+        first, last = (f"row {row:,} ({data.name(row)})" for row in (rows[0], rows[-1]))
+        where = f"bytes {block * BLOCK:,} to {(block + 1) * BLOCK:,} of {data.array}"
         print(entry.printable(f"{where}: {first} to {last}"), file=sys.stderr)
-    read = f"{file.rows:,} pictures, {file.tiles.nbytes / 1e6:,.1f} MB read"
+    read = f"{data.rows:,} pictures, {data.tiles.nbytes / 1e6:,.1f} MB read"
     return bad, read, " stretch" if bad == 1 else " stretches"
 
 

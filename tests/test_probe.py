@@ -163,7 +163,7 @@ def test_every_format_has_its_figures(formats, name):
         sizes = [os.path.getsize(Path(formats[name]) / data.name(row)) for row in range(data.rows)]
         assert min(sizes) <= (found.bytes or 0) <= max(sizes)
     if name == "pack":
-        assert found.pack_bytes == data.file.tiles.nbytes
+        assert found.pack_bytes == data.tiles.nbytes
 
 
 def test_pictures_that_cannot_be_read_are_told(formats, tmp_path):
@@ -188,7 +188,7 @@ def test_the_bytes_of_a_pack_are_those_that_would_be_written(formats, tmp_path):
         out = tmp_path / f"{short}.pack"
         made = {"source": "imagefolder", "root": Path(formats["folder"]), "workers": 0}
         convert(PackOptions(**made, out=out, short_side=short))
-        assert probe.pack_bytes(data, sizes, short) == Pack(out).file.tiles.nbytes
+        assert probe.pack_bytes(data, sizes, short) == Pack(out).tiles.nbytes
 
 
 # ---- how it measures ----

@@ -19,7 +19,6 @@ from fastrot.core import CropRequest, DamagedRecord, Data, Reader
 from fastrot.data.manifest import Paths
 from fastrot.data.readahead import announce
 from fastrot.data.reader import Errors, InC, ThreadedReader, fill_decoded
-from fastrot.data.ring import Ring
 
 Memory = Callable[[int], Bytes]  # gives so many bytes of any content
 
@@ -47,7 +46,7 @@ class MappedData(Data):
     _paths: Paths
 
     def __init__(self) -> None:
-        self._ring, self._scratch = Ring(), Scratch()
+        self._scratch = Scratch()
 
     def sizes(self, rows: Rows) -> RowSizes:
         return self._sizes[rows]
@@ -88,7 +87,7 @@ class MappedData(Data):
 
     def open_reader(self, device: torch.device, workers: int) -> Reader:
         how = {"advise": self._announce, "in_c": self._in_c()}
-        return ThreadedReader(self.fill, self._ring, device, workers, **how)
+        return ThreadedReader(self.fill, device, workers, **how)
 
     def _in_c(self) -> InC | None:
         """How the C++ extension begins a batch; None: it cannot."""

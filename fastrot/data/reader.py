@@ -1,23 +1,26 @@
 """Crops made by threads of this process: how batches are shared out to them, and what a thread does with a picture."""
 
+import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from fastrot import native
 from fastrot.core import CropRequest, DamagedRecord, Decoded, Pending, Reader
-from fastrot.data.ring import Ring
 from fastrot.ops.resample import resample
 
 TASK = 8  # pictures a thread takes at once: one costs a fifth in hand-offs, a batch delays the first one
 AHEAD = 3  # batches read ahead; more where they are too small to give each thread two tasks
+KEPT = 8  # free buffers of one size; what is beyond goes back to the system
 
-T = TypeVar("T")
 Errors = list[tuple[int, str]]  # place in the batch, one sentence
 Fill = Callable[[CropRequest, tuple[Tensor, ...], Iterable[int]], Errors]
 InC = Callable[[native.Pool, CropRequest, list[np.ndarray]], Sequence[native.Work]]
@@ -26,10 +29,9 @@ InC = Callable[[native.Pool, CropRequest, list[np.ndarray]], Sequence[native.Wor
 class PooledReader(Reader):
     """A Reader with a pool of Python's threads. 0 workers: nothing is read ahead."""
 
-    def __init__(self, workers: int, *, in_c: bool = False):
-        self.workers = workers
-        python = workers > 0 and not in_c
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if python else None
+    def __init__(self, workers: int):
+        self.workers = workers  # a thread begins with its first task
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="reader") if workers else None
 
     def ahead(self, images: int) -> int:
         return max(AHEAD, 2 * self.workers // -(-images // TASK)) if self.workers else 0
@@ -50,21 +52,20 @@ class ThreadedReader(PooledReader):
     def __init__(
         self,
         fill: Fill,
-        ring: Ring,
         device: torch.device,
         workers: int,
         *,
         advise: Callable[[CropRequest], Errors] = lambda _: [],
         in_c: InC | None = None,
     ):
-        super().__init__(workers, in_c=in_c is not None)
+        super().__init__(workers)
         self._pinned = device.type == "cuda"
-        self._fill, self._ring, self._advise, self._in_c = fill, ring, advise, in_c
+        self._fill, self._advise, self._in_c = fill, advise, in_c
         self._native = None if in_c is None else native.Pool(workers)
 
     def begin(self, request: CropRequest) -> Pending:
         damaged = self._advise(request)
-        out = self._ring.buffers(request, pinned=self._pinned)
+        out = buffers(request, pinned=self._pinned)
         fill = partial(self._fill, request, out)
         if self._native is None or self._in_c is None:
             waits = in_tasks(self.pool, len(request.rows[0]), fill)
@@ -80,15 +81,15 @@ class ThreadedReader(PooledReader):
 
 
 def in_tasks(
-    pool: ThreadPoolExecutor | None, images: int, work: Callable[[Iterable[int]], T]
-) -> list[Callable[[], T]]:
+    pool: ThreadPoolExecutor | None, images: int, work: Callable[[Iterable[int]], Any]
+) -> list[Callable[[], Any]]:
     """`work(places)` of the pictures of a batch, by the pool: what waits for each task, and raises what it raised.
 
     None: the work is done by whoever waits.
     """
-    if pool is None:
-        return [partial(work, range(images))]
     places = range(images)
+    if pool is None:
+        return [partial(work, places)]
     return [pool.submit(work, places[at : at + TASK]).result for at in range(0, images, TASK)]
 
 
@@ -117,3 +118,33 @@ def fill_decoded(
         for rows, pixels in zip(request.rows, into, strict=True):
             resample(picture, rows[place], pixels[place])
     return errors
+
+
+# ---- buffers, used again as soon as nobody can see them: saves the page faults of fresh memory ----
+
+_free: dict[int, deque[np.ndarray]] = {}  # by size in bytes
+
+
+def buffers(request: CropRequest, *, pinned: bool = False) -> tuple[Tensor, ...]:
+    """A buffer of any content for each crop of a batch, in host memory."""
+    images = len(request.rows[0])
+    return tuple(_buffer(images, size, pinned) for size in request.sizes)
+
+
+def _buffer(images: int, size: int, pinned: bool = False) -> UInt8[Tensor, "b s s 3"]:
+    """The tensor shares memory with a numpy view made for it alone, which torch holds for as long as any tensor shares
+
+    its storage: when the view dies the buffer under it can be handed out again, and not before, so whoever keeps a
+    Batch keeps its pixels. Pinned memory is recycled by torch itself, which also waits for copies under way.
+    """
+    shape = (images, size, size, 3)
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    free = _free.setdefault(math.prod(shape), deque(maxlen=KEPT))
+    try:
+        buffer = free.pop()
+    except IndexError:
+        buffer = np.empty(math.prod(shape), np.uint8)
+    view = buffer.reshape(shape)
+    weakref.finalize(view, free.append, buffer).atexit = False
+    return torch.from_numpy(view)

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastrot.core import CropRequest, Data
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.reader import ThreadedReader
-from fastrot.data.ring import Ring
 
 IMAGES = 1_281_167  # as many as ImageNet's, so that an epoch costs what one of ImageNet would
 SIDE = 256  # pixels; the pictures' height and width
@@ -35,7 +34,6 @@ class Synthetic(Data):
         )  # spread evenly
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self._noise = np.random.default_rng(0).integers(0, 256, 2**22, dtype=np.uint8)
-        self._ring = Ring()
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         return np.full((len(rows), 2), SIDE, np.int32)
@@ -52,7 +50,7 @@ class Synthetic(Data):
         return out[0]
 
     def open_reader(self, device: torch.device, workers: int) -> ThreadedReader:
-        return ThreadedReader(self._fill, self._ring, device, 0)
+        return ThreadedReader(self._fill, device, 0)
 
     def _fill(
         self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]

@@ -113,7 +113,7 @@ def _about(data: Data, view: View) -> dict[str, int]:
 def pack_bytes(data: Any, sizes: Sizes, short: int) -> int:
     """Bytes of the data as a .pack (ycc) of that short side; of a .pack what it has."""
     if data.format == "pack":
-        return data.file.tiles.nbytes
+        return data.tiles.nbytes
     least = sizes.min(axis=1, keepdims=True).astype(np.int64)
     shrunk = np.where(least > short, short * sizes // least, sizes)  # as pictures.shrink does it
     return int(layout.lengths(shrunk.astype(np.int32), "ycc").sum()) * layout.WIDTH["ycc"]

@@ -11,11 +11,11 @@ from truth import photo
 from fastrot.assemble import open_loader
 from fastrot.config import RandomResized, UsageError, Whole
 from fastrot.core import DamagedRecord, View
+from fastrot.data import reader
 from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.prepare.convert import convert
 from fastrot.data.reader import AHEAD
-from fastrot.data.ring import KEPT, Ring
 
 PHOTOS = [photo(i, 40 + 3 * i, 90 - 4 * i) for i in range(11)]
 LABELS = np.array([3, 1, 0, 2, 2, 1, 0, 3, 1, 1, 0])
@@ -299,23 +299,21 @@ def test_buffers_are_used_again_and_stay_few(ours, monkeypatch):
 
 
 def test_a_buffer_is_given_back_when_the_last_reader_is_gone():
-    ring = Ring()
-    first = ring.take(2, 8)
+    first = reader._buffer(2, 8)
     at, part = first.data_ptr(), first[1, :4]
     del first
-    assert ring.take(2, 8).data_ptr() != at
+    assert reader._buffer(2, 8).data_ptr() != at
     pixels = part.numpy()[:, 2:]
     del part
-    assert ring.take(2, 8).data_ptr() != at
+    assert reader._buffer(2, 8).data_ptr() != at
     del pixels
-    assert at in {t.data_ptr() for t in [ring.take(2, 8) for _ in range(3)]}
+    assert at in {t.data_ptr() for t in [reader._buffer(2, 8) for _ in range(3)]}
 
 
 def test_a_burst_of_buffers_goes_back_to_the_system():
-    ring = Ring()
-    burst = [ring.take(1, 4) for _ in range(3 * KEPT)]
+    burst = [reader._buffer(1, 4) for _ in range(3 * reader.KEPT)]
     del burst
-    assert [len(free) for free in ring._free.values()] == [KEPT]
+    assert len(reader._free[1 * 4 * 4 * 3]) == reader.KEPT
 
 
 def test_a_raw_picture_of_another_size_than_its_row_is_refused(tmp_path):

@@ -191,7 +191,7 @@ def test_damaged_stretches_of_a_pack_are_named(look, pack, capsys):
     assert look.main([str(pack)]) == 1  # the sheet meets it too
     (pack / "first.npy").unlink()
     assert look.main([str(pack)]) == 2
-    assert "first.npy is missing" in capsys.readouterr().err
+    assert "first.npy cannot be read (No such file" in capsys.readouterr().err
 
 
 def test_names_of_rows_are_those_of_their_lines(ours):

@@ -17,7 +17,7 @@ from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import bc4, layout, write
 from fastrot.data.pack import file as opened
-from fastrot.data.pack.file import PackFile
+from fastrot.data.pack.read import Pack
 from fastrot.data.pictures import decode, shrink
 
 PAGE = Path(__file__).parents[2] / "fastrot" / "data" / "pack" / "README.md"
@@ -189,7 +189,7 @@ def test_the_decoder_on_the_page_gives_the_same_bits(tmp_path):
     pictures = [photo(i, 9 + 5 * i, 30 - 3 * i) for i in range(5)]
     for encoding in ("ycc", "raw"):
         path = write_pack(tmp_path / "a.pack", pictures, list(range(5)), encoding=encoding)
-        pack, (tiles, first, sizes, labels) = PackFile(path), page["open_pack"](path)
+        pack, (tiles, first, sizes, labels) = Pack(path), page["open_pack"](path)
         assert labels.tolist() == [*range(5)]
         for row in range(5):
             there = page["picture"](tiles, first, sizes, row)
@@ -246,7 +246,7 @@ def test_a_pack_is_what_the_page_says(small):
 
 
 def test_what_is_opened_is_what_was_put_in(small):
-    pack = PackFile(small)
+    pack = Pack(small)
     assert (pack.rows, pack.encoding, pack.classes) == (20, "ycc", ("a", "b", "c"))
     assert pack.name(0) == "here/0.jpg"
     assert pack.name(19) == "here/19.jpg"
@@ -257,12 +257,12 @@ def test_what_is_opened_is_what_was_put_in(small):
         wanted = layout.decode(layout.encode(picture, "ycc"), *picture.shape[:2])
         np.testing.assert_array_equal(pack.picture(row), wanted)
     (small / "paths.jsonl").unlink()
-    assert PackFile(small).name(3) == "path unknown"
+    assert Pack(small).name(3) == "path unknown"
 
 
 def test_raw_is_exact(tmp_path):
     pictures = [photo(i, 9 + i, 20) for i in range(6)]
-    pack = PackFile(write_pack(tmp_path / "a.pack", pictures, encoding="raw"))
+    pack = Pack(write_pack(tmp_path / "a.pack", pictures, encoding="raw"))
     assert pack.tiles.shape == (sum(p.size for p in pictures) // 3, 3)
     assert pack.labels.tolist() == [-1] * 6
     for row, picture in enumerate(pictures):
@@ -271,12 +271,12 @@ def test_raw_is_exact(tmp_path):
 
 def test_a_changed_byte_is_found_where_it_lies(small):
     """The pictures of its block are refused, by name; all others are as they were."""
-    whole = PackFile(small)
+    whole = Pack(small)
     wanted = [whole.picture(row) for row in range(20)]
     data = bytearray((small / "tiles.npy").read_bytes())
     data[3 * 4096 + 77] ^= 4
     (small / "tiles.npy").write_bytes(data)
-    pack = PackFile(small)
+    pack = Pack(small)
     bad = []
     for row in range(20):
         try:
@@ -297,7 +297,7 @@ def test_a_changed_byte_is_found_where_it_lies(small):
 
 
 def test_rows_of_a_block_are_those_with_a_byte_in_it(small):
-    pack, offset = PackFile(small), 128
+    pack, offset = Pack(small), 128
     for block in range(len(pack.meta["checksums"]["tiles.npy"])):
         wanted = [
             row
@@ -313,6 +313,13 @@ def resealed(pack: Path, **changed) -> None:
     meta = json.loads((pack / "meta.json").read_bytes())
     meta.pop("crc")
     (pack / "meta.json").write_bytes(sealed({**meta, **changed}))
+
+
+def left_out(pack: Path, name: str) -> None:
+    meta = json.loads((pack / "meta.json").read_bytes())
+    (pack / "meta.json").write_bytes(
+        sealed({k: v for k, v in meta.items() if k not in (name, "crc")})
+    )
 
 
 def swapped(pack: Path, name: str, array: np.ndarray) -> None:
@@ -340,40 +347,34 @@ def unsealed_again(pack: Path) -> None:
     (pack / "meta.json").write_text(re.sub(r',\n "crc": \d+', "", text))
 
 
-def unsealed_as_if_old(pack: Path) -> None:
-    """Without a seal, and with `versions` last, as a .json of before the seal ends."""
-    meta = json.loads((pack / "meta.json").read_bytes())
-    meta.pop("crc")
-    meta["versions"] = meta.pop("versions")
-    (pack / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
 BAD = {
     "no meta.json": (
         lambda p: (p / "meta.json").unlink(),
-        "is no whole pack, since it has no meta.json",
+        r"meta.json cannot be read \(No such file",
     ),
     "changed": (
         lambda p: flipped(p / "meta.json", 60),
-        "meta.json has changed since it was written",
+        "meta.json has changed since written",
     ),
-    "cut meta": (lambda p: cut(p / "meta.json", 100), "meta.json has changed since it was written"),
-    "no seal": (unsealed_again, "meta.json has changed since it was written"),
-    "old": (unsealed_as_if_old, "it has no checksum of its own"),
+    "cut meta": (lambda p: cut(p / "meta.json", 100), "meta.json has changed since written"),
+    "no seal": (unsealed_again, "meta.json has changed since written"),
     "version": (
         lambda p: resealed(p, version=2),
-        "a pack of version 2, and this program reads version 1",
+        "a pack of version 2, encoding 'ycc', and this program reads version 1, ycc or raw",
     ),
     "format": (lambda p: resealed(p, format="beton"), "is of no pack"),
-    "encoding": (lambda p: resealed(p, encoding="bc7"), "has no usable 'encoding'"),
-    "rows": (lambda p: resealed(p, rows=None), "has no usable 'rows'"),
+    "encoding": (lambda p: resealed(p, encoding="bc7"), "encoding 'bc7', and this"),
+    "no mean": (lambda p: left_out(p, "mean"), "has no 'mean': prepare"),
     "other rows": (
         lambda p: resealed(p, rows=19),
         r"first.npy is int64 \[21\], and meta.json wants",
     ),
-    "no sums": (lambda p: resealed(p, checksums={}), "has no checksums of first.npy"),
-    "missing": (lambda p: (p / "tiles.npy").unlink(), "tiles.npy is missing"),
-    "missing sizes": (lambda p: (p / "sizes.npy").unlink(), "sizes.npy is missing"),
+    "no sums": (lambda p: resealed(p, checksums={}), "which is not what was written"),
+    "missing": (lambda p: (p / "tiles.npy").unlink(), r"tiles.npy cannot be read \(No such file"),
+    "missing sizes": (
+        lambda p: (p / "sizes.npy").unlink(),
+        r"sizes.npy cannot be read \(No such file",
+    ),
     "cut": (lambda p: cut(p / "tiles.npy", 5000), "tiles.npy is cut short or damaged"),
     "cut in the header": (lambda p: cut(p / "tiles.npy", 50), "tiles.npy is cut short or damaged"),
     "empty": (lambda p: cut(p / "keys.npy", 0), "keys.npy is cut short or damaged"),
@@ -421,9 +422,9 @@ BAD = {
 @pytest.mark.parametrize("how", BAD)
 def test_what_is_no_whole_pack_is_refused_in_one_sentence(small, how):
     harm, words = BAD[how]
-    PackFile(small)
+    Pack(small)
     harm(small)
     with pytest.raises(UsageError, match=words) as refused:
-        PackFile(small)
+        Pack(small)
     assert str(small) in str(refused.value)
     assert "\n" not in str(refused.value)

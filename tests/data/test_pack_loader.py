@@ -57,7 +57,7 @@ def wanted(data: Pack, request: CropRequest) -> list[np.ndarray]:
     out = [np.empty((ROWS, size, size, 3), np.uint8) for size in request.sizes]
     for rows, pixels in zip(request.rows, out, strict=True):
         for row, crop in zip(rows, pixels, strict=True):
-            resample(data.file.picture(int(row[0])), row, crop)
+            resample(data.picture(int(row[0])), row, crop)
     return out
 
 
@@ -104,13 +104,13 @@ def test_pictures_smaller_than_the_crop_are_refused(folder):
 def damage(folder, block: int) -> set[int]:
     """Change a byte; the rows of that block."""
     data = Pack(folder)
-    file = folder / data.file.array
+    file = folder / data.array
     with file.open("r+b") as opened:
         opened.seek(block * 4096 + 99)
         byte = opened.read(1)
         opened.seek(-1, 1)
         opened.write(bytes([byte[0] ^ 64]))
-    return set(data.file.rows_in(block))
+    return set(data.rows_in(block))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -132,15 +132,15 @@ def test_a_damaged_stretch_is_told_by_row_and_can_be_skipped(folder, workers):
 def test_every_picture_with_a_byte_in_a_damaged_stretch_is_told_and_no_other(folder):
     """The stretches are the file's, its header of 128 bytes among them."""
     whole = Pack(folder)
-    body = (folder / whole.file.array).read_bytes()
-    header, width = len(body) - whole.file.tiles.nbytes, whole.file.tiles.shape[1]
-    begins, ends = (header + width * each for each in (whole.file.first[:-1], whole.file.first[1:]))
+    body = (folder / whole.array).read_bytes()
+    header, width = len(body) - whole.tiles.nbytes, whole.tiles.shape[1]
+    begins, ends = (header + width * each for each in (whole.first[:-1], whole.first[1:]))
     blocks = -(-len(body) // 4096)
     assert ((begins // 4096) != ((begins - header) // 4096)).any()
     for block in range(blocks):
         data = Pack(folder)
-        data.file._agrees = lambda name, each, block=block: each != block
-        told = set(data.file.damage(np.arange(ROWS)))
+        data._agrees = lambda name, each, block=block: each != block
+        told = set(data.damage(np.arange(ROWS)))
         inside = (begins < (block + 1) * 4096) & (ends > block * 4096)
         assert told == set(np.flatnonzero(inside).tolist()), block
 
@@ -148,8 +148,8 @@ def test_every_picture_with_a_byte_in_a_damaged_stretch_is_told_and_no_other(fol
 def test_each_stretch_is_read_once(folder, monkeypatch):
     damage(folder, 1)
     read_, data = [], Pack(folder)
-    agrees = data.file._agrees
-    monkeypatch.setattr(data.file, "_agrees", lambda *block: read_.append(block) or agrees(*block))
+    agrees = data._agrees
+    monkeypatch.setattr(data, "_agrees", lambda *block: read_.append(block) or agrees(*block))
     for _ in range(2):
         batches(data, workers=2, on_bad_record="skip")
     assert len(read_) == len(set(read_)) > 4
@@ -172,7 +172,7 @@ def subset() -> np.ndarray:
 @pytest.mark.parametrize("rows", [None, subset()], ids=["all", "some"])
 def test_resident_pictures_give_the_same_crops(folder, rows, workers):
     data = Pack(folder)
-    placed = read._Resident(data.file, rows, CPU)
+    placed = read._Resident(data, rows, CPU)
     data._placed.append(placed)
     request = all_rows_request(data)
     want = wanted(data, request)
@@ -180,7 +180,7 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
     assert placed.covers(np.array([3, 9])) == (rows is None)
     assert placed.covers(np.array([3, 8]))
     if rows is not None:  # no more than these
-        assert len(placed.pack.tiles) == (data.file.first[rows + 1] - data.file.first[rows]).sum()
+        assert len(placed.pack.tiles) == (data.first[rows + 1] - data.first[rows]).sum()
         here = np.isin(request.rows[0][:, 0], rows)
         request = CropRequest(tuple(each[here] for each in request.rows), request.sizes)
         want = [each[here] for each in want]
@@ -193,7 +193,7 @@ def test_resident_pictures_give_the_same_crops(folder, rows, workers):
 def test_gathered_pictures_give_the_same_crops(folder, workers):
     data = Pack(folder)
     request = all_rows_request(data)
-    data._placed.append(read._Pinned(data.file, None, CPU))
+    data._placed.append(read._Pinned(data, None, CPU))
     with closing(read._PlacedReader(data, CPU, workers)) as reader:
         found, _ = reader.begin(request).result()
     assert equal(found, wanted(data, request))
@@ -206,9 +206,9 @@ def test_only_what_lies_under_the_boxes_is_gathered(folder, monkeypatch):
     asked, real = [], read.unpack_crops
     made = lambda pack, *how: asked.append(pack) or real(pack, *how)  # noqa: E731
     monkeypatch.setattr(read, "unpack_crops", made)
-    read._Pinned(data.file, None, CPU).begin(CropRequest((box,), (10,)), None).result()
-    rows = slice(8, 24) if data.file.encoding == "ycc" else slice(9, 19)
-    heights = np.minimum(data.file.sizes[:, 0], rows.stop) - rows.start
+    read._Pinned(data, None, CPU).begin(CropRequest((box,), (10,)), None).result()
+    rows = slice(8, 24) if data.encoding == "ycc" else slice(9, 19)
+    heights = np.minimum(data.sizes(index)[:, 0], rows.stop) - rows.start
     assert asked[0].sizes[:, 0].tolist() == heights.tolist()
 
 

@@ -118,14 +118,14 @@ def test_a_loader_tells_of_its_own_ranks_blocks_alone():
 def test_a_pack_reads_blocks_ahead_in_one_piece(tmp_path, encoding):
     pictures = [photo(i, 40, 50) for i in range(48)]
     data = Pack(write_pack(tmp_path / "x.pack", pictures, encoding=encoding))
-    file, data.file.map = data.file, Heard()
-    body = (file.path / file.array).read_bytes()
-    (_,), (first,), (length,) = file.places(np.array([7]))
-    assert body[int(first) :][: int(length)] == file.rows_of(7).tobytes()
+    data.map = Heard()
+    body = (data.path / data.array).read_bytes()
+    (_,), (first,), (length,) = data.places(np.array([7]))
+    assert body[int(first) :][: int(length)] == data.rows_of(7).tobytes()
     view = View(crops=(RandomResized(size=16),), blocks=(8, 2))
     loader = open_loader(data, view, batch=4, workers=0, enlarge=True)
     drawn = [batch.index.numpy() for batch in loader.epoch(0)]
     assert len(np.unique(np.concatenate(drawn))) == 48
-    long = [each for _, _, each in file.map.told if each >= 7 * int(length)]
+    long = [each for _, _, each in data.map.told if each >= 7 * int(length)]
     assert len(long) >= 4
-    assert {advice for advice, _, _ in file.map.told} == {mmap.MADV_WILLNEED}
+    assert {advice for advice, _, _ in data.map.told} == {mmap.MADV_WILLNEED}

@@ -28,7 +28,7 @@ from fastrot.config import UsageError
 from fastrot.core import CropRequest, Decoded, Pending
 from fastrot.data.beton.layout import IMAGE
 from fastrot.data.beton.read import Beton
-from fastrot.data.reader import AHEAD, PooledReader, fill_decoded, in_tasks
+from fastrot.data.reader import AHEAD, PooledReader, buffers, fill_decoded, in_tasks
 from fastrot.ops.resample import cut
 
 
@@ -82,7 +82,7 @@ class FfcvBeton(Beton):
     def work(self, request: CropRequest, pool: ThreadPoolExecutor, *, pinned: bool) -> "_Work":
         """A batch, whose bytes are announced."""
         self._announce(request)
-        return _Work(request, self._ring.buffers(request, pinned=pinned), pool, Future())
+        return _Work(request, buffers(request, pinned=pinned), pool, Future())
 
     def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> Decoded:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""

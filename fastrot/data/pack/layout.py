@@ -17,21 +17,21 @@ META = "meta.json"
 BLOCK = 2**26  # bytes of a file that one checksum covers
 SIDE = 8  # pixels of a tile
 Encoding: TypeAlias = Literal["ycc", "raw"]
-BODY = {"ycc": "tiles.npy", "raw": "pixels.npy"}  # the array that holds the pictures
-LENGTH = {"ycc": "tiles", "raw": "pixels"}  # how meta.json calls its length
+BODY = {"ycc": "tiles", "raw": "pixels"}  # the array of all pictures; in meta.json its length
 WIDTH = {"ycc": 48, "raw": 3}  # bytes of a row of it
 Tiles = UInt8[np.ndarray, "t c"]  # tiles [t, 48] or pixels [t, 3], one picture after the other
 
 
-def arrays(encoding: str) -> dict[str, tuple[np.dtype, int | None]]:
-    """The arrays of a pack by their files: dtype, and the length of their second axis (None: they have none)."""
-    return {
-        "first.npy": (np.dtype("<i8"), None),
-        "sizes.npy": (np.dtype("<i4"), 2),
-        "labels.npy": (np.dtype("<i8"), None),
-        "keys.npy": (np.dtype("<u8"), None),
-        BODY[encoding]: (np.dtype("u1"), WIDTH[encoding]),
+def arrays(encoding: str, rows: int, body: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Dtype and shape of a pack's arrays, by their files. `body`: all tiles or pixels."""
+    each = {
+        BODY[encoding]: ("u1", (body, WIDTH[encoding])),
+        "first": ("<i8", (rows + 1,)),
+        "sizes": ("<i4", (rows, 2)),
+        "labels": ("<i8", (rows,)),
+        "keys": ("<u8", (rows,)),
     }
+    return {f"{name}.npy": (np.dtype(kind), shape) for name, (kind, shape) in each.items()}
 
 
 def lengths(sizes: Sizes, encoding: Encoding) -> Numbers:

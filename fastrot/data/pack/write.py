@@ -1,8 +1,7 @@
-"""A source's pictures into one pack; layout.py says what lies where.
+"""A source's pictures into one pack.
 
-A part's file holds its pictures one after the other: height and width (int32 each), then the tiles or pixels. Whole
-parts are put together in a folder that gets the pack's name by one rename (writer.FolderWriter): so a pack is there
-with all that belongs to it, or not at all. Its bytes depend on neither workers nor parts.
+A part's file holds its pictures one after the other: height and width (int32 each), then the tiles or pixels. A
+pack's bytes depend on neither workers nor parts.
 """
 
 import zlib
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int32, UInt8
 
+from fastrot.arrays import Picture, Sizes
 from fastrot.config import UsageError
 from fastrot.data.manifest import sealed
 from fastrot.data.pack import layout
-from fastrot.data.pack.file import PackFile
-from fastrot.data.pack.layout import BLOCK, BODY, LENGTH, META, WIDTH, Encoding
+from fastrot.data.pack.layout import BLOCK, BODY, META, WIDTH, Encoding
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options
 from fastrot.data.prepare.parts import Part
@@ -26,8 +24,8 @@ from fastrot.data.prepare.writer import Converted, FolderWriter
 from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
-PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
-NAMES = {META, *layout.arrays("ycc"), *layout.arrays("raw"), PATHS, REJECTS}  # of a pack's files
+NAMES = {META, *layout.arrays("ycc", 0, 0), *layout.arrays("raw", 0, 0)}  # of a pack's files
+NAMES |= {"paths.jsonl", "rejects.jsonl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +54,11 @@ class Coder:
 
     encoding: Encoding
 
-    def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    def encode(self, picture: Picture) -> bytes:
         head = np.array(picture.shape[:2], HEAD.base)
         return head.tobytes() + layout.encode(picture, self.encoding).tobytes()
 
-    def decode(self, data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    def decode(self, data: bytes, height: int, width: int) -> Picture:
         rows = np.frombuffer(data, np.uint8, offset=HEAD.itemsize)
         return layout.decode(rows.reshape(-1, WIDTH[self.encoding]), height, width)
 
@@ -72,7 +70,7 @@ def write_folder(
     folder: Path,
     encoding: Encoding,
     converted: Converted,
-    sizes: Int32[np.ndarray, "n 2"],
+    sizes: Sizes,
     body: Iterable[bytes | memoryview],
 ) -> dict[str, Any]:
     """All files of a pack into a folder, meta.json last; what that says.
@@ -81,21 +79,21 @@ def write_folder(
     """
     first = layout.firsts(sizes, encoding)
     contents = {
-        BODY[encoding]: ((int(first[-1]), WIDTH[encoding]), body),
-        "first.npy": (first.shape, [first.data]),
-        "sizes.npy": (sizes.shape, [sizes.data]),
-        "labels.npy": (sizes.shape[:1], [converted.labels.data]),
-        "keys.npy": (sizes.shape[:1], [converted.keys.data]),
+        "first.npy": [first.data],
+        "sizes.npy": [sizes.data],
+        "labels.npy": [converted.labels.data],
+        "keys.npy": [converted.keys.data],
+        f"{BODY[encoding]}.npy": body,
     }
     checksums = {
-        name: write_array(folder / name, layout.arrays(encoding)[name][0], shape, pieces)
-        for name, (shape, pieces) in contents.items()
+        name: write_array(folder / name, *each, contents[name])
+        for name, each in layout.arrays(encoding, len(sizes), int(first[-1])).items()
     }
     beside = converted.write_beside(folder.joinpath)
     described = {
         "version": layout.VERSION,
         "encoding": encoding,
-        LENGTH[encoding]: int(first[-1]),
+        BODY[encoding]: int(first[-1]),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         **beside,
     }
@@ -115,10 +113,8 @@ def write_array(
         checked = _Checked(file, crcs)
         head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
         np.lib.format.write_array_header_1_0(checked, {**head, "shape": shape})
-        begins = checked.written
         for piece in pieces:
             checked.write(piece)
-        assert checked.written - begins == dtype.itemsize * int(np.prod(shape, dtype=object))
 
     write_atomically(path, write)
     return crcs
@@ -143,42 +139,27 @@ class _Checked:
             view = view[len(piece) :]
 
 
-# ---- parts ----
-
-
-def sizes_in(parts: list[Part], encoding: Encoding) -> Int32[np.ndarray, "n 2"]:
-    """Heights and widths of all pictures in whole parts, in order. Raises UsageError as `body_of`."""
-    each = ([size for size, _, _ in _pictures(part, encoding)] for part in parts)
-    return np.concatenate([np.array(sizes, np.int32).reshape(-1, 2) for sizes in each])
-
-
-def body_of(parts: list[Part], encoding: Encoding) -> Iterator[memoryview]:
-    """The tiles or pixels of all pictures in whole parts, in order, each picture checked on the way.
+def pictures_in(
+    parts: list[Part], encoding: Encoding, *, checked: bool
+) -> Iterator[tuple[np.ndarray, memoryview]]:
+    """Height and width, and tiles or pixels, of all pictures in whole parts, in order; `checked`: by their crc32 too.
 
     Raises UsageError where a part has changed since it was written; it then counts as not made.
     """
     for part in parts:
-        for _, picture, crc in _pictures(part, encoding):
-            if zlib.crc32(picture) != crc:
+        crcs, end = part.stats().crcs, 0
+        file = np.memmap(part.file, np.uint8, "r").data if crcs else memoryview(b"")
+        for crc in crcs:
+            start, body = end, end + HEAD.itemsize
+            size = np.frombuffer(bytes(file[start:body]).ljust(HEAD.itemsize, b"\0"), HEAD.base)
+            if size.min() < 1 or size.max() > 65_535:
                 raise part.changed()
-            yield picture[HEAD.itemsize :]
-
-
-def _pictures(part: Part, encoding: Encoding) -> Iterator[tuple[list[int], memoryview, int]]:
-    """Height and width, bytes with their head, and crc32 as it was written, of each picture of a whole part."""
-    crcs = part.stats().crcs
-    if not crcs:
-        return
-    file, end = np.memmap(part.file, np.uint8, "r").data, 0
-    for crc in crcs:
-        start, body = end, end + HEAD.itemsize
-        size = np.frombuffer(bytes(file[start:body]).ljust(HEAD.itemsize, b"\0"), HEAD.base)
-        if size.min() < 1 or size.max() > 65_535:
+            end = body + WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
+            if checked and zlib.crc32(file[start:end]) != crc:
+                raise part.changed()
+            yield size, file[body:end]
+        if end != len(file):
             raise part.changed()
-        end = body + WIDTH[encoding] * int(layout.lengths(size[None], encoding)[0])
-        yield size.tolist(), file[start:end], crc
-    if end != len(file):
-        raise part.changed()
 
 
 # ---- the conversion ----
@@ -205,9 +186,12 @@ class PackWriter(FolderWriter):
         return file.name in NAMES or file.name.startswith(".")
 
     def opened(self) -> dict[str, Any]:
-        return PackFile(self.out).meta
+        from fastrot.data.pack.read import Pack  # here: workers do without torch
+
+        return Pack(self.out).meta
 
     def write_files(self, folder: Path, converted: Converted) -> dict[str, Any]:
         parts, encoding = converted.parts, self.options.encoding
-        sizes, body = sizes_in(parts, encoding), body_of(parts, encoding)
-        return write_folder(folder, encoding, converted, sizes, body)
+        heads = (size for size, _ in pictures_in(parts, encoding, checked=False))
+        body = (picture for _, picture in pictures_in(parts, encoding, checked=True))
+        return write_folder(folder, encoding, converted, np.fromiter(heads, HEAD), body)

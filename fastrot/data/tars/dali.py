@@ -41,8 +41,7 @@ from torch import Tensor
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending
 from fastrot.data import pictures
-from fastrot.data.reader import Errors, PooledReader, fill_decoded, in_tasks
-from fastrot.data.ring import Ring
+from fastrot.data.reader import Errors, PooledReader, buffers, fill_decoded, in_tasks
 from fastrot.ops.blocks import PackTensors, unpack_crops
 from fastrot.ops.resample import cut
 
@@ -60,7 +59,6 @@ class ThroughDali(Data):
         self.rows, self.labels, self.classes = data.rows, data.labels, data.classes
         self.keys, self.fingerprint = data.keys, data.fingerprint
         self.mean, self.std, self.numbers = data.mean, data.std, data.numbers
-        self.ring = Ring()
         self._pipes: dict[
             tuple, _Pipe
         ] = {}  # by what `decode_batch` asks of them, but for the batch
@@ -171,7 +169,7 @@ class _Reader(PooledReader):
         return partial(_cut_there, job, self._device) if there else self._cut_here(job)
 
     def _cut_here(self, job: "_Job") -> Callable[[], Crops]:
-        out = self._data.ring.buffers(job.request)
+        out = buffers(job.request)
         fill = partial(fill_decoded, job.decoded, job.in_decoded(), out)
         waits = in_tasks(self.pool, len(job.rows), fill)
 
