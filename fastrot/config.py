@@ -434,7 +434,7 @@ def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     A knob that `before` does not know yet had its default.
     """
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
-    old, new = _flat(to_plain(from_plain(before))), _flat(now)
+    old, new = flat(to_plain(from_plain(before))), flat(now)
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old | new)
@@ -442,8 +442,9 @@ def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _flat(plain: dict, at: str = "") -> dict[str, Any]:
+def flat(plain: dict, at: str = "") -> dict[str, Any]:
+    """Nested tables as one: {"a": {"b": 1}} -> {"a.b": 1}."""
     out = {}
     for name, value in plain.items():
-        out |= _flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}
+        out |= flat(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
     return out

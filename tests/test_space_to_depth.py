@@ -21,7 +21,7 @@ from fastrot.backbones.space_to_depth import (
 )
 from fastrot.config import UsageError
 from fastrot.core import Batch
-from fastrot.evals.filters import first_filters
+from fastrot.evals.picture import first_filters
 from fastrot.evals.rotation import rotation_guesses
 from fastrot.evals.trained import trained_method
 from fastrot.ops.rotate import SpaceToDepth, rotated_views

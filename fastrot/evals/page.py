@@ -12,15 +12,16 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import yaml
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor, nn
 
 from fastrot import dist
+from fastrot.config import flat
 from fastrot.core import Batch, Headline, Method
 from fastrot.disk import replace_bytes
-from fastrot.evals.filters import first_filters
-from fastrot.evals.picture import FAINT, INK, legible, rotated_sheet
+from fastrot.evals.picture import FAINT, INK, first_filters, legible, rotated_sheet
 from fastrot.evals.rotation import rotation_guesses
 from fastrot.training.journal import read_lines
 
@@ -38,15 +39,14 @@ CURVES = ("accuracy", "loss", "throughput", "filters")
 def draw(
     run: Path,
     *,
-    headline: Headline = Headline(),  # noqa: B008 (frozen)
+    headline: Headline,
     net: nn.Module | None = None,
     images: UInt8[Tensor, "n s s 3"] | None = None,
     guesses: Float[Tensor, "n 4 4"] | None = None,
 ) -> Path:
     """Draw the run as it stands, from its first line on, and return its index.html.
 
-    `guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t. Without `net`
-    or `images`, their plots of an earlier call stay.
+    `guesses`: see `rotated_sheet`. Without `net` or `images`, their plots of an earlier call stay.
     """
     log, plots = RunLog(run, headline), run / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class LivePage:
 class RunLog:
     """What the files of a run's folder tell; each may be missing."""
 
-    def __init__(self, run: Path, headline: Headline = Headline()):  # noqa: B008 (frozen)
+    def __init__(self, run: Path, headline: Headline):
         self.run, self.headline = run, headline
         self.lines = [line for line in read_lines(run / "metrics.jsonl") if "step" in line]
         self.step = int(self.last("step") or 0)
@@ -106,15 +106,12 @@ class RunLog:
 
     def curve(self, name: str) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
         """Steps and values of one number; neighbours are averaged where there are many. Unknown is NaN."""
-        rows = [(line["step"], _number(line[name])) for line in self.lines if name in line]
-        steps, values = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-        if len(steps) <= POINTS:
-            return steps, values
-        start = np.linspace(0, len(steps), POINTS, endpoint=False).astype(int)
-        known = ~np.isnan(values)
-        with np.errstate(invalid="ignore"):  # 0 / 0: a stretch without any number stays NaN
-            sums = np.add.reduceat(np.where(known, values, 0), start)
-            return steps[[*(start[1:] - 1), -1]], sums / np.add.reduceat(known.astype(int), start)
+        points = [(line["step"], _number(line[name])) for line in self.lines if name in line]
+        rows = np.array(points, dtype=np.float64).reshape(-1, 2)
+        if len(rows) > POINTS:
+            parts = [torch.from_numpy(part) for part in np.array_split(rows, POINTS)]
+            rows = np.array([(part[-1, 0], part[:, 1].nanmean()) for part in parts])
+        return rows[:, 0], rows[:, 1]
 
     def last(self, name: str) -> float | None:
         values = (_number(line.get(name)) for line in reversed(self.lines))
@@ -126,18 +123,15 @@ class RunLog:
 
     def say(self, value: float | None) -> str:
         """The headline's score."""
-        if value is None or self.headline.score == "accuracy":
-            return _percent(value)
-        return f"{value:.3g}"
+        return "-" if value is None else self.headline.say(value).replace(".0%", "%")
 
 
 def _footer(environment: dict[str, Any]) -> str:
     """The machine, and what the run was computed with."""
-    known = {k.removeprefix("versions."): v for k, v in _leaves(environment).items()}
+    known = {**environment, **environment.get("versions", {})}
     named = ("fastrot", "torch", "python", "cuda", "commit")
     parts = [f"{name} {known[name]!s:.18}" for name in named if known.get(name)]
-    device = known.get("device") or known.get("machine")
-    return legible(" · ".join([str(device), *parts] if device else parts))[:130]
+    return legible(" · ".join([str(known.get("device", "")), *parts]))[:130]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -146,14 +140,6 @@ def _read(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     return found if isinstance(found, dict) else {}
-
-
-def _leaves(plain: dict[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested tables as one: {"a": {"b": 1}} -> {"a.b": 1}."""
-    out = {}
-    for name, value in plain.items():
-        out |= _leaves(value, f"{at}{name}.") if isinstance(value, dict) else {f"{at}{name}": value}
-    return out
 
 
 def _number(value: Any) -> float | None:
@@ -208,7 +194,7 @@ def _throughput(log: RunLog) -> "Figure":
 def _filters(log: RunLog, filters: UInt8[np.ndarray, "h w 3"]) -> "Figure":
     figure, (axes,) = _figure("Filters of the first layer", log)
     axes.autoscale()  # _figure fixed the limits
-    axes.set(frame_on=False, xticks=(), yticks=(), xlabel="", position=(0.018, 0.09, 0.94, 0.8))
+    axes.set(frame_on=False, xticks=(), yticks=(), xlabel="", position=(0.012, 0.09, 0.95, 0.8))
     axes.set_anchor("NW")
     axes.imshow(filters)
     return figure
@@ -301,7 +287,7 @@ def _picture(path: Path) -> str:
 
 def _table(title: str, plain: dict[str, Any]) -> str:
     row, text = "<tr><th>{}</th><td>{}</td></tr>", html.escape
-    rows = "".join(row.format(text(str(k)), text(str(v))) for k, v in _leaves(plain).items())
+    rows = "".join(row.format(text(str(k)), text(str(v))) for k, v in flat(plain).items())
     return f"<details><summary>{title}</summary><table>{rows}</table></details>" if rows else ""
 
 

@@ -1,38 +1,24 @@
-"""A picture to enjoy: photographs rotated four ways, with what the net said of each.
+"""What a page shows of a net: photographs rotated four ways with what it said of each, and its first filters.
 
 A rotation counts 90 degrees counter-clockwise (numpy.rot90). Blue is right and vermilion wrong,
 the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross says it again.
 """
 
 import io
+import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrot.disk import replace_bytes
 
 RIGHT, WRONG, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
 UP = ((0, -1), (-1, 0), (0, 1), (1, 0))  # right and down: where a picture's top is, by its rotation
-
-
-class Said(NamedTuple):
-    """The net's answers on n pictures, each shown rotated four ways."""
-
-    rotation: Int64[Tensor, "n 4"]
-    sure: Float[Tensor, "n 4"]  # probability of that rotation
-    right: Bool[Tensor, "n 4"]
-
-
-def said(guesses: Float[Tensor, "n 4 4"]) -> Said:
-    """`guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t."""
-    sure, rotation = guesses.detach().float().cpu().nan_to_num(0.0).max(dim=-1)
-    return Said(rotation, sure, rotation == torch.arange(4))
 
 
 def rotated_sheet(
@@ -46,15 +32,16 @@ def rotated_sheet(
 ) -> None:
     """Write a PNG: a row per picture, its four rotations, the net's answers. Without guesses: the pictures alone.
 
-    `overall` is the accuracy on the whole hold-out.
+    `guesses[i, t]` are the probabilities of the four rotations for picture i, shown with rotation t; `overall` is the
+    accuracy on the whole hold-out.
     """
     if guesses is None:
         title, body = "Held-out photographs", _contact(images)
         words = "Some of those that the net is judged on"
     else:
-        answer = said(guesses)
-        title, body = "Which way is up? Photographs never trained on", _turned(images, answer)
-        words = f"{int(answer.right.sum())} of these {answer.right.numel()} right"
+        sure, says = guesses.nan_to_num(0.0).max(dim=-1)
+        title, body = "Which way is up? Photographs never trained on", _turned(images, says, sure)
+        words = f"{int((says == torch.arange(4)).sum())} of these {says.numel()} right"
         words += "" if overall is None else f" · {overall:.1%} of the whole hold-out"
         words += "" if chance is None else f" · {chance:.0%} by chance"
         words += "\nThe arrow points to where the net thinks up is."
@@ -75,32 +62,35 @@ def legible(text: str) -> str:
     return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
 
 
-def _turned(images: UInt8[Tensor, "n s s 3"], answer: Said) -> Image.Image:
+def _turned(
+    images: UInt8[Tensor, "n s s 3"], says: Int64[Tensor, "n 4"], sure: Float[Tensor, "n 4"]
+) -> Image.Image:
     plain, bold, high = _font(15), _font(15, bold=True), SIDE + 36
     sheet = Image.new("RGB", (4 * (SIDE + GAP) - GAP, 30 + len(images) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for rotation, heading in enumerate(("upright", "rotated 90°", "rotated 180°", "rotated 270°")):
         draw.text((rotation * (SIDE + GAP), 4), heading, fill=FAINT, font=plain)
-    for i, image in enumerate(images.cpu().numpy()):
+    for i, image in enumerate(images):
+        upright = _sized(image, SIDE - 2 * FRAME)
         for rotation in range(4):
-            x, y, guess = rotation * (SIDE + GAP), 30 + i * high, int(answer.rotation[i, rotation])
-            colour, mark = (RIGHT, "✓ ") if answer.right[i, rotation] else (WRONG, "✗ ")
+            x, y, guess = rotation * (SIDE + GAP), 30 + i * high, int(says[i, rotation])
+            colour, mark = (RIGHT, "✓ ") if guess == rotation else (WRONG, "✗ ")
             draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=colour)
-            sheet.paste(_sized(np.rot90(image, rotation), SIDE - 2 * FRAME), (x + FRAME, y + FRAME))
+            sheet.paste(upright.rotate(90 * rotation), (x + FRAME, y + FRAME))
             badge, reach = _badge(guess, colour), SIDE // 2 - 20
             middle = x + SIDE // 2 + UP[guess][0] * reach, y + SIDE // 2 + UP[guess][1] * reach
             sheet.paste(badge, (middle[0] - 20, middle[1] - 20), badge)
             words = f"{90 * guess}°" if guess else "upright"
             draw.text((x, y + SIDE + 4), mark + words, fill=colour, font=bold)
-            share = f"{answer.sure[i, rotation]:.0%}"
-            draw.text((x + SIDE, y + SIDE + 4), share, fill=INK, font=plain, anchor="ra")
+            share, corner = f"{sure[i, rotation]:.0%}", (x + SIDE, y + SIDE + 4)
+            draw.text(corner, share, fill=INK, font=plain, anchor="ra")
     return sheet
 
 
 def _contact(images: UInt8[Tensor, "n s s 3"]) -> Image.Image:
     cell, rows = SIDE + GAP, -(-len(images) // 4)
     sheet = Image.new("RGB", (4 * cell - GAP, rows * cell), "white")
-    for i, image in enumerate(images.cpu().numpy()):
+    for i, image in enumerate(images):
         sheet.paste(_sized(image, SIDE), (i % 4 * cell, i // 4 * cell))
     return sheet
 
@@ -114,9 +104,8 @@ def _badge(guess: int, colour: str) -> Image.Image:
     return large.rotate(90 * guess).resize((40, 40), Image.Resampling.LANCZOS)
 
 
-def _sized(image: np.ndarray, side: int) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    return picture.resize((side, side), Image.Resampling.LANCZOS)
+def _sized(image: UInt8[Tensor, "s s 3"], side: int) -> Image.Image:
+    return Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
@@ -125,3 +114,23 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(folder / f"DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+
+
+def first_filters(net: nn.Module) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The filters of the first convolution that sees colours, on white; None where there is none.
+
+    Each is scaled by its own largest weight: grey is 0, so colours compare within a filter only.
+    """
+    from torchvision.utils import make_grid
+
+    convolutions = (m for m in net.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    first = next(convolutions, None)
+    if first is None or first.weight.shape[1] != 3:  # grouped: a filter sees one colour only
+        return None
+    weight = first.weight.detach().float().cpu().nan_to_num()  # [n, 3, k, k]
+    peak = weight.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+    tiles = (127.5 + 127.5 * weight / peak).round().to(torch.uint8)
+    times = max(1, round(48 / max(tiles.shape[2:])))  # about 48 pixels a filter
+    tiles = tiles.repeat_interleave(times, dim=2).repeat_interleave(times, dim=3)
+    columns = min(16, math.ceil(math.sqrt(2 * len(tiles))))  # wider than high
+    return make_grid(tiles, columns, padding=4, pad_value=255).permute(1, 2, 0).numpy()

@@ -17,6 +17,16 @@ from fastrot.ops.rotate import rotated_views
 from fastrot.training import checkpoint
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says of itself."""
+
+    source: Path  # the run's folder, or the checkpoint
+    cfg: Config
+    identity: dict[str, Any]  # of the run: see training/resume.py
+    step: int
+
+
 class Trunk(nn.Module):
     """A trained backbone with the statistics it was trained under, in eval mode.
 
@@ -48,12 +58,10 @@ class Trunk(nn.Module):
 
 def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
     """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
-    path = checkpoint.of_run(run)
-    state = checkpoint.load(path)
-    cfg = config.from_plain(state["config"])
-    trunk = assemble.backbone(cfg.backbone, cfg.method.crop.size)
-    checkpoint.load_weights(trunk, checkpoint.trunk_weights(state["net"]), str(path))
-    return Trunk(trunk, cfg).to(device)
+    saved, weights = _read(run)
+    trunk = assemble.backbone(saved.cfg.backbone, saved.cfg.method.crop.size)
+    checkpoint.load_weights(trunk, checkpoint.trunk_weights(weights), str(run))
+    return Trunk(trunk, saved.cfg).to(device)
 
 
 def trained_method(run: str | Path, device: torch.device) -> Method:
@@ -61,31 +69,17 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
 
     What a method keeps for training alone is left out.
     """
-    path = checkpoint.of_run(run)
-    state = checkpoint.load(path)
-    cfg, known = config.from_plain(state["config"]), state["run_identity"]
+    saved, weights = _read(run)
+    cfg, known = saved.cfg, saved.identity
     kind = assemble.METHODS[type(cfg.method)]
     cfg = dataclasses.replace(cfg, method=kind.for_inference(cfg.method))
     none = {"images": 1, "rows": None, "data_rows": 1, "data_fingerprint": ""}
     own = {"mean": cfg.mean, "std": cfg.std, "size": cfg.method.crop.size, "seed": cfg.seed}
     own |= {"classes": known.get("classes", 0), "fingerprint": known["fingerprint"]}
     built = assemble.method(cfg, DataInfo(**none, **own, device=device, dtype=torch.float32))
-    checkpoint.load_weights(built.net, state["net"], str(path))
+    checkpoint.load_weights(built.net, weights, str(run))
     built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return built
-
-
-# ---- a run's nets, or those of its folds ----
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a checkpoint says of itself."""
-
-    source: Path  # the run's folder, or the checkpoint
-    cfg: Config
-    identity: dict[str, Any]  # of the run: see training/resume.py
-    step: int
 
 
 def nets_of(run: str | Path) -> list[Trained]:
@@ -95,29 +89,30 @@ def nets_of(run: str | Path) -> list[Trained]:
     """
     folders = checkpoint.folds_in(Path(run))
     if not folders:
-        return [_trained(Path(run))]
-    begun = {f: _trained(f) for f in folders if checkpoint.of_run(f).exists()}
+        return [_read(run)[0]]
+    begun = {f: _read(f)[0] for f in folders if checkpoint.of_run(f).exists()}
     folds = max((net.cfg.folds or 0 for net in begun.values()), default=0)
     for fold in range(max(folds, 1)):
         folder = Path(run) / f"fold{fold}"
         if folder not in begun:
-            raise UsageError(
-                f"{folder} holds no trained net: train with --folds {folds or 'F'} --out {run} first, to the end"
-            )
+            way = f"train with --folds {folds or 'F'} --out {run} first, to the end"
+            raise UsageError(f"{folder} holds no trained net: {way}")
         net = begun[folder]
         if (net.cfg.folds, net.cfg.fold) != (folds, fold):
             raise UsageError(
                 f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
                 f"{folds} belongs: train it in another folder"
             )
-        if net.step < net.identity["steps"]:
+        if net.step < (end := net.identity["steps"]):
+            way = "the command that began it goes on there"
             raise UsageError(
-                f"{folder} is not trained to its end (step {net.step} of {net.identity['steps']}): the command "
-                "that began it goes on there"
+                f"{folder} is not trained to its end (step {net.step} of {end}): {way}"
             )
     return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
 
 
-def _trained(source: Path) -> Trained:
+def _read(source: str | Path) -> tuple[Trained, dict[str, Tensor]]:
+    """What the last checkpoint of a run says of itself, and its net's weights."""
     state = checkpoint.load(checkpoint.of_run(source))
-    return Trained(source, config.from_plain(state["config"]), state["run_identity"], state["step"])
+    cfg, identity = config.from_plain(state["config"]), state["run_identity"]
+    return Trained(Path(source), cfg, identity, state["step"]), state["net"]
