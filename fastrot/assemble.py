@@ -3,8 +3,8 @@
 A new method, backbone or data format is a new file, one line in a union of config.py, and one line here.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,7 @@ from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
-METHODS = {
-    config.RotNet: RotNet,
-    config.Decoupling: Decoupling,
-    config.Supervised: Supervised,
-}
+METHODS = {config.RotNet: RotNet, config.Decoupling: Decoupling, config.Supervised: Supervised}
 
 
 def backbone(cfg: config.Backbone, size: int) -> Staged:
@@ -70,22 +66,21 @@ def open_data(
     UsageError, naming `knob`, for what is no known format.
     """
     named, path = f"{knob} {path}", Path(path)
+    if loader == "dali":
+        return _through_dali(open_data(path, knob=knob, placement=placement), named)
     if str(path).split(":")[0] == "synthetic":
-        made = _synthetic(str(path), knob)
-        return _through_dali(made, named) if loader == "dali" else made
+        return _synthetic(str(path), knob)
     if not path.exists():
         raise UsageError(
             f"{named} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
         )
-    if loader == "dali":
-        return _through_dali(open_data(path, knob=knob, placement=placement), named)
     kind = format_of(path) if loader == "auto" else loader
     if placement != "auto" and knob == "--data" and kind != "pack":
         raise UsageError(
             f"--placement {placement} is for a .pack, and {named} is none: leave it out"
         )
     if kind in ("beton", "ffcv") and path.is_file():  # whatever its suffix
-        return Beton(path) if kind == "beton" else _through_ffcv(path)
+        return Beton(path) if kind == "beton" else _referee("ffcv", "beton.ffcv").FfcvBeton(path)
     if kind in FORMATS and FORMATS[kind].holds(path):
         return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if path.suffix in ARCHIVES:
@@ -125,14 +120,12 @@ def _holds_beton(path: Path) -> bool:
 
 
 def _holds_pack(folder: Path) -> bool:
-    """Whether dataprep/to_pack.py made, or is making, this folder."""
     parts = "meta.json", "first.npy"  # many a folder of pictures has a meta.json of its own
-    named = folder.suffix == ".pack" or all((folder / part).exists() for part in parts)
-    return folder.is_dir() and named
+    complete = all((folder / part).exists() for part in parts)
+    return folder.is_dir() and (folder.suffix == ".pack" or complete)
 
 
-def _holds_shards(folder: Path) -> bool:
-    """Whether dataprep/to_dali.py made this folder."""
+def _holds_tars(folder: Path) -> bool:
     return (folder / "shards.json").exists()
 
 
@@ -140,7 +133,7 @@ ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by 
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
     "beton": Format("a .beton file", _holds_beton, Beton),
     "pack": Format("a .pack", _holds_pack, Pack),
-    "tars": Format("a folder of tar shards with their index", _holds_shards, Tars),
+    "tars": Format("a folder of tar shards with their index", _holds_tars, Tars),
     "folder": Format("an image folder", Path.is_dir, _folder),
 }
 
@@ -148,24 +141,6 @@ FORMATS = {  # by the word of --loader, in the order in which a path is tried
 def format_of(path: Path) -> str | None:
     """Which of FORMATS a path looks like, by itself."""
     return next((kind for kind, each in FORMATS.items() if each.holds(path)), None)
-
-
-@contextlib.contextmanager
-def _installed(loader: str) -> Iterator[None]:
-    """Refuses a loader whose library is not installed, or lacks its system libraries."""
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(
-            f"--loader {loader} cannot import {loader.upper()} ({error}): run  make {loader}  to install it, or "
-            "choose another --loader"
-        ) from None
-
-
-def _through_ffcv(path: Path) -> Data:
-    with _installed("ffcv"):
-        from fastrot.data.beton.ffcv import FfcvBeton
-    return FfcvBeton(path)
 
 
 def _through_dali(data: Data, named: str) -> Data:
@@ -176,9 +151,18 @@ def _through_dali(data: Data, named: str) -> Data:
             f"--loader dali decodes JPEGs, and {named} holds none: leave --loader out, or name tar shards, a folder "
             "or a .beton of JPEGs"
         )
-    with _installed("dali"):
-        from fastrot.data.tars.dali import ThroughDali
-    return ThroughDali(data)
+    return _referee("dali", "tars.dali").ThroughDali(data)
+
+
+def _referee(loader: str, module: str) -> Any:
+    """The module that reads by another library; refused where that is not installed, or lacks its system libraries."""
+    try:
+        return importlib.import_module(f"fastrot.data.{module}")
+    except ImportError as error:
+        raise UsageError(
+            f"--loader {loader} cannot import {loader.upper()} ({error}): run  make {loader}  to install it, or "
+            "choose another --loader"
+        ) from None
 
 
 def open_loader(
@@ -222,15 +206,13 @@ def data_info(
     if METHODS[type(cfg.method)].wants_labels:
         for knob, each in (("--data", data), ("--val", val)):
             if missing := int((each.labels < 0).sum()):
-                raise UsageError(
-                    f"{cfg.preset} learns from labels, but {missing} of {each.rows} pictures of {knob} have "
-                    "none: prepare them with --label-from folder, or choose rotnet-alexnet"
-                )
+                few = f"{missing} of {each.rows} pictures of {knob} have none"
+                way = "prepare them with --label-from folder, or choose rotnet-alexnet"
+                raise UsageError(f"{cfg.preset} learns from labels, but {few}: {way}")
         if val.classes != data.classes:
-            raise UsageError(
-                f"--val has other classes than --data ({len(val.classes)} and {len(data.classes)}): both need the same "
-                "class folders"
-            )
+            few = f"{len(val.classes)} and {len(data.classes)}"
+            way = "both need the same class folders"
+            raise UsageError(f"--val has other classes than --data ({few}): {way}")
     return DataInfo(
         images=loader.images,
         rows=loader.rows,
