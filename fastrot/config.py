@@ -238,13 +238,28 @@ class Config:
     schedule: Schedule = Schedule()
 
 
-LEAST = {
-    **dict.fromkeys(("epochs", "max_steps", "batch", "threads", "image_size"), 1),
-    **dict.fromkeys(("log_every", "checkpoint_every", "keep_every", "validate_every"), 1),
-    **dict.fromkeys(("order_block", "order_window", "schedule.steps", "schedule.epochs"), 1),
-    **dict.fromkeys(("method.crop.size", "method.dim", "method.negatives"), 1),
-    **dict.fromkeys(("workers", "seed", "method.crop.pad", "method.pu_from"), 0),
-}
+RANGES = (  # knobs, what each must be, and whether its value is that
+    ("epochs max_steps batch threads image_size method.crop.size", "at least 1", lambda v: v >= 1),
+    ("log_every checkpoint_every keep_every validate_every", "at least 1", lambda v: v >= 1),
+    ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
+    ("workers method.crop.pad method.pu_from", "at least 0", lambda v: v >= 0),
+    ("seed", "0 to below 2**63", lambda v: 0 <= v < 2**63),
+    ("lr method.temperature", "a number above 0", lambda v: 0 < v < math.inf),
+    ("optim.momentum", "0 to below 1", lambda v: 0 <= v < 1),
+    ("optim.weight_decay schedule.warmup schedule.last", "0 or more", lambda v: 0 <= v < math.inf),
+    ("method.lambda_cls method.lambda_mse", "0 or more", lambda v: 0 <= v < math.inf),
+    ("method.lambda_nce method.proximal method.gamma", "0 or more", lambda v: 0 <= v < math.inf),
+    ("method.bank_momentum", "a share from 0 to 1", lambda v: 0 <= v <= 1),
+    ("method.dim", f"1 to {WIDEST_EMBEDDING}, such as 128", lambda v: 1 <= v <= WIDEST_EMBEDDING),
+    ("method.negatives", "1 to 2**31 - 4097, such as 4096", lambda v: 1 <= v < 2**31 - 2**12),
+    ("method.crop.scale", "two shares, 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
+    ("method.crop.ratio", "0 < low <= high", lambda v: 0 < v[0] <= v[1]),
+    ("backbone.width", "a number above 0 and up to 64, such as 0.25", lambda v: 0 < v <= 64),
+    ("hold_out", "a share from 0 (none) to below 1, such as 0.05", lambda v: 0 <= v < 1),
+    ("folds", "2 to 100", lambda v: 2 <= v <= 100),
+    ("std", "three numbers above 0", lambda v: all(0 < s < math.inf for s in v)),
+    ("mean", "three numbers, such as 0.485 0.456 0.406", lambda v: all(map(math.isfinite, v))),
+)
 
 
 def check(cfg: Config) -> None:
@@ -258,18 +273,10 @@ def check(cfg: Config) -> None:
         if not right:
             raise UsageError(f"{knob(path)} got {of(path)}: it wants {words}")
 
-    for path, least in LEAST.items():
-        want(path, of(path) is None or of(path) >= least, f"at least {least}")
+    for paths, words, right in RANGES:
+        for path in paths.split():
+            want(path, of(path) is None or right(of(path)), words)
     want("compile_mode", cfg.compile or cfg.compile_mode == "default", "--compile")
-    want("lr", cfg.lr is None or 0 < cfg.lr < math.inf, "a number above 0")
-    want("seed", cfg.seed < 2**63, "a number below 2**63")
-    want("optim.momentum", 0 <= cfg.optim.momentum < 1, "0 to below 1")
-    for path in ("optim.weight_decay", "schedule.warmup", "schedule.last"):
-        want(path, 0 <= of(path) < math.inf, "0 or more")
-    want("hold_out", 0 <= cfg.hold_out < 1, "a share from 0 (none) to below 1, such as 0.05")
-    want("std", all(0 < s < math.inf for s in cfg.std), "three numbers above 0")
-    want("mean", all(map(math.isfinite, cfg.mean)), "three numbers, such as 0.485 0.456 0.406")
-    want("folds", cfg.folds is None or 2 <= cfg.folds <= 100, "2 to 100")
     inside = cfg.fold is None or 0 <= cfg.fold < (cfg.folds or 0)
     want("fold", inside, "--folds, and a number from 0 to below that")
     for path in ("order_block", "order_window"):
@@ -283,29 +290,15 @@ def check(cfg: Config) -> None:
         rising and rates[0] > 0 and all(0 <= rate < math.inf for rate in rates),
         "(epoch, rate) pairs, epochs rising, rates of 0 or more, the first above 0",
     )
-    width = getattr(cfg.backbone, "width", 1.0)
-    want("backbone.width", 0 < width <= 64, "a number above 0 and up to 64, such as 0.25")
-    crop = cfg.method.crop
-    if isinstance(crop, RandomResized):
-        low, high = crop.scale
-        want("method.crop.scale", 0 < low <= high <= 1, "two shares, 0 < low <= high <= 1")
-        want("method.crop.ratio", 0 < crop.ratio[0] <= crop.ratio[1], "0 < low <= high")
+    method, crop = cfg.method, cfg.method.crop
     if isinstance(crop, Within):
         words = f"at least the crop's size, {crop.size}"
         want("method.crop.short", crop.short >= crop.size, words)
-    method = cfg.method
-    if not isinstance(method, Decoupling):
-        return
-    want("method.temperature", 0 < method.temperature < math.inf, "a number above 0, such as 0.07")
-    want("method.dim", method.dim <= WIDEST_EMBEDDING, f"1 to {WIDEST_EMBEDDING}, such as 128")
-    want("method.negatives", method.negatives < 2**31 - 2**12, "1 to 2**31 - 4097, such as 4096")
-    want("method.bank_momentum", 0 <= method.bank_momentum <= 1, "a share from 0 to 1")
-    terms = [f"method.{name}" for name in ("lambda_cls", "lambda_mse", "lambda_nce", "proximal")]
-    for path in (*terms, "method.gamma"):
-        want(path, 0 <= of(path) < math.inf, "0 or more")
-    want("method.lambda_cls", any(map(of, terms)), "a number above 0: all other terms are 0 too")
-    weighed = method.pu_table is None or method.lambda_cls > 0
-    want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
+    if isinstance(method, Decoupling):
+        some = method.lambda_cls or method.lambda_mse or method.lambda_nce or method.proximal
+        want("method.lambda_cls", some > 0, "a number above 0: all other terms are 0 too")
+        weighed = method.pu_table is None or method.lambda_cls > 0
+        want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
 
 
 def resolved(cfg: Config) -> Config:
@@ -379,22 +372,18 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
 
     def wants(words: str) -> UsageError:
-        return UsageError(f"{name or 'the config'} got {plain!r}: it wants {words}")
+        got = "null" if plain is None else repr(plain)
+        return UsageError(f"{name or 'the config'} got {got}: it wants {words}")
 
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if plain is None:
-        if type(None) in inner:
-            return None
-        raise UsageError(f"{name or 'the config'} got null: give it a value, or leave the line out")
     if kind in (types.UnionType, typing.Union):
-        choices = [c for c in inner if c is not type(None)]
-        if not isinstance(plain, dict):
-            return from_plain(plain, choices[0], name)
-        named = [c for c in choices if c.__name__ == plain.get("type")]
-        if not named:
-            known = ", ".join(c.__name__ for c in choices)
-            raise UsageError(f"{name} has type {plain.get('type')!r}: it wants one of {known}")
-        return from_plain(plain, named[0], name)
+        if plain is None and type(None) in inner:
+            return None
+        choices = {c.__name__: c for c in inner if c is not type(None)}
+        named = str(plain.get("type")) if isinstance(plain, dict) else next(iter(choices))
+        if named not in choices:
+            raise UsageError(f"{name} has type {named}: it wants one of {', '.join(choices)}")
+        return from_plain(plain, choices[named], name)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(plain, dict):
             raise wants("a table of knobs")
@@ -406,7 +395,7 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     if kind is tuple:
         if not isinstance(plain, list):
             raise wants("a list")
-        each = [inner[0]] * len(plain) if inner[-1] is Ellipsis else list(inner)
+        each = inner[:1] * len(plain) if inner[-1] is Ellipsis else inner
         if len(each) != len(plain):
             raise wants(f"{len(each)} values")
         return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
@@ -414,7 +403,7 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
         if plain not in inner:
             raise wants(f"one of {', '.join(inner)}")
         return plain
-    if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
+    if hint is float and type(plain) is int:
         return float(plain)
     assert isinstance(hint, type)
     if not isinstance(plain, hint):
