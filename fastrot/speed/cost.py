@@ -1,31 +1,8 @@
 """What a training step costs at least: arithmetic and bytes, layer by layer, counted and not measured.
 
 A layer is a matrix product (a convolution or a linear layer) with what follows up to the next one: BatchNorm, ReLU, pool.
-
-Arithmetic.  A product of n outputs, each a sum of k terms, takes 2 n k operations forward, as many for the gradient of its
-             weights, and as many for that of its input, which the first layer's needs not.
-Traffic.     Bytes that other kernels move in the device's memory, each value once for each kernel that reads or writes it.
-             n: what the product gives, m: what the layer gives (fewer behind a pool), of `itemsize` bytes each.
-
-    eager, forward    bias: reads and writes n (a convolution's; a linear layer adds it as it multiplies)
-                      BatchNorm: reads n for its statistics, reads and writes n
-                      ReLU, in place: reads and writes n
-                      pool: reads n, writes m; a max pool also 8 bytes a place, which value it was
-                      flattening behind a map, channels last: reads and writes m
-           backward   flattening: the same; pool: reads m and the places, writes n
-                      ReLU: reads its gradient and its output, writes n
-                      BatchNorm: reads gradient and input for two sums, reads both again, writes n
-                      bias: reads n
-    fused, forward    one kernel reads n for the statistics, one reads n and writes m; there is no bias
-           backward   one reads n and m for the two sums, one reads both again and writes n; which values were cut off
-                      by the ReLU is seen in n again
-                      behind a max pool: with each value that it gives, forward also writes what it was made of and,
-                      in a byte, where it stood; the sums read these two and the gradient, the last one place and gradient
-                      without BatchNorm: reads n, writes m; reads n and m, writes n
-    evaluation        forward alone, BatchNorm by its running statistics: eager as above but for these, fused one kernel
-                      that reads n and writes m
-
-What a matrix kernel itself reads and writes is not counted: it is hidden behind its arithmetic, where that is the larger.
+A product of n outputs, each a sum of k terms, takes 2 n k operations forward, as many for the gradient of its weights, and
+as many for that of its input, which the first layer's needs not. README.md says which bytes are counted.
 """
 
 import copy
@@ -119,10 +96,8 @@ def layers(
     dtype        of the activations
     training     forward and backward; False: forward alone, as in a validation
 
-    The net is left alone: a copy without numbers is run. What is no module is not seen (an average over a map, a
-    loss). A net with --backbone.space-to-depth or --backbone.fuse costs what the plain one does: an operation that
-    only fills a matrix kernel's shape is none that the task asks for. Layers whose weights are frozen run backward
-    only where others below them are trained.
+    What is no module is not seen (an average over a map, a loss). A net with --backbone.space-to-depth or --backbone.fuse
+    costs what the plain one does: an operation that only fills a matrix kernel's shape is none that the task asks for.
     """
     groups: list[list[Call]] = []
     for call in _calls(net, views_shape):
@@ -130,9 +105,9 @@ def layers(
             groups.append([call])
         elif groups:
             groups[-1].append(call)
-    counted = {group[0].name for group in groups}
     products = {name for name, each in net.named_modules() if isinstance(each, PRODUCTS)}
-    assert counted == products, f"not called as modules: {sorted(products - counted)}"
+    unseen = products - {group[0].name for group in groups}
+    assert not unseen, f"not called as modules: {sorted(unseen)}"
     counts, below = [], False  # below: whether the gradient of a layer's input is asked for
     for group in groups:
         below = below and group[0].name != groups[0][0].name  # pixels have none
@@ -161,13 +136,9 @@ def optimiser_bytes(net: nn.Module, dtype: torch.dtype, *, momentum: bool = True
 
 
 def _calls(net: nn.Module, views_shape: Sequence[Any]) -> list[Call]:
-    """Each module that counts, as it is called."""
-    empty: dict[int, Any] = {}
-    for tensor in (*net.parameters(), *net.buffers()):
-        meta: Tensor = tensor.detach().to("meta")
-        if isinstance(tensor, nn.Parameter):
-            meta = nn.Parameter(meta, requires_grad=tensor.requires_grad)
-        empty[id(tensor)] = meta
+    """Each module that counts, as it is called: by a copy of the net that has no numbers."""
+    empty: dict[int, Any] = {id(b): b.to("meta") for b in net.buffers()}
+    empty |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in net.parameters()}
     hollow = copy.deepcopy(net, empty).eval()  # where a fused layer calls its parts as modules
     calls = []
 
@@ -203,14 +174,14 @@ def _layer(group: list[Call], itemsize: int, passes: int) -> Layer:
 
 
 def _fused(group: list[Call], itemsize: int, training: bool) -> int:
-    """Bytes that the kernels behind a product move, where these are fused."""
+    """Bytes that the kernels behind a product move, where these are fused. n, m: values of the product, of the layer."""
     (product, *rest), n, m = group, group[0].given, group[-1].given
 
     def has(*kinds: type[nn.Module]) -> bool:
         return any(isinstance(call.module, kinds) for call in rest)
 
     if not has(*NORMS, *POOLS, nn.ReLU):
-        return n * itemsize if training and getattr(product.module, "bias", None) is not None else 0
+        return training * _has_bias(product) * n * itemsize
     if not training:
         return (n + m) * itemsize
     if not has(*NORMS):
@@ -223,23 +194,22 @@ def _fused(group: list[Call], itemsize: int, training: bool) -> int:
 
 def _eager(group: list[Call], itemsize: int, training: bool) -> int:
     """Bytes that the kernels behind a product move, where each operation is one."""
-    (product, *rest), n = group, group[0].given
-    forward = backward = places = 0  # values; values; places that max pools note
-    if getattr(product.module, "bias", None) is not None:
-        forward += 2 * n * isinstance(product.module, nn.Conv2d)
-        backward += n
+    (product, *rest), passes = group, 1 + training
+    moved = places = 0  # values; places that max pools note
+    if _has_bias(product):
+        moved += (2 * isinstance(product.module, nn.Conv2d) + training) * product.given
     for _, module, taken, given in rest:
         if isinstance(module, NORMS):
-            forward += training * taken + taken + given
-            backward += 4 * taken + given
+            moved += taken + given + training * (5 * taken + given)
         elif isinstance(module, nn.ReLU):
-            forward += 2 * given
-            backward += 3 * given
+            moved += (2 + 3 * training) * given
         elif isinstance(module, POOLS):
-            forward += taken + given
-            backward += taken + given
-            places += given * isinstance(module, nn.MaxPool2d)
+            moved += passes * (taken + given)
+            places += passes * given * isinstance(module, nn.MaxPool2d)
         else:  # flattened
-            forward += 2 * given
-            backward += 2 * given
-    return (forward + training * backward) * itemsize + (1 + training) * PLACE * places
+            moved += passes * 2 * given
+    return moved * itemsize + PLACE * places
+
+
+def _has_bias(product: Call) -> bool:
+    return getattr(product.module, "bias", None) is not None
