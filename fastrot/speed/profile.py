@@ -5,7 +5,6 @@ are counted to the part in which the host launched them: a backward pass launche
 one with the labels waits.
 """
 
-import bisect
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ MARK = "fastrot: "  # before a part's name, which might be an operation's
 
 
 class Profile:
-    """Traces steps `first` to `first` + STEPS - 1 of a start, of which `steps` are to come; writes into `folder`.
+    """Traces steps `first` to `last` of a start, of which `steps` are to come; writes into `folder`, and says so to `done`.
 
     first  WARM, or behind the recording of a graph; less where there are fewer steps
     """
@@ -35,7 +34,7 @@ class Profile:
         warm = WARM if state.graphed is None else WARM_UP + 1
         self.first = max(0, min(warm, steps - STEPS))
         self.last = min(steps, self.first + STEPS) - 1
-        self._held = contextlib.ExitStack()
+        self._tracing = contextlib.ExitStack()  # ends what a traced step began
 
     @contextlib.contextmanager
     def __call__(self, number: int) -> Iterator[None]:
@@ -45,10 +44,11 @@ class Profile:
         try:
             yield
         except BaseException:
-            self._held.close()
+            self._tracing.close()
             raise
         if number == self.last:
-            self._end()
+            self._tracing.close()
+            self._write()
 
     def _begin(self) -> None:
         wait_for(self.state.device)
@@ -56,22 +56,17 @@ class Profile:
         if self.state.device.type == "cuda":
             kinds.append(ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of itself on stderr
-        self._seen = profile(activities=kinds)
-        self._seen.start()
-        self._held.callback(self._seen.stop)
-        self._held.callback(wait_for, self.state.device)
-        self._held.enter_context(labelled(self.state))
+        self._seen = self._tracing.enter_context(profile(activities=kinds))
+        self._tracing.callback(wait_for, self.state.device)
+        self._tracing.enter_context(labelled(self.state))
 
-    def _end(self) -> None:
-        self._held.close()
+    def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         words = f"steps {self.first + 1} to {self.last + 1} of this start"
         table, trace = self.folder / "table.txt", self.folder / "trace.json"
         table.write_text(f"{words}\n\n{self._table()}", encoding="utf-8")
         self._seen.export_chrome_trace(str(trace))
-        self.done(
-            f"profile of {words}: {table}, and {trace} for chrome://tracing or ui.perfetto.dev"
-        )
+        self.done(f"profile of {words}: {table}, and {trace} for ui.perfetto.dev")
         del self._seen
 
     def _table(self) -> str:
@@ -93,23 +88,18 @@ def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
 
     events  torch's FunctionEvents
     """
-    host = dict.fromkeys(PARTS, 0.0)
-    spans = []  # of the labels; none overlap but the optimiser's, which lies within backward
+    labels = [e for e in events if e.name.startswith(MARK) and e.device_type.name == "CPU"]
+    labels.sort(key=lambda label: label.time_range.start)
+    host, device = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    for label in labels:
+        host[label.name.removeprefix(MARK)] += label.time_range.end - label.time_range.start
+    host["backward"] -= host["optimiser"]  # which lies within it: no other labels overlap
     for event in events:
-        part = event.name.removeprefix(MARK)
-        if event.name.startswith(MARK) and event.device_type.name == "CPU":
-            span = event.time_range
-            host[part] += span.end - span.start
-            spans.append((span.start, span.end, part))
-    host["backward"] -= host["optimiser"]
-    spans.sort()
-    starts, device = [start for start, _, _ in spans], dict.fromkeys(PARTS, 0.0)
-    for event in events:
-        if event.device_type.name != "CPU" or event.name.startswith(MARK):
-            continue
-        at = bisect.bisect_right(starts, event.time_range.start) - 1
-        if at >= 0 and event.time_range.start <= spans[at][1]:
-            device[spans[at][2]] += sum(kernel.duration for kernel in event.kernels)
+        if event.kernels and not event.name.startswith(MARK):
+            at = event.time_range.start
+            around = [e.name for e in labels if e.time_range.start <= at <= e.time_range.end]
+            if around:
+                device[around[-1].removeprefix(MARK)] += sum(k.duration for k in event.kernels)
     return {part: (host[part], device[part]) for part in PARTS if host[part] or device[part]}
 
 
@@ -124,22 +114,12 @@ def labelled(state: TrainState) -> Iterator[None]:
         (state, "descend", "backward"),
         (state.optimizer, "step", "optimiser"),
     ]
-    state.net = _label("forward", net)
+    state.net = record_function(f"{MARK}forward")(net)
     for owner, name, part in instead:
-        setattr(owner, name, _label(part, getattr(owner, name)))
+        setattr(owner, name, record_function(MARK + part)(getattr(owner, name)))
     try:
         yield
     finally:
         state.net = net
         for owner, name, _ in instead:
             delattr(owner, name)  # the class's own again
-
-
-def _label(part: str, function: Callable) -> Callable:
-    """The same function, under the name of its part."""
-
-    def named(*args: Any, **options: Any) -> Any:
-        with record_function(MARK + part):
-            return function(*args, **options)
-
-    return named
