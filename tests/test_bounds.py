@@ -149,16 +149,16 @@ def test_ceilings_are_measured_in_time_and_draw_no_random_numbers():
 def test_ceilings_of_a_nearly_full_device_are_measured_on_less(monkeypatch):
     asked = []
 
-    def measure(size, *_):
+    def measure(size):
         asked.append(size)
         if size > 1000:
             raise torch.OutOfMemoryError("full")
         return 2.0
 
-    assert bounds._halved(measure, 4096) == 2.0
+    assert bounds._halved(4096, measure) == 2.0
     assert asked == [4096, 2048, 1024, 512]
     with pytest.raises(torch.OutOfMemoryError):
-        bounds._halved(lambda _: measure(9999), 4096)
+        bounds._halved(4096, lambda _: measure(9999))
 
 
 def test_floors_are_counts_over_ceilings():

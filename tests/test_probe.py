@@ -254,4 +254,4 @@ def test_the_first_log_line_is_not_counted_and_the_batches_are_closed():
     work = iter([0.3, 0.05, 9.0])
     timer = probe._timed(batches(), lambda _: time.sleep(next(work)), CPU, 0.1, line=1)
     assert (timer.lines, closed) == (2, [True])
-    assert 0.05 <= probe._of(timer, 2).step < 0.3
+    assert 0.05 <= timer.measured(2).step < 0.3

@@ -253,19 +253,19 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> 
     """
     large = device.type == "cuda"
     return Ceilings(
-        tflops=_halved(_tflops, 8192 if large else 1024, device, dtype, seconds / 2),
-        gb_per_s=_halved(_gb_per_s, 2**30 if large else 2**26, device, dtype, seconds / 2),
+        tflops=_halved(8192 if large else 1024, lambda n: _tflops(n, device, dtype, seconds / 2)),
+        gb_per_s=_halved(2**30 if large else 2**26, lambda n: _gb_per_s(n, device, seconds / 2)),
     )
 
 
-def _halved(measure: Callable[..., float], size: int, *rest: Any) -> float:
+def _halved(size: int, measure: Callable[[int], float]) -> float:
     """`measure` of the largest size that fits, from `size` down."""
     try:
-        return measure(size, *rest)
+        return measure(size)
     except torch.OutOfMemoryError:
         if size < 512:
             raise
-    return _halved(measure, size // 2, *rest)
+    return _halved(size // 2, measure)
 
 
 def _tflops(side: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
@@ -281,7 +281,7 @@ def _tflops(side: int, device: torch.device, dtype: torch.dtype, seconds: float)
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _gb_per_s(size: int, device: torch.device, _: torch.dtype, seconds: float) -> float:
+def _gb_per_s(size: int, device: torch.device, seconds: float) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)  # bytes
     target = torch.empty_like(source)
     return 2 * size / _best(lambda: target.copy_(source), device, seconds) / 1e9

@@ -84,7 +84,7 @@ def measure(
         val_loader = opened(val, assemble.evaluation_view(cfg), batch=batch)
         val_seconds = _validation(state, val_loader, SHARES["val"] * seconds)
         damaged |= val_loader.skipped
-    measured = _measured(_of(together, batch), alone, loading, batch, device)
+    measured = _measured(together.measured(batch), alone, loading, batch, device)
     cost, subject = step_cost(state.method, view, cfg, device), bounds.subject_of(cfg, data, device)
     return Measurements(
         **vars(loading),
@@ -147,30 +147,26 @@ def _loading(loader: Loader, seconds: float, told: Told) -> Loading:
 
 def _read(loader: Loader, rows: Rows, seconds: float) -> tuple[int, float, int]:
     """Read rows until the seconds are over: how many, in how many seconds, how many bytes."""
-    workers = max(1, loader.workers)
+    begun, left, workers = time.perf_counter(), iter(rows.tolist()), max(1, loader.workers)
 
-    def touch(some: Rows) -> int:
-        size = 0
-        for row in some.tolist():
+    def sizes(_: int) -> list[int]:
+        """One worker's share: it takes the next row as often as there is time."""
+        found = []
+        for row in left:
             try:
                 record = loader.data.record(row)
                 record[:: mmap.PAGESIZE].max()  # a mapped page is read when it is looked at
-                size += record.nbytes
+                found.append(record.nbytes)
             except DamagedRecord as error:
                 loader.skipped.add(str(error))
-        return size
+                found.append(0)
+            if time.perf_counter() - begun >= seconds:
+                break
+        return found
 
-    begun = time.perf_counter()
-    size, done = touch(rows[:1]), 1
-    # a millisecond's work for a thread: hand-offs would cost more than reading what is in memory
-    task = min(64, max(1, int(1e-3 / (time.perf_counter() - begun))))
-    at_once = task * workers * (4 if task > 1 else 1)
     with ThreadPoolExecutor(workers) as pool:
-        while done < len(rows) and time.perf_counter() - begun < seconds:
-            some = rows[done : done + at_once]
-            size += sum(pool.map(touch, (some[at : at + task] for at in range(0, len(some), task))))
-            done += len(some)
-    return done, time.perf_counter() - begun, size
+        read = list(itertools.chain.from_iterable(pool.map(sizes, range(workers))))
+    return len(read), time.perf_counter() - begun, sum(read)
 
 
 def _bytes_from_disk() -> int | None:
@@ -187,7 +183,7 @@ def _decode(loader: Loader, rows: Rows, seconds: float) -> float:
     def rate(images: int, workers: int, seconds: float) -> float:
         batches = _batches_of(loader, rows, images, workers)
         timer = _timed(batches, lambda _: None, loader.device, seconds, line=max(1, workers))
-        return 1 / _of(timer, 1).step
+        return 1 / timer.measured(1).step
 
     one = rate(SMALLEST, 0, 0.0)
     images = min(loader.batch, max(SMALLEST, int(one * seconds / BATCHES)))
@@ -254,7 +250,8 @@ def _on_random_pixels(state: TrainState, view: View, cfg: Config, seconds: float
         for _ in range(3):
             train_step(state, batch)
         wait_for(state.device)
-    return _of(_train(state, (batch for _ in itertools.count()), seconds), cfg.batch)
+    timer = _train(state, (batch for _ in itertools.count()), seconds)
+    return timer.measured(cfg.batch)
 
 
 def _train(state: TrainState, batches: Generator[Batch, None, None], seconds: float) -> StepTimer:
@@ -290,12 +287,6 @@ def _timed(
             took = time.perf_counter() - begun
             timer.line(images / took, waited / took)
     return timer
-
-
-def _of(timer: StepTimer, images: int) -> Measured:
-    measured = timer.measured(images)
-    assert measured is not None  # one line at least was told
-    return measured
 
 
 def _measured(
@@ -340,4 +331,4 @@ def _validation(state: TrainState, loader: Loader, seconds: float) -> float:
     method.net.eval()
     timer = _timed(_epochs(loader), score, state.device, seconds)
     method.net.train()
-    return _of(timer, loader.images).step
+    return timer.measured(loader.images).step

@@ -17,16 +17,13 @@ KEPT = 100  # single steps that are timed
 
 
 class StepTimer:
-    """One start of a run. `around(k)` is entered for the start's k-th step, from 0: a profile."""
+    """One start of a run. `around(k)` is entered for the start's k-th step, from 0: a profile, where there is one."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        around: Callable[[int], contextlib.AbstractContextManager] | None = None,
-    ):
-        self.device, self.around = device, around
+    around: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def __init__(self, device: torch.device):
+        self.device = device
         self.steps = self.lines = 0  # so far
-        self.disturbed = False  # by a profile, since the last log line
         self._rates: list[tuple[float, float]] = []  # seconds a picture, share that was waited
         self._single: list[tuple[float, float]] = []  # a step's seconds: to issue, of the device
         self._under_way: tuple[float, torch.cuda.Event, torch.cuda.Event] | None = None
@@ -37,8 +34,7 @@ class StepTimer:
         """Around a step of training."""
         timed = self._idle and self.steps >= WARM and len(self._single) < KEPT
         self._idle = False
-        around = contextlib.nullcontext() if self.around is None else self.around(self.steps)
-        with around, self._timed() if timed else contextlib.nullcontext():
+        with self.around(self.steps), self._timed() if timed else contextlib.nullcontext():
             yield
         self.steps += 1
 
@@ -58,18 +54,15 @@ class StepTimer:
             issued, begin, end = self._under_way
             self._single.append((issued, begin.elapsed_time(end) / 1e3))
             self._under_way = None
-        if not self.disturbed:
-            self._rates.append((1 / images_per_s, wait_share))
-        self.lines, self.disturbed = self.lines + 1, False
+        self._rates.append((1 / images_per_s, wait_share))
+        self.lines += 1
         self._idle = self.device.type == "cuda"
 
-    def measured(self, images: int) -> Measured | None:
-        """A step of so many pictures; None where no line was told.
+    def measured(self, images: int) -> Measured:
+        """A step of so many pictures, by the log lines but for the first, in which workers start and kernels are compiled.
 
-        The first line, in which workers start and kernels are compiled, counts where it is the only one.
+        There must be a line; where it is the only one, it counts.
         """
-        if not self._rates:
-            return None
         rates = self._rates[1:] or self._rates
         step = images * statistics.fmean(seconds for seconds, _ in rates)
         wait = images * statistics.fmean(seconds * share for seconds, share in rates)

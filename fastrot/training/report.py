@@ -104,8 +104,9 @@ def summary(s: Session, least: StepCost) -> dict[str, Any]:
 def _bound(s: Session, least: StepCost) -> dict[str, str]:
     """What bound the run, and the sentence on it; of a run that had ended already, what was said then."""
     state = s.state
-    m = s.step_timer.measured(s.cfg.batch)
-    if m is None:  # no step was taken
+    if s.step_timer.lines:
+        m = s.step_timer.measured(s.cfg.batch)
+    else:  # no step was taken
         path = s.folder / "summary.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         if before.get("steps") == state.step and {"bound", "verdict"} <= before.keys():
