@@ -266,10 +266,8 @@ def bench_unpack(device: str, seconds: float, peak: float, shapes: list[tuple], 
     sizes = pack.sizes.cpu().numpy()
     for images, size in shapes:
         index = np.arange(images) * 31 % len(sizes)
-        box, flip = crops.boxes(
-            RandomResized(size=size), *sizes[index].T, seed=0, epoch=0, index=index
-        )
-        rows = np.concatenate([index[:, None], box, flip[:, None]], axis=1).astype(np.int64)
+        rows = crops.boxes(RandomResized(size=size), sizes[index], seed=0, epoch=0, index=index)
+        box = rows[:, 1:5]
         boxes = torch.from_numpy(rows).to(device)
         ends = -(-(box[:, :2] + box[:, 2:]) // layout.SIDE)
         read = 48 * int((ends - box[:, :2] // layout.SIDE).prod(axis=1).sum())

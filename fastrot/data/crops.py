@@ -2,12 +2,12 @@
 
 A crop is nothing but a box rule, in numpy float64 on the CPU, always: every loader on every device gets the
 same integers. A box is (y, x, height, width) in pixels of the picture after EXIF orientation; it may reach over
-the border, where pixels are 0. Boxes travel to the loaders as int64 rows (index, y, x, height, width, flip).
+the border, where pixels are 0.
 """
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
 
+from fastrot.arrays import Boxes, Keys, Rows, RowSizes, Sizes
 from fastrot.config import Crop, RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.data.sampler import GOLDEN, hash64, mix
 
@@ -16,49 +16,42 @@ _CROPS = 0x63726F7073  # "crops": keeps these draws apart from those of the orde
 
 
 def boxes(
-    crop: Crop,
-    heights: Int32[np.ndarray, " b"],
-    widths: Int32[np.ndarray, " b"],
-    *,
-    seed: int,
-    epoch: int,
-    index: Int64[np.ndarray, " b"],
-    view: int = 0,
-) -> tuple[Int32[np.ndarray, "b 4"], Bool[np.ndarray, " b"]]:
-    """Boxes [b, 4] and flips [b] of pictures of the given sizes. 3.7 us a picture in a batch of 256."""
-    draw = _Draws(seed, epoch, view, index)
-    flip = draw.share(0) < 0.5 if crop.flip else np.zeros(len(index), bool)
-    h, w = heights.astype(np.float64), widths.astype(np.float64)
+    crop: Crop, sizes: RowSizes, *, seed: int, epoch: int, index: Rows, view: int = 0
+) -> Boxes:
+    """Boxes of pictures of these heights and widths, each addressed by (seed, epoch, view, index)."""
+    draws = hash64(_CROPS, seed, epoch, view, index)
+    h, w = sizes.T.astype(np.float64)
     if isinstance(crop, RandomResized):
-        box = _random_resized(crop, h, w, draw)
+        box = _random_resized(crop, h, w, draws)
     elif isinstance(crop, Within):
         side = np.maximum(np.rint(np.minimum(h, w) * crop.size / crop.short), 1)
         free_y, free_x = h - side, w - side
         if crop.random:
-            box = draw.whole(1, free_y), draw.whole(2, free_x), side, side
+            box = _whole(draws, 1, free_y), _whole(draws, 2, free_x), side, side
         else:
             box = np.rint(free_y / 2), np.rint(free_x / 2), side, side
     elif isinstance(crop, Shifted):
         side = np.full(len(index), float(crop.size))
         free_y, free_x = h - side + 2 * crop.pad, w - side + 2 * crop.pad
-        box = draw.whole(1, free_y) - crop.pad, draw.whole(2, free_x) - crop.pad, side, side
+        box = _whole(draws, 1, free_y) - crop.pad, _whole(draws, 2, free_x) - crop.pad, side, side
     else:
         box = np.zeros_like(h), np.zeros_like(w), h, w
-    return np.stack(box, axis=1).astype(np.int32), flip
+    flip = _share(draws, 0) < 0.5 if crop.flip else np.zeros(len(index))
+    return np.stack([index, *box, flip], axis=1, dtype=np.int64, casting="unsafe")
 
 
-def _random_resized(crop: RandomResized, h, w, draw: "_Draws"):
+def _random_resized(crop: RandomResized, h, w, draws):
     """The distribution of torchvision: area and log aspect even, ten tries, then the largest centred box."""
     low, high = np.log(crop.ratio)
     y, x, bh, bw = (np.zeros_like(h) for _ in range(4))
     left = np.arange(len(h))  # still without a box
     for t in range(TRIES):
-        d = draw.of(left)
-        area = h[left] * w[left] * d.between(4 * t + 1, *crop.scale)
-        ratio = np.exp(d.between(4 * t + 2, low, high))
+        d = draws[left]
+        area = h[left] * w[left] * _between(d, 4 * t + 1, *crop.scale)
+        ratio = np.exp(_between(d, 4 * t + 2, low, high))
         tw, th = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (tw >= 1) & (tw <= w[left]) & (th >= 1) & (th <= h[left])
-        ty, tx = d.whole(4 * t + 3, h[left] - th), d.whole(4 * t + 4, w[left] - tw)
+        ty, tx = _whole(d, 4 * t + 3, h[left] - th), _whole(d, 4 * t + 4, w[left] - tw)
         done = left[fits]
         y[done], x[done], bh[done], bw[done] = ty[fits], tx[fits], th[fits], tw[fits]
         left = left[~fits]
@@ -73,28 +66,22 @@ def _random_resized(crop: RandomResized, h, w, draw: "_Draws"):
     return y, x, bh, bw
 
 
-class _Draws:
-    """Numbered random draws for each picture of a batch, addressed by (seed, epoch, view, index)."""
+# ---- numbered draws, of pictures whose hashes are `draws` ----
 
-    def __init__(self, seed: int, epoch: int, view: int, index: Int64[np.ndarray, " b"]):
-        self.state = hash64(_CROPS, seed, epoch, view, index)
 
-    def of(self, which: np.ndarray) -> "_Draws":
-        part = object.__new__(_Draws)
-        part.state = self.state[which]
-        return part
+def _share(draws: Keys, number: int) -> np.ndarray:
+    """Even in [0, 1): 53 bits."""
+    step = np.uint64((number + 1) * GOLDEN % 2**64)
+    return (mix(draws + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def share(self, number: int) -> np.ndarray:
-        """Even in [0, 1): 53 bits."""
-        step = np.uint64((number + 1) * GOLDEN % 2**64)
-        return (mix(self.state + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def between(self, number: int, low: float, high: float) -> np.ndarray:
-        return low + (high - low) * self.share(number)
+def _between(draws: Keys, number: int, low: float, high: float) -> np.ndarray:
+    return low + (high - low) * _share(draws, number)
 
-    def whole(self, number: int, most: np.ndarray) -> np.ndarray:
-        """Whole numbers from 0 to `most`, both included."""
-        return np.floor(self.share(number) * (most + 1))
+
+def _whole(draws: Keys, number: int, most: np.ndarray) -> np.ndarray:
+    """Whole numbers from 0 to `most`, both included."""
+    return np.floor(_share(draws, number) * (most + 1))
 
 
 def plain(crop: Crop) -> Crop:
@@ -105,7 +92,7 @@ def plain(crop: Crop) -> Crop:
     return Whole(size=crop.size, flip=False)
 
 
-def check_sizes(crop: Crop, sizes: Int32[np.ndarray, "n 2"], *, enlarge: bool = False) -> None:
+def check_sizes(crop: Crop, sizes: Sizes, *, enlarge: bool = False) -> None:
     """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
     short = sizes.min(axis=1)
     if isinstance(crop, Shifted) and (short < crop.size).any():

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrot.arrays import Rows
 from fastrot.config import UsageError
 from fastrot.core import Batch, CropRequest, DamagedRecord, Data, Pending, Reader, View
 from fastrot.data import crops, sampler
@@ -115,8 +116,7 @@ class Loader:
         while True:
             for k in itertools.islice(steps, ahead + 1 - len(pending)):
                 request = self.request(rows[self._places(k)], number)
-                if isinstance(rows, sampler.BlockSampler):
-                    request = replace(request, prefetch=self._prefetch(rows, k, start))
+                request = replace(request, prefetch=self._prefetch(rows, k, start))
                 pending.append((k, request, reader.begin(request)))
             if not pending:
                 return
@@ -124,14 +124,12 @@ class Loader:
 
     def request(self, index: np.ndarray, epoch: int) -> CropRequest:
         """Boxes and flips of rows in an epoch, an array for each crop of the view."""
-        heights, widths = self.data.sizes(index).T
-        address, each = {"seed": self.seed, "epoch": epoch, "index": index}, []
-        for view, crop in enumerate(self.view.crops):
-            box, flip = crops.boxes(crop, heights, widths, **address, view=view)
-            each.append(
-                np.concatenate([index[:, None], box, flip[:, None]], axis=1, dtype=np.int64)
-            )
-        return CropRequest(tuple(each), tuple(crop.size for crop in self.view.crops))
+        sizes, address = self.data.sizes(index), {"seed": self.seed, "epoch": epoch}
+        rows = (
+            crops.boxes(crop, sizes, **address, index=index, view=view)
+            for view, crop in enumerate(self.view.crops)
+        )
+        return CropRequest(tuple(rows), tuple(crop.size for crop in self.view.crops))
 
     def _batch(self, epoch: int, k: int, request: CropRequest, pending: Pending) -> Iterator[Batch]:
         """Batch `k`; nothing where all its pictures are skipped."""
@@ -170,13 +168,13 @@ class Loader:
     def _order(self, epoch: int) -> sampler.Sampler:
         of = self._share if self._share is not None else self.data.rows
         if not self.view.shuffled:
-            return sampler.SequentialSampler(of)
+            return sampler.Sampler(of)
         if self.view.blocks is None:
             return sampler.ShuffledSampler(of, seed=self.seed, epoch=epoch)
         block, window = self.view.blocks
         return sampler.BlockSampler(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
-    def _prefetch(self, rows: sampler.BlockSampler, k: int, start: int) -> np.ndarray:
+    def _prefetch(self, rows: sampler.Sampler, k: int, start: int) -> Rows | None:
         since, first, stop = (each * self.batch * self.world for each in (start, k, k + 1))
         return rows.ahead(first, stop, since=since, **self._shared_by)
 
@@ -220,8 +218,14 @@ def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Ba
 
     ahead = copied()
     while ahead is not None:
-        now, ahead = ahead, copied()
-        yield _joined(*now)
+        (batch, event), ahead = ahead, copied()
+        main = torch.cuda.current_stream(device)
+        main.wait_event(event)
+        for tensor in (*batch.crops, batch.index, batch.label, batch.epoch_step):
+            tensor.record_stream(
+                main
+            )  # its memory is not handed out again before main is done with it
+        yield batch
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -232,11 +236,3 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
     rest = batch.index, batch.label, batch.epoch_step
     return Batch(tuple(map(send, batch.crops)), *map(send, rest))
-
-
-def _joined(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    main = torch.cuda.current_stream(batch.index.device)
-    main.wait_event(copied)
-    for tensor in (*batch.crops, batch.index, batch.label, batch.epoch_step):
-        tensor.record_stream(main)  # its memory is not handed out again before main is done with it
-    return batch

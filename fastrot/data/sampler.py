@@ -2,15 +2,16 @@
 
 Order is ours in every loader. Up to 2**26 rows an epoch is an argsort of a 64-bit hash of (seed, epoch, row);
 above, a four-round Feistel permutation with cycle walking, which needs no memory. `BlockSampler` is for data larger
-than memory. Golden values of all stand in tests/data/test_order.py, so that a checkpoint resumed under another
-torch or numpy keeps its epoch.
+than memory. A checkpoint resumed under another torch or numpy keeps its epoch: tests/data/test_order.py has golden values.
 """
 
 import functools
 import math
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import UInt64
+
+from fastrot.arrays import Rows
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: splitmix64's step
 SORTED_UP_TO = 2**26  # rows; an argsort of more would cost a gigabyte and half a minute
@@ -19,8 +20,6 @@ _BLOCKS = 0x626C6F636B73  # "blocks"
 _SHIFT, _OF_WHOLE, _OF_SMALL, _INSIDE, _TAIL = range(5)  # what is drawn of an order by blocks
 RAMP = 4  # times the steady pace, at which an epoch's first window is read ahead
 CHUNK = 2**13  # places that are computed at once: 1 us each; those of a batch of 64 alone take 15
-
-Rows = Int64[np.ndarray, " n"] | int  # to be ordered; a number: all of so many
 
 
 def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
@@ -46,55 +45,50 @@ def _hashed_on(
     return state
 
 
-def _counted(rows: Rows) -> tuple[int, np.ndarray | None]:
-    return (rows, None) if isinstance(rows, int) else (len(rows), rows)
+class Sampler:
+    """Rows in data order, addressed by their places in an epoch: `sampler[places]`. `rows`: a number: all of so many."""
+
+    def __init__(self, rows: Rows | int):
+        self.images = rows if isinstance(rows, int) else len(rows)
+        self._rows = None if isinstance(rows, int) else rows
+
+    def __getitem__(self, places: Rows) -> Rows:
+        return self._row(places)
+
+    def ahead(self, first: int, stop: int, *, since: int, rank: int, world: int) -> Rows | None:
+        """Rows to read ahead when places `first` to `stop` are asked for; None: those asked for alone."""
+        return None
+
+    def _row(self, at: Rows) -> Rows:
+        return at if self._rows is None else self._rows[at]
 
 
-class ShuffledSampler:
-    """One epoch's permutation, addressed by place: `order[places]` gives rows."""
+class ShuffledSampler(Sampler):
+    """One epoch's permutation."""
 
-    def __init__(self, rows: Rows, *, seed: int, epoch: int):
-        self.images, self._rows = _counted(rows)
+    def __init__(self, rows: Rows | int, *, seed: int, epoch: int):
+        super().__init__(rows)
         self._key = (_ORDER, seed, epoch)
         self._sorted = None
         if self.images <= SORTED_UP_TO:
-            of = np.arange(rows, dtype=np.int64) if isinstance(rows, int) else rows
+            of = np.arange(self.images) if self._rows is None else self._rows
             self._sorted = of[np.argsort(hash64(*self._key, of), kind="stable")]
 
-    def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+    def __getitem__(self, places: Rows) -> Rows:
         if self._sorted is not None:
             return self._sorted[places]
-        rows = feistel(places, self.images, *self._key)
-        return rows if self._rows is None else self._rows[rows]
+        return self._row(feistel(places, self.images, *self._key))
 
 
-class BlockSampler:
-    """One epoch's permutation for data larger than memory: blocks of neighbours, dealt out in windows.
+class BlockSampler(Sampler):
+    """One epoch's permutation for data larger than memory: blocks of neighbours, dealt out in windows; see README.md.
 
     block   pictures in a block, which lie side by side in the data
     window  blocks that are open at a time
-
-    The blocks are permuted, and each `window` of them are dealt like hands of cards: place p of the epoch is
-    taken from block p % window of its window, inside which the rows are permuted too. So pictures meet those of
-    the other blocks of their window, one or more of each block in any `window` places, and those of their own
-    block; every epoch draws other blocks into a window and another order inside each.
-
-    Which rows a place holds depends on seed, epoch, block and window alone, not on the ranks. But where the
-    number of ranks divides `window`, the blocks of a window fall to them without rest: rank r's places p % world
-    == r are those of the blocks r, r + world, ...: it reads these alone, and reads all of them. So machines that
-    share an epoch fetch each byte once between them, and global batches are still those of one process. The price:
-    a rank's own share of a batch is from window / world blocks, fewer classes where the data are sorted by class
-    (batch norm sees it): such data are better written with dataprep's --shuffle.
-
-    Layout. The places of the data begin at another one each epoch (`shift`), so that no picture keeps to an edge.
-    They are cut into `window` equal stripes, these into blocks; what is left of a stripe is a smaller block, and
-    the last window of the epoch is that of the smaller blocks. What divides into no stripe (fewer than `window`
-    pictures) comes last. Data of less than a window are one window of smaller blocks, as many as there are pictures
-    at the most.
     """
 
-    def __init__(self, rows: Rows, *, seed: int, epoch: int, block: int, window: int):
-        self.images, self._rows = _counted(rows)
+    def __init__(self, rows: Rows | int, *, seed: int, epoch: int, block: int, window: int):
+        super().__init__(rows)
         self.block, self.window = block, min(window, self.images)
         self._key = (_BLOCKS, seed, epoch)
         self._stripe = self.images // self.window
@@ -107,14 +101,14 @@ class BlockSampler:
         self._shift = int(hash64(*self._key, _SHIFT)[0]) * self.images >> 64
         self._chunk = functools.lru_cache(2)(self._chunk_of)  # epochs are walked through
 
-    def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+    def __getitem__(self, places: Rows) -> Rows:
         rows, chunks = np.empty_like(places), places // CHUNK
         for number in np.unique(chunks).tolist():
             here = chunks == number
             rows[here] = self._chunk(number)[places[here] - number * CHUNK]
         return rows
 
-    def _chunk_of(self, number: int) -> Int64[np.ndarray, " c"]:
+    def _chunk_of(self, number: int) -> Rows:
         """Rows of CHUNK neighbouring places, fewer at the end."""
         places = np.arange(number * CHUNK, min((number + 1) * CHUNK, self.images), dtype=np.int64)
         at = np.empty_like(places)
@@ -126,14 +120,11 @@ class BlockSampler:
         at[tail] = self._even + feistel(left, self.images - self._even, *self._key, _TAIL)
         return self._row(at)
 
-    def ahead(
-        self, first: int, stop: int, *, since: int, rank: int, world: int
-    ) -> Int64[np.ndarray, " c"]:
-        """Rows to read ahead when places `first` to `stop` are asked for: whole blocks, a window before their time.
+    def ahead(self, first: int, stop: int, *, since: int, rank: int, world: int) -> Rows:
+        """Whole blocks, a window before their time; a rank is told those that its own places lie in.
 
         `since` is the place with which this epoch was begun or gone on. The window from there on is not waited
-        for, but read at RAMP times the pace, beside the rows of each batch. A rank is told the blocks that its own
-        places lie in.
+        for, but read at RAMP times the pace, beside the rows of each batch.
         """
         begun, end = (self._open_by(place, since) for place in (first, stop))
         own = math.gcd(world, self.window)
@@ -154,16 +145,14 @@ class BlockSampler:
         ramp = min(since // self.block, self._slots) + -(-RAMP * (place - since) // length)
         return min(place // self.block + self.window, ramp, self._slots)
 
-    def _dealt(
-        self, places: Int64[np.ndarray, " b"], begin: int, length: int
-    ) -> Int64[np.ndarray, " b"]:
+    def _dealt(self, places: Rows, begin: int, length: int) -> Rows:
         """Places of windows of blocks of `length` rows, the first of which begins at `begin`."""
         turn, lane = np.divmod(places - begin, self.window)
         number, turn = np.divmod(turn, max(length, 1))
         slots = begin // self.block + number * self.window + lane
         return self._starts(slots) + feistel(turn, length, *self._key, _INSIDE, slots)
 
-    def _starts(self, slots: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
+    def _starts(self, slots: Rows) -> Rows:
         """Where the blocks begin that are dealt as number `slots`."""
         count = self._windows * self.window
         whole, at = slots < count, np.empty_like(slots)
@@ -174,27 +163,11 @@ class BlockSampler:
         at[~whole] = stripe * self._stripe + self._windows * self.block
         return at
 
-    def _row(self, at: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
-        rows = (at + self._shift) % self.images
-        return rows if self._rows is None else self._rows[rows]
+    def _row(self, at: Rows) -> Rows:
+        return super()._row((at + self._shift) % self.images)
 
 
-class SequentialSampler:
-    """Data order, addressed the same way."""
-
-    def __init__(self, rows: Rows):
-        _, self._rows = _counted(rows)
-
-    def __getitem__(self, places: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
-        return places if self._rows is None else self._rows[places]
-
-
-Sampler = SequentialSampler | ShuffledSampler | BlockSampler
-
-
-def feistel(
-    places: Int64[np.ndarray, " b"], images: int, *key: int | Int64[np.ndarray, " b"]
-) -> Int64[np.ndarray, " b"]:
+def feistel(places: Rows, images: int, *key: int | Rows) -> Rows:
     """A permutation of range(images), computed place by place (Luby-Rackoff; cycle walking after Black 2002).
 
     Parts of the key may be arrays: then each place is one of its own key's permutation.
@@ -213,9 +186,7 @@ def feistel(
     return x.astype(np.int64)
 
 
-def places(
-    images: int, *, batch: int, rank: int, world: int, number: int, ragged: bool
-) -> Int64[np.ndarray, " b"]:
+def places(images: int, *, batch: int, rank: int, world: int, number: int, ragged: bool) -> Rows:
     """Places of batch `number` of a rank: its share of the global batch, every world-th place.
 
     Shares never overlap and are never padded. `ragged` keeps what is left behind the last whole batch.

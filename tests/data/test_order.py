@@ -126,8 +126,8 @@ def test_ranks_share_an_epoch(images, batch, world, ragged):
 
 
 def test_in_order_is_data_order():
-    assert sampler.SequentialSampler(12)[TWELVE].tolist() == TWELVE.tolist()
-    assert sampler.SequentialSampler(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
+    assert sampler.Sampler(12)[TWELVE].tolist() == TWELVE.tolist()
+    assert sampler.Sampler(np.array([4, 9]))[np.array([1, 0])].tolist() == [9, 4]
 
 
 # ---- by blocks ----
