@@ -255,7 +255,7 @@ def unpack_in_c(pack: PackTensors, boxes: np.ndarray, size: int) -> np.ndarray:
     out = np.empty((len(boxes), size, size, 3), np.uint8)
     arrays = (each.numpy() for each in (pack.tiles, pack.first, pack.sizes))
     with contextlib.closing(native.Pool(0)) as pool:
-        assert not pool.pack_crops(*arrays, pack.encoding, boxes, out).wait().any()
+        assert not pool.pack_crops(*arrays, boxes, out).wait().any()
     return out
 
 

@@ -160,6 +160,9 @@ class Repeated(Data):
     def picture(self, row: int) -> np.ndarray:
         return self.data.picture(row % self.data.rows)
 
+    def place(self, rows: np.ndarray | None, device: torch.device) -> None:
+        self.data.place(None, device)
+
     def open_reader(self, device: torch.device, workers: int) -> Reader:
         reader = self.data.open_reader(device, workers)
         begin = reader.begin

@@ -43,7 +43,7 @@ def packs() -> None:
     sizes = np.array([[9, 20], [16, 8]], np.int32)
     first, tiles = np.array([0, 6, 8]), np.zeros((8, 48), np.uint8)
     boxes = np.array([[0, 0, 0, 9, 20, 0], [1, 0, 0, 4, 4, 1]])
-    fine: dict[str, Any] = {"data": tiles, "first": first, "sizes": sizes, "encoding": "ycc"}
+    fine: dict[str, Any] = {"data": tiles, "first": first, "sizes": sizes}
     fine |= {"boxes": boxes, "out": np.empty((2, 8, 8, 3), np.uint8)}
     assert not pack_crops(**fine).any()
     locked = np.empty((2, 8, 8, 3), np.uint8)
@@ -52,7 +52,6 @@ def packs() -> None:
         "data": [tiles[:-1], tiles[:, :47], tiles.astype(np.int8), tiles[:0]],
         "first": [first[:-1], first + 1, -first, first.astype(np.int32), first * 2**40],
         "sizes": [sizes + 8, sizes * 2, sizes * 0, -sizes, sizes[:1], sizes.astype(np.int64)],
-        "encoding": ["raw"],
         "boxes": [boxes[:, :5], boxes.astype(np.int32), boxes[:1], boxes + 2, boxes - 1],
         "out": [
             np.empty((2, 8, 8, 4), np.uint8),

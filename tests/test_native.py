@@ -169,7 +169,7 @@ def test_crops_of_a_pack_are_those_of_the_whole_pictures(form, encoding, size):
     order = draw.permutation(40)
     boxes = draw_boxes(sizes, size)[order]
     found = np.empty((40, size, size, 3), np.uint8)
-    pack = dict(data=data, first=first, sizes=sizes, encoding=encoding)
+    pack = dict(data=data, first=first, sizes=sizes)
     assert not pack_crops(2, **pack, boxes=boxes, out=found).any()
     assert np.array_equal(found, resampled([pictures[i] for i in order], boxes, size))
 
@@ -198,7 +198,7 @@ def test_the_reference_of_tiles_is_that_of_the_format():
 def test_a_box_outside_its_picture_is_not_cut(box):
     pixels, sizes = np.zeros((9 * 20, 3), np.uint8), np.array([[9, 20]], np.int32)
     rows = np.array([[0, *box, 0]], np.int64)
-    pack = dict(data=pixels, first=np.array([0, 180]), sizes=sizes, encoding="raw")
+    pack = dict(data=pixels, first=np.array([0, 180]), sizes=sizes)
     assert pack_crops(**pack, boxes=rows, out=np.empty((1, 8, 8, 3), np.uint8)) != native.FINE
 
 

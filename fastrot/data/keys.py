@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Int8, Int64, UInt64
+from jaxtyping import Bool, Int8
 
+from fastrot.arrays import Keys, Numbers
 from fastrot.data.sampler import hash64
 
 _HELD_OUT = 0x68656C64  # "held": keeps these draws apart from those of order and crops
@@ -18,17 +19,17 @@ def path_key(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def path_keys(paths: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+def path_keys(paths: Iterable[str]) -> Keys:
     return np.fromiter((path_key(path) for path in paths), np.uint64)
 
 
-def order_fingerprint(keys: UInt64[np.ndarray, " n"], labels: Int64[np.ndarray, " n"]) -> str:
+def order_fingerprint(keys: Keys, labels: Numbers) -> str:
     """Which picture is which row, in 32 hex digits: equal for a folder and for files prepared from it."""
     raw = keys.astype("<u8", copy=False).tobytes() + labels.astype("<i8", copy=False).tobytes()
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def held_out(keys: UInt64[np.ndarray, " n"], share: float) -> Bool[np.ndarray, " n"]:
+def held_out(keys: Keys, share: float) -> Bool[np.ndarray, " n"]:
     """Rows set aside to validate, chosen by the key alone: other pictures come and go, a choice stays.
 
     At least one row and never all, where 0 < share < 1; of a single row none.
@@ -41,6 +42,6 @@ def held_out(keys: UInt64[np.ndarray, " n"], share: float) -> Bool[np.ndarray, "
     return aside
 
 
-def fold_of(keys: UInt64[np.ndarray, " n"], folds: int) -> Int8[np.ndarray, " n"]:
+def fold_of(keys: Keys, folds: int) -> Int8[np.ndarray, " n"]:
     """Each row's fold, by the key alone; folds are about equal, and apart from what is held out."""
     return (hash64(_FOLD, keys) % np.uint64(folds)).astype(np.int8)

@@ -14,6 +14,7 @@ GAP = 2**14  # bytes between two records that are read along: fewer than a seek 
 # bytes of one piece of advice: Linux silently reads no more at once than the larger of its read-ahead, 128 kB
 # where nobody has set it, and the largest request of the disk
 PIECE = 2**17
+Whole = Integer[np.ndarray, " n"]
 
 
 def announce(
@@ -21,8 +22,8 @@ def announce(
 ) -> None:
     """Tell the system which bytes will be read: a slow disk gets a whole batch to sort, not one a thread.
 
-    `maps`: the files' memory maps; `place`: file, first byte and bytes of rows, as `runs` wants them. 13 us a record that is not in memory, 2.7 us
-    one that is; neighbours go together.
+    `maps`: the files' memory maps; `place`: file, first byte and bytes of rows, as `runs` wants them. It costs 13 us a
+    record that is not in memory, 2.7 us one that is.
     """
     if not hasattr(mmap, "MADV_WILLNEED"):
         return
@@ -34,16 +35,10 @@ def announce(
                 maps[file].madvise(mmap.MADV_WILLNEED, start, length)
 
 
-def runs(
-    files: Integer[np.ndarray, " n"],
-    ptr: Integer[np.ndarray, " n"],
-    size: Integer[np.ndarray, " n"],
-) -> Iterator[tuple[int, int, int]]:
-    """File, first byte (of a page of memory) and length of records that lie side by side, in pieces.
+def runs(files: Whole, ptr: Whole, size: Whole) -> Iterator[tuple[int, int, int]]:
+    """File, first byte (of a page of memory) and length of what lies side by side, in pieces.
 
-    files  the number of the file that each record lies in
-    ptr    its first byte there
-    size   its bytes
+    It is given of each record: the number of its file, its first byte there, and its bytes.
     """
     order = np.lexsort((ptr, files))
     files, begin = files[order], ptr[order].astype(np.int64)

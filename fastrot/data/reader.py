@@ -132,10 +132,10 @@ def buffers(request: CropRequest, *, pinned: bool = False) -> tuple[Tensor, ...]
 
 
 def _buffer(images: int, size: int, pinned: bool = False) -> UInt8[Tensor, "b s s 3"]:
-    """The tensor shares memory with a numpy view made for it alone, which torch holds for as long as any tensor shares
+    """It shares memory with a numpy view made for it alone, which torch holds for as long as any tensor shares its storage.
 
-    its storage: when the view dies the buffer under it can be handed out again, and not before, so whoever keeps a
-    Batch keeps its pixels. Pinned memory is recycled by torch itself, which also waits for copies under way.
+    When that dies the buffer under it can be handed out again, and not before: whoever keeps a Batch keeps its pixels.
+    Pinned memory is recycled by torch itself, which also waits for copies under way.
     """
     shape = (images, size, size, 3)
     if pinned:

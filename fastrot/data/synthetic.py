@@ -4,12 +4,13 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
+from fastrot.arrays import Boxes, Bytes, Picture, Rows, RowSizes
 from fastrot.core import CropRequest, Data
 from fastrot.data.keys import order_fingerprint
-from fastrot.data.reader import ThreadedReader
+from fastrot.data.reader import Errors, ThreadedReader
+from fastrot.data.sampler import GOLDEN
 
 IMAGES = 1_281_167  # as many as ImageNet's, so that an epoch costs what one of ImageNet would
 SIDE = 256  # pixels; the pictures' height and width
@@ -29,22 +30,20 @@ class Synthetic(Data):
         self.rows = images
         self.labels = np.arange(images, dtype=np.int64) % CLASSES
         self.classes = tuple(f"class{i}" for i in range(CLASSES))
-        self.keys = np.arange(images, dtype=np.uint64) * np.uint64(
-            0x9E3779B97F4A7C15
-        )  # spread evenly
+        self.keys = np.arange(images, dtype=np.uint64) * np.uint64(GOLDEN)  # spread evenly
         self.fingerprint = order_fingerprint(self.keys, self.labels)
         self._noise = np.random.default_rng(0).integers(0, 256, 2**22, dtype=np.uint8)
 
-    def sizes(self, rows: np.ndarray) -> np.ndarray:
+    def sizes(self, rows: Rows) -> RowSizes:
         return np.full((len(rows), 2), SIDE, np.int32)
 
     def name(self, row: int) -> str:
         return f"noise {row}"
 
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+    def record(self, row: int) -> Bytes:
         return self.picture(row).reshape(-1)
 
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+    def picture(self, row: int) -> Picture:
         out = np.empty((1, SIDE, SIDE, 3), np.uint8)
         self._cut(np.array([[row, 0, 0, SIDE, SIDE, 0]]), out)
         return out[0]
@@ -52,14 +51,12 @@ class Synthetic(Data):
     def open_reader(self, device: torch.device, workers: int) -> ThreadedReader:
         return ThreadedReader(self._fill, device, 0)
 
-    def _fill(
-        self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]
-    ) -> list[tuple[int, str]]:
+    def _fill(self, request: CropRequest, out: tuple[Tensor, ...], places: Iterable[int]) -> Errors:
         for rows, crop in zip(request.rows, out, strict=True):
             self._cut(rows, crop.numpy())
         return []
 
-    def _cut(self, rows: np.ndarray, out: np.ndarray) -> None:
+    def _cut(self, rows: Boxes, out: np.ndarray) -> None:
         flat = out.reshape(len(rows), -1)
         length = flat.shape[1]
         starts = (rows @ np.array([7919, 31, 37, 41, 43, 47])) % (len(self._noise) - length)

@@ -14,20 +14,19 @@ import sysconfig
 from collections.abc import Sequence
 from ctypes import c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8, UInt32, UInt64
+
+from fastrot.arrays import Boxes, Rows, RowSizes, Sizes
 
 SETTING = "FASTROT_NATIVE"
 WANTS = "install g++ and libjpeg-turbo's headers, apt's libjpeg-dev, then fastrot again"
 EDITION = 1  # of the C functions' signatures: a library of another one is not used
 FINE = 0  # a picture's status; anything else: damaged, or of a kind that others decode
 TILE = 48  # bytes of a pack's 8 x 8 pixels
-LONGEST = 2**17  # pixels a side of a box
 
-Numbers = Int64[np.ndarray, " b"]
-Boxes = Int64[np.ndarray, "b 6"]  # index, y, x, height, width, flip
 Crops = UInt8[np.ndarray, "b _s _s 3"]
 Status = Int32[np.ndarray, " b"]
 
@@ -86,7 +85,7 @@ class Files:
         self._at = np.array([_address(file) for file in files], np.uint64)
         self._bytes = np.array([len(file) for file in files], np.int64)
 
-    def addresses(self, which: Numbers, start: Numbers, size: Numbers) -> UInt64[np.ndarray, " b"]:
+    def addresses(self, which: Rows, start: Rows, size: Rows) -> UInt64[np.ndarray, " b"]:
         """Where records begin. Raises IndexError for one that does not lie in its file."""
         known = (which >= 0) & (which < len(self._files))
         ends = self._bytes[np.where(known, which, 0)]
@@ -100,10 +99,10 @@ class Records(NamedTuple):
     """The records of a batch, in their files."""
 
     files: Files
-    which: Numbers  # of the files
-    start: Numbers  # the record's first byte
-    bytes: Numbers
-    sizes: Int32[np.ndarray, "b 2"]  # heights and widths that the pictures must have
+    which: Rows  # of the files
+    start: Rows  # the record's first byte
+    bytes: Rows
+    sizes: RowSizes  # heights and widths that the pictures must have
     raw: Bool[np.ndarray, " b"]  # height x width x 3 bytes as they are; else a JPEG
     crcs: UInt32[np.ndarray, " b"] | None  # crc32 of each; None: JPEGs are read to their ends
 
@@ -111,12 +110,11 @@ class Records(NamedTuple):
 class Work:
     """A batch that C has taken on. All that it reads and writes, `kept`, lives until it is done."""
 
-    def __init__(
-        self, pool: "Pool", function: Any, arguments: list[Any], status: Status, *kept: Any
-    ):
-        self._pool, self._status, self._kept = pool, status, kept
+    def __init__(self, pool: "Pool", function: Any, count: int, arguments: list[Any], *kept: Any):
+        self._pool, self._kept = pool, kept
+        self._status = np.full(count, -1, np.int32)
         pool.under_way.add(self)
-        self._batch = function(pool.address, *arguments, _address(status))
+        self._batch = function(pool.address, count, *arguments, _address(self._status))
         if self._batch is None:
             pool.under_way.discard(self)
             raise MemoryError
@@ -183,18 +181,16 @@ class Pool:
         boxes = [_checked(each, np.int64, (count, 6)) for each in boxes]
         sides = np.array([_side_of(each, count) for each in out], np.int64)
         box_at, out_at = (np.array([_address(a) for a in each], np.uint64) for each in (boxes, out))
-        arguments = [count, *map(_address, columns), *[None] * (records.crcs is None)]
+        arguments = [*map(_address, columns), *[None] * (records.crcs is None)]
         arguments += [len(boxes), *map(_address, (box_at, sides, out_at))]
         kept = (columns, boxes, out, sides, box_at, out_at, records.files)
-        status = np.full(count, -1, np.int32)
-        return Work(self, self.library.fastrot_jpeg_crops, arguments, status, *kept)
+        return Work(self, self.library.fastrot_jpeg_crops, count, arguments, *kept)
 
     def pack_crops(
         self,
         data: UInt8[np.ndarray, "t c"],
         first: Int64[np.ndarray, " n1"],
-        sizes: Int32[np.ndarray, "n 2"],
-        encoding: Literal["ycc", "raw"],
+        sizes: Sizes,
         boxes: Boxes,
         out: Crops,
     ) -> Work:
@@ -204,7 +200,7 @@ class Pool:
         picture is not FINE. Raises ValueError for what is not of this form or does not agree, IndexError for a row
         that there is not.
         """
-        tiled = encoding == "ycc"
+        tiled = data.shape[1:] == (TILE,)
         data = _checked(data, np.uint8, (len(data), TILE if tiled else 3))
         sizes = _checked(sizes, np.int32, (len(sizes), 2))
         first = _checked(first, np.int64, (len(sizes) + 1,))
@@ -213,12 +209,11 @@ class Pool:
         _check_rows(boxes[:, 0], first, sizes, len(data), 8 if tiled else 1)
         kept = (data, first, sizes, boxes, out)
         data_at, first_at, sizes_at, boxes_at, out_at = map(_address, kept)
-        arguments = [len(boxes), data_at, first_at, sizes_at, int(tiled), boxes_at, side, out_at]
-        status = np.full(len(boxes), -1, np.int32)
-        return Work(self, self.library.fastrot_pack_crops, arguments, status, *kept)
+        arguments = [data_at, first_at, sizes_at, int(tiled), boxes_at, side, out_at]
+        return Work(self, self.library.fastrot_pack_crops, len(boxes), arguments, *kept)
 
 
-def _check_rows(rows: Numbers, first: np.ndarray, sizes: np.ndarray, total: int, side: int) -> None:
+def _check_rows(rows: Rows, first: np.ndarray, sizes: np.ndarray, total: int, side: int) -> None:
     """Raises where a picture of the batch does not lie in the pack: its tiles are `side` pixels a side."""
     if not len(rows):
         return

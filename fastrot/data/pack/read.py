@@ -97,12 +97,8 @@ class Pack(PackFile):
         return ThreadedReader(fill, device, workers, advise=advise, in_c=in_c)
 
     def placed_for(self, rows: Rows, device: torch.device) -> "_Resident | _Pinned":
-        """Where these pictures are; all of the data are placed where they are nowhere yet."""
-        for placed in self._placed:
-            if placed.device == device and placed.covers(rows):
-                return placed
-        self.place(None, device)
-        return self._placed[-1]
+        """Where these pictures are, which were placed."""
+        return next(each for each in self._placed if each.device == device and each.covers(rows))
 
     def _look_at(self, threads: int, request: CropRequest) -> Errors:
         """Announce a batch, and say which of its pictures lie in a damaged stretch."""
@@ -112,8 +108,8 @@ class Pack(PackFile):
     def _in_c(
         self, pool: native.Pool, request: CropRequest, out: list[np.ndarray]
     ) -> list[native.Work]:
-        of = *self.arrays, self.encoding
-        return [pool.pack_crops(*of, *each) for each in zip(request.rows, out, strict=True)]
+        each = zip(request.rows, out, strict=True)
+        return [pool.pack_crops(*self.arrays, rows, crop) for rows, crop in each]
 
 
 def _fill(
