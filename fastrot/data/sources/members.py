@@ -1,10 +1,8 @@
 """What lies where in a tar or a zip: headers are read, the bytes of pictures are not.
 
-A listing is never short without a word. A tar that ends before its two empty blocks was cut, and is refused
-with the place; so is a header whose checksum is wrong, and a zip whose table of contents is damaged. Of a tar
-are read: ustar, GNU's long names and base-256 numbers, pax headers, hard and symbolic links. Tars in a tar are
-entered, as folders of their names without .tar (ImageNet's ILSVRC2012_img_train.tar). Compressed tars are
-refused: a picture in the middle of one cannot be reached.
+A listing is never short without a word, as tarfile's is behind a damaged header: what was cut or is damaged is
+refused, with the place. Tars in a tar are entered, as folders of their names without .tar (ImageNet's
+ILSVRC2012_img_train.tar). Compressed tars are refused: a picture in the middle of one cannot be reached.
 """
 
 import errno
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from fastrot.config import UsageError
-from fastrot.data.files import hidden, one_line, shown, without_waiting
+from fastrot.data.files import BadPicture, hidden, one_line, shown, without_waiting
 from fastrot.disk import named
 
 BLOCK = 512  # bytes; a tar is made of these
@@ -52,13 +50,10 @@ def tar_members(path: Path, *, nested: bool = True) -> Iterator[Member]:
 
     Raises UsageError where it is no tar, compressed, cut or damaged.
     """
-    file = without_waiting(os.fspath(path), os.O_RDONLY)
-    try:
-        with named(path):
-            stop = os.fstat(file).st_size
-            yield from _Tar(file, str(path), 0, stop, "", nested).members()
-    finally:
-        os.close(file)
+    with named(path), open(path, "rb", opener=without_waiting) as opened:
+        file = opened.fileno()
+        stop = os.fstat(file).st_size
+        yield from _Tar(file, str(path), 0, stop, "", nested).members()
 
 
 class _Tar:
@@ -70,34 +65,26 @@ class _Tar:
 
     def members(self) -> Iterator[Member]:
         at, lasting, passing = self.start, {}, {}
-        while True:
-            block = os.pread(self.file, min(_AHEAD, self.stop - at), at)
+        while at is not None:
+            block = self._block(at)
             header = block[:BLOCK]
             if header == _EMPTY:
                 at = self._behind_end(at)
-                if at is None:
-                    return
                 continue
-            if len(header) < BLOCK:
-                self._cut(at)
             kind, size = self._kind_and_size(header, at)
             if kind in b"xXgLK":
-                words, at = self._extended(at, size)
-                if kind in b"LK":
-                    passing["path" if kind == b"L" else "linkpath"] = _until_zero(words)
-                else:
-                    (lasting if kind == b"g" else passing).update(self._pax(words, at))
+                said = lasting if kind == b"g" else passing
+                said.update(self._extended(kind, size, at))
+                at += BLOCK + _padded(size)
                 continue
-            known = {**lasting, **passing}
-            passing = {}
-            if "size" in known:
-                size = self._pax_size(known["size"], at)
+            known, passing = {**lasting, **passing}, {}
+            size = int(known.get("size", size))
             if kind in b"123456":
                 size = 0  # what is said of links and folders takes no room
             first = self._behind_map(header, at) if kind == b"S" else at + BLOCK
             path = known.get("GNU.sparse.name") or known.get("path") or _name(header)
             head = block[BLOCK : BLOCK + size] if first == at + BLOCK else b""
-            at = first + -(-size // BLOCK) * BLOCK
+            at = first + _padded(size)
             if at > self.stop:
                 self._cut(first, path)
             if kind == b"V":  # the name of the whole
@@ -128,6 +115,13 @@ class _Tar:
         else:
             yield Member(inside, "file", first, size, size, head)
 
+    def _block(self, at: int) -> bytes:
+        """The block at byte `at`, and the next where there is one."""
+        block = os.pread(self.file, max(0, min(_AHEAD, self.stop - at)), at)
+        if len(block) < BLOCK:
+            self._cut(at)
+        return block
+
     def _kind_and_size(self, header: bytes, at: int) -> tuple[bytes, int]:
         """What a header announces, and how many bytes follow it, once its checksum is right."""
         said, size = _number(header[148:156]), _number(header[124:136])
@@ -135,61 +129,50 @@ class _Tar:
             self._damaged(at)
         return header[156:157], size
 
-    def _extended(self, at: int, size: int) -> tuple[bytes, int]:
-        """The words of an extended header, and where the next header is."""
+    def _extended(self, kind: bytes, size: int, at: int) -> dict[str, str]:
+        """What an extended header says: GNU's of one name, or pax's in lines "LENGTH KEY=VALUE"."""
         if size > MOST_EXTENDED:
             self._damaged(at)
-        first, behind = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
-        if behind > self.stop:
+        if at + BLOCK + _padded(size) > self.stop:
             self._cut(at)
-        return os.pread(self.file, size, first), behind
-
-    def _pax(self, words: bytes, at: int) -> dict[str, str]:
-        """Lines "LENGTH KEY=VALUE" of a pax header that ends at byte `at`."""
-        found, place = {}, 0
+        words, found, place = os.pread(self.file, size, at + BLOCK), {}, 0
+        if kind in b"LK":
+            return {"path" if kind == b"L" else "linkpath": _until_zero(words)}
         while place < len(words) and words[place]:
             length = _LENGTH.match(words, place)
             behind = place + int(length[1]) if length else 0
             if length is None or not length.end() < behind <= len(words):
-                self._damaged(at)
+                self._damaged(at + BLOCK)
             key, _, value = words[length.end() : behind - 1].partition(b"=")
+            if key == b"size" and not (value.isdigit() and len(value) < 20):
+                self._damaged(at + BLOCK)
             found[os.fsdecode(key)] = os.fsdecode(value)
             place = behind
         return found
-
-    def _pax_size(self, said: str, at: int) -> int:
-        if not (said.isascii() and said.isdecimal() and len(said) < 20):
-            self._damaged(at)
-        return int(said)
 
     def _behind_map(self, header: bytes, at: int) -> int:
         """Where the data of GNU's old sparse member begins: behind the blocks of its map."""
         goes_on = header[482]
         while goes_on:
             at += BLOCK
-            block = os.pread(self.file, BLOCK, at)
-            if at + BLOCK > self.stop or len(block) < BLOCK:
-                self._cut(at)
-            goes_on = block[504]
+            goes_on = self._block(at)[504]
         return at + BLOCK
 
     def _behind_end(self, at: int) -> int | None:
         """Where another tar begins behind this one's empty blocks: tars that were joined are read on, as `tar -i`."""
-        begins = at
-        while at < self.stop:
+        begins, header = at, b""
+        while at < self.stop and not header:
             zeros = os.pread(self.file, min(2**16, self.stop - at), at)
-            full = len(zeros) - len(zeros.lstrip(b"\0"))
-            at += full
-            if full < len(zeros):
+            behind = zeros.lstrip(b"\0")
+            at += len(zeros) - len(behind)
+            if behind:
                 at -= (at - self.start) % BLOCK
                 header = os.pread(self.file, min(BLOCK, self.stop - at), at)
-                whole = len(header) == BLOCK and _number(header[148:156]) == _checksum(header)
-                if whole and at - begins <= MOST_ZEROS:
-                    return at
-                break
-        else:
-            if at - begins <= MOST_ZEROS:
+        if at - begins <= MOST_ZEROS:
+            if not header:
                 return None
+            if len(header) == BLOCK and _number(header[148:156]) == _checksum(header):
+                return at
         raise UsageError(
             f"{self.name} has {at - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
             "that is not whole: fetch it anew"
@@ -201,10 +184,7 @@ class _Tar:
         head = os.pread(self.file, 8, at)
         for magic, kind, remedy in _COMPRESSED:
             if head.startswith(magic):
-                raise UsageError(
-                    f"{self.name} is compressed ({kind}), so that its pictures cannot be reached one by "
-                    f"one: {remedy} it first"
-                )
+                raise UsageError(f"{self.name} is compressed ({kind}): {remedy} it first")
         zipped = head.startswith(b"PK")
         what = ", but a zip: --source zip reads it" if zipped else ": see what it is"
         raise UsageError(f"{self.name} is no tar{what}")
@@ -253,6 +233,11 @@ def _signed(header: bytes) -> int:
     return sum(struct.unpack("148b8x356b", header)) + 8 * ord(" ")
 
 
+def _padded(size: int) -> int:
+    """Bytes with those that fill up the last block."""
+    return -(-size // BLOCK) * BLOCK
+
+
 def _in_hidden(path: str) -> bool:
     return any(hidden(name) for name in path.split("/") if name not in (".", ".."))
 
@@ -273,113 +258,92 @@ def _name(header: bytes) -> str:
 
 def zip_members(path: Path) -> Iterator[Member]:
     """Members of a zip in the order of their places. Raises UsageError where its table of contents is damaged."""
-    file = without_waiting(os.fspath(path), os.O_RDONLY)
-    try:
-        with named(path):
-            size = os.fstat(file).st_size
-            for info in _table(path):
-                yield _zip_member(file, size, info)
-    finally:
-        os.close(file)
+    with named(path), open(path, "rb", opener=without_waiting) as opened:
+        file = opened.fileno()
+        size = os.fstat(file).st_size
+        for info in _table(path, os.pread(file, 2**17, max(0, size - 2**17))):
+            yield _zip_member(file, size, info)
 
 
-def _table(path: Path) -> list[zipfile.ZipInfo]:
+def _table(path: Path, tail: bytes) -> list[zipfile.ZipInfo]:
+    """What the table of contents holds. `tail`: the last bytes, which say how many members there are."""
+
+    def damaged(why: object) -> UsageError:
+        return UsageError(
+            f"{path} has no table of contents of a zip, or a damaged one ({one_line(why)}): it was cut "
+            "short or is no zip; fetch it anew"
+        )
+
     try:
         with zipfile.ZipFile(path) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     except Exception as e:  # a damaged table raises nearly every type there is
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
-        raise _damaged_zip(path, e) from None
-    announced = _announced(path)
-    if announced not in (len(infos), len(infos) % 2**16):  # before zip64 the count went round
-        raise _damaged_zip(path, f"it names {len(infos):,} members and announces {announced:,}")
+        raise damaged(e) from None
+    large, end = tail.rfind(b"PK\6\6"), tail.rfind(b"PK\5\6")  # of zip64, and of all
+    (announced,) = struct.unpack_from("<H", tail, end + 10)
+    if announced == 2**16 - 1 and 0 <= large <= end - 56:
+        (announced,) = struct.unpack_from("<Q", tail, large + 32)
+    # a damaged table swallows some; before zip64 the count went round
+    if announced not in (len(infos), len(infos) % 2**16):
+        raise damaged(f"it names {len(infos):,} members and announces {announced:,}")
     if infos and infos[0].header_offset:
         # a zip whose end is lost, with another zip in it, would be taken for that one
-        raise _damaged_zip(path, "its first member is not at its beginning")
+        raise damaged("its first member is not at its beginning")
     return infos
-
-
-def _announced(path: Path) -> int:
-    """How many members the end of a zip says that there are: a damaged table swallows some."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 2**17))
-        tail = file.read()
-    large, end = tail.rfind(b"PK\6\6"), tail.rfind(b"PK\5\6")  # of zip64, and of all
-    (count,) = struct.unpack_from("<H", tail, end + 10)
-    if count == 2**16 - 1 and 0 <= large <= end - 56:
-        (count,) = struct.unpack_from("<Q", tail, large + 32)
-    return count
-
-
-def _damaged_zip(path: Path, why: object) -> UsageError:
-    return UsageError(
-        f"{path} has no table of contents of a zip, or a damaged one ({one_line(why)}): it was cut short or "
-        "is no zip; fetch it anew"
-    )
 
 
 _LOCAL = struct.Struct("<4s22xHH")  # before a member: "PK34", lengths of its name and extra field
 _UNIX, _UTF8, _ENCRYPTED = 3, 0x800, 0x1 | 0x40 | 0x2000
-_READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def _zip_member(file: int, size: int, info: zipfile.ZipInfo) -> Member:
-    path, mode = _zip_name(info), info.external_attr >> 16
+    path, stored, length = info.filename, info.compress_size, info.file_size
+    if info.create_system == _UNIX and not info.flag_bits & _UTF8:
+        path = os.fsdecode(path.encode("cp437"))  # bytes that Unix wrote without saying how
     if path.endswith("/"):
         return Member(path, "folder")
+    link = info.create_system == _UNIX and stat.S_ISLNK(info.external_attr >> 16)
+    try:
+        first, head = _beginning(file, size, info)
+        if link and length > len(head):
+            raise BadPicture("it is a link with a name that no system takes")
+    except BadPicture as e:
+        return Member(path, "file", 0, stored, length, fault=str(e))
+    if link:
+        return Member(path, "link", target=os.fsdecode(head[:length]))
+    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    return Member(path, "file", first, stored, length, head, deflated=deflated, crc=info.CRC)
+
+
+def _beginning(file: int, size: int, info: zipfile.ZipInfo) -> tuple[int, bytes]:
+    """Where a member's bytes begin, and the first of what they hold. Raises BadPicture."""
     if info.flag_bits & _ENCRYPTED:
-        return _faulty(path, info, "it is encrypted")
-    if info.compress_type not in _READABLE:
-        return _faulty(path, info, f"it is compressed by method {info.compress_type}, not deflate")
-    block = os.pread(file, _AHEAD, info.header_offset)
+        raise BadPicture("it is encrypted")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadPicture(f"it is compressed by method {info.compress_type}, not deflate")
+    block, stored = os.pread(file, _AHEAD, info.header_offset), info.compress_size
     if len(block) < _LOCAL.size or not block.startswith(b"PK\3\4"):
-        return _faulty(path, info, "something else is in its place in the zip")
+        raise BadPicture("something else is in its place in the zip")
     _, name, extra = _LOCAL.unpack_from(block)
     first = info.header_offset + _LOCAL.size + name + extra
-    if first + info.compress_size > size:
-        return _faulty(path, info, "it reaches beyond the end of the zip")
-    raw = block[first - info.header_offset :][: info.compress_size]
-    if len(raw) < min(info.compress_size, BLOCK):
-        raw = os.pread(file, min(info.compress_size, BLOCK), first)
-    deflated = info.compress_type == zipfile.ZIP_DEFLATED
+    if first + stored > size:
+        raise BadPicture("it reaches beyond the end of the zip")
+    raw = block[first - info.header_offset :][:stored]
+    if len(raw) < min(stored, BLOCK):
+        raw = os.pread(file, min(stored, BLOCK), first)
+    if info.compress_type == zipfile.ZIP_STORED:
+        if stored != info.file_size:
+            raise BadPicture("its two lengths differ")
+        return first, raw
     try:
-        head = _inflated_head(file, raw, first, info.compress_size) if deflated else raw
+        head = zlib.decompressobj(-15).decompress(raw, BLOCK)
+        if (
+            len(head) < BLOCK and len(raw) < stored
+        ):  # behind a large table of codes, or empty blocks
+            raw = os.pread(file, min(stored, 2**16), first)
+            head = zlib.decompressobj(-15).decompress(raw, BLOCK)
     except zlib.error:
-        return _faulty(path, info, "it cannot be inflated")
-    if not deflated and info.compress_size != info.file_size:
-        return _faulty(path, info, "its two lengths differ")
-    if info.create_system == _UNIX and stat.S_ISLNK(mode):
-        if info.file_size > len(head):
-            return _faulty(path, info, "it is a link with a name that no system takes")
-        return Member(path, "link", target=os.fsdecode(head[: info.file_size]))
-    return Member(
-        path,
-        "file",
-        first,
-        info.compress_size,
-        info.file_size,
-        head,
-        deflated=deflated,
-        crc=info.CRC,
-    )
-
-
-def _faulty(path: str, info: zipfile.ZipInfo, fault: str) -> Member:
-    return Member(path, "file", 0, info.compress_size, info.file_size, fault=fault)
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """A name as unpacking gives it: bytes that Unix wrote without saying how are kept as they are."""
-    if info.flag_bits & _UTF8 or info.create_system != _UNIX:
-        return info.filename
-    return os.fsdecode(info.filename.encode("cp437"))
-
-
-def _inflated_head(file: int, raw: bytes, first: int, stored: int) -> bytes:
-    """The first bytes of a deflated member. Raises zlib.error."""
-    head = zlib.decompressobj(-15).decompress(raw, BLOCK)
-    # behind a large table of codes, or many empty blocks
-    if len(head) < BLOCK and len(raw) < stored:
-        head = zlib.decompressobj(-15).decompress(os.pread(file, min(stored, 2**16), first), BLOCK)
-    return head
+        raise BadPicture("it cannot be inflated") from None
+    return first, head

@@ -206,8 +206,7 @@ def archives_in(root: Path, suffix: str) -> Found:
                 found.archives.append((root / path, path[: -len(suffix)]))
             elif suffix == ".tar" and lower.endswith(COMPRESSED_TARS):
                 raise UsageError(
-                    f"{root / path} is compressed, so that its pictures cannot be reached one by one: "
-                    "decompress it to a .tar first, or move it away"
+                    f"{root / path} is compressed: decompress it to a .tar first, or move it away"
                 )
             else:
                 found.others.append(path)
