@@ -1,8 +1,11 @@
 """What a file is, by its name and first bytes: a picture, to be skipped, or to be rejected with a reason."""
 
+import io
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
@@ -78,12 +81,13 @@ def without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def whole_file(path: str) -> bytes:
-    """A file's bytes. Raises OSError, and BadPicture where they are too many for a picture."""
+@contextmanager
+def picture_file(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
+    """A file, opened. Raises OSError, and BadPicture where it is too long for a picture."""
     with open(path, "rb", opener=without_waiting) as file:
         if reason := too_long(os.fstat(file.fileno()).st_size):
             raise BadPicture(reason)
-        return file.read()
+        yield file
 
 
 def one_line(error: object) -> str:

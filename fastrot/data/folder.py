@@ -5,6 +5,7 @@ kept in a cache, with each file's length and time of change, by which a changed 
 """
 
 import hashlib
+import io
 import logging
 import multiprocessing
 import os
@@ -20,26 +21,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
+from fastrot.arrays import Bytes, Picture, Rows, RowSizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending, Reader
 from fastrot.data import pictures
-from fastrot.data.files import too_long, without_waiting
+from fastrot.data.files import BadPicture, picture_file
 from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.reader import fill_decoded
 from fastrot.data.sources.open import open_source
 from fastrot.data.sources.records import Source
+from fastrot.data.sources.tree import OPENED_AT_ONCE
 from fastrot.disk import write_atomically
 
 _CACHED = np.dtype(
     [("key", "<u8"), ("bytes", "<i8"), ("changed", "<i8"), ("height", "<i4"), ("width", "<i4")]
 )
 _STAMP = ["key", "bytes", "changed"]  # what tells that a file is the same
-_AT_ONCE = 16  # threads; they hide the latency of disks and networks
 _TASK = 256  # files
 
 
@@ -65,30 +66,27 @@ class Folder(Data):
                 "%s: %d of %d files are left out (%s%s)",
                 *(root, len(self.rejected), source.seen, few, more),
             )
-        self.rows, self.keys = len(kept), keys[kept]
-        self.labels = np.array([source.records[i].label for i in kept], np.int64)
+        if len(kept) < len(keys):
+            source, keys, measured = source.taken(kept), keys[kept], measured[kept]
+        self.rows, self.keys, self.numbers = len(kept), keys, source.numbers
+        self.labels = np.array([record.label for record in source.records], np.int64)
         self.fingerprint = order_fingerprint(self.keys, self.labels)
-        if source.numbers is not None:
-            self.numbers = source.numbers[kept].astype(np.int64)
-        elif self.rows < len(keys):
-            self.numbers = kept
-        self._paths = [source.records[i].path for i in kept]
-        self._sizes = np.stack([measured["height"][kept], measured["width"][kept]], axis=1)
+        self._paths = [record.path for record in source.records]
+        self._sizes = np.stack([measured["height"], measured["width"]], axis=1)
 
     def name(self, row: int) -> str:
         return self._paths[row]
 
-    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+    def sizes(self, rows: Rows) -> RowSizes:
         return self._sizes[rows]
 
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+    def record(self, row: int) -> Bytes:
         """The bytes of a file. Raises DamagedRecord."""
-        with _named(row, self._paths[row]):
-            return np.frombuffer(_bytes(self.root, self._paths[row]), np.uint8)
+        with _opened(self.root, self._paths[row], row) as file:
+            return np.frombuffer(file.read(), np.uint8)
 
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        with _named(row, self._paths[row]):
-            return _read(self.root, self._paths[row], self._sizes[row].tolist())
+    def picture(self, row: int) -> Picture:
+        return _picture(self.root, self._paths[row], row, self._sizes[row].tolist())
 
     def open_reader(self, device: torch.device, workers: int) -> "_FolderReader":
         """`workers` processes decode."""
@@ -96,7 +94,7 @@ class Folder(Data):
 
 
 # What workers get for a batch, so that they hold no listing: the paths and listed sizes of its pictures.
-_Job = tuple[CropRequest, list[str], Int32[np.ndarray, "b 2"]]
+_Job = tuple[CropRequest, list[str], RowSizes]
 
 
 class _Jobs(deque[_Job]):
@@ -161,9 +159,9 @@ class _Worker:
         rows = request.rows[0][:, 0]
 
         def decode(place: int) -> np.ndarray:
-            self.at = f"row {rows[place]}, {paths[place]!r}"
-            with _named(int(rows[place]), paths[place]):
-                return _read(self.root, paths[place], sizes[place].tolist())
+            row, path = int(rows[place]), paths[place]
+            self.at = f"row {row}, {path!r}"
+            return _picture(self.root, path, row, sizes[place].tolist())
 
         shapes = ((len(paths), size, size, 3) for size in request.sizes)
         out = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes)
@@ -174,32 +172,26 @@ class _Worker:
 
 
 @contextmanager
-def _named(row: int, path: str) -> Iterator[None]:
-    """A picture that cannot be read in here is a DamagedRecord, in one sentence."""
+def _opened(root: str | Path, path: str, row: int) -> Iterator[io.BufferedReader]:
+    """A picture's file; what cannot be read in here is a DamagedRecord, in one sentence."""
     try:
-        yield
-    except (pictures.BadPicture, OSError) as e:
+        with picture_file(os.path.join(root, path)) as file:
+            yield file
+    except (BadPicture, OSError) as e:
         why = getattr(e, "strerror", None) or e
         raise DamagedRecord(
             f"row {row}, {path!r}, cannot be read: {why}; take it out of the folder"
         ) from None
 
 
-def _bytes(root: str | Path, path: str) -> bytes:
-    """A file's content. Raises BadPicture or OSError."""
-    with open(os.path.join(root, path), "rb", opener=without_waiting) as file:
-        if reason := too_long(os.fstat(file.fileno()).st_size):
-            raise pictures.BadPicture(reason)
-        return file.read()
-
-
-def _read(root: str | Path, path: str, size: list[int]) -> np.ndarray:
-    """A picture's pixels. Raises BadPicture or OSError."""
-    picture = pictures.decode(_bytes(root, path))
-    if list(picture.shape[:2]) != size:
-        was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
-        raise pictures.BadPicture(f"it was listed as {was} and is {now}, so it has changed")
-    return picture
+def _picture(root: str | Path, path: str, row: int, size: list[int]) -> np.ndarray:
+    """A picture's pixels. Raises DamagedRecord."""
+    with _opened(root, path, row) as file:
+        picture = pictures.decode(file.read())
+        if list(picture.shape[:2]) != size:
+            was, now = "{} x {}".format(*size), "{} x {}".format(*picture.shape[:2])
+            raise BadPicture(f"it was listed as {was} and is {now}, so it has changed")
+        return picture
 
 
 def _begin_worker(_: int) -> None:
@@ -240,13 +232,13 @@ def _context() -> str:
 def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """A _CACHED for each record, height 0 where its header cannot be read; (path, reason) of these."""
     cache = _cache_file(source.root)
-    known = _read_cache(cache)
+    known, measured = _read_cache(cache), np.zeros(len(keys), _CACHED)
+    measured["key"] = keys
 
-    def look(start: int) -> tuple[np.ndarray, list[tuple[str, str]], bool]:
-        part = np.zeros(len(keys[start : start + _TASK]), _CACHED)
-        part["key"] = keys[start : start + _TASK]
-        paths = [record.path for record in source.records[start : start + len(part)]]
-        files = [os.path.join(source.root, path) for path in paths]
+    def look(start: int) -> tuple[bool, list[tuple[str, str]]]:
+        """Measure some; whether a header was read, and which could not be."""
+        part, records = measured[start : start + _TASK], source.records[start : start + _TASK]
+        files = [os.path.join(source.root, record.path) for record in records]
         for i, file in enumerate(files):
             with suppress(OSError):  # what is gone has no header either: see below
                 stat = os.stat(file)
@@ -258,17 +250,16 @@ def _measured(source: Source, keys: np.ndarray) -> tuple[np.ndarray, list[tuple[
         for i in np.flatnonzero(~same):
             try:
                 part["height"][i], part["width"][i] = pictures.size_of(files[i])
-            except (pictures.BadPicture, OSError) as e:
+            except (BadPicture, OSError) as e:
                 why = f"it cannot be read ({e.strerror})" if isinstance(e, OSError) else str(e)
-                reasons.append((paths[i], why))
-        return part, reasons, not same.all()
+                reasons.append((records[i].path, why))
+        return not same.all(), reasons
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        parts = list(pool.map(look, range(0, len(keys), _TASK)))
-    measured = np.concatenate([part for part, _, _ in parts])
-    if any(news for _, _, news in parts):
+    with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+        looked = list(pool.map(look, range(0, len(keys), _TASK)))
+    if any(news for news, _ in looked):
         _write_cache(cache, measured[measured["height"] > 0])
-    return measured, [reason for _, reasons, _ in parts for reason in reasons]
+    return measured, [each for _, reasons in looked for each in reasons]
 
 
 def _cache_file(root: Path) -> Path:

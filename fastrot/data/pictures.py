@@ -21,7 +21,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
-from fastrot.data.files import HEAD, BadPicture, one_line, sniff, too_long, without_waiting
+from fastrot.data.files import HEAD, BadPicture, one_line, picture_file, sniff
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
@@ -53,16 +53,10 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
 
 
-def size_of(picture: bytes | str | os.PathLike | io.BytesIO | io.BufferedReader) -> tuple[int, int]:
+def size_of(picture: bytes | str | os.PathLike) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone. Raises BadPicture, or OSError of a path."""
-    if isinstance(picture, bytes):
-        picture = io.BytesIO(picture)
-    if isinstance(picture, (str, os.PathLike)):
-        with open(picture, "rb", opener=without_waiting) as file:
-            if reason := too_long(os.fstat(file.fileno()).st_size):
-                raise BadPicture(reason)
-            return size_of(file)
-    with _opened(picture) as image:
+    opened = io.BytesIO(picture) if isinstance(picture, bytes) else picture_file(picture)
+    with opened as file, _opened(file) as image:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows swap its sides already
             width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]

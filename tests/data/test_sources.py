@@ -390,7 +390,7 @@ def test_orientation_is_applied_to_pixels_and_size(kind, orientation):
     picture = pictures.decode(data)
     assert picture.shape == upright.shape
     assert np.abs(picture.astype(int) - upright).max() <= (6 if kind == "JPEG" else 0)
-    assert pictures.size_of(data) == pictures.size_of(io.BytesIO(data)) == (24, 32)
+    assert pictures.size_of(data) == (24, 32)
 
 
 def claims(width: int, height: int) -> bytes:

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SKIP, shown, whole_file
+from fastrot.data.files import PICTURE, SKIP, picture_file, shown
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
@@ -65,7 +65,8 @@ class Source:
 
     def read(self, i: int) -> bytes | Picture:
         """Encoded bytes of record i, or its pixels. Raises OSError or BadPicture."""
-        return whole_file(os.path.join(self.root, self.records[i].path))
+        with picture_file(os.path.join(self.root, self.records[i].path)) as file:
+            return file.read()
 
     def taken(self, rows: Numbers) -> "Source":
         """The same source with these of its records, in this order."""
