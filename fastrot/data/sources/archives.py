@@ -20,7 +20,16 @@ import numpy as np
 
 from fastrot.arrays import Numbers
 from fastrot.config import UsageError
-from fastrot.data.files import SKIP, SUFFIXES, BadPicture, judged, shown, sniff, without_waiting
+from fastrot.data.files import (
+    PICTURE,
+    SKIP,
+    SUFFIXES,
+    BadPicture,
+    judged,
+    shown,
+    sniff,
+    without_waiting,
+)
 from fastrot.data.sources.members import LONGEST_NAME, Member
 from fastrot.data.sources.records import Listing, Source
 from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
@@ -127,8 +136,6 @@ def _checked(data: bytes, length: int, crc: int) -> bytes:
 
 
 _SPECIAL = -1  # a device or pipe, instead of a place's number
-# what a folder holds, by name: a place's number, where a link leads, None: a folder
-_Inside = dict[str, int | str | None]
 
 
 class LeadsOut(OSError):
@@ -139,26 +146,27 @@ class Members:
     """Members of archives as the `Tree` that unpacking them would give."""
 
     def __init__(self):
-        self.archives: list[Archive] = []
         self.rejected: list[tuple[str, str]] = []  # what unpacking could not place, and why
-        self._top = ""  # the folder that is the root
-        self._inside: dict[str, _Inside] = {"": {}}  # by the folder's path, without links in it
+        self._archives: list[Archive] = []
+        # by names: a folder as another dict, a file as its place's number, a link as where it leads
+        self._root: dict[str, Any] = {}
+        self._top = ""  # the folder that is the root of all paths
         self._places = array("q")  # PLACE after PLACE
         self._verdicts: list[str] = []  # of each place, under a picture's name
         self._by_bytes = bytearray()  # and whether that holds under any name
 
-    def add(self, folder: str, member: Member) -> str | None:
-        """Put a member of the latest archive below a folder; its path, None where that cannot be."""
-        path = _below(folder, member.path)
-        reason = "its name leads out of the archive"
-        if path is not None:
-            reason = self._add(folder, path, member)
-            if reason is None:
-                return path
-        self.rejected.append((shown(path or member.path), reason))
-        return None
+    def unpack(self, archive: Path, folder: str, members: Iterator[Member]) -> None:
+        """Put an archive's members below a folder."""
+        self._archives.append(Archive.at(archive))
+        for member in members:
+            path = _below(folder, member.path)
+            reason = "its name leads out of the archive"
+            if path is not None:
+                reason = self.add(folder, path, member)
+            if reason is not None:
+                self.rejected.append((shown(path or member.path), reason))
 
-    def _add(self, folder: str, path: str, member: Member) -> str | None:
+    def add(self, folder: str, path: str, member: Member) -> str | None:
         """Put a member at a path; why not, where that cannot be."""
         if len(path) > LONGEST_NAME:
             return (
@@ -172,7 +180,7 @@ class Members:
         inside = self._folder(parent)
         if inside is None:
             return "it is in a file or link"
-        if not name or inside.get(name, "") is None:
+        if not name or isinstance(inside.get(name), dict):
             return "a folder has its name"
         if member.kind == "link":
             inside[name] = member.target
@@ -182,42 +190,40 @@ class Members:
             inside[name] = self._place(member)
         else:
             target = _below(folder, member.target) or ""
-            parent, _, other = target.rpartition("/")
-            there = self._inside.get(parent, {}).get(other)
-            if there is None:
+            there = self._root
+            for each in target.split("/"):
+                there = there.get(each) if isinstance(there, dict) else None
+            if there is None or isinstance(there, dict):
                 return f"it is a hard link to {shown(target or 'no file')}, which does not come before it"
             inside[name] = there
         return None
 
-    def _folder(self, path: str) -> _Inside | None:
+    def _folder(self, path: str) -> dict[str, Any] | None:
         """The folder of a path, made with all above it; None where a file or link is in the way."""
-        missing = []
-        while path not in self._inside:
-            path, _, name = path.rpartition("/")
-            missing.append(name)
-        inside = self._inside[path]
-        for name in reversed(missing):
-            if name in inside:
+        inside = self._root
+        for name in path.split("/") if path else ():
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
                 return None
-            inside[name] = None
-            path = _join(path, name)
-            inside = self._inside[path] = {}
         return inside
 
     def _place(self, member: Member) -> int:
         crc = member.crc + _DEFLATED if member.deflated else member.crc
-        at = (len(self.archives) - 1, member.offset, member.stored, member.length, crc)
+        at = (len(self._archives) - 1, member.offset, member.stored, member.length, crc)
         self._places.extend(at)
         length = max(member.stored, member.length)
-        self._verdicts.append(member.fault or judged(True, member.head, length))
-        self._by_bytes.append(not member.fault and sniff(member.head) is not None)
+        verdict = member.fault or judged(True, member.head, length)
+        picture = verdict == PICTURE or sniff(member.head) is not None
+        self._verdicts.append(verdict)
+        self._by_bytes.append(picture and not member.fault)
         return len(self._verdicts) - 1
 
     def enter(self, split: str, root: Path) -> None:
         """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
-        there = ", ".join(sorted(k for k, v in self._inside[""].items() if v is None)) or "none"
         self._top = _below("", split) or ""
         if not self._is_folder(""):
+            folders = sorted(name for name, node in self._root.items() if isinstance(node, dict))
+            there = ", ".join(folders) or "none"
             raise UsageError(
                 f"--split {split} got no folder of that name in {root}; there are: {there}"
             )
@@ -230,35 +236,27 @@ class Members:
         source = tree_source(self, root, labelled)
         source.rejected += [*found.unreadable, *self.rejected]
         source.skipped += len(found.others)
-        numbers = [self._place_of(record.path) for record in source.records]
+        numbers = [self._file(record.path) for record in source.records]
         places = np.frombuffer(self._places, PLACE)[numbers]
-        return Archives(**vars(source), files=self.archives, places=places)
-
-    def _place_of(self, path: str) -> int:
-        """The number of a file's place. Raises OSError."""
-        parent, _, name = self._real(path).rpartition("/")
-        number = self._inside[parent].get(name)
-        if not isinstance(number, int):
-            raise _not_there(errno.EISDIR)
-        return number
+        return Archives(**vars(source), files=self._archives, places=places)
 
     # as a Tree
 
     def place(self, path: str) -> Hashable:
-        return self._real(path)
+        return id(self._node(path))
 
     def entries(self, path: str) -> list[Entry]:
         found = []
-        for name, what in self._inside[self._real(path)].items():
-            link = isinstance(what, str)
-            folder = self._is_folder(_join(path, name)) if link else what is None
-            found.append(Entry(name, link, folder, isinstance(what, int)))
+        for name, node in self._node(path).items():
+            link = isinstance(node, str)
+            folder = self._is_folder(_join(path, name)) if link else isinstance(node, dict)
+            found.append(Entry(name, link, folder, isinstance(node, int)))
         return sorted(found)
 
     def look(self, path: str, plain: bool) -> str:
         named = path.lower().endswith(SUFFIXES)
         try:
-            number = self._place_of(path)
+            number = self._file(path)
         except LeadsOut:
             return "it is a link that leads out of the archive"
         except OSError as e:
@@ -273,45 +271,43 @@ class Members:
 
     def _is_folder(self, path: str) -> bool:
         try:
-            return self._real(path) in self._inside
+            return isinstance(self._node(path), dict)
         except OSError:
             return False
 
-    def _real(self, path: str) -> str:
-        """A path below the top without links, from the root of all. Raises OSError."""
-        path = _join(self._top, path)
-        parent, _, name = path.rpartition("/")
-        if path in self._inside or isinstance(self._inside.get(parent, {}).get(name), int):
-            return path
-        done, ahead, followed = "", path.split("/")[::-1], 0
+    def _file(self, path: str) -> int:
+        """The number of a file's place. Raises OSError."""
+        node = self._node(path)
+        if not isinstance(node, int):
+            raise _error(errno.EISDIR)
+        return node
+
+    def _node(self, path: str) -> Any:
+        """The folder, or number of the file, to which a path below the top leads. Raises OSError."""
+        way: list[Any] = [self._root]
+        ahead, followed = _join(self._top, path).split("/")[::-1], 0
         while ahead:
-            name = ahead.pop()
-            if name in ("", "."):
-                continue
-            if name == "..":
-                if not done:
+            name, inside = ahead.pop(), way[-1]
+            node = inside.get(name) if isinstance(inside, dict) else None
+            if isinstance(node, (dict, int)):
+                way.append(node)
+            elif isinstance(node, str):
+                followed += 1
+                if followed > _FOLLOWED:
+                    raise _error(errno.ELOOP)
+                if node.startswith("/"):
                     raise LeadsOut
-                done = done.rpartition("/")[0]
-                continue
-            inside = self._inside.get(done)
-            if inside is None:
-                raise _not_there(errno.ENOTDIR)
-            if name not in inside:
-                raise _not_there(errno.ENOENT)
-            target = inside[name]
-            if not isinstance(target, str):
-                done = _join(done, name)
-                continue
-            followed += 1
-            if followed > _FOLLOWED:
-                raise _not_there(errno.ELOOP)
-            if target.startswith("/"):
-                raise LeadsOut
-            ahead += target.split("/")[::-1]
-        return done
+                ahead += node.split("/")[::-1]
+            elif name == "..":
+                way.pop()
+                if not way:
+                    raise LeadsOut
+            elif name not in ("", "."):
+                raise _error(errno.ENOENT if isinstance(inside, dict) else errno.ENOTDIR)
+        return way[-1]
 
 
-def _not_there(number: int) -> OSError:
+def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
@@ -342,9 +338,7 @@ def archives(
     tree, found, split = Members(), archives_in(root, suffix), how.split
     for path, folder in found.archives:
         if split is None or _meet(folder, split):
-            tree.archives.append(Archive.at(path))
-            for member in members(path):
-                tree.add(folder, member)
+            tree.unpack(path, folder, members(path))
     if split is not None:
         tree.enter(split, root)
         others = [path for path in found.others if path.startswith(f"{split}/")]

@@ -89,26 +89,27 @@ class _Tar:
                 self._cut(first, path)
             if kind == b"V":  # the name of the whole
                 continue
-            target = known.get("linkpath") or _until_zero(header[157:257])
-            sparse = kind == b"S" or any(key.startswith("GNU.sparse") for key in known)
-            yield from self._member(kind, path, target, sparse, first, size, head)
+            yield from self._member(header, known, path, first, size, head)
 
     def _member(
-        self, kind: bytes, path: str, target: str, sparse: bool, first: int, size: int, head: bytes
+        self, header: bytes, known: dict[str, str], path: str, first: int, size: int, head: bytes
     ) -> Iterator[Member]:
-        """A header's member, or those of the tar that it is."""
-        inside = f"{self.folder}/{path}" if self.folder else path
+        """A header's member, or those of the tar that it is. `known`: what extended headers say of it."""
+        kind, inside = header[156:157], f"{self.folder}/{path}" if self.folder else path
         if kind in b"5D" or (kind in b"\0" + b"0" and path.endswith("/")):
             yield Member(inside, "folder")
         elif kind in b"346":
             yield Member(inside, "special")
         elif kind in b"12":
+            target = known.get("linkpath") or _until_zero(header[157:257])
             if kind == b"1" and self.folder:
                 target = f"{self.folder}/{target}"
             yield Member(inside, "hard link" if kind == b"1" else "link", target=target)
-        elif kind == b"M" or sparse:
-            fault = "it goes on from another volume" if kind == b"M" else "it is stored sparse"
+        elif kind == b"M":
+            fault = "it goes on from another volume"
             yield Member(inside, "file", first, size, size, fault=fault)
+        elif kind == b"S" or any(key.startswith("GNU.sparse") for key in known):
+            yield Member(inside, "file", first, size, size, fault="it is stored sparse")
         elif self.nested and path.lower().endswith(".tar") and not _in_hidden(path):
             name = f"{shown(path)} in {self.name}"
             yield from _Tar(self.file, name, first, first + size, inside[:-4], False).members()

@@ -8,6 +8,7 @@ a picture's path is its member's, below a folder of the shard's name without .ta
 
 import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from fastrot.config import UsageError
 from fastrot.data.files import PICTURE, SKIP
-from fastrot.data.sources.archives import Archive, Members
+from fastrot.data.sources.archives import Members
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, numbered
 from fastrot.data.sources.tree import Found, archives_in
@@ -32,13 +33,9 @@ def webdataset(root: Path, how: Listing) -> Source:
 
     `split` chooses the shards of a folder that have it in their names. `not how.labelled`: all labels are -1.
     """
-    tree, found = Samples(), _shards(root, how.split)
+    tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
-        tree.archives.append(Archive.at(shard))
-        for member in tar_members(shard, nested=False):
-            path = tree.add(folder, member)
-            if path is not None and member.kind == "file" and how.labelled:
-                tree.note(path, member, shard)
+        tree.unpack(shard, folder, tar_members(shard, nested=False))
     source = tree.source(root, False, found)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
@@ -55,18 +52,21 @@ def webdataset(root: Path, how: Listing) -> Source:
 class Samples(Members):
     """Members of shards, of which one that lies beside a picture may hold its label."""
 
-    def __init__(self):
+    def __init__(self, labelled: bool):
         super().__init__()
+        self._labelled = labelled
         # by samples' keys: a label, or why there is none
         self._cls, self._json = dict[str, int | str](), dict[str, int | str]()
 
-    def note(self, path: str, member: Member, shard: Path) -> None:
-        """Keep the label that a member holds, if any."""
-        key, kind = _key_and_kind(path)
-        if kind == "cls":
-            self._cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
-        elif kind == "json":
-            self._json[key] = _said_in_json(member, shard)
+    def add(self, folder: str, path: str, member: Member) -> str | None:
+        reason = super().add(folder, path, member)
+        if self._labelled and reason is None and member.kind == "file":
+            key, kind = _key_and_kind(path)
+            if kind == "cls":
+                self._cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
+            elif kind == "json":
+                self._json[key] = _said_in_json(member, self._archives[-1].path)
+        return reason
 
     def label(self, path: str) -> int | str:
         """A picture's label, or why it has none that is right."""
@@ -89,7 +89,7 @@ def _key_and_kind(path: str) -> tuple[str, str]:
     return folder + slash + key, kind.lower()
 
 
-def _said_in_json(member: Member, shard: Path) -> int | str:
+def _said_in_json(member: Member, shard: str) -> int | str:
     """The label in a sample's .json, -1 where it has none; or what is wrong with it."""
     if member.length > MOST_JSON:
         return f"its .json has {member.length:,} bytes"
@@ -169,11 +169,8 @@ def expanded(pattern: str) -> list[str]:
     """The names that a pattern with {000..146} or {a,b} in it stands for."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    count = 1
-    for each in choices:
-        count *= len(each)
-        if count > MOST_SHARDS:
-            raise UsageError(f"{pattern} stands for more than {MOST_SHARDS:,} shards")
+    if math.prod(map(len, choices)) > MOST_SHARDS:
+        raise UsageError(f"{pattern} stands for more than {MOST_SHARDS:,} shards")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
