@@ -48,7 +48,6 @@ def method(cfg: Config, info: DataInfo) -> Method:
 class Format(NamedTuple):
     """A form of prepared pictures."""
 
-    wants: str  # what --data must name
     holds: Callable[[Path], bool]  # whether a path looks like it, by itself
     open: Callable[[Path], Data]
 
@@ -88,11 +87,10 @@ def open_data(
             f"{named} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
             f"with --source {ARCHIVES[path.suffix]} --root {path}"
         )
-    wanted = FORMATS.get("beton" if loader == "ffcv" else loader)
+    wanted = "a known format" if loader == "auto" else f"for --loader {loader}"
     raise UsageError(
-        f"{named} is not {wanted.wants if wanted else 'a known format'}: name a .beton file (dataprep/to_ffcv.py "
-        "writes one), a .pack (dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or "
-        "synthetic"
+        f"{named} is not {wanted}: name a .beton file (dataprep/to_ffcv.py writes one), a .pack "
+        "(dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
     )
 
 
@@ -125,16 +123,12 @@ def _holds_pack(folder: Path) -> bool:
     return folder.is_dir() and (folder.suffix == ".pack" or complete)
 
 
-def _holds_tars(folder: Path) -> bool:
-    return (folder / "shards.json").exists()
-
-
 ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
-    "beton": Format("a .beton file", _holds_beton, Beton),
-    "pack": Format("a .pack", _holds_pack, Pack),
-    "tars": Format("a folder of tar shards with their index", _holds_tars, Tars),
-    "folder": Format("an image folder", Path.is_dir, _folder),
+    "beton": Format(_holds_beton, Beton),
+    "pack": Format(_holds_pack, Pack),
+    "tars": Format(lambda path: (path / "shards.json").exists(), Tars),
+    "folder": Format(Path.is_dir, _folder),
 }
 
 

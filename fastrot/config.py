@@ -349,9 +349,8 @@ def refuse_old_knobs(argv: list[str]) -> None:
     today = {knob(old): knob(new) for old, new in OLD_KNOBS.items()}
     for word in argv:
         given = word.split("=")[0]
-        plain = given.replace("_", "-")
-        new = today.get(plain) or today.get(plain.replace("--no-", "--").replace(".no-", "."))
-        if new is not None:
+        plain = given.replace("_", "-").replace("--no-", "--").replace(".no-", ".")
+        if new := today.get(plain):
             raise UsageError(f"{given} is called {new} now: write that instead")
 
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from fastrot.arrays import Boxes, Bytes, Keys, Numbers, Picture, Rows, RowSizes
 from fastrot.config import Crop, RunError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their knobs
@@ -32,10 +33,9 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class CropRequest:
-    """What a batch is made of: which box of which row, an array for each crop of the view."""
+    """What a batch is made of."""
 
-    # which box of which row, for each crop: index, y, x, height, width, flip; see data/crops.py
-    rows: tuple[Int64[np.ndarray, "b 6"], ...]
+    rows: tuple[Boxes, ...]  # which box of which row, for each crop of the view; see data/crops.py
     sizes: tuple[int, ...]  # pixels a side of the crops
     prefetch: Int64[np.ndarray, " c"] | None = None  # rows of later batches, to be read ahead
 
@@ -73,7 +73,7 @@ class DataInfo:
     """What a method may know of its surroundings."""
 
     images: int  # in the training view, over all ranks
-    rows: Int64[np.ndarray, " n"] | None  # which rows of the data these are; None: all
+    rows: Numbers | None  # which rows of the data these are; None: all
     data_rows: int  # of the data that they are taken from
     data_fingerprint: str
     classes: int  # 0 where the data has no labels
@@ -124,19 +124,19 @@ class Data(ABC):
 
     format: str  # the word of --loader
     rows: int
-    labels: Int64[np.ndarray, " n"]  # -1 where there is none
+    labels: Numbers  # -1 where there is none
     classes: tuple[str, ...]
-    keys: np.ndarray  # uint64 [n]: hash of each path relative to the source's root
+    keys: Keys  # hash of each path relative to the source's root
     fingerprint: str  # of keys and labels: which picture is which row
     mean: tuple[float, ...] | None = None  # pixel statistics, where the format carries them
     std: tuple[float, ...] | None = None
-    numbers: Int64[np.ndarray, " n"] | None = None  # in torchvision's ImageFolder; None: the row
+    numbers: Numbers | None = None  # in torchvision's ImageFolder; None: the row
     rejected: Sequence[tuple[str, str]] = ()  # path and reason of files that are no row
     decoder: str = "fastrot's own"
     chosen: str | None = None  # where `place` has put the pictures for a GPU: resident, pinned
 
     @abstractmethod
-    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+    def sizes(self, rows: Rows) -> RowSizes:
         """Heights and widths after EXIF orientation."""
 
     @abstractmethod
@@ -144,18 +144,18 @@ class Data(ABC):
         """Where the picture came from."""
 
     @abstractmethod
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+    def record(self, row: int) -> Bytes:
         """The bytes of a picture as they are kept. Raises DamagedRecord."""
 
     @abstractmethod
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+    def picture(self, row: int) -> Picture:
         """The whole picture, upright. Raises DamagedRecord."""
 
     @abstractmethod
     def open_reader(self, device: torch.device, workers: int) -> "Reader":
         """What makes crops for this device, with so many threads or processes; 0: the caller's own."""
 
-    def place(self, rows: Int64[np.ndarray, " n"] | None, device: torch.device) -> None:  # noqa: B027
+    def place(self, rows: Numbers | None, device: torch.device) -> None:  # noqa: B027
         """Hear which rows (None: all) a Loader will ask for, and where: before its first epoch."""
 
     def describe(self) -> list[str]:
@@ -193,31 +193,32 @@ class Headline:
 
 
 class Method(ABC):
-    """A task: what it wants to see, what the network makes of it, what it costs."""
+    """A task: what it wants to see, what the network makes of it, what it costs.
+
+    What is static is asked of the config alone: data is opened before the method is built.
+    """
 
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
 
     @staticmethod
-    def crops(
-        cfg: Any,
-    ) -> tuple[Crop, ...]:  # * from it alone: data is opened before the method is built
+    def crops(cfg: Any) -> tuple[Crop, ...]:
         """The crops that it wants in training."""
         return (cfg.crop,)
 
     @staticmethod
-    def owned(cfg: Any) -> bool:  # *
+    def owned(cfg: Any) -> bool:
         """Whether each rank learns from rows of its own alone (a sharded bank)."""
         return False
 
     @staticmethod
-    def trunk(cfg: Any) -> str | None:  # *
+    def trunk(cfg: Any) -> str | None:
         """The run whose trained trunk it stands on: its backbone, crop, mean and std are that run's. None: its own."""
         return None
 
     @staticmethod
-    def for_inference(cfg: Any) -> Any:  # *
+    def for_inference(cfg: Any) -> Any:
         """The config without what training alone needs: for a net that is asked, not trained."""
         return cfg
 
@@ -237,11 +238,11 @@ class Method(ABC):
         """
 
     @staticmethod
-    def predicts_rotation(cfg: Any) -> bool:  # *
+    def predicts_rotation(cfg: Any) -> bool:
         """Whether `rotation_logits` has an answer."""
         return False
 
-    def rotation_logits(self, outputs: Any) -> Tensor | None:  # *
+    def rotation_logits(self, outputs: Any) -> Tensor | None:
         """What the net says of the four rotations, [4 b, 4] image-major; None: it is not asked."""
         return None
 

@@ -21,7 +21,8 @@ from fastrot import dist
 from fastrot.config import flat
 from fastrot.core import Batch, Headline, Method
 from fastrot.disk import replace_bytes
-from fastrot.evals.picture import FAINT, INK, first_filters, legible, rotated_sheet
+from fastrot.entry import in_time
+from fastrot.evals.picture import BLUE, FAINT, INK, RED, first_filters, legible, rotated_sheet
 from fastrot.evals.rotation import rotation_guesses
 from fastrot.training.journal import read_lines
 
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#57606a"
+GREY = "#57606a"
 TERMS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # with blue and red: Okabe and Ito's colours
 POINTS = 400  # of a curve: more cannot be told apart at this size
-TEMPLATE = Path(__file__).with_suffix(".template")
 CURVES = ("accuracy", "loss", "throughput", "filters")
+TEMPLATE = Path(__file__).with_suffix(".template")
 
 
 def draw(
@@ -260,7 +261,7 @@ def _page(log: RunLog, stage: str) -> str:
         ("Waiting for data", _percent(log.figure("wait_share")), "share of training time"),
     ]
     if seconds is not None:
-        tiles.append(("Training time", _duration(seconds), "without validation"))
+        tiles.append(("Training time", in_time(seconds), "without validation"))
     verdict = log.summary.get("verdict")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=text(str(log.config.get("preset", log.run.name))),
@@ -293,9 +294,3 @@ def _table(title: str, plain: dict[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}".replace(".0%", "%")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastrot.disk import replace_bytes
 
-RIGHT, WRONG, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
+BLUE, RED, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
 UP = ((0, -1), (-1, 0), (0, 1), (1, 0))  # right and down: where a picture's top is, by its rotation
 
@@ -74,7 +74,7 @@ def _turned(
         upright = _sized(image, SIDE - 2 * FRAME)
         for rotation in range(4):
             x, y, guess = rotation * (SIDE + GAP), 30 + i * high, int(says[i, rotation])
-            colour, mark = (RIGHT, "✓ ") if guess == rotation else (WRONG, "✗ ")
+            colour, mark = (BLUE, "✓ ") if guess == rotation else (RED, "✗ ")
             draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=colour)
             sheet.paste(upright.rotate(90 * rotation), (x + FRAME, y + FRAME))
             badge, reach = _badge(guess, colour), SIDE // 2 - 20

@@ -381,5 +381,5 @@ def test_a_run_through_ffcv_resumes_to_the_same_bits(written, tmp_path, capsys):
 
 
 def test_only_a_beton_is_read_through_ffcv(written):
-    with pytest.raises(UsageError, match=r"is not a \.beton file"):
+    with pytest.raises(UsageError, match=r"is not for --loader ffcv: name"):
         open_data(written["jpg"].parent / "png", "ffcv")

@@ -409,5 +409,5 @@ def test_an_archive_is_told_what_reads_it(tmp_path, name, way):
 
 
 def test_a_loader_for_packs_refuses_what_is_none(pictures):
-    with pytest.raises(UsageError, match=r"is not a \.pack: name"):
+    with pytest.raises(UsageError, match=r"is not for --loader pack: name"):
         open_data(pictures, "pack")
