@@ -70,28 +70,19 @@ def open_data(
     if str(path).split(":")[0] == "synthetic":
         return _synthetic(str(path), knob)
     if not path.exists():
-        raise UsageError(
-            f"{named} does not exist: name a .beton file, a .pack, a folder of shards or of pictures, or synthetic"
-        )
+        raise UsageError(f"{named} does not exist: {CHOICES}")
     kind = format_of(path) if loader == "auto" else loader
     if placement != "auto" and knob == "--data" and kind != "pack":
-        raise UsageError(
-            f"--placement {placement} is for a .pack, and {named} is none: leave it out"
-        )
+        raise UsageError(f"--placement {placement} is for a .pack, not for {named}: leave it out")
     if kind in ("beton", "ffcv") and path.is_file():  # whatever its suffix
         return Beton(path) if kind == "beton" else _referee("ffcv", "beton.ffcv").FfcvBeton(path)
     if kind in FORMATS and FORMATS[kind].holds(path):
         return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if path.suffix in ARCHIVES:
-        raise UsageError(
-            f"{named} is an archive, which is read to prepare pictures: name it to dataprep/to_ffcv.py, "
-            f"with --source {ARCHIVES[path.suffix]} --root {path}"
-        )
+        way = f"dataprep/to_ffcv.py --source {ARCHIVES[path.suffix]} --root {path}"
+        raise UsageError(f"{named} is an archive: prepare its pictures first, by {way}")
     wanted = "a known format" if loader == "auto" else f"for --loader {loader}"
-    raise UsageError(
-        f"{named} is not {wanted}: name a .beton file (dataprep/to_ffcv.py writes one), a .pack "
-        "(dataprep/to_pack.py), a folder of shards (dataprep/to_dali.py), an image folder, or synthetic"
-    )
+    raise UsageError(f"{named} is not {wanted}: {CHOICES}")
 
 
 def _synthetic(name: str, knob: str) -> Data:
@@ -103,10 +94,8 @@ def _synthetic(name: str, knob: str) -> Data:
 
 def _folder(path: Path) -> Data:
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
-        raise UsageError(
-            f"{path} holds tars without an index of ours: dataprep/to_dali.py --source webdataset --root {path} "
-            "writes shards that have one"
-        )
+        way = f"dataprep/to_dali.py --source webdataset --root {path} writes shards that have one"
+        raise UsageError(f"{path} holds tars without an index of ours: {way}")
     return Folder(path)
 
 
@@ -123,6 +112,10 @@ def _holds_pack(folder: Path) -> bool:
     return folder.is_dir() and (folder.suffix == ".pack" or complete)
 
 
+CHOICES = (
+    "name a .beton file (dataprep/to_ffcv.py writes one), a .pack (dataprep/to_pack.py), a folder of shards "
+    "(dataprep/to_dali.py), an image folder, or synthetic"
+)
 ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
     "beton": Format(_holds_beton, Beton),
@@ -141,10 +134,8 @@ def _through_dali(data: Data, named: str) -> Data:
     """`data` decoded by DALI; `named`: its knob and name."""
     raw = isinstance(data, Beton) and data.contents.raw.all()
     if data.format not in ("tars", "folder", "beton") or raw:
-        raise UsageError(
-            f"--loader dali decodes JPEGs, and {named} holds none: leave --loader out, or name tar shards, a folder "
-            "or a .beton of JPEGs"
-        )
+        way = "leave --loader out, or name tar shards, a folder or a .beton of JPEGs"
+        raise UsageError(f"--loader dali decodes JPEGs, and {named} holds none: {way}")
     return _referee("dali", "tars.dali").ThroughDali(data)
 
 
@@ -153,10 +144,9 @@ def _referee(loader: str, module: str) -> Any:
     try:
         return importlib.import_module(f"fastrot.data.{module}")
     except ImportError as error:
-        raise UsageError(
-            f"--loader {loader} cannot import {loader.upper()} ({error}): run  make {loader}  to install it, or "
-            "choose another --loader"
-        ) from None
+        told = f"--loader {loader} cannot import {loader.upper()} ({error})"
+        way = f"run  make {loader}  to install it, or choose another --loader"
+        raise UsageError(f"{told}: {way}") from None
 
 
 def open_loader(

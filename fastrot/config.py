@@ -369,51 +369,40 @@ def to_plain(part: Any) -> Any:
 
 def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
     """What `to_plain` wrote, read back by the type hints; unknown names are refused by name."""
-
-    def wants(words: str) -> UsageError:
-        got = "null" if plain is None else repr(plain)
-        return UsageError(f"{name or 'the config'} got {got}: it wants {words}")
-
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         if plain is None and type(None) in inner:
             return None
         choices = {c.__name__: c for c in inner if c is not type(None)}
-        named = str(plain.get("type")) if isinstance(plain, dict) else next(iter(choices))
-        if named not in choices:
-            raise UsageError(f"{name} has type {named}: it wants one of {', '.join(choices)}")
-        return from_plain(plain, choices[named], name)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(plain, dict):
-            raise wants("a table of knobs")
+        chosen = str(plain.get("type")) if isinstance(plain, dict) else next(iter(choices))
+        if chosen not in choices:
+            raise UsageError(f"{name} has type {chosen}: it wants one of {', '.join(choices)}")
+        return from_plain(plain, choices[chosen], name)
+    if hint is float and type(plain) is int:
+        return float(plain)
+    if kind is None and isinstance(plain, hint):
+        return plain
+    if dataclasses.is_dataclass(hint) and isinstance(plain, dict):
         hints, at = typing.get_type_hints(hint), f"{name}." if name else ""
-        values = {_today(name, k): v for k, v in plain.items() if k != "type"}
+        named = {f"{at}{k}": v for k, v in plain.items() if k != "type"}
+        values = {OLD_KNOBS.get(k, k).removeprefix(at): v for k, v in named.items()}
         if unknown := sorted(set(values) - set(hints)):
             raise UsageError(f"{name or 'the config'} has no knob {unknown[0]!r}: remove it")
         return hint(**{k: from_plain(v, hints[k], at + k) for k, v in values.items()})
-    if kind is tuple:
-        if not isinstance(plain, list):
-            raise wants("a list")
+    if kind is tuple and isinstance(plain, list):
         each = inner[:1] * len(plain) if inner[-1] is Ellipsis else inner
-        if len(each) != len(plain):
-            raise wants(f"{len(each)} values")
-        return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
-    if kind is Literal:
-        if plain not in inner:
-            raise wants(f"one of {', '.join(inner)}")
+        if len(each) == len(plain):
+            return tuple(from_plain(v, h, name) for v, h in zip(plain, each, strict=True))
+    if kind is Literal and plain in inner:
         return plain
-    if hint is float and type(plain) is int:
-        return float(plain)
-    assert isinstance(hint, type)
-    if not isinstance(plain, hint):
-        raise wants(hint.__name__)
-    return plain
-
-
-def _today(place: str, field: str) -> str:
-    """Today's name of a field that a config.yaml or checkpoint may hold under its old one."""
-    old = f"{place}.{field}" if place else field
-    return OLD_KNOBS.get(old, old).rpartition(".")[2]
+    if kind is Literal:
+        words = f"one of {', '.join(inner)}"
+    elif dataclasses.is_dataclass(hint):
+        words = "a table of knobs"
+    else:
+        words = str(hint) if inner else hint.__name__
+    got = "null" if plain is None else repr(plain)
+    raise UsageError(f"{name or 'the config'} got {got}: it wants {words}")
 
 
 def differences(before: dict, now: dict) -> dict[str, tuple[Any, Any]]:

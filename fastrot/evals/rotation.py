@@ -67,10 +67,9 @@ def _folds(nets: list[Trained], data: Data, name: str) -> Fold:
         return np.full(data.rows, -1, np.int8)
     for net in nets:
         if net.identity["data_fingerprint"] != data.fingerprint:
-            raise UsageError(
-                f"--data {name} holds other pictures than {net.source} was trained on, so that no fold says "
-                f"which net never saw them: give the same --data, or name {net.source} alone"
-            )
+            way = f"give the same --data, or name {net.source} alone, which may have seen them"
+            told = f"--data {name} holds other pictures than {net.source} was trained on"
+            raise UsageError(f"{told}: {way}")
     return fold_of(data.keys, len(nets))
 
 

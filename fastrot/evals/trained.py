@@ -99,10 +99,9 @@ def nets_of(run: str | Path) -> list[Trained]:
             raise UsageError(f"{folder} holds no trained net: {way}")
         net = begun[folder]
         if (net.cfg.folds, net.cfg.fold) != (folds, fold):
-            raise UsageError(
-                f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where fold {fold} of "
-                f"{folds} belongs: train it in another folder"
-            )
+            told = f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}"
+            way = "train it in another folder"
+            raise UsageError(f"{told}, where fold {fold} of {folds} belongs: {way}")
         if net.step < (end := net.identity["steps"]):
             way = "the command that began it goes on there"
             raise UsageError(

@@ -395,8 +395,8 @@ def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("shards/0.tar", "dataprep/to_ffcv.py, with --source tar"),
-        ("x.zip", "with --source zip"),
+        ("shards/0.tar", "by dataprep/to_ffcv.py --source tar"),
+        ("x.zip", "to_ffcv.py --source zip"),
         ("shards", "dataprep/to_dali.py --source webdataset"),
     ],
 )
