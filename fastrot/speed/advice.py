@@ -23,8 +23,7 @@ RATES_WITHOUT_EXTENSION = {"beton": 1933.5, "pack": 612.9}  # beton; pack
 SCRIPTS = {"beton": "to_ffcv.py", "pack": "to_pack.py"}  # of dataprep: what writes a format
 SOURCES = {"folder": "imagefolder", "beton": "beton", "tars": "webdataset"}  # its words for each
 CALLED = {"beton": ".beton", "pack": ".pack", "tars": "tar shards"}
-# times the step's images/s: so much should loading give, which is not always at its best
-SPARE = 1.1
+SPARE = 1.1  # times the step's images/s that loading should give: it is not always at its best
 WORTH = 1.2  # times faster: so much another format must be, for a conversion to be advised
 MADE = "these pictures are made, not read: name your own"
 
@@ -153,22 +152,20 @@ def whether_a_pack_fits(found: Measurements, subject: Subject) -> str:
         return f"{what}, which fits into {gpu}"
     if found.pack_bytes <= subject.memory:
         return f"{what}, which does not fit into {gpu}: --placement pinned keeps it in host memory"
-    host = f"host memory, which has {in_bytes(subject.memory)}"
-    return f"{what}, more than {gpu}, and more than {host}"
+    return (
+        f"{what}, more than {gpu}, and more than host memory, which has {in_bytes(subject.memory)}"
+    )
 
 
 def _gpu_holds_a_pack(found: Measurements, subject: Subject) -> bool:
-    return subject.gpu is not None and (
-        choose("auto", found.pack_bytes, *subject.gpu, "") == "resident"
-    )
+    gpu = subject.gpu
+    return gpu is not None and choose("auto", found.pack_bytes, *gpu, "") == "resident"
 
 
 def what_an_epoch_costs(found: Measurements) -> str:
     """From the steps on the data that were timed."""
-    said = (
-        f"{in_time(found.epoch_seconds)} for {found.images:,} pictures, by "
-        f"{found.steps:,} step{'s'[: found.steps != 1]} of {found.batch}"
-    )
+    steps = f"{found.steps:,} step{'s'[: found.steps != 1]} of {found.batch}"
+    said = f"{in_time(found.epoch_seconds)} for {found.images:,} pictures, by {steps}"
     if found.val_seconds is None:
         return f"{said}; without a validation pass"
     return f"{said}; {in_time(found.val_seconds)} of it are the validation pass"
@@ -194,9 +191,8 @@ def describe(found: Measurements, subject: Subject) -> list[str]:
     if found.damaged:
         about["damaged"] = f"{len(found.damaged):,} of those looked at; {found.damaged[0]}"
     rows = [("stage", "images/s", ""), *stages(found, subject)]
-    wide, wider = (max(len(row[k]) for row in rows) for k in (0, 1))
-    lines = [f"  {a:<{wide}}  {b:>{wider}}  {c}".rstrip() for a, b, c in rows]
-    return [*table(about.items()), "", *lines, "", *table(advice(found, subject).items())]
+    rates = table((name, f"{rate:>9}  {said}".rstrip()) for name, rate, said in rows)
+    return [*table(about.items()), "", *rates, "", *table(advice(found, subject).items())]
 
 
 def stages(found: Measurements, subject: Subject) -> Iterator[tuple[str, str, str]]:

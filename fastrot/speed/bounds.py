@@ -8,7 +8,7 @@ does it. The slowest stage binds, and the others wait for it:
     neither                                          memory or arithmetic, whichever has the higher floor
 
 Floors are counts over ceilings: a step's FLOP over those of a large matrix product, its bytes over those of a copy.
-On a CPU there is nothing to launch, but a step whose floors explain next to nothing of it is bound by calls as well.
+A CPU's step is bound by launch where its floors explain next to nothing of it.
 """
 
 import math
@@ -76,21 +76,19 @@ class Subject:
     placement: str | None  # of a pack for a GPU: resident, pinned
     device: torch.device
     cores: int
-    memory: int  # bytes of the host's; 0: not known
+    memory: int  # bytes of the host's
     gpu: tuple[int, int] | None  # bytes free and in all; None: no GPU here
 
 
 def subject_of(cfg: Config, data: Data, device: torch.device) -> Subject:
     """This run, on this machine."""
-    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-    known = all(name in os.sysconf_names for name in names)
     return Subject(
         cfg=cfg,
         format=data.format,
         placement=data.chosen,
         device=device,
         cores=cores(),
-        memory=math.prod(os.sysconf(name) for name in names) if known else 0,
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpu=torch.cuda.mem_get_info(device) if device.type == "cuda" else None,
     )
 
@@ -225,8 +223,13 @@ def _ms(seconds: float) -> str:
 def with_floors(m: Measured, cost: StepCost, view: View, subject: Subject) -> Measured:
     """With the floors, by ceilings measured now, and the time of a batch's copy to the GPU. Under a second."""
     cfg, device = subject.cfg, subject.device
-    peak = ceilings(device, DTYPES[cfg.precision])
-    return replace(m, copy=copy_seconds(view, cfg.batch, device), **floors(cost, peak))
+    m = replace(m, **floors(cost, ceilings(device, DTYPES[cfg.precision])))
+    if device.type != "cuda":
+        return m
+    batch = random_batch(view, cfg.batch, torch.device("cpu"))
+    host = [crop.pin_memory() for crop in batch.crops]
+    copied = _best(lambda: [crop.to(device, non_blocking=True) for crop in host], device, 0.05)
+    return replace(m, copy=copied)
 
 
 def floors(cost: StepCost, peak: Ceilings) -> dict[str, float]:
@@ -235,14 +238,6 @@ def floors(cost: StepCost, peak: Ceilings) -> dict[str, float]:
         "arithmetic": cost.flop / (peak.tflops * 1e12),
         "memory": cost.traffic / (peak.gb_per_s * 1e9),
     }
-
-
-def copy_seconds(view: View, images: int, device: torch.device) -> float | None:
-    """Seconds to copy a batch's crops from pinned memory to the GPU; None: there is none."""
-    if device.type != "cuda":
-        return None
-    host = [crop.pin_memory() for crop in random_batch(view, images, torch.device("cpu")).crops]
-    return _best(lambda: [crop.to(device, non_blocking=True) for crop in host], device, 0.05)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Ceilings:

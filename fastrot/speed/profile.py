@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -106,20 +107,16 @@ def parts(events: list[Any]) -> dict[str, tuple[float, float]]:
 @contextlib.contextmanager
 def labelled(state: TrainState) -> Iterator[None]:
     """The parts of a step with their names, until the end: the functions stay the same."""
-    method, net = state.method, state.net
-    instead = [
-        (method, "views", "views"),
-        (method, "losses", "losses"),
-        (method, "after_step", "bank"),
+    functions = [
+        (state.method, "views", "views"),
+        (state, "net", "forward"),
+        (state.method, "losses", "losses"),
         (state, "descend", "backward"),
         (state.optimizer, "step", "optimiser"),
+        (state.method, "after_step", "bank"),
     ]
-    state.net = record_function(f"{MARK}forward")(net)
-    for owner, name, part in instead:
-        setattr(owner, name, record_function(MARK + part)(getattr(owner, name)))
-    try:
+    with contextlib.ExitStack() as held:
+        for owner, name, part in functions:
+            with_name = record_function(MARK + part)(getattr(owner, name))
+            held.enter_context(patch.object(owner, name, with_name))
         yield
-    finally:
-        state.net = net
-        for owner, name, _ in instead:
-            delattr(owner, name)  # the class's own again
