@@ -137,27 +137,29 @@ def kernels() -> list[Kernel]:
 
 def of_rotate() -> list[Kernel]:
     """All four rotations, one rotation, a rotation of each image's own; at 224 pixels."""
-    plain = dict(ROWS=rotate.ROWS, WIDTH=rotate.WIDTH)
-    cells = dict(SIDE=4, PAD=2, ROWS=rotate.CELL_ROWS, WIDTH=rotate.CELL_WIDTH)
+    plain = rotate.SpaceToDepth(1, 0, 224)
     types = {"images": "*u8", "rotations": "*i64", "size": "i32", "count": "i32"}
     types |= dict.fromkeys(("mean0", "mean1", "mean2", "std0", "std1", "std2"), "fp32")
     return [
         Kernel(
             name=f"{name} {form} {out}",
-            kernel=kernel,
+            kernel=rotate._rotated_views_kernel,
             types={**types, "out": f"*{out}"},
-            constants=dict(VIEWS=views, PATTERN=pattern, FUSED=True, **constants),
-            aligned=("images", "rotations", "out", "size"),
+            constants=dict(
+                VIEWS=views, PATTERN=pattern, SIDE=cells.side, PAD=cells.pad, BESIDE=cells != plain,
+                FUSED=True, ROWS=tile[0], WIDTH=tile[1],
+            ),
+            aligned=("images", "rotations", "out", "size", *("count",) * (cells == plain)),
             warps=rotate.WARPS,
             options={},
         )
-        for name, kernel, constants in (
-            ("rotated_views", rotate._rotated_views_kernel, plain),
-            ("space_to_depth", rotate._space_to_depth_kernel, cells),
+        for name, cells, tile in (
+            ("rotated_views", plain, rotate.TILE),
+            ("space_to_depth", rotate.SpaceToDepth(4, 2, 57), rotate.CELLS_TILE),
         )
         for out in ("bf16", "fp32")
         for form, views, pattern in (("0123", 4, 0b11100100), ("0", 1, 0), ("per image", 2, -1))
-    ]
+    ]  # fmt: skip
 
 
 def of_nce() -> list[Kernel]:
