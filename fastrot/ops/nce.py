@@ -12,19 +12,11 @@ Maths.   s_j = x . row_j over the positive (j = 0) and the negatives, T the temp
              loss = logsumexp(s / T) - s_0 / T,   dloss/dx = (sum_j softmax(s / T)_j row_j - row_0) / T
          mass = exp(s_0 / T) + sum_j exp(s_j / T), for a running mean of Z; it has no gradient, nor have rows and Z.
 Idea.    NCE is a sum over negatives; InfoNCE's gradient is attention with one query whose keys and values are the same
-         rows, so a running maximum suffices. Both read each row once and give loss, mass and gradient
-         together; backward is one multiply. A Draw's negatives are Philox words that a program computes where it needs
-         them: a counter gives four words, so a program works in blocks of 4 words x ROWS. Each image's
-         negatives are shared out over several programs; a second kernel adds their sums in a fixed order, and the positive.
+         rows, so a running maximum suffices. Both read each row once and give loss, mass and gradient together; backward
+         is one multiply. A Draw's negatives are Philox words, computed where they are needed, four a counter.
 Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given; partial sums 8 B splits (D + 2), where
-         splits * D < K. At B 192, K 4096, D 128 on 132 multiprocessors: 8 splits, 1,536 programs of 128 threads in
-         the first kernel, 192 in the second. A row is read by row bytes / 32 threads, twice 16 bytes each, by asynchronous
-         copies into shared memory; while a program works on one block, the rows of the next two (16 KB each) are on their way:
-         5 programs a multiprocessor have 80 to 160 KB in flight, where 4.8 TB/s at a latency of 1 us want 36 KB. By its
-         instructions (`make kernels`) the loop takes 29 us in bfloat16 and 39 in float32, its bytes 42 and 84. Not yet timed on a GPU.
-         On a CPU the reference goes over pieces that stay in a core's cache, 2 MB a core instead of the gather's 403 MB.
-Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss; the kernel counts in
-         powers of 2 and takes one logarithm of a product of up to 64 factors 1 + exp(-|u|).
+         splits * D < K. On a CPU the reference goes over pieces that stay in a core's cache.
+Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss.
 """
 
 import itertools
@@ -32,7 +24,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -43,7 +35,7 @@ from fastrot.config import UsageError
 from fastrot.ops.choice import form_for
 from fastrot.ops.nce_kernels import launch
 from fastrot.ops.philox import philox, scaled
-from fastrot.ops.rows import check_device, check_rows, check_values, misfit
+from fastrot.ops.rows import Bank, Features, check_device, check_rows, check_values, misfit
 
 # ---- negatives that are drawn where they are used ----
 
@@ -66,11 +58,11 @@ class Draw:
         return replace(self, index=self.index[images])
 
 
-Features = Float[Tensor, "b d"]
-Bank = Float[Tensor, "n d"]
 Numbers = Int64[Tensor, " b"]
 Negatives = Int64[Tensor, "b k"] | Draw
 Each = Float[Tensor, " b"]
+One = Float[Tensor, ""]
+Found = tuple[Each, Each, Features]  # loss, mass and gradient of each image
 
 
 def drawn(draw: Draw, positive: Numbers, rows: int) -> Int64[Tensor, "b k"]:
@@ -93,11 +85,11 @@ def nce_reference(
     rows: Bank,
     positive: Numbers,
     negatives: Negatives,
-    z: Float[Tensor, ""] | None,
+    z: One | None,
     temperature: float,
     population: int,
     eps: float,
-) -> tuple[Each, Each, Features]:
+) -> Found:
     """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
     loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
     room = _Room(rows, x.dtype)
@@ -114,9 +106,7 @@ def nce_reference(
     return loss, mass, grad
 
 
-def on_cores(
-    x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, *rest
-) -> tuple[Tensor, Tensor, Tensor]:
+def on_cores(x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, *rest) -> Found:
     """The reference with images shared out over torch's threads: the same bits whatever their number.
 
     Each thread's operators are kept to itself: split inside, they would meet hundreds of times, and each meeting
@@ -130,7 +120,7 @@ def on_cores(
     ends = [several * (core * groups // cores) for core in range(cores + 1)]
     shares = [slice(*pair) for pair in itertools.pairwise(ends)]
 
-    def of_one(share: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def of_one(share: slice) -> Found:
         torch.set_num_threads(1)
         return nce_reference(x[share], rows, positive[share], negatives[share], *rest)
 
@@ -143,9 +133,7 @@ def on_cores(
     return loss, mass, grad
 
 
-def _nce(
-    query: Tensor, own: Tensor, picks: Tensor, room: "_Room", shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _nce(query: Tensor, own: Tensor, picks: Tensor, room: "_Room", shift: Tensor) -> Found:
     """Of few calls in the inner loop: threads that share a bank take turns in Python between two of them."""
     score = (query * own).sum(1)
     weighted = -torch.sigmoid(shift - score)[:, None] * own
@@ -161,9 +149,7 @@ def _nce(
     return loss, score.exp() + scores.exp_().sum(1), weighted
 
 
-def _infonce(
-    query: Tensor, own: Tensor, picks: Tensor, room: "_Room"
-) -> tuple[Tensor, Tensor, Tensor]:
+def _infonce(query: Tensor, own: Tensor, picks: Tensor, room: "_Room") -> Found:
     several = _several(picks.shape[1], own.shape[1])
     shares = zip(*(each.split(several) for each in (query, own, picks)), strict=True)
     parts = [_infonce_of_few(q, o, room.pieces(p)) for q, o, p in shares]
@@ -171,9 +157,7 @@ def _infonce(
     return loss, mass, weighted
 
 
-def _infonce_of_few(
-    query: Tensor, own: Tensor, gathered: Iterator[tuple[slice, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _infonce_of_few(query: Tensor, own: Tensor, gathered: Iterator[tuple[slice, Tensor]]) -> Found:
     score = (query * own).sum(1)
     top, total, weighted = score, torch.zeros_like(score), torch.zeros_like(own)  # over exp(top)
     for _, near in gathered:
@@ -266,21 +250,9 @@ _nce_op.register_autograd(_one_multiply, setup_context=_keep_gradient)
 # ---- public names ----
 
 
-def nce_loss(
-    x: Features,
-    rows: Bank,
-    positive: Numbers,
-    negatives: Negatives,
-    *,
-    temperature: float,
-    z: float | Float[Tensor, ""] | None = None,
-    population: int | None = None,
-    kind: Literal["nce", "infonce"] = "nce",
-    eps: float = 1e-7,
-) -> Each:
-    """Loss of each image, differentiable in x (once): `nce_loss_and_mass` without the mass."""
-    known = dict(temperature=temperature, z=z, population=population, kind=kind, eps=eps)
-    return nce_loss_and_mass(x, rows, positive, negatives, **known)[0]  # type: ignore[arg-type]
+def nce_loss(x: Features, rows: Bank, positive: Numbers, negatives: Negatives, **how: Any) -> Each:
+    """Loss of each image: `nce_loss_and_mass`, with its settings, without the mass."""
+    return nce_loss_and_mass(x, rows, positive, negatives, **how)[0]
 
 
 def nce_loss_and_mass(
@@ -290,7 +262,7 @@ def nce_loss_and_mass(
     negatives: Negatives,
     *,
     temperature: float,
-    z: float | Float[Tensor, ""] | None = None,
+    z: float | One | None = None,
     population: int | None = None,
     kind: Literal["nce", "infonce"] = "nce",
     eps: float = 1e-7,
@@ -334,7 +306,7 @@ def estimate_z(
     *,
     temperature: float,
     population: int | None = None,
-) -> Float[Tensor, ""]:
+) -> One:
     """Mean of exp(s / T) over all B (K + 1) entries, the positives too, times the population. No gradient."""
     settings = dict(temperature=temperature, population=population, kind="infonce")
     _, mass = nce_loss_and_mass(x.detach(), rows, positive, negatives, **settings)
@@ -349,9 +321,7 @@ def _count(negatives: Tensor | Draw) -> int:
     return negatives.count if isinstance(negatives, Draw) else negatives.shape[1]
 
 
-def _check(
-    x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, z: Tensor | None
-) -> None:
+def _check(x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw, z: Any) -> None:
     if x.ndim != 2 or x.shape[1] < 1 or x.dtype not in (torch.float32, torch.float64):
         raise misfit("x is", x, "torch.float32 [B, D]")
     check_rows(rows, x)

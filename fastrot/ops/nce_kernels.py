@@ -184,9 +184,7 @@ if triton is not None:
 # ---- launch ----
 
 
-def launch(
-    x, rows, positive, negatives, z, temperature, population, eps
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch(x, rows, positive, negatives, z, temperature, population, eps) -> tuple[Tensor, ...]:
     """Loss [B], mass [B] and d loss / d x [B, D], of what `nce_reference` takes."""
     check_kernel(x.dtype, rows.dtype)
     check_width(x)

@@ -12,19 +12,16 @@ Maths.   mean, var (biased) of each column of y; x = (y - mean) / sqrt(var + eps
          A bias in front moves mean by itself and nothing else: its gradient is zero, and running_mean <- (1 - m) running_mean +
          m (mean + shift), running_var <- (1 - m) running_var + m var M / (M - 1), as BatchNorm2d has them.
 Idea.    Four passes instead of a dozen: statistics; normalise, clamp, pool; two sums; dy. The forward keeps, beside y, of each window
-         the winner's place (uint8, 0 to 8; 9: ReLU cut it) and its y, so that the sums read the pooled map alone, and nothing
-         of y's size but y itself is kept. Backward, a program owns 2 x 2 elements of y: the four windows that reach
-         them are read once, and each of their nine meetings is one comparison with a constant.
+         the winner's place (uint8, 0 to 8; 9: ReLU cut it) and its y, so that the sums read the pooled map alone. Backward, a
+         program owns 2 x 2 elements of y, and each of their nine meetings with a window is one comparison with a constant.
 Bytes.   For each element of y of s bytes and q elements of out (a quarter, pooled; 1, not):
              statistics                   read s
              normalise, clamp, pool       read s      write q (2 s + 1)      not pooled: read s   write s
              sums                         read q (2 s + 1)                   not pooled: read 2 s
              dy                           read s + q (s + 1)   write s       not pooled: read 2 s   write s
-         so 4 s + q (5 s + 3) pooled and 8 s not: 11.25 and 16 bytes in bfloat16. Windows overlap: the caches serve what is read again.
-         No spills, 16 bytes a thread and load (`make kernels` shows the machine code). Not yet timed on a GPU.
-Digits.  Statistics: each lane keeps a mean and the squares about it, row after row (Welford 1962), lanes and then programs are
-         merged by Chan's formula about one of their means (Chan 1983), all in float32 and in a fixed order, no atomics: the same
-         bits again on the same device. sums: float32 lanes of a few dozen rows, added in a fixed order.
+         so 4 s + q (5 s + 3) pooled and 8 s not: 11.25 and 16 bytes in bfloat16.
+Digits.  Statistics: a mean and the squares about it, row after row (Welford 1962), merged by Chan's formula about one of the
+         means (Chan 1983), all in float32 and in a fixed order: the same bits again on the same device.
 """
 
 from collections.abc import Sequence
@@ -37,7 +34,7 @@ from torch.nn import functional as F
 from fastrot.config import UsageError
 from fastrot.ops import norm_kernels as kernels
 from fastrot.ops.choice import form_for
-from fastrot.ops.norm_kernels import CHANNELS_LAST, CUT_OFF
+from fastrot.ops.norm_kernels import CHANNELS_LAST, CUT_OFF, Three
 from fastrot.ops.rows import check_device, misfit
 
 Maps = Float[Tensor, "n c h w"]
@@ -63,7 +60,7 @@ def statistics_reference(
 
 def norm_relu_reference(
     y: Maps, weight: Each, bias: Each, mean: Each, var: Each, eps: float, pool: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """out, and of each window its winner's y and place (of no element, not pooled)."""
     normal = F.batch_norm(y, mean, var, weight, bias, training=False, eps=eps).relu_()
     if not pool:
@@ -80,9 +77,7 @@ def norm_relu_reference(
     return one, peak.permute(0, 3, 1, 2), two
 
 
-def norm_relu_back_reference(
-    grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_back_reference(grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool) -> Three:
     """dy, dweight and dbias; `kept` are y, weight, bias, mean, var, peak and winner."""
     y, weight, bias, mean, var, _, winner = kept
     if pool:

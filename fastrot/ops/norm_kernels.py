@@ -12,6 +12,7 @@ from fastrot.ops.choice import check_kernel, processors, tl, triton
 
 CHANNELS_LAST = torch.channels_last
 CUT_OFF = 9  # a winner that ReLU cut
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 # ---- kernel ----
@@ -19,7 +20,7 @@ CUT_OFF = 9  # a winner that ReLU cut
 WARPS = 4
 TILE = 8192  # bytes of y that a program of statistics or sums reads at a time: four loads of 16 a thread
 WINDOWS = 1024  # elements of out that a program of the forward makes
-BLOCKS = 1024  # times 2 x 2 elements of dy that a program of the backward makes
+BLOCKS = 1024  # elements of dy that a program of the backward makes; pooled, times 2 x 2
 PER_PROCESSOR = 8  # programs of statistics or sums
 REGISTERS = dict(maxnreg=128)  # of the pooled backward: left alone, ptxas takes 96 and spills
 FINISH, SHARES = 8, 128  # channels of a program that merges, and shares that it reads at a time
@@ -73,18 +74,15 @@ if triton is not None:
         middle = tl.load(parts + column, mask=known, other=0)  # of the first share
         total = tl.zeros((SHARES, BLOCK_C), tl.float32)
         for first in range(0, shares, SHARES):
-            share = first + tl.arange(0, SHARES)
-            there = (share < shares)[:, None] & known[None, :]
+            share, source, there = _shares(parts, first, shares, column, known, C, SHARES)
             count = tl.minimum(rows - share * per_share, per_share).to(tl.float32)[:, None]
-            part = tl.load(parts + share[:, None] * C + column[None, :], mask=there, other=0)
+            part = tl.load(source, mask=there, other=0)
             total += tl.where(there, count * (part - middle[None, :]), 0)
         merged = middle + tl.sum(total, 0) / rows
         total = tl.zeros((SHARES, BLOCK_C), tl.float32)
         for first in range(0, shares, SHARES):
-            share = first + tl.arange(0, SHARES)
-            there = (share < shares)[:, None] & known[None, :]
+            share, source, there = _shares(parts, first, shares, column, known, C, SHARES)
             count = tl.minimum(rows - share * per_share, per_share).to(tl.float32)[:, None]
-            source = parts + share[:, None] * C + column[None, :]
             off = tl.load(source, mask=there, other=0) - merged[None, :]
             squares = tl.load(source + shares * C, mask=there, other=0)
             total += tl.where(there, squares + count * off * off, 0)
@@ -109,8 +107,7 @@ if triton is not None:
         place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column, known = _channels(1, C, BLOCK_C)
         inside = (place < places)[:, None] & known[None, :]
-        centre, _, scale = _scales(weight, mean, var, eps, column, known)
-        offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)[None, :]
+        centre, _, scale, offset = _scales(weight, bias, mean, var, eps, column, known)
         if POOL:
             near = tl.minimum(place, places - 1)  # spare lanes repeat the last: nothing to mask
             line = near // across  # of all images' lines of windows
@@ -157,8 +154,7 @@ if triton is not None:
         """Of one share of out's rows: the sums of g and g x. `y` is the winners', pooled."""
         share = tl.program_id(0)
         column, known = _channels(1, C, BLOCK_C)
-        centre, rstd, scale = _scales(weight, mean, var, eps, column, known)
-        offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)[None, :]
+        centre, rstd, scale, offset = _scales(weight, bias, mean, var, eps, column, known)
         plain = tl.zeros((ROWS, BLOCK_C), tl.float32)
         times = tl.zeros((ROWS, BLOCK_C), tl.float32)
         begin = share * tiles * ROWS
@@ -188,9 +184,7 @@ if triton is not None:
         plain = tl.zeros((SHARES, BLOCK_C), tl.float32)
         times = tl.zeros((SHARES, BLOCK_C), tl.float32)
         for first in range(0, shares, SHARES):
-            share = first + tl.arange(0, SHARES)
-            there = (share < shares)[:, None] & known[None, :]
-            source = parts + share[:, None] * C + column[None, :]
+            _, source, there = _shares(parts, first, shares, column, known, C, SHARES)
             plain += tl.load(source, mask=there, other=0)
             times += tl.load(source + shares * C, mask=there, other=0)
         tl.store(dbias + column, tl.sum(plain, 0), mask=known)
@@ -199,62 +193,53 @@ if triton is not None:
     @triton.jit
     @no_type_check
     def _back_kernel(
-        grad, y, weight, bias, mean, var, dweight, dbias, dy, rows, over_rows, eps,
-        C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-    ):  # fmt: skip
-        """Write dy of ROWS rows, not pooled."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        column, known = _channels(1, C, BLOCK_C)
-        inside = (row < rows)[:, None] & known[None, :]
-        centre, rstd, scale = _scales(weight, mean, var, eps, column, known)
-        level, slope = _means(dweight, dbias, rstd, over_rows, column, known)
-        offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)[None, :]
-        g = _values(grad, row, column, inside, C)
-        off = _values(y, row, column, inside, C) - centre
-        g = tl.where(off * scale + offset > 0, g, 0)
-        value = scale * (g - level - off * slope)
-        tl.store(_at(dy, row, column, C), value.to(dy.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    @no_type_check
-    def _pooled_back_kernel(
-        grad, y, winner, weight, mean, var, dweight, dbias, dy,
+        grad, y, winner, weight, bias, mean, var, dweight, dbias, dy,
         blocks, height, width, down, across, over_rows, eps,
-        C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+        POOL: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        """Write dy of ROWS blocks of 2 x 2 elements; `blocks` is N * ceil(H / 2) * ceil(W / 2)."""
+        """Write dy of ROWS blocks: rows of y, or pooled 2 x 2 elements, N * ceil(H / 2) * ceil(W / 2)."""
         block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column, known = _channels(1, C, BLOCK_C)
         there = block < blocks
-        line = block // ((width + 1) // 2)
-        image, i = line // ((height + 1) // 2), line % ((height + 1) // 2)
-        j = block % ((width + 1) // 2)
-        centre, rstd, scale = _scales(weight, mean, var, eps, column, known)
+        centre, rstd, scale, offset = _scales(weight, bias, mean, var, eps, column, known)
         level, slope = _means(dweight, dbias, rstd, over_rows, column, known)
-        g00 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        g01, g10, g11 = g00, g00, g00
-        for back in tl.static_range(4):  # the window that begins here, left of it, above, both
-            p, q = i - back // 2, j - back % 2
-            near = there & (p >= 0) & (p < down) & (q >= 0) & (q < across)
-            inside = near[:, None] & known[None, :]
-            window = (image.to(tl.int64) * down + p) * across + q
-            g = _values(grad, window, column, inside, C)
-            won = tl.load(_at(winner, window, column, C), mask=inside, other=CUT)
-            first = 6 * (back // 2) + 2 * (back % 2)  # this block's first element, in the window
-            g00 += tl.where(won == first, g, 0)
-            if back % 2 == 0:
-                g01 += tl.where(won == first + 1, g, 0)
-            if back // 2 == 0:
-                g10 += tl.where(won == first + 3, g, 0)
-            if back == 0:
-                g11 += tl.where(won == first + 4, g, 0)
-        for step in tl.static_range(4):
-            h, w = 2 * i + step // 2, 2 * j + step % 2
-            inside = (there & (h < height) & (w < width))[:, None] & known[None, :]
-            row = (image.to(tl.int64) * height + h) * width + w
-            off = _values(y, row, column, inside, C) - centre
-            value = scale * ((g00, g01, g10, g11)[step] - level - off * slope)
-            tl.store(_at(dy, row, column, C), value.to(dy.dtype.element_ty), mask=inside)
+        if POOL:
+            line = block // ((width + 1) // 2)
+            image, i = line // ((height + 1) // 2), line % ((height + 1) // 2)
+            j = block % ((width + 1) // 2)
+            g00 = tl.zeros((ROWS, BLOCK_C), tl.float32)
+            g01, g10, g11 = g00, g00, g00
+            for back in tl.static_range(4):  # the window that begins here, left of it, above, both
+                p, q = i - back // 2, j - back % 2
+                near = there & (p >= 0) & (p < down) & (q >= 0) & (q < across)
+                inside = near[:, None] & known[None, :]
+                window = (image.to(tl.int64) * down + p) * across + q
+                g = _values(grad, window, column, inside, C)
+                won = tl.load(_at(winner, window, column, C), mask=inside, other=CUT)
+                first = 6 * (back // 2) + 2 * (
+                    back % 2
+                )  # this block's first element, in the window
+                g00 += tl.where(won == first, g, 0)
+                if back % 2 == 0:
+                    g01 += tl.where(won == first + 1, g, 0)
+                if back // 2 == 0:
+                    g10 += tl.where(won == first + 3, g, 0)
+                if back == 0:
+                    g11 += tl.where(won == first + 4, g, 0)
+            for step in tl.static_range(4):
+                h, w = 2 * i + step // 2, 2 * j + step % 2
+                inside = (there & (h < height) & (w < width))[:, None] & known[None, :]
+                row = (image.to(tl.int64) * height + h) * width + w
+                off = _values(y, row, column, inside, C) - centre
+                value = scale * ((g00, g01, g10, g11)[step] - level - off * slope)
+                tl.store(_at(dy, row, column, C), value.to(dy.dtype.element_ty), mask=inside)
+        else:
+            inside = there[:, None] & known[None, :]
+            g = _values(grad, block, column, inside, C)
+            off = _values(y, block, column, inside, C) - centre
+            g = tl.where(off * scale + offset > 0, g, 0)
+            value = scale * (g - level - off * slope)
+            tl.store(_at(dy, block, column, C), value.to(dy.dtype.element_ty), mask=inside)
 
     @triton.jit
     @no_type_check
@@ -276,12 +261,21 @@ if triton is not None:
 
     @triton.jit
     @no_type_check
-    def _scales(weight, mean, var, eps, column, known):
-        """[1, BLOCK_C] each: mean, 1 / sqrt(var + eps), and that times weight."""
+    def _shares(parts, first, shares, column, known, C: tl.constexpr, SHARES: tl.constexpr):
+        """SHARES shares from `first` on: their numbers, where their parts lie, and which there are."""
+        share = first + tl.arange(0, SHARES)
+        there = (share < shares)[:, None] & known[None, :]
+        return share, parts + share[:, None] * C + column[None, :], there
+
+    @triton.jit
+    @no_type_check
+    def _scales(weight, bias, mean, var, eps, column, known):
+        """[1, BLOCK_C] each: mean, 1 / sqrt(var + eps), that times weight, and bias."""
         rstd = tl.rsqrt(tl.load(var + column, mask=known, other=1) + eps)  # one instruction, 1 ulp
         scale = rstd * tl.load(weight + column, mask=known, other=0).to(tl.float32)
         centre = tl.load(mean + column, mask=known, other=0)
-        return centre[None, :], rstd[None, :], scale[None, :]
+        offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)
+        return centre[None, :], rstd[None, :], scale[None, :], offset[None, :]
 
     @triton.jit
     @no_type_check
@@ -318,7 +312,7 @@ def launch_statistics(
 
 def launch_forward(
     y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, pool: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     _check_kernel(y)
     y = y.contiguous(memory_format=CHANNELS_LAST)
     n, c, h, w = y.shape
@@ -332,9 +326,7 @@ def launch_forward(
     return out, peak, winner
 
 
-def launch_back(
-    grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_back(grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool) -> Three:
     y, weight, bias, mean, var, peak, winner = kept
     _check_kernel(y)
     y, grad = (each.contiguous(memory_format=CHANNELS_LAST) for each in (y, grad))
@@ -353,22 +345,17 @@ def launch_back(
         _finish_sums_kernel[(triton.cdiv(c, FINISH),)](
             parts, dweight, dbias, shares, C=c, BLOCK_C=FINISH, SHARES=SHARES, num_warps=WARPS
         )
-        if pool:
-            blocks = n * ((h + 1) // 2) * ((w + 1) // 2)
-            _pooled_back_kernel[(triton.cdiv(blocks, BLOCKS // block), triton.cdiv(c, block))](
-                grad, y, winner, weight, mean, var, dweight, dbias, dy,
-                blocks, h, w, *grad.shape[2:], 1 / rows, eps,
-                C=c, BLOCK_C=block, ROWS=BLOCKS // block, num_warps=WARPS, **REGISTERS,
-            )  # fmt: skip
-        else:
-            _back_kernel[(triton.cdiv(rows, WINDOWS // block), triton.cdiv(c, block))](
-                grad, y, weight, bias, mean, var, dweight, dbias, dy, rows, 1 / rows, eps,
-                C=c, BLOCK_C=block, ROWS=WINDOWS // block, num_warps=WARPS,
-            )  # fmt: skip
+        blocks = n * ((h + 1) // 2) * ((w + 1) // 2) if pool else rows
+        _back_kernel[(triton.cdiv(blocks, BLOCKS // block), triton.cdiv(c, block))](
+            grad, y, winner, weight, bias, mean, var, dweight, dbias, dy,
+            blocks, h, w, *grad.shape[2:], 1 / rows, eps,
+            POOL=pool, C=c, BLOCK_C=block, ROWS=BLOCKS // block, num_warps=WARPS,
+            **(REGISTERS if pool else {}),
+        )  # fmt: skip
     return dy, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-def outputs(y: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(y: Tensor, pool: bool) -> Three:
     """Room for out, peak and winner, channels_last."""
     n, c, h, w = y.shape
     if not pool:

@@ -272,7 +272,6 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
         norm_kernels.TILE // (block * itemsize),
         dict(BLOCK_C=norm_kernels.FINISH, SHARES=norm_kernels.SHARES),
     )
-    back = norm_kernels._pooled_back_kernel if pool else norm_kernels._back_kernel
     forms = {
         "norm_statistics": (norm_kernels._statistics_kernel, dict(ROWS=tile)),
         "norm_relu": (
@@ -281,8 +280,8 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
         ),
         "norm_sums": (norm_kernels._sums_kernel, dict(POOL=pool, ROWS=tile)),
         "norm_back": (
-            back,
-            dict(ROWS=(norm_kernels.BLOCKS if pool else norm_kernels.WINDOWS) // block),
+            norm_kernels._back_kernel,
+            dict(POOL=pool, ROWS=norm_kernels.BLOCKS // block),
         ),
         "norm_finish_statistics": (
             norm_kernels._finish_statistics_kernel,
@@ -297,7 +296,7 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
             types=types,
             constants=dict(C=c, BLOCK_C=block) | constants,
             warps=norm_kernels.WARPS,
-            options=norm_kernels.REGISTERS if kernel is norm_kernels._pooled_back_kernel else {},
+            options=norm_kernels.REGISTERS if name == "norm_back" and pool else {},
         )
         for name, (kernel, constants) in forms.items()
     ]
