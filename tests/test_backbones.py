@@ -15,7 +15,7 @@ from truth import golden
 
 from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
-from fastrot.backbones.heads import Classifier
+from fastrot.backbones.staged import Classifier, Staged
 from fastrot.config import UsageError
 from fastrot.ops.rotate import rotated_views
 
@@ -65,8 +65,8 @@ def small() -> dict:
     return golden("alexnet_small")
 
 
-def small_alexnet(file: dict, kind: str) -> alexnet.AlexNet:
-    net = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
+def small_alexnet(file: dict, kind: str) -> Staged:
+    net = alexnet.alexnet(config.AlexNet(), 224, (4, 6, 8, 5, 5), 48)
     net.load_state_dict(from_original(weights(file, "sd__")))
     return net.to(DTYPES[kind])
 
@@ -155,7 +155,8 @@ def test_small_nin_gives_the_original(name, stages, classes, pooled):
     file = golden("nin_small")
     images = torch.tensor(file["x"])
     for kind, dtype in DTYPES.items():
-        net = Classifier(nin.Nin(stages=stages, pool_conv3=pooled, channels=(12, 10, 6)), classes)
+        cfg = config.Nin(stages=stages, pool_conv3=pooled)
+        net = Classifier(nin.nin(cfg, 32, (12, 10, 6)), classes)
         net.load_state_dict(from_original(weights(file, f"{name}__sd__"), "trunk."))
         net = net.to(dtype).eval()
         names = net.trunk.stages
@@ -274,7 +275,7 @@ def test_a_classifier_learns_in_bfloat16_and_channels_last(trunk_and_images):
 TRACE = """
 import torch
 from fastrot import assemble, config
-from fastrot.backbones.heads import Classifier
+from fastrot.backbones.staged import Classifier
 from fastrot.ops.rotate import rotated_views
 
 def compiled(run):

@@ -39,7 +39,7 @@ def pictures(uint8: np.ndarray) -> torch.Tensor:
 def test_six_steps_are_the_originals():
     file = golden("train_step_small")
     meta = json.loads(str(file["meta_json"]))
-    trunk = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
+    trunk = alexnet.alexnet(config.AlexNet(), 224, (4, 6, 8, 5, 5), 48)
     made = baseline.Original(
         trunk,
         48,

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import forms
-from fastrot import assemble
-from fastrot.backbones.alexnet import AlexNet
-from fastrot.backbones.nin import Nin
+from fastrot import assemble, config
+from fastrot.backbones.alexnet import alexnet
+from fastrot.backbones.nin import nin
 from fastrot.speed import cost
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule
@@ -21,7 +21,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def test_alexnet_takes_the_papers_multiplications():
-    each = cost.layers(AlexNet(224), (4, 3, 224, 224), BF16)
+    each = cost.layers(alexnet(config.AlexNet(), 224), (4, 3, 224, 224), BF16)
     assert [*[layer.name for layer in each][:2], each[-1].name] == [
         "conv1",
         "conv2",
@@ -31,7 +31,7 @@ def test_alexnet_takes_the_papers_multiplications():
     macs = sum(layer.flop / k for layer, k in zip(each, times, strict=True)) / 2 / 4
     assert macs / 1e6 == pytest.approx(710.1, abs=0.05)
     assert sum(layer.weights for layer in each) == 4 * sum(
-        p.numel() for p in AlexNet(224).parameters()
+        p.numel() for p in alexnet(config.AlexNet(), 224).parameters()
     )
 
 
@@ -128,7 +128,7 @@ def test_an_evaluation_is_forward_alone():
 
 
 def test_nins_layers_are_all_seen():
-    each = cost.layers(Nin(), (2, 3, 32, 32), FP32)
+    each = cost.layers(nin(config.Nin(), 32), (2, 3, 32, 32), FP32)
     assert [layer.name for layer in each][:4] == [
         "conv1.wide",
         "conv1.point1",

@@ -172,7 +172,7 @@ def our_names(file: dict[str, np.ndarray], prefix: str, net: nn.Module) -> dict[
 def test_six_steps_are_the_originals():
     file = golden("train_step_small")
     meta = json.loads(str(file["meta_json"]))
-    trunk = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48)
+    trunk = alexnet.alexnet(config.AlexNet(), 224, (4, 6, 8, 5, 5), 48)
     cfg = Decoupling(dim=meta["D"], negatives=meta["K"], temperature=T)
     method = with_given(cfg, trunk, info(meta["N"], dtype=torch.float32))
     method.net.double()

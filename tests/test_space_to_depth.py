@@ -19,6 +19,7 @@ from fastrot.backbones.space_to_depth import (
     space_to_depth_of,
     space_to_depth_weight,
 )
+from fastrot.backbones.staged import Staged
 from fastrot.config import UsageError
 from fastrot.core import Batch
 from fastrot.evals.picture import first_filters
@@ -109,16 +110,14 @@ def test_its_weight_is_padded_behind_and_cut_up_as_the_views_are():
 
 def test_the_papers_cells():
     assert space_to_depth_of(224, 11, 4, 2) == SpaceToDepth(side=4, pad=2, count=57)
-    assert alexnet.AlexNet(
-        224, channels=(1,) * 5, hidden=1, space_to_depth=True
-    ).space_to_depth == SpaceToDepth(4, 2, 57)
-    assert alexnet.AlexNet(224, channels=(1,) * 5, hidden=1).space_to_depth is None
+    assert tiny(True, 224).space_to_depth == SpaceToDepth(4, 2, 57)
+    assert tiny(False, 224).space_to_depth is None
 
 
 # ---- in AlexNet ----
 
 
-def tiny(by_cells: bool, size: int = 64, **more: int) -> alexnet.AlexNet:
+def tiny(by_cells: bool, size: int = 64, **more: int) -> Staged:
     torch.manual_seed(0)
     return alexnet.alexnet(config.AlexNet(width=0.05, space_to_depth=by_cells, **more), size)
 
@@ -136,7 +135,7 @@ def test_its_checkpoint_is_the_plain_ones_both_ways():
 def test_the_original_network_is_the_one_over_cells_at_every_stage():
     file = golden("alexnet_small")
     plain = small_alexnet(file, "f64").eval()
-    by_cells = alexnet.AlexNet(224, channels=(4, 6, 8, 5, 5), hidden=48, space_to_depth=True)
+    by_cells = alexnet.alexnet(config.AlexNet(space_to_depth=True), 224, (4, 6, 8, 5, 5), 48)
     by_cells.load_state_dict(from_original(weights(file, "sd__")))
     by_cells = by_cells.double().eval()
     images = views(file, "f64")

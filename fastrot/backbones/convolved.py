@@ -35,7 +35,8 @@ class Convolved(nn.Sequential):
         how: dict[str, Any] = dict(
             shift=self.conv.bias, momentum=norm.momentum, eps=norm.eps, pool=pool
         )
-        return norm_relu(without_bias(self.conv, input), *affine, *running, **how)
+        bare = self.conv._conv_forward(input, self.conv.weight, None)  # a subclass's own form too
+        return norm_relu(bare, *affine, *running, **how)
 
     def joins(self, after: nn.Module | None) -> bool:
         """Whether `after` is a pool that forward can do too, now."""
@@ -48,8 +49,3 @@ class Convolved(nn.Sequential):
 
     def _fuses(self) -> bool:
         return self.fuse and self.bn.training
-
-
-def without_bias(conv: nn.Conv2d, views: Tensor) -> Tensor:
-    """What a convolution, or a subclass with a `_conv_forward` of its own, gives before its bias is added."""
-    return conv._conv_forward(views, conv.weight, None)

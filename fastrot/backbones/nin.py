@@ -5,45 +5,34 @@ from collections import OrderedDict
 from torch import nn
 
 from fastrot import config
+from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.staged import Staged, scaled
 from fastrot.config import UsageError
 
 CHANNELS = (192, 160, 96)  # of most layers, of the first block's second and of its third
 
 
-class Nin(Staged):
+def nin(cfg: config.Nin, size: int, channels: tuple[int, int, int] = CHANNELS) -> Staged:
     """Stages conv1 ... convN of one wide and two pointwise convolutions each; no head, any size of image.
 
     The first block ends in a max pool and the second in an average pool that counts its padding; so does
     the third with `pool_conv3`, where a fourth follows.
     """
-
-    def __init__(
-        self,
-        *,
-        stages: int = 4,
-        pool_conv3: bool = False,
-        channels: tuple[int, int, int] = CHANNELS,
-    ):
-        if stages < 3:
-            raise UsageError(f"--backbone.stages got {stages}: it wants at least 3")
-        wide, middle, narrow = channels
-        blocks = {
-            "conv1": _block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),
-            "conv2": _block(narrow, (wide, wide, wide), 5, nn.AvgPool2d(3, 2, 1)),
-        }
-        for n in range(3, stages + 1):
-            pooled = n == 3 and stages > 3 and pool_conv3
-            pool = nn.AvgPool2d(3, 2, 1) if pooled else None
-            blocks[f"conv{n}"] = _block(wide, (wide, wide, wide), 3, pool)
-        super().__init__(blocks, {name: narrow if name == "conv1" else wide for name in blocks})
-        self.telling = "conv2"  # later blocks know rotations better than content
-
-
-def nin(cfg: config.Nin, size: int) -> Nin:
-    """The network that the config describes; it takes images of any size."""
-    wide, middle, narrow = (scaled(c, cfg.width) for c in CHANNELS)
-    return Nin(stages=cfg.stages, pool_conv3=cfg.pool_conv3, channels=(wide, middle, narrow))
+    if cfg.stages < 3:
+        raise UsageError(f"--backbone.stages got {cfg.stages}: it wants at least 3")
+    wide, middle, narrow = (scaled(c, cfg.width) for c in channels)
+    blocks = {
+        "conv1": _block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),
+        "conv2": _block(narrow, (wide, wide, wide), 5, nn.AvgPool2d(3, 2, 1)),
+    }
+    for n in range(3, cfg.stages + 1):
+        pooled = n == 3 and cfg.stages > 3 and cfg.pool_conv3
+        pool = nn.AvgPool2d(3, 2, 1) if pooled else None
+        blocks[f"conv{n}"] = _block(wide, (wide, wide, wide), 3, pool)
+    widths = {name: narrow if name == "conv1" else wide for name in blocks}
+    return Staged(
+        blocks, widths, telling="conv2"
+    )  # later blocks know rotations better than content
 
 
 def _block(
@@ -58,7 +47,5 @@ def _block(
     return nn.Sequential(layers if pool is None else layers | {"pool": pool})
 
 
-def _convolution(before: int, after: int, kernel: int) -> nn.Sequential:
-    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
-    norm = nn.BatchNorm2d(after)
-    return nn.Sequential(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))
+def _convolution(before: int, after: int, kernel: int) -> Convolved:
+    return Convolved(nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False))

@@ -23,9 +23,6 @@ class SpaceToDepthConv2d(nn.Conv2d):
     Takes views as nn.Conv2d does, or in cells already. A stride of 1 has cells of one pixel: there it is nn.Conv2d.
     """
 
-    def __init__(self, before: int, after: int, kernel: int, stride: int, padding: int):
-        super().__init__(before, after, kernel, stride, padding)
-
     # what forward calls, so that whoever calls it with another bias has this form too
     def _conv_forward(
         self, input: Float[Tensor, "v c s s"], weight: Tensor, bias: Tensor | None

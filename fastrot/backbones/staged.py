@@ -1,7 +1,8 @@
-"""A network as named stages in a row, of which any may be read."""
+"""A network as named stages in a row, of which any may be read, and a classifier on it."""
 
 from collections.abc import Mapping, Sequence
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fastrot.backbones.convolved import Convolved
@@ -13,6 +14,7 @@ class Staged(nn.Module):
     """Stages run one after another; `channels` says how wide each one's output is.
 
     space_to_depth  the cells in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
+    telling         the stage whose features say most of a picture's content; None: the last
     """
 
     def __init__(
@@ -20,12 +22,13 @@ class Staged(nn.Module):
         stages: Mapping[str, nn.Module],
         channels: Mapping[str, int],
         space_to_depth: SpaceToDepth | None = None,
+        telling: str | None = None,
     ):
         super().__init__()
         self.space_to_depth = space_to_depth
         self.stages = tuple(stages)
         self.channels = dict(channels)
-        self.telling = self.stages[-1]  # whose features say most of a picture's content
+        self.telling = telling or self.stages[-1]
         for name, stage in stages.items():
             self.add_module(name, stage)
 
@@ -52,6 +55,21 @@ class Staged(nn.Module):
                 x = stage(x)
             seen[name] = x
         return [seen[name] for name in names]
+
+
+class Classifier(nn.Module):
+    """A linear layer on the trunk's last stage, behind a global average pool where that stage is a map."""
+
+    def __init__(self, trunk: Staged, classes: int):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.channels[trunk.stages[-1]], classes)
+
+    def forward(self, x: Float[Tensor, "v c s s"]) -> Float[Tensor, "v k"]:
+        features = self.trunk(x)
+        if features.ndim == 4:
+            features = features.mean(dim=(2, 3))
+        return self.head(features)
 
 
 def scaled(channels: int, width: float) -> int:

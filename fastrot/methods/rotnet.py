@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot import config
-from fastrot.backbones.heads import Classifier
-from fastrot.backbones.staged import Staged
+from fastrot.backbones.staged import Classifier, Staged
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import Scores, classification_scores, wide
 from fastrot.ops.rotate import rotated_views
