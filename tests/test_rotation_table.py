@@ -58,10 +58,8 @@ def test_the_originals_text_gives_the_originals_weights(tmp_path):
 # ---- files ----
 
 
-@pytest.mark.parametrize("lines", [3, rotation_table._LINES], ids=["few-at-once", "as-shipped"])
 @pytest.mark.parametrize("name", ["a.npz", "a.dat", "a.txt"])
-def test_a_table_comes_back(table, tmp_path, monkeypatch, name, lines):
-    monkeypatch.setattr(rotation_table, "_LINES", lines)
+def test_a_table_comes_back(table, tmp_path, name):
     write(tmp_path / name, table)
     found = read(tmp_path / name, rows=ROWS, fingerprint=OURS)
     assert found.upright.dtype == np.float32
@@ -202,8 +200,7 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path, capsys, make, say
     assert capsys.readouterr().out == ""  # nothing in it was run
 
 
-def test_line_numbers_count_over_the_parts_that_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(rotation_table, "_LINES", 2)  # 24 bytes at once
+def test_the_wrong_line_is_named(tmp_path):
     lines = ["0.25"] * 400
     for at, wrong in [(399, "x"), (201, "7")]:
         (tmp_path / "a.dat").write_text("\n".join([*lines[:at], wrong, *lines[at + 1 :]]) + "\n")

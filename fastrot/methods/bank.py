@@ -8,7 +8,6 @@ Idea.    Replicated: each rank holds all rows; the features of all ranks are gat
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -44,13 +43,9 @@ class Bank:
         mine = of_data[self._rank :: self._world]
         place = torch.full((info.data_rows,), -1, dtype=torch.int64)
         place[mine] = torch.arange(len(mine))
-        self.place = place.to(info.device)
+        self.place, self.population = place.to(info.device), len(mine)
         self.rows = torch.empty(len(mine), dim, dtype=dtype, device=info.device)
         self._fill(info.seed)
-
-    @property
-    def population(self) -> int:
-        return len(self.rows)
 
     def of(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """The rows of some pictures, in float32 at least; NaN for one that has none here."""
@@ -104,10 +99,6 @@ class Bank:
                 f"the memory bank's rows have {rows.shape[1]} numbers: set --method.dim {rows.shape[1]}"
             )
         self.rows.copy_(rows[self._rank :: self._world])
-
-    def resume_contract(self) -> dict[str, Any]:
-        """What a resumed run's bank must be like."""
-        return {"rows": self.images, "dim": self.rows.shape[1]}
 
     def describe(self) -> str:
         bytes_each = self.rows.numel() * self.rows.element_size()

@@ -92,7 +92,7 @@ class Contrast:
             self.mean_exp = own.clone()
 
     def resume_contract(self) -> dict[str, Any]:
-        return {"bank": self.bank.resume_contract()}
+        return {"bank": {"rows": self.bank.images, "dim": self.cfg.dim}}
 
     def _asked(
         self, features: Tensor, batch: Batch

@@ -28,9 +28,7 @@ class Parts(NamedTuple):
 
     logits: Float[Tensor, "v 4"] | None  # of the rotations, from the first half of the features
     other: Float[Tensor, "v h"]  # the second half
-    embedding: (
-        Float[Tensor, "b d"] | None
-    )  # unit length, of the other half's mean over the rotations
+    embedding: Float[Tensor, "b d"] | None  # unit length, of the other half's mean over rotations
 
 
 class DecouplingNet(nn.Module):

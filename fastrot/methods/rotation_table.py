@@ -23,7 +23,6 @@ WRITTEN_BY = "fastrot/evaluate.py RUN rotation --table FILE"
 _ZIP = b"PK\x03\x04"  # the first bytes of an .npz
 _NAME_ONE = f"name one that {WRITTEN_BY} wrote, or a prob.dat of one probability a line"
 _ANEW = f": write it from this data, by {WRITTEN_BY}"
-_LINES = 2**16  # that are written or read at once
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,16 @@ def pu_weights(upright: Float[np.ndarray, "rows 4"], gamma: float) -> Float[np.n
 
 def write(path: str | Path, table: RotationTable) -> None:
     """An .npz, or by its name the original's text, which holds `upright` alone. Appears whole or not at all."""
-    if Path(path).suffix != ".npz":
-        return write_atomically(path, lambda file: _write_text(file, table.upright.reshape(-1)))
-    arrays: dict[str, Any] = dict(probabilities=table.probabilities, fold=table.fold)
-    arrays["fingerprint"] = np.array(table.fingerprint or "")
-    return write_atomically(path, lambda file: np.savez(file, **arrays))
+
+    def fill(file: BinaryIO) -> None:
+        if Path(path).suffix == ".npz":
+            name = np.array(table.fingerprint or "")
+            np.savez(file, probabilities=table.probabilities, fold=table.fold, fingerprint=name)
+        else:
+            for each in table.upright:  # nine digits give a float32 back exactly
+                file.write(b"%.9g\n%.9g\n%.9g\n%.9g\n" % tuple(each.tolist()))
+
+    write_atomically(path, fill)
 
 
 def check_name(path: str | Path, knob: str) -> None:
@@ -73,13 +77,6 @@ def check_name(path: str | Path, knob: str) -> None:
         raise UsageError(f"{knob} {path} wants a name that ends in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir() or path.is_dir():
         raise UsageError(f"{knob} {path} cannot be written: name a file in a folder that exists")
-
-
-def _write_text(file: BinaryIO, numbers: Float32[np.ndarray, " n"]) -> None:
-    for start in range(0, len(numbers), _LINES):
-        part = numbers[start : start + _LINES].tolist()
-        # nine digits give a float32 back exactly
-        file.write(("%.9g\n" * len(part) % tuple(part)).encode())
 
 
 # ---- reading ----
@@ -128,7 +125,7 @@ def _read_npz(path: Path, name: str) -> RotationTable:
     probabilities, fold, fingerprint = arrays.values()
     if (
         probabilities.dtype != np.float32
-        or probabilities.shape != (len(fold) if fold.ndim else -1, ROTATIONS, ROTATIONS)
+        or probabilities.shape != (fold.size, ROTATIONS, ROTATIONS)
         or (fold.dtype, fold.ndim) != (np.int8, 1)
         or (fingerprint.dtype.kind, fingerprint.ndim) != ("U", 0)
     ):
@@ -141,36 +138,26 @@ def _read_npz(path: Path, name: str) -> RotationTable:
 
 
 def _read_text(path: Path, rows: int, name: str) -> RotationTable:
-    wanted = rows * ROTATIONS
-    upright, lines = np.empty(wanted, np.float32), 0
     with open(path, "rb") as file:
-        for part in _numbers(file, name):
-            kept = part[: max(0, wanted - lines)]
-            upright[lines : lines + len(kept)] = kept
-            lines += len(part)
-    if lines != wanted:
-        asked = f"the data's {rows:,} pictures want {wanted:,}, four each"
-        raise UsageError(f"{name} has {lines:,} lines, but {asked}{_ANEW}")
+        upright = np.fromiter(_numbers(file, name), np.float32)
+    if len(upright) != rows * ROTATIONS:
+        asked = f"the data's {rows:,} pictures want {rows * ROTATIONS:,}, four each"
+        raise UsageError(f"{name} has {len(upright):,} lines, but {asked}{_ANEW}")
     return RotationTable(upright.reshape(rows, ROTATIONS, 1), np.full(rows, -1, np.int8), None)
 
 
-def _numbers(file: BinaryIO, name: str) -> Iterator[Float[np.ndarray, " n"]]:
-    """The numbers of a text, some thousand lines at a time."""
-    before = 0
-    while lines := file.readlines(_LINES * 12):
-        rest = iter(lines)
+def _numbers(file: BinaryIO, name: str) -> Iterator[float]:
+    """The numbers of a text, line by line."""
+    for line, text in enumerate(file, 1):
         try:
-            part = np.fromiter(map(float, rest), np.float64, len(lines))
+            number = float(text)
         except ValueError:
-            at = len(lines) - len(list(rest))  # lines up to the wrong one
-            text = lines[at - 1][:40].decode("ascii", "backslashreplace").strip()
-            told = f"{name}: line {before + at} is no number ({text!r}); {_NAME_ONE}"
+            shown = text[:40].decode("ascii", "backslashreplace").strip()
+            told = f"{name}: line {line} is no number ({shown!r}); {_NAME_ONE}"
             raise UsageError(told) from None
-        bad = np.flatnonzero(~_shares(part))
-        if len(bad):
-            raise _no_share(name, f"line {before + bad[0] + 1}", part[bad[0]])
-        before += len(lines)
-        yield part
+        if not 0 <= number <= 1:
+            raise _no_share(name, f"line {line}", number)
+        yield number
 
 
 def _shares(numbers: np.ndarray) -> np.ndarray:
