@@ -1,1 +1,1 @@
-"""Kernels, one op a file: words and maths, reference, kernel, launch, public name."""
+"""Kernels, one op a file: words and maths, reference, kernel, launch, public name; README.md: how they use a GPU."""

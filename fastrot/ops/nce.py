@@ -19,7 +19,6 @@ Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given;
 Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,8 +116,8 @@ def on_cores(x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw
     cores = min(threads, 8, groups)  # Python leads them one call at a time: more would queue
     if cores < 2:
         return nce_reference(x, rows, positive, negatives, *rest)
-    ends = [several * (core * groups // cores) for core in range(cores + 1)]
-    shares = [slice(*pair) for pair in itertools.pairwise(ends)]
+    each = several * -(-groups // cores)
+    shares = [slice(first, first + each) for first in range(0, len(x), each)]
 
     def of_one(share: slice) -> Found:
         torch.set_num_threads(1)

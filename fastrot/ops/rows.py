@@ -5,10 +5,8 @@ Shapes.  rows [N, D], float32 or bfloat16; index int64 [B], rows that may repeat
 Maths.   row <- unit(m * row + (1 - m) * feature), unit(v) = v / max(|v|, eps); eps 0, as the originals have it, gives
          NaN where a blend is zero (lemniscate NCEAverage; Wu 2018, arXiv 1805.01978, section 3.3).
 Idea.    Of each row's duplicates the last in `index` order is the only one that reads and writes it: so every one
-         starts from the old row, the last wins, and no program meets another. One warp an image; it first
-         looks through the rest of `index` for its own row.
-Bytes.   B D (4 + 2 * itemsize) + 4 B**2, the indices from the cache. B programs of 32 threads; at D 128 a thread has
-         4 elements of the row and of the feature, one load each, of 16 bytes in float32.
+         starts from the old row, the last wins, and no program meets another.
+Bytes.   B D (4 + 2 * itemsize) + 4 B**2, the indices from the cache.
 Digits.  Blend and norm are float32, added in another order than the reference's: the last bit may differ.
 """
 
