@@ -52,11 +52,11 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     padding = min(2, kernel // 2)
     least = 14 * stride + kernel - 2 * padding  # conv1 of 15, pool1 of 7, pool2 of 3, pool5 of 1
     if size < least:
-        raise UsageError(
-            f"--image-size got {size}: AlexNet with --backbone.kernel {kernel} and --backbone.stride "
-            f"{stride} wants at least {least}; for smaller images try --backbone.kernel 5 "
-            "--backbone.stride 2 (from 29 pixels), or the NIN presets"
+        wants = f"AlexNet of kernel {kernel} and stride {stride} wants at least {least}"
+        smaller = (
+            "for less try --backbone.kernel 5 --backbone.stride 2 (from 29), or the NIN presets"
         )
+        raise UsageError(f"--image-size got {size}: {wants}; {smaller}")
     side = (size + 2 * padding - kernel) // stride + 1
     for _ in range(3):
         side = (side - 3) // 2 + 1

@@ -39,9 +39,8 @@ class Staged(nn.Module):
         """What the named stages give, in the order of the request. Later stages are not run."""
         for name in names:
             if name not in self.stages:
-                raise UsageError(
-                    f"no stage is called {name!r}: choose from {', '.join(self.stages)}"
-                )
+                known = ", ".join(self.stages)
+                raise UsageError(f"no stage is called {name!r}: choose from {known}")
         seen = {}
         # no max(..., default=): torch 2.11 cannot trace it
         coming = list(self.stages[: 1 + max([-1, *(self.stages.index(name) for name in names)])])

@@ -86,18 +86,12 @@ class Bank:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take this rank's rows of all N, whatever the number of ranks that saved them.
 
-        Raises UsageError for rows of another training view or another width.
+        Raises UsageError for rows of another training view.
         """
         rows, found = state["rows"], bytes(state["fingerprint"].tolist()).decode()
         if found != self.fingerprint or len(rows) != self.images:
-            raise UsageError(
-                f"the memory bank is of other pictures ({len(rows)} rows, fingerprint {found[:8]}; these are "
-                f"{self.images}, {self.fingerprint[:8]}): give the --data it was made from, or --out NEW"
-            )
-        if rows.shape[1] != self.rows.shape[1]:
-            raise UsageError(
-                f"the memory bank's rows have {rows.shape[1]} numbers: set --method.dim {rows.shape[1]}"
-            )
+            other = "the memory bank is of other pictures"
+            raise UsageError(f"{other}: give the --data it was made from, or --out NEW")
         self.rows.copy_(rows[self._rank :: self._world])
 
     def describe(self) -> str:

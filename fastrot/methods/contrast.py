@@ -22,13 +22,12 @@ EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, iss
 class Contrast:
     """A bank, and what is asked of it.
 
-    cfg      a method's config, whose knobs of the bank are called as config.Decoupling's
-    wants_z  whether NCE's constant is asked for: not where the loss is InfoNCE's, or none
+    cfg    a method's config, whose knobs of the bank are called as config.Decoupling's
+    asked  whether for `loss`, whose constant Z is then kept up where it is NCE's
     """
 
-    def __init__(self, cfg: Any, info: DataInfo, *, wants_z: bool | None = None):
-        self.cfg, self.info = cfg, info
-        self.wants_z = cfg.contrast == "nce" if wants_z is None else wants_z
+    def __init__(self, cfg: Any, info: DataInfo, *, asked: bool = True):
+        self.cfg, self.info, self.wants_z = cfg, info, asked and cfg.contrast == "nce"
         kind = {"dtype": DTYPES[cfg.bank_dtype], "sharded": cfg.bank == "sharded"}
         self.bank = Bank(info, cfg.dim, **kind, momentum=cfg.bank_momentum)
         self.mean_exp = torch.full((), torch.nan, device=info.device)

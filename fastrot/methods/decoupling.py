@@ -38,10 +38,8 @@ class DecouplingNet(nn.Module):
         super().__init__()
         width = trunk.channels[trunk.stages[-1]]
         if width % 2:
-            raise UsageError(
-                f"the trunk's last stage has {width} features, which cannot be split in half: choose another "
-                "--backbone.width"
-            )
+            halves = f"the trunk has {width} features, which cannot be split in half"
+            raise UsageError(f"{halves}: choose another --backbone.width")
         self.trunk, self.each = trunk, width // 2
         # a head without a loss would have no gradient, which DDP refuses
         self.rotation = nn.Linear(self.each, len(ROTATIONS)) if cfg.lambda_cls else None
@@ -72,10 +70,7 @@ class Decoupling(Method):
         self.net, self.space_to_depth = DecouplingNet(trunk, cfg), trunk.space_to_depth
         if not cfg.lambda_cls:  # there is no head that answers
             self.headline = Headline(title="Spread over rotations", score="loss")
-        self.contrast: Contrast | None = None
-        if _has_bank(cfg):
-            wants_z = cfg.lambda_nce > 0 and cfg.contrast == "nce"
-            self.contrast = Contrast(cfg, info, wants_z=wants_z)
+        self.contrast = Contrast(cfg, info, asked=cfg.lambda_nce > 0) if _has_bank(cfg) else None
         self.weights, self.pu_epoch, self.table_digest = None, cfg.pu_from, None
         if cfg.pu_table is not None:
             table = read(cfg.pu_table, rows=info.data_rows, fingerprint=info.data_fingerprint)
@@ -93,12 +88,9 @@ class Decoupling(Method):
     def set_schedule(self, epochs: int, begins: Callable[[int], int]) -> None:
         self.pu_epoch = begins(self.cfg.pu_from)
         if self.weights is not None and self.pu_epoch >= epochs:
-            raise UsageError(
-                f"--method.pu-from {self.cfg.pu_from} is epoch {self.pu_epoch} of this run, which ends before "
-                "it: set a smaller one, or more --epochs"
-            )
+            late = f"--method.pu-from {self.cfg.pu_from} is epoch {self.pu_epoch} of this run"
+            raise UsageError(f"{late}, which ends before it: set a smaller one, or more --epochs")
 
-    @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
         return rotated_views(batch.images, ROTATIONS, info.mean, info.std, **how)

@@ -24,7 +24,6 @@ class RotNet(Method):
         self.net = Classifier(trunk, len(ROTATIONS))
         self.info, self.space_to_depth = info, trunk.space_to_depth
 
-    @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
         return rotated_views(batch.images, ROTATIONS, info.mean, info.std, **how)

@@ -1,6 +1,5 @@
 """Supervised classification of upright pictures: the yardstick of the self-supervised methods."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +21,6 @@ class Supervised(Method):
         self.info, self.space_to_depth = info, trunk.space_to_depth
         self.headline = Headline(chance=1 / info.classes)
 
-    @torch.no_grad()
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
         info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
         return rotated_views(batch.images, (0,), info.mean, info.std, **how)
