@@ -123,12 +123,10 @@ def _read_npz(path: Path, name: str) -> RotationTable:
             raise  # says nothing of the file
         raise _no_table(name) from error
     probabilities, fold, fingerprint = arrays.values()
-    if (
-        probabilities.dtype != np.float32
-        or probabilities.shape != (fold.size, ROTATIONS, ROTATIONS)
-        or (fold.dtype, fold.ndim) != (np.int8, 1)
-        or (fingerprint.dtype.kind, fingerprint.ndim) != ("U", 0)
-    ):
+    kinds = probabilities.dtype, fold.dtype, fingerprint.dtype.kind
+    shapes = probabilities.shape, fold.shape, fingerprint.shape
+    right = (fold.size, ROTATIONS, ROTATIONS), (fold.size,), ()
+    if kinds != (np.float32, np.int8, "U") or shapes != right:
         raise _no_table(name)
     bad = np.flatnonzero(~_shares(probabilities).all(axis=(1, 2)))
     if len(bad):

@@ -278,11 +278,9 @@ def nce_loss_and_mass(
         raise UsageError(f"kind got {kind!r}: it wants nce or infonce")
     if kind == "infonce":
         z = None
-    elif z is None:
-        raise UsageError("z got None: kind nce wants one, from estimate_z")
     elif not isinstance(z, Tensor):
-        if not 0 < z < math.inf:
-            raise UsageError(f"z got {z}: it wants a number above 0, from estimate_z")
+        if z is None or not 0 < z < math.inf:
+            raise UsageError(f"z got {z}: nce wants a number above 0, from estimate_z")
         z = x.new_full((), z)
     _check(x, rows, positive, negatives, z)
     if not 0 < temperature < math.inf:

@@ -117,18 +117,16 @@ if triton is not None:
             # sign * y is largest where out is; line by line, since ptxas keeps a chain of nine in predicates
             for step in tl.static_range(3):
                 row = corner + step * width
-                left = _values(y, row, column, known[None, :], C)
-                middle = _values(y, row + 1, column, known[None, :], C)
-                right = _values(y, row + 2, column, known[None, :], C)
-                most = left * sign
-                if step == 0:
-                    first = left
-                value = middle * sign
-                which = tl.where(value > most, 3 * step + 1, 3 * step)
-                most = tl.maximum(value, most)
-                value = right * sign
-                which = tl.where(value > most, 3 * step + 2, which)
-                most = tl.maximum(value, most)
+                for side in tl.static_range(3):
+                    value = _values(y, row + side, column, known[None, :], C)
+                    if step + side == 0:
+                        first = value
+                    value *= sign
+                    if side == 0:
+                        most, which = value, tl.full((1, 1), 3 * step, tl.int32)
+                    else:
+                        which = tl.where(value > most, 3 * step + side, which)
+                        most = tl.maximum(value, most)
                 if step == 0:
                     best, chosen = most, which
                 else:
@@ -292,8 +290,7 @@ if triton is not None:
 def launch_statistics(
     y: Tensor, running_mean: Tensor, running_var: Tensor, shift: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    _check_kernel(y)
-    y = y.contiguous(memory_format=CHANNELS_LAST)
+    y = _checked(y)
     c, rows = y.shape[1], y.numel() // y.shape[1]
     block, each, tiles, shares = _shared_out(y, rows)
     parts = torch.empty(2, shares, c, device=y.device)
@@ -313,8 +310,7 @@ def launch_statistics(
 def launch_forward(
     y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, pool: bool
 ) -> Three:
-    _check_kernel(y)
-    y = y.contiguous(memory_format=CHANNELS_LAST)
+    y = _checked(y)
     n, c, h, w = y.shape
     out, peak, winner = outputs(y, pool)
     places, block = n * out.shape[2] * out.shape[3], _block(c)
@@ -328,8 +324,7 @@ def launch_forward(
 
 def launch_back(grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool) -> Three:
     y, weight, bias, mean, var, peak, winner = kept
-    _check_kernel(y)
-    y, grad = (each.contiguous(memory_format=CHANNELS_LAST) for each in (y, grad))
+    y, grad = _checked(y), grad.contiguous(memory_format=CHANNELS_LAST)
     n, c, h, w = y.shape
     rows, summed = n * h * w, peak if pool else y
     block, each, tiles, shares = _shared_out(summed, grad.numel() // c)
@@ -358,13 +353,10 @@ def launch_back(grad: Tensor, kept: Sequence[Tensor], eps: float, pool: bool) ->
 def outputs(y: Tensor, pool: bool) -> Three:
     """Room for out, peak and winner, channels_last."""
     n, c, h, w = y.shape
-    if not pool:
-        out = y.new_empty(n, h, w, c).permute(0, 3, 1, 2)
-        return out, y.new_empty(0), y.new_empty(0, dtype=torch.uint8)
-    shape = (n, (h - 3) // 2 + 1, (w - 3) // 2 + 1, c)
-    out, peak = y.new_empty(shape), y.new_empty(shape)
-    winner = y.new_empty(shape, dtype=torch.uint8)
-    return out.permute(0, 3, 1, 2), peak.permute(0, 3, 1, 2), winner.permute(0, 3, 1, 2)
+    size = ((h - 3) // 2 + 1, (w - 3) // 2 + 1) if pool else (h, w)
+    out = y.new_empty(n, *size, c).permute(0, 3, 1, 2)
+    kept = out if pool else y.new_empty(0)
+    return out, torch.empty_like(kept), torch.empty_like(kept, dtype=torch.uint8)
 
 
 def _block(channels: int) -> int:
@@ -384,8 +376,10 @@ def _shared_out(y: Tensor, rows: int) -> tuple[int, int, int, int]:
     return block, rows_of_tile, each, -(-tiles // each)
 
 
-def _check_kernel(y: Tensor) -> None:
+def _checked(y: Tensor) -> Tensor:
+    """As the kernels want it, or refused."""
     check_kernel(y.dtype)
     if y.numel() // y.shape[1] > 2**30:
         shape = tuple(y.shape)
         raise UsageError(f"y is {shape}: kernels count to a billion rows: say a smaller --batch")
+    return y.contiguous(memory_format=CHANNELS_LAST)
