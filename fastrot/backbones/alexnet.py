@@ -20,9 +20,7 @@ def alexnet(
     """For images of `size` pixels a side. Stages conv1 pool1 ... pool5 fc_block, each after its ReLU.
 
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
-    half the kernel below that. fc_block's input is as wide as pool5 at `size` pixels a side makes it.
-    With `space_to_depth` the first convolution takes cells of pixels as channels (space_to_depth.py), by the same weights.
-    With `fuse`, in training, what stands between two convolutions is one op (convolved.py).
+    half the kernel below that. `space_to_depth` is done by space_to_depth.py, `fuse` by convolved.py.
     """
     c1, c2, c3, c4, c5, hidden = (scaled(c, cfg.width) for c in (*channels, hidden))
     side, fuse = pool5_side(size, cfg.kernel, cfg.stride), cfg.fuse

@@ -32,9 +32,7 @@ class Convolved(nn.Sequential):
         norm: Any = self.bn  # torch declares its statistics optional
         norm.num_batches_tracked.add_(1)
         affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
-        how: dict[str, Any] = dict(
-            shift=self.conv.bias, momentum=norm.momentum, eps=norm.eps, pool=pool
-        )
+        how: Any = dict(shift=self.conv.bias, momentum=norm.momentum, eps=norm.eps, pool=pool)
         bare = self.conv._conv_forward(input, self.conv.weight, None)  # a subclass's own form too
         return norm_relu(bare, *affine, *running, **how)
 

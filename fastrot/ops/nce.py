@@ -91,8 +91,11 @@ def nce_reference(
 ) -> Found:
     """Loss, mass and d loss / d x of each image; InfoNCE where there is no z. What the CPU runs and what tests trust."""
     loss, mass, grad = x.new_empty(len(x)), x.new_empty(len(x)), x.new_empty(x.shape)
-    room = _Room(rows, x.dtype)
-    for some, picks in _shares(negatives, positive, rows):
+    room, several = _Room(rows, x.dtype), _several(_count(negatives), x.shape[1])
+    for some in _slices(len(x), several * max(1, PICKS // (_count(negatives) * several))):
+        picks = negatives[some]
+        if isinstance(picks, Draw):
+            picks = drawn(picks, positive[some], len(rows))
         query, own = x[some] / temperature, rows[positive[some]].to(x.dtype)  # [c, D]
         if z is None:
             loss[some], mass[some], weighted = _infonce(query, own, picks, room)
@@ -117,7 +120,6 @@ def on_cores(x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw
     if cores < 2:
         return nce_reference(x, rows, positive, negatives, *rest)
     each = several * -(-groups // cores)
-    shares = [slice(first, first + each) for first in range(0, len(x), each)]
 
     def of_one(share: slice) -> Found:
         torch.set_num_threads(1)
@@ -125,7 +127,7 @@ def on_cores(x: Tensor, rows: Tensor, positive: Tensor, negatives: Tensor | Draw
 
     try:
         with ThreadPoolExecutor(cores) as pool:
-            parts = list(pool.map(of_one, shares))
+            parts = list(pool.map(of_one, _slices(len(x), each)))
     finally:
         torch.set_num_threads(threads)
     loss, mass, grad = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -137,8 +139,7 @@ def _nce(query: Tensor, own: Tensor, picks: Tensor, room: "_Room", shift: Tensor
     score = (query * own).sum(1)
     weighted = -torch.sigmoid(shift - score)[:, None] * own
     scores, several = query.new_empty(picks.shape), _several(picks.shape[1], own.shape[1])
-    for first in range(0, len(picks), several):
-        some = slice(first, first + several)
+    for some in _slices(len(picks), several):
         column, added = query[some, :, None], weighted[some]
         for place, near in room.pieces(picks[some]):
             part = torch.bmm(near, column)  # [c, k, 1]
@@ -149,9 +150,8 @@ def _nce(query: Tensor, own: Tensor, picks: Tensor, room: "_Room", shift: Tensor
 
 
 def _infonce(query: Tensor, own: Tensor, picks: Tensor, room: "_Room") -> Found:
-    several = _several(picks.shape[1], own.shape[1])
-    shares = zip(*(each.split(several) for each in (query, own, picks)), strict=True)
-    parts = [_infonce_of_few(q, o, room.pieces(p)) for q, o, p in shares]
+    few = _slices(len(picks), _several(picks.shape[1], own.shape[1]))
+    parts = [_infonce_of_few(query[each], own[each], room.pieces(picks[each])) for each in few]
     loss, mass, weighted = (torch.cat(part) for part in zip(*parts, strict=True))
     return loss, mass, weighted
 
@@ -173,17 +173,8 @@ def _infonce_of_few(query: Tensor, own: Tensor, gathered: Iterator[tuple[slice, 
     return loss, top.exp() * total, weighted
 
 
-def _shares(
-    negatives: Negatives, positive: Numbers, rows: Tensor
-) -> Iterator[tuple[slice, Int64[Tensor, "c k"]]]:
-    """Some images at a time with their negatives [c, K], drawn together."""
-    k = _count(negatives)
-    several = _several(k, rows.shape[1])
-    ahead = several * max(1, PICKS // (k * several))
-    for first in range(0, len(positive), ahead):
-        share = slice(first, first + ahead)
-        picks = negatives[share]
-        yield share, drawn(picks, positive[share], len(rows)) if isinstance(picks, Draw) else picks
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, total, step)]
 
 
 def _several(k: int, d: int) -> int:
@@ -203,13 +194,13 @@ class _Room:
         """Places among the K, and their rows [c, k, D], one piece after the other in the same memory."""
         c, d = len(picks), self.rows.shape[1]
         most = max(1, PIECE // (c * d))
-        for first in range(0, picks.shape[1], most):
-            piece = picks[:, first : first + most]
+        for place in _slices(picks.shape[1], most):
+            piece = picks[:, place]
             near = self.near[: piece.numel() * d].view(-1, d)
             torch.index_select(self.rows, 0, piece.reshape(-1), out=near)
             if self.wide is not self.near:
                 near = self.wide[: near.numel()].view(-1, d).copy_(near)
-            yield slice(first, first + most), near.view(c, -1, d)
+            yield place, near.view(c, -1, d)
 
 
 @torch.library.custom_op(
