@@ -97,8 +97,6 @@ class Loader:
         return self._batches_of(self.world - 1)
 
     def _batches_of(self, rank: int) -> int:
-        if self.view.owned:  # ranks own up to one row more or less, but step together
-            return self.images // self.world // self.batch
         how = {"batch": self.batch, "rank": rank, "world": self.world}
         return sampler.batches(self.images, **how, ragged=not self.view.shuffled)
 
@@ -175,8 +173,8 @@ class Loader:
         return sampler.BlockSampler(of, seed=self.seed, epoch=epoch, block=block, window=window)
 
     def _prefetch(self, rows: sampler.Sampler, k: int, start: int) -> Rows | None:
-        since, first, stop = (each * self.batch * self.world for each in (start, k, k + 1))
-        return rows.ahead(first, stop, since=since, **self._shared_by)
+        step = self.batch * self._shared_by["world"]
+        return rows.ahead(k * step, (k + 1) * step, since=start * step, **self._shared_by)
 
     def _places(self, k: int) -> np.ndarray:
         how = {"batch": self.batch, "number": k, **self._shared_by}

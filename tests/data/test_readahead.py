@@ -99,6 +99,17 @@ def test_blocks_larger_than_a_ranks_own_rows_are_refused():
         open_loader("synthetic:100", view, batch=5, workers=0, world=2)
 
 
+def test_a_rank_that_owns_its_rows_reads_them_ahead_at_its_own_pace():
+    view = View(crops=(RandomResized(size=16),), blocks=(8, 4), owned=True)
+    loader = open_loader("synthetic:800", view, batch=4, workers=0, rank=1, world=4)
+    rows, told, most = loader._order(0), set(), 0
+    for k in range(len(loader)):
+        told |= set(loader._prefetch(rows, k, 0).tolist())
+        told -= set(rows[loader._places(k)].tolist())
+        most = max(most, len(told))
+    assert 8 < most <= 2 * 8 * 4
+
+
 def test_a_loader_tells_of_its_own_ranks_blocks_alone():
     """So that machines which share an epoch fetch each byte once between them."""
     view, told = View(crops=(RandomResized(size=16),), blocks=(8, 4)), []
