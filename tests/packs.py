@@ -1,4 +1,4 @@
-"""A pack of pictures in memory."""
+"""A pack of pictures in memory, and what its tiles hold."""
 
 import os
 import shutil
@@ -46,3 +46,35 @@ def write_pack(
     shutil.rmtree(path, ignore_errors=True)
     os.rename(new, path)
     return path
+
+
+# ---- the format, said once more ----
+
+
+def bc4(blocks: np.ndarray) -> np.ndarray:
+    """uint8 [n, 8] -> int [n, 4, 4], as the format says it."""
+    e0, e1 = blocks[:, 0].astype(int), blocks[:, 1].astype(int)
+    bits = sum(blocks[:, 2 + i].astype(np.int64) << (8 * i) for i in range(6))
+    index = bits[:, None] >> (3 * np.arange(16)) & 7
+    eight = [e0, e1] + [((8 - i) * e0 + (i - 1) * e1) // 7 for i in range(2, 8)]
+    six = (
+        [e0, e1]
+        + [((6 - i) * e0 + (i - 1) * e1) // 5 for i in range(2, 6)]
+        + [e0 * 0, e0 * 0 + 255]
+    )
+    palette = np.where((e0 > e1)[:, None], np.stack(eight, 1), np.stack(six, 1))
+    return np.take_along_axis(palette, index, 1).reshape(-1, 4, 4)
+
+
+def untiled(tiles: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [n, 48] -> uint8 [height, width, 3]."""
+    down, across = -(-height // 8), -(-width // 8)
+    a, b, c, d, cb, cr = (bc4(tiles[:, 8 * k : 8 * k + 8]) for k in range(6))
+    luma = np.block([[a, b], [c, d]])
+    cb, cr = (each.repeat(2, 1).repeat(2, 2) - 128 for each in (cb, cr))
+    red = luma + ((91881 * cr + 32768) >> 16)
+    green = luma + ((-22554 * cb - 46802 * cr + 32768) >> 16)
+    blue = luma + ((116130 * cb + 32768) >> 16)
+    pixels = np.stack([red, green, blue], -1).clip(0, 255).astype(np.uint8)
+    pixels = pixels.reshape(down, across, 8, 8, 3).transpose(0, 2, 1, 3, 4)
+    return pixels.reshape(8 * down, 8 * across, 3)[:height, :width]

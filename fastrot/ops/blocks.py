@@ -28,16 +28,16 @@ from typing import Literal, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Int16, Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot.config import UsageError
 from fastrot.ops.choice import check_kernel, form_for, tl, triton
 from fastrot.ops.resample import Box, resample
 from fastrot.ops.rows import check_device, misfit
+from fastrot.ops.tiles import decoded
 
 YCC, RAW = 48, 3  # bytes of a row of tiles
-WORDS = YCC // 8  # of 8 bytes, a block each
 EDGE = 8  # pixels of a tile's side
 
 
@@ -68,60 +68,17 @@ def unpack_crops_reference(
 
 
 def unpack_crop(pack: PackTensors, row: Box, out: UInt8[np.ndarray, "s s 3"]) -> None:
-    """Write the crop of one box into `out`: decoded by PyTorch, resampled by OpenCV."""
-    index, y, x, height, width, flip = row.tolist()
-    box = decoded_box(pack, index, y, x, height, width).permute(1, 2, 0).contiguous()
-    resample(box.cpu().numpy(), np.array([0, 0, 0, height, width, flip]), out)
-
-
-def decoded_box(
-    pack: PackTensors, index: int, y: int, x: int, height: int, width: int
-) -> UInt8[Tensor, "3 h w"]:
-    """The box's pixels, 0 outside the picture; only the tiles that it touches are decoded."""
+    """Write the crop of one box into `out`: what is decoded under it is a picture of its own, resampled by OpenCV."""
+    index, y, x, height, width, _ = row.tolist()
+    start, stop = pack.first[index : index + 2].tolist()
     down, across = pack.sizes[index].tolist()
-    start = int(pack.first[index])
-    top, left, bottom, right = max(y, 0), max(x, 0), min(y + height, down), min(x + width, across)
-    box = pack.tiles.new_zeros(3, height, width)
-    if top >= bottom or left >= right:
-        return box
-    if pack.encoding == "raw":
-        picture = pack.tiles[start : start + down * across].view(down, across, RAW)
-        inside = picture[top:bottom, left:right].permute(2, 0, 1)
-    else:
-        row, column, wide = top // EDGE, left // EDGE, -(-across // EDGE)
-        tiles = pack.tiles[start : start + -(-down // EDGE) * wide].view(-1, wide, YCC)
-        pixels = _decoded_tiles(tiles[row : -(-bottom // EDGE), column : -(-right // EDGE)])
-        y0, x0 = top - row * EDGE, left - column * EDGE
-        inside = pixels[:, y0 : y0 + bottom - top, x0 : x0 + right - left]
-    box[:, top - y : bottom - y, left - x : right - x] = inside
-    return box
-
-
-def _decoded_tiles(tiles: UInt8[Tensor, "r c 48"]) -> UInt8[Tensor, "3 y x"]:
-    """A rectangle of tiles as pixels."""
-    rows, columns = tiles.shape[:2]
-    samples = _samples(tiles.reshape(-1, WORDS, 8)).view(rows, columns, WORDS, 4, 4)
-    luma = samples[:, :, :4].view(rows, columns, 2, 2, 4, 4).permute(0, 2, 4, 1, 3, 5)
-    luma = luma.reshape(rows * 4, 2, columns * 4, 2)  # pixels of a chroma sample: axes 1 and 3
-    cb, cr = samples[:, :, 4:].permute(2, 0, 3, 1, 4).reshape(2, rows * 4, columns * 4).int() - 128
-    out = tiles.new_empty(3, rows * 4, 2, columns * 4, 2)
-    for channel, added in enumerate((91881 * cr, -22554 * cb - 46802 * cr, 116130 * cb)):
-        rounded = (added + 32768 >> 16).short()
-        out[channel] = (luma + rounded[:, None, :, None]).clamp_(0, 255)
-    return out.view(3, rows * EDGE, columns * EDGE)
-
-
-def _samples(blocks: UInt8[Tensor, "t k 8"]) -> Int16[Tensor, "t k 16"]:
-    """The sixteen samples of each BC4 block, row by row."""
-    e0, e1 = blocks[..., 0:1].short(), blocks[..., 1:2].short()
-    seven = torch.arange(1, 7, dtype=torch.int16, device=blocks.device)
-    eight = ((7 - seven) * e0 + seven * e1) // 7
-    six = ((5 - seven) * e0 + seven * e1) // 5
-    six[..., 4], six[..., 5] = 0, 255
-    palette = torch.cat([e0, e1, torch.where(e0 > e1, eight, six)], dim=-1)  # [t, k, 8]
-    words = blocks.view(torch.int64)  # [t, k, 1]
-    choices = (words >> torch.arange(16, 64, 3, device=blocks.device)) & 7
-    return palette.gather(2, choices)
+    edge = EDGE if pack.encoding == "ycc" else 1
+    grid = pack.tiles[start:stop].view(-(-down // edge), -(-across // edge), -1)
+    top, left = max(y, 0) // edge, max(x, 0) // edge
+    under = grid[top : -(-(y + height) // edge), left : -(-(x + width) // edge)].cpu().numpy()
+    top, left = top * edge, left * edge
+    picture = decoded(under)[: down - top, : across - left] if edge > 1 else under
+    resample(picture, row - [0, top, left, 0, 0, 0], out)
 
 
 # ---- kernel ----

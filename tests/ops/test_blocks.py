@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from packs import untiled
 from truth import DATA
 
 from fastrot.config import UsageError
@@ -56,7 +57,8 @@ def decoded_then_cropped(pack: PackTensors, boxes: torch.Tensor, size: int) -> t
     out = np.empty((len(boxes), size, size, 3), np.uint8)
     for crop, box in zip(out, boxes.cpu().numpy(), strict=True):
         start, stop = pack.first[box[0] : box[0] + 2].tolist()
-        picture = layout.decode(pack.tiles[start:stop].cpu().numpy(), *pack.sizes[box[0]].tolist())
+        data, size = pack.tiles[start:stop].cpu().numpy(), pack.sizes[box[0]].tolist()
+        picture = untiled(data, *size) if pack.encoding == "ycc" else data.reshape(*size, 3)
         resample(picture, box, crop)
     return torch.from_numpy(out)
 

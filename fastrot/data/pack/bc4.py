@@ -1,4 +1,4 @@
-"""BC4: 4x4 samples in 8 bytes, and back, on all machines with the same bits.
+"""BC4: 4x4 samples in 8 bytes, on all machines the same ones; ops/tiles.py goes back.
 
 Format.  Two end points e0, e1 and sixteen numbers of 3 bits, row by row, little-endian, that choose from a palette:
          e0 > e1:    e0, e1, then ((8 - i) e0 + (i - 1) e1) // 7 for i = 2 ... 7
@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8, UInt16, UInt64
-from PIL import Image
 
 _INDEX = np.array([0, 2, 3, 4, 5, 6, 7, 1], np.uint64)  # of each step, in the format
 _PLACES = 16 + 3 * np.arange(16, dtype=np.uint64)[:, None]  # the first bit of each sample's number
@@ -107,12 +106,3 @@ def _tables() -> _Tables:
     )
     assert isinstance(words, np.ndarray)
     return _Tables(words.ravel(), error.astype(np.uint16).ravel(), _INDEX[step].ravel())
-
-
-# ---- and back ----
-
-
-def decode(blocks: UInt8[np.ndarray, "_h4 _w4 8"]) -> UInt8[np.ndarray, "_h _w"]:
-    """The plane whose blocks these are."""
-    down, right = blocks.shape[:2]
-    return np.array(Image.frombytes("L", (4 * right, 4 * down), blocks.tobytes(), "bcn", 4))

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 
 from fastrot.arrays import Numbers, Picture, Sizes
 from fastrot.data.pack import bc4
+from fastrot.ops.tiles import decoded
 
 VERSION = 1
 META = "meta.json"
@@ -82,15 +83,5 @@ def decode(rows: Tiles, height: int, width: int) -> Picture:
     """The picture whose tiles [t, 48] or pixels [t, 3] these are."""
     if rows.shape[1] == WIDTH["raw"]:
         return rows.reshape(height, width, 3)
-    down, right = -(-height // SIDE), -(-width // SIDE)
-    blocks = rows.reshape(down, right, 6, 8)
-    luma = blocks[:, :, :4].reshape(down, right, 2, 2, 8).swapaxes(1, 2)
-    y = bc4.decode(luma.reshape(2 * down, 2 * right, 8)).astype(np.int32)
-    chroma = bc4.decode(np.concatenate([blocks[:, :, 4], blocks[:, :, 5]]))  # Cb above Cr
-    chroma = chroma.repeat(2, axis=0).repeat(2, axis=1).astype(np.int32) - 128
-    cb, cr = np.split(chroma, 2)
-    red = y + ((91881 * cr + 32768) >> 16)
-    green = y + ((-22554 * cb - 46802 * cr + 32768) >> 16)
-    blue = y + ((116130 * cb + 32768) >> 16)
-    whole = np.stack([red, green, blue], axis=-1).clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(whole[:height, :width])
+    tiles = rows.reshape(-(-height // SIDE), -(-width // SIDE), WIDTH["ycc"])
+    return np.ascontiguousarray(decoded(tiles)[:height, :width])

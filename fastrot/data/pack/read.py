@@ -86,7 +86,7 @@ class Pack(PackFile):
             return self._said
         if self.native:
             return [f"tiles are decoded by the C++ extension, {native.why()}"]
-        return [f"tiles are decoded by PyTorch, without the C++ extension: {native.why()}"]
+        return [f"tiles are decoded by Pillow, without the C++ extension: {native.why()}"]
 
     def open_reader(self, device: torch.device, workers: int) -> PooledReader:
         if device.type == "cuda":
