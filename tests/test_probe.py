@@ -99,13 +99,13 @@ def test_a_throttled_disk_is_named(formats):
 
 
 def test_a_throttled_disk_under_a_folder_is_named(formats, monkeypatch):
-    at_once = folder_module._bytes
+    at_once = folder_module.picture_file
 
-    def slow(root, path):
+    def slow(path):
         time.sleep(0.05)
-        return at_once(root, path)
+        return at_once(path)
 
-    monkeypatch.setattr(folder_module, "_bytes", slow)  # forked worker processes have it too
+    monkeypatch.setattr(folder_module, "picture_file", slow)  # forked worker processes have it too
     assert bound(measured(assemble.open_data(formats["folder"]), seconds=1.0)) == "read"
 
 

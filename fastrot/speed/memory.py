@@ -25,9 +25,7 @@ FULL = (  # what says so without torch's class for it: a CPU's allocator, the dr
 
 def is_full(error: Exception) -> bool:
     """Whether the error says that a device's memory is full. cuDNN's words have other causes too, rarely."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
 
 
 def forget(error: BaseException) -> None:

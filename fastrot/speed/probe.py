@@ -320,7 +320,7 @@ def _epochs(loader: Loader) -> Generator[Batch, None, None]:
 
 
 def _validation(state: TrainState, loader: Loader, seconds: float) -> float:
-    """Seconds of a validation pass, from some of its batches."""
+    """Seconds of a validation pass, from some of its batches; leaves the net in eval mode."""
     method = state.method
 
     @torch.no_grad()
@@ -330,5 +330,4 @@ def _validation(state: TrainState, loader: Loader, seconds: float) -> float:
 
     method.net.eval()
     timer = _timed(_epochs(loader), score, state.device, seconds)
-    method.net.train()
     return timer.measured(loader.images).step
