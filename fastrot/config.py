@@ -262,35 +262,39 @@ RANGES = (  # knobs, what each must be, and whether its value is that
 )
 
 
-def check(cfg: Config) -> None:
-    """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
-
-    def of(path: str) -> Any:
-        """A knob's value; None where the chosen parts have no such knob."""
-        return functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), cfg)
-
-    def want(path: str, right: bool, words: str) -> None:
-        if not right:
-            raise UsageError(f"{knob(path)} got {of(path)}: it wants {words}")
-
+def check_ranges(knobs: Any) -> None:
+    """Refuse a number that is not in its range: of a run's knobs, or of others by the same names."""
     for paths, words, right in RANGES:
         for path in paths.split():
-            want(path, of(path) is None or right(of(path)), words)
+            value = _value(knobs, path)
+            _want(knobs, path, value is None or right(value), words)
+
+
+def _value(knobs: Any, path: str) -> Any:
+    """A knob's value; None where the chosen parts have no such knob."""
+    return functools.reduce(lambda at, name: getattr(at, name, None), path.split("."), knobs)
+
+
+def _want(knobs: Any, path: str, right: bool, words: str) -> None:
+    if not right:
+        raise UsageError(f"{knob(path)} got {_value(knobs, path)}: it wants {words}")
+
+
+def check(cfg: Config) -> None:
+    """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
+    check_ranges(cfg)
+    want, method, crop = functools.partial(_want, cfg), cfg.method, cfg.method.crop
     want("compile_mode", cfg.compile or cfg.compile_mode == "default", "--compile")
     inside = cfg.fold is None or 0 <= cfg.fold < (cfg.folds or 0)
     want("fold", inside, "--folds, and a number from 0 to below that")
-    for path in ("order_block", "order_window"):
-        want(path, of(path) is None or cfg.order == "blocks", "--order blocks")
+    want("order_block", cfg.order_block is None or cfg.order == "blocks", "--order blocks")
+    want("order_window", cfg.order_window is None or cfg.order == "blocks", "--order blocks")
     one = cfg.epochs is None or cfg.budget is None
     want("budget", one, f"no --epochs {cfg.epochs} beside it: each sets the length")
     ends, rates = [end for end, _ in cfg.schedule.table], [rate for _, rate in cfg.schedule.table]
-    rising = bool(ends) and ends == sorted(set(ends))
-    want(
-        "schedule.table",
-        rising and rates[0] > 0 and all(0 <= rate < math.inf for rate in rates),
-        "(epoch, rate) pairs, epochs rising, rates of 0 or more, the first above 0",
-    )
-    method, crop = cfg.method, cfg.method.crop
+    rising = bool(ends) and ends == sorted(set(ends)) and rates[0] > 0
+    words = "(epoch, rate) pairs, epochs rising, rates of 0 or more, the first above 0"
+    want("schedule.table", rising and all(0 <= rate < math.inf for rate in rates), words)
     if isinstance(crop, Within):
         words = f"at least the crop's size, {crop.size}"
         want("method.crop.short", crop.short >= crop.size, words)

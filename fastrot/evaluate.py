@@ -9,7 +9,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import importlib
 
-from fastrot import entry
+from fastrot import config, entry
 from fastrot.config import UsageError
 from fastrot.evals import knobs
 
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in EVALUATIONS:
             raise UsageError(f"there is no evaluation {name!r}: choose one of {known}")
         wanted = tyro.cli(EVALUATIONS[name], args=rest, prog=f"evaluate.py {run} {name}")
+    config.check_ranges(wanted)
     return importlib.import_module(f"fastrot.evals.{name}").evaluate(run, wanted)
 
 

@@ -1,8 +1,8 @@
 """A run's page: plots/*.png and one index.html that opens from disk, made from the files of the run's folder."""
 
 import base64
+import functools
 import html
-import io
 import itertools
 import json
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastrot import dist
 from fastrot.config import flat
 from fastrot.core import Batch, Headline, Method
-from fastrot.disk import replace_bytes
+from fastrot.disk import replace_bytes, write_atomically
 from fastrot.entry import in_time
 from fastrot.evals.picture import BLUE, FAINT, INK, RED, first_filters, legible, rotated_sheet
 from fastrot.evals.rotation import rotation_guesses
@@ -55,9 +55,7 @@ def draw(
     if net is not None and (filters := first_filters(net)) is not None:
         figures["filters"] = _filters(log, filters)
     for name, figure in figures.items():
-        memory = io.BytesIO()
-        figure.savefig(memory, format="png")
-        replace_bytes(plots / f"{name}.png", memory.getvalue())
+        write_atomically(plots / f"{name}.png", functools.partial(figure.savefig, format="png"))
     if images is not None and len(images):
         known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
         rotated_sheet(images, guesses, plots / "turned.png", **known)
@@ -100,7 +98,7 @@ class RunLog:
         self.summary = summary if (_number(summary.get("steps")) or 0) >= self.step else {}
 
         first, judged = self.lines[0] if self.lines else {}, f"val_{headline.score}"
-        self.chance = _number(self.summary.get("chance", headline.chance))
+        self.chance = headline.chance
         self.before = _number(self.summary.get(f"{judged}_first", first.get(judged)))
         self.after = self.figure(judged)
         self.footer = _footer(self.environment)
@@ -155,8 +153,8 @@ def _accuracy(log: RunLog) -> "Figure":
     figure, (axes,) = _figure("Accuracy", log)
     _curve(axes, log, "accuracy", "training", BLUE)
     _curve(axes, log, "val_accuracy", "held-out", RED, marker="o")
-    inv = {"marker": "o", "linewidth": 1.0}
-    _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], **inv)
+    other = "held-out, other half"
+    _curve(axes, log, "val_prec_inv", other, TERMS[0], marker="o", linewidth=1.0)
     if log.chance is not None:
         axes.axhline(log.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}

@@ -4,7 +4,6 @@ A rotation counts 90 degrees counter-clockwise (numpy.rot90). Blue is right and 
 the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross says it again.
 """
 
-import io
 import math
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from fastrot.disk import replace_bytes
+from fastrot.disk import write_atomically
 
 BLUE, RED, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
@@ -52,9 +51,8 @@ def rotated_sheet(
     draw.text((MARGIN, 54), words, fill=INK, font=_font(15), spacing=7)
     sheet.paste(body, (MARGIN, top))
     draw.text((MARGIN, sheet.height - 26), legible(footer), fill=FAINT, font=_font(11))
-    memory = io.BytesIO()
-    sheet.save(memory, "PNG", compress_level=3)  # a quarter of the time, few bytes more
-    replace_bytes(path, memory.getvalue())
+    # a quarter of the time, few bytes more
+    write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
 
 
 def legible(text: str) -> str:

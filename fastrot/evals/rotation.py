@@ -30,9 +30,6 @@ Right = UInt8[np.ndarray, "rows 4"]  # 1: the likeliest rotation is the one that
 
 def evaluate(run: str, knobs: Rotation) -> int:
     """Print how often the nets of a run are right, and write the table where one is asked for."""
-    for name, least in {"batch": 1, "workers": 0}.items():
-        if (value := getattr(knobs, name)) is not None and value < least:
-            raise UsageError(f"--{name} got {value}: it wants at least {least}")
     if knobs.table is not None:
         rotation_table.check_name(knobs.table, "--table")
     nets = nets_of(run)
@@ -160,18 +157,13 @@ def _cautions(nets: list[Trained], data: Data, unread: int) -> list[str]:
     """What to know before these numbers are used."""
     lines = []
     if unread:
-        lines.append(
-            f"{unread:,} of {data.rows:,} pictures cannot be read: their probabilities are 0, so that PU weights "
-            "leave them as they are"
-        )
+        words = "their probabilities are 0, so that PU weights leave them as they are"
+        lines.append(f"{unread:,} of {data.rows:,} pictures cannot be read: {words}")
     begun = next((net.cfg.start_from for net in nets if net.cfg.start_from), None)
     if len(nets) > 1 and begun:
-        lines.append(
-            f"these nets began with the weights of {begun}: if it was trained on these pictures, no net is one that "
-            "never saw them"
-        )
+        words = "if it was trained on these pictures, no net is one that never saw them"
+        lines.append(f"these nets began with the weights of {begun}: {words}")
     if len(nets) == 1 and nets[0].identity.get("data_fingerprint") in (None, data.fingerprint):
-        lines.append(
-            "of pictures that it was trained on the net is too sure: for PU weights train with --folds 2"
-        )
+        words = "for PU weights train with --folds 2"
+        lines.append(f"of pictures that it was trained on the net is too sure: {words}")
     return lines
