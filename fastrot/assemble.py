@@ -14,7 +14,7 @@ from fastrot import config
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
-from fastrot.config import Config, UsageError
+from fastrot.config import Config, Placement, UsageError
 from fastrot.core import Data, DataInfo, Method, View
 from fastrot.data import crops
 from fastrot.data.beton.read import Beton
@@ -53,11 +53,7 @@ class Format(NamedTuple):
 
 
 def open_data(
-    path: str | Path,
-    loader: str = "auto",
-    *,
-    knob: str = "--data",
-    placement: config.Placement = "auto",
+    path: str | Path, loader: str = "auto", *, knob: str = "--data", placement: Placement = "auto"
 ) -> Data:
     """Open prepared pictures: what one of FORMATS reads, or `synthetic[:IMAGES]`.
 

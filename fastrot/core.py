@@ -96,6 +96,8 @@ class Losses:
 
     @property
     def total(self) -> Tensor:
+        if self.vector is not None:
+            return self.vector[0]
         return torch.stack(list(self.terms.values())).sum()
 
     @property

@@ -24,9 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     with entry.told_once():
         if not words or not {"-h", "--help"}.isdisjoint(words[:2]):
             print("usage: evaluate.py RUN EVALUATION [any knob]\n")
-            print(
-                "RUN is a run's folder, a checkpoint, or a folder of fold0, fold1, ... (--folds).\n"
-            )
+            print("RUN is a run's folder, a checkpoint, or the folder of a run with --folds.\n")
             for word, kind in EVALUATIONS.items():
                 print(f"  {word:<9} {(kind.__doc__ or '').strip()}")
             return 0

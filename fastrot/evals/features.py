@@ -52,7 +52,6 @@ def _of_all_ranks(mine: Tensor | None, images: int, dtype: torch.dtype) -> Tenso
     """The rows of all ranks, whose shares do not overlap: each number is exact. None: this rank's share is empty."""
     width = max(dist.everyones(0 if mine is None else mine.shape[1]))
     whole = torch.zeros(images, width, dtype=dtype) if mine is None else mine
-    if dist.world() > 1:
-        for part in whole.split(BLOCK):
-            part.copy_(dist.sum_over_ranks(part.float()))
+    for part in whole.split(BLOCK):
+        part.copy_(dist.sum_over_ranks(part.float()))
     return whole

@@ -93,20 +93,16 @@ def nets_of(run: str | Path) -> list[Trained]:
     begun = {f: _read(f)[0] for f in folders if checkpoint.of_run(f).exists()}
     folds = max((net.cfg.folds or 0 for net in begun.values()), default=0)
     for fold in range(max(folds, 1)):
-        folder = Path(run) / f"fold{fold}"
-        if folder not in begun:
+        net = begun.get(folder := Path(run) / f"fold{fold}")
+        if net is None:
             way = f"train with --folds {folds or 'F'} --out {run} first, to the end"
             raise UsageError(f"{folder} holds no trained net: {way}")
-        net = begun[folder]
         if (net.cfg.folds, net.cfg.fold) != (folds, fold):
-            told = f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}"
-            way = "train it in another folder"
-            raise UsageError(f"{told}, where fold {fold} of {folds} belongs: {way}")
+            told = f"{folder} was trained as fold {net.cfg.fold} of --folds {net.cfg.folds}, where"
+            raise UsageError(f"{told} fold {fold} of {folds} belongs: train it in another folder")
         if net.step < (end := net.identity["steps"]):
-            way = "the command that began it goes on there"
-            raise UsageError(
-                f"{folder} is not trained to its end (step {net.step} of {end}): {way}"
-            )
+            told = f"{folder} is not trained to its end (step {net.step} of {end})"
+            raise UsageError(f"{told}: the command that began it goes on there")
     return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
 
 
