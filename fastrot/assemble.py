@@ -190,9 +190,8 @@ def data_info(
                 way = "prepare them with --label-from folder, or choose rotnet-alexnet"
                 raise UsageError(f"{cfg.preset} learns from labels, but {few}: {way}")
         if val.classes != data.classes:
-            few = f"{len(val.classes)} and {len(data.classes)}"
-            way = "both need the same class folders"
-            raise UsageError(f"--val has other classes than --data ({few}): {way}")
+            told = f"({len(val.classes)} and {len(data.classes)}): both need the same class folders"
+            raise UsageError(f"--val has other classes than --data {told}")
     return DataInfo(
         images=loader.images,
         rows=loader.rows,

@@ -343,8 +343,7 @@ def knob(path: str) -> str:
     return "--" + path.replace("_", "-")
 
 
-# a knob's earlier name and today's, by their places in the config.
-# Kept for one version: a config.yaml or checkpoint is read by either, the command line answers with the new one.
+# a knob's earlier name and today's: for one version, by which a config.yaml or checkpoint is read by either
 OLD_KNOBS: dict[str, str] = {"backbone.fold": "backbone.space_to_depth"}
 
 

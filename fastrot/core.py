@@ -193,15 +193,13 @@ class Headline:
 
 
 class Method(ABC):
-    """A task: what it wants to see, what the network makes of it, what it costs.
-
-    What is static is asked of the config alone: data is opened before the method is built.
-    """
+    """A task: what it wants to see, what the network makes of it, what it costs."""
 
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
 
+    # static: told by the config alone, since data is opened before the method is built
     @staticmethod
     def crops(cfg: Any) -> tuple[Crop, ...]:
         """The crops that it wants in training."""

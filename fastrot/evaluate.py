@@ -9,8 +9,8 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import importlib
 
-from fastrot import config, entry
-from fastrot.config import UsageError
+from fastrot import entry
+from fastrot.config import UsageError, check_ranges
 from fastrot.evals import knobs
 
 # by the word on the command line, which names a file of evals/: its `evaluate` gets the run and the knobs
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in EVALUATIONS:
             raise UsageError(f"there is no evaluation {name!r}: choose one of {known}")
         wanted = tyro.cli(EVALUATIONS[name], args=rest, prog=f"evaluate.py {run} {name}")
-    config.check_ranges(wanted)
+    check_ranges(wanted)
     return importlib.import_module(f"fastrot.evals.{name}").evaluate(run, wanted)
 
 

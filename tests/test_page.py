@@ -258,7 +258,7 @@ def test_decoupling_is_drawn_with_its_other_half_and_the_chance_of_turns(tmp_pat
         config=ROTNET.replace("RotNet", "Decoupling"),
     )
     log = page.RunLog(run, HEADLINE)
-    assert log.chance == 0.25
+    assert log.headline.chance == 0.25
     (axes,) = page._accuracy(log).axes
     assert "held-out, other half" in axes.get_legend_handles_labels()[1]
     (axes,) = page._loss(log).axes

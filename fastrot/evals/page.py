@@ -57,8 +57,7 @@ def draw(
     for name, figure in figures.items():
         write_atomically(plots / f"{name}.png", functools.partial(figure.savefig, format="png"))
     if images is not None and len(images):
-        known = {"overall": log.after, "chance": log.chance, "footer": log.footer}
-        rotated_sheet(images, guesses, plots / "turned.png", **known)
+        rotated_sheet(images, guesses, plots / "turned.png", overall=log.after, footer=log.footer)
     stage = getattr(getattr(net, "trunk", None), "telling", "conv5")
     replace_bytes(run / "index.html", _page(log, stage).encode("utf-8", "replace"))
     return run / "index.html"
@@ -76,11 +75,10 @@ class LivePage:
             self.draw()
 
     def draw(self) -> None:
-        begun, shown = time.perf_counter(), self.shown
+        begun, shown, method = time.perf_counter(), self.shown, self.method
         pictures = None if shown is None else shown.images.cpu()
-        guesses = None if shown is None else rotation_guesses(self.method, shown)
-        about = {"headline": self.method.headline, "net": self.method.net}
-        draw(self.run, images=pictures, guesses=guesses, **about)
+        guesses = None if shown is None else rotation_guesses(method, shown)
+        draw(self.run, headline=method.headline, net=method.net, images=pictures, guesses=guesses)
         self.drawn = time.perf_counter()
         self.cost = self.drawn - begun
 
@@ -98,7 +96,6 @@ class RunLog:
         self.summary = summary if (_number(summary.get("steps")) or 0) >= self.step else {}
 
         first, judged = self.lines[0] if self.lines else {}, f"val_{headline.score}"
-        self.chance = headline.chance
         self.before = _number(self.summary.get(f"{judged}_first", first.get(judged)))
         self.after = self.figure(judged)
         self.footer = _footer(self.environment)
@@ -153,12 +150,11 @@ def _accuracy(log: RunLog) -> "Figure":
     figure, (axes,) = _figure("Accuracy", log)
     _curve(axes, log, "accuracy", "training", BLUE)
     _curve(axes, log, "val_accuracy", "held-out", RED, marker="o")
-    other = "held-out, other half"
-    _curve(axes, log, "val_prec_inv", other, TERMS[0], marker="o", linewidth=1.0)
-    if log.chance is not None:
-        axes.axhline(log.chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+    _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], marker="o", linewidth=1.0)
+    if (chance := log.headline.chance) is not None:
+        axes.axhline(chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
-        axes.text(0.995, log.chance - 0.025, "chance", color=GREY, size=8, **right)
+        axes.text(0.995, chance - 0.025, "chance", color=GREY, size=8, **right)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
     return figure
@@ -244,14 +240,14 @@ def _curve(axes: "Axes", log: RunLog, name: str, label: str, colour: str, **look
 def _page(log: RunLog, stage: str) -> str:
     text, plots = html.escape, log.run / "plots"
     state = f"step {log.step:,} · epoch {log.last('epoch') or 0:g}"
-    score, say = log.headline.score, log.say
+    score, chance, say = log.headline.score, log.headline.chance, log.say
     figure = f"{say(log.before)} <i>→</i> {say(log.after)}"
     note = f"held-out pictures, before training → {'after' if log.summary else 'so far'}"
     if log.after is None:  # nothing is held out
         figure, note = say(log.last(score)), "pictures that it trains on"
     elif not any(f"val_{score}" in line for line in log.lines[1:]):
         figure, note = say(log.before), "held-out pictures, before training"
-    note += "" if log.chance is None else f" · chance {_percent(log.chance)}"
+    note += "" if chance is None else f" · chance {_percent(chance)}"
     speed, seconds = log.figure("images_per_s"), _number(log.summary.get("seconds"))
     tiles = [
         (text(log.headline.title), figure, note),

@@ -26,7 +26,6 @@ def rotated_sheet(
     path: Path,
     *,
     overall: float | None = None,
-    chance: float | None = 0.25,
     footer: str = "",
 ) -> None:
     """Write a PNG: a row per picture, its four rotations, the net's answers. Without guesses: the pictures alone.
@@ -42,8 +41,7 @@ def rotated_sheet(
         title, body = "Which way is up? Photographs never trained on", _turned(images, says, sure)
         words = f"{int((says == torch.arange(4)).sum())} of these {says.numel()} right"
         words += "" if overall is None else f" · {overall:.1%} of the whole hold-out"
-        words += "" if chance is None else f" · {chance:.0%} by chance"
-        words += "\nThe arrow points to where the net thinks up is."
+        words += " · 25% by chance\nThe arrow points to where the net thinks up is."
     top = 92 if guesses is None else 112
     sheet = Image.new("RGB", (body.width + 2 * MARGIN, top + body.height + 44), "white")
     draw = ImageDraw.Draw(sheet)
@@ -51,8 +49,7 @@ def rotated_sheet(
     draw.text((MARGIN, 54), words, fill=INK, font=_font(15), spacing=7)
     sheet.paste(body, (MARGIN, top))
     draw.text((MARGIN, sheet.height - 26), legible(footer), fill=FAINT, font=_font(11))
-    # a quarter of the time, few bytes more
-    write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
+    write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))  # fast
 
 
 def legible(text: str) -> str:

@@ -35,9 +35,8 @@ def evaluate(run: str, knobs: Rotation) -> int:
     nets = nets_of(run)
     for net in nets:
         if not assemble.METHODS[type(net.cfg.method)].predicts_rotation(net.cfg.method):
-            kind = type(net.cfg.method).__name__
-            way = "name a run of rotnet or decoupling"
-            raise UsageError(f"{net.source} predicts no rotations ({kind}): {way}")
+            told = f"{net.source} predicts no rotations ({type(net.cfg.method).__name__})"
+            raise UsageError(f"{told}: name a run of rotnet or decoupling")
     device = choose_device(knobs.device, dist.place())
     name = knobs.data or nets[0].cfg.data or ""
     data = assemble.open_data(name, knobs.loader)
@@ -64,9 +63,8 @@ def _folds(nets: list[Trained], data: Data, name: str) -> Fold:
         return np.full(data.rows, -1, np.int8)
     for net in nets:
         if net.identity["data_fingerprint"] != data.fingerprint:
-            way = f"give the same --data, or name {net.source} alone, which may have seen them"
             told = f"--data {name} holds other pictures than {net.source} was trained on"
-            raise UsageError(f"{told}: {way}")
+            raise UsageError(f"{told}: give the same --data, or name {net.source} alone")
     return fold_of(data.keys, len(nets))
 
 
