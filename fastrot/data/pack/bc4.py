@@ -1,8 +1,5 @@
-"""BC4: 4x4 samples in 8 bytes, on all machines the same ones; ops/tiles.py goes back.
+"""BC4: 4x4 samples in 8 bytes, on all machines the same ones. README.md has the format; ops/tiles.py decodes.
 
-Format.  Two end points e0, e1 and sixteen numbers of 3 bits, row by row, little-endian, that choose from a palette:
-         e0 > e1:    e0, e1, then ((8 - i) e0 + (i - 1) e1) // 7 for i = 2 ... 7
-         otherwise:  e0, e1, then ((6 - i) e0 + (i - 1) e1) // 5 for i = 2 ... 5, then 0, 255
 Coding.  Always the palette of eight: step s = 0 (e0, the high end) to 7 (e1, the low one). The end points are the
          extremes of the block, and each sample takes the nearest step. Where that loses something, least squares fit
          the end points to these steps, and the better of the two is kept. (etcpak's coder loses more than the extremes
