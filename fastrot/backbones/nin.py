@@ -40,12 +40,8 @@ def _block(
 ) -> nn.Sequential:
     wide, point1, point2 = after
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        wide=_convolution(before, wide, kernel),
-        point1=_convolution(wide, point1, 1),
-        point2=_convolution(point1, point2, 1),
+        wide=Convolved(nn.Conv2d(before, wide, kernel, padding=kernel // 2, bias=False)),
+        point1=Convolved(nn.Conv2d(wide, point1, 1, bias=False)),
+        point2=Convolved(nn.Conv2d(point1, point2, 1, bias=False)),
     )
     return nn.Sequential(layers if pool is None else layers | {"pool": pool})
-
-
-def _convolution(before: int, after: int, kernel: int) -> Convolved:
-    return Convolved(nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False))

@@ -8,13 +8,12 @@ Z.       NCE's constant, from the first batch of all ranks; it stays, or follows
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastrot import dist
 from fastrot.core import DTYPES, Batch, DataInfo
 from fastrot.methods.bank import Bank
-from fastrot.ops.nce import Draw, estimate_z, nce_loss_and_mass
+from fastrot.ops.nce import Draw, Each, Features, estimate_z, nce_loss_and_mass
 
 EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, issue 23)
 
@@ -37,16 +36,14 @@ class Contrast:
         cfg, seed, step = self.cfg, self.info.seed, batch.epoch_step[1]
         return Draw(cfg.negatives, seed, batch.index, step, exclude_self=cfg.exclude_self)
 
-    def before_first_step(self, features: Float[Tensor, "b d"], batch: Batch) -> None:
+    def before_first_step(self, features: Features, batch: Batch) -> None:
         """Z, from the first batch of all ranks."""
         if self.wants_z:
             asked = self._asked(features, batch)
             mean = estimate_z(*asked, temperature=self.cfg.temperature, population=1)
             self.mean_exp = dist.sum_over_ranks(mean) / dist.world()
 
-    def loss(
-        self, features: Float[Tensor, "b d"], batch: Batch
-    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def loss(self, features: Features, batch: Batch) -> tuple[Each, dict[str, Tensor]]:
         """Each picture's loss, and of this batch `z`, where there is one."""
         population = self.bank.population
         loss, mass = nce_loss_and_mass(
@@ -60,7 +57,7 @@ class Contrast:
             return loss, {}
         return loss, {"z": mass.mean() / (self.cfg.negatives + 1) * population}
 
-    def distance(self, features: Float[Tensor, "b d"], batch: Batch) -> Float[Tensor, " b"]:
+    def distance(self, features: Features, batch: Batch) -> Each:
         """Square distance from each picture's own row."""
         return (features - self.bank.of(batch.index)).square().sum(dim=1)
 
@@ -93,7 +90,6 @@ class Contrast:
     def resume_contract(self) -> dict[str, Any]:
         return {"bank": {"rows": self.bank.images, "dim": self.cfg.dim}}
 
-    def _asked(
-        self, features: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | Draw]:
+    def _asked(self, features: Tensor, batch: Batch) -> tuple[Any, ...]:
+        """The features, the bank, each picture's row of it, and its negatives."""
         return features, self.bank.rows, self.bank.place[batch.index], self.negatives(batch)

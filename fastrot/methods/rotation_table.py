@@ -82,15 +82,12 @@ def check_name(path: str | Path, knob: str) -> None:
 # ---- reading ----
 
 
-def read(
-    path: str | Path, *, rows: int, fingerprint: str, knob: str = "--method.pu-table"
-) -> RotationTable:
+def read(path: str | Path, *, rows: int, fingerprint: str) -> RotationTable:
     """The table of a data set of so many rows, in either format. Nothing in it is ever unpickled.
 
-    Raises UsageError, naming `knob`, for a file that is not there, is no table, is another data set's, or holds
-    what is no probability.
+    Raises UsageError for a file that is not there, is no table, is another data set's, or holds what is no probability.
     """
-    name = f"{knob} {path}"
+    name = f"--method.pu-table {path}"
     if not Path(path).is_file():
         raise UsageError(f"{name} is no file: {_NAME_ONE}")
     with open(path, "rb") as file:
