@@ -95,13 +95,14 @@ class Bank:
         self.rows.copy_(rows[self._rank :: self._world])
 
     def describe(self) -> str:
-        bytes_each = self.rows.numel() * self.rows.element_size()
-        what = f"{len(self.rows):,} x {self.rows.shape[1]} {str(self.rows.dtype).removeprefix('torch.')}"
+        size = self.rows.numel() * self.rows.element_size() / 2**20
+        dtype = str(self.rows.dtype).removeprefix("torch.")
+        what = f"{len(self.rows):,} x {self.rows.shape[1]} {dtype}, {size:,.1f} MB"
         if not self.sharded:
-            return f"memory bank: {what}, {bytes_each / 2**20:,.1f} MB on each rank"
+            return f"memory bank: {what} on each rank"
         return (
             f"memory bank: {self.images:,} rows over {self._world} ranks; rank {self._rank} holds {what}, "
-            f"{bytes_each / 2**20:,.1f} MB, and contrasts with its own: population {len(self.rows):,}"
+            f"and contrasts with its own: population {len(self.rows):,}"
         )
 
     def _fill(self, seed: int) -> None:

@@ -15,7 +15,7 @@ Idea.    NCE is a sum over negatives; InfoNCE's gradient is attention with one q
          rows, so a running maximum suffices. Both read each row once and give loss, mass and gradient together; backward
          is one multiply. A Draw's negatives are Philox words, computed where they are needed, four a counter.
 Bytes.   B (K + 1) D itemsize gathered, 8 B K more for negatives that are given; partial sums 8 B splits (D + 2), where
-         splits * D < K. On a CPU the reference goes over pieces that stay in a core's cache.
+         splits * D < K.
 Digits.  Integers of a Draw are equal on every device. Sums differ in their order, about 1e-7 of the loss.
 """
 

@@ -14,12 +14,8 @@ Maths.   mean, var (biased) of each column of y; x = (y - mean) / sqrt(var + eps
 Idea.    Four passes instead of a dozen: statistics; normalise, clamp, pool; two sums; dy. The forward keeps, beside y, of each window
          the winner's place (uint8, 0 to 8; 9: ReLU cut it) and its y, so that the sums read the pooled map alone. Backward, a
          program owns 2 x 2 elements of y, and each of their nine meetings with a window is one comparison with a constant.
-Bytes.   For each element of y of s bytes and q elements of out (a quarter, pooled; 1, not):
-             statistics                   read s
-             normalise, clamp, pool       read s      write q (2 s + 1)      not pooled: read s   write s
-             sums                         read q (2 s + 1)                   not pooled: read 2 s
-             dy                           read s + q (s + 1)   write s       not pooled: read 2 s   write s
-         so 4 s + q (5 s + 3) pooled and 8 s not: 11.25 and 16 bytes in bfloat16.
+Bytes.   For each element of y of s bytes: 4 s + q (5 s + 3) pooled, to q elements (a quarter), and 8 s not: 11.25 and 16 bytes
+         in bfloat16. README.md has them pass by pass.
 Digits.  Statistics: a mean and the squares about it, row after row (Welford 1962), merged by Chan's formula about one of the
          means (Chan 1983), all in float32 and in a fixed order: the same bits again on the same device.
 """

@@ -200,7 +200,9 @@ if triton is not None:
         column, known = _channels(1, C, BLOCK_C)
         there = block < blocks
         centre, rstd, scale, offset = _scales(weight, bias, mean, var, eps, column, known)
-        level, slope = _means(dweight, dbias, rstd, over_rows, column, known)
+        # dbias / M, and dweight / M for each unit of y
+        level = (tl.load(dbias + column, mask=known, other=0) * over_rows)[None, :]
+        slope = (tl.load(dweight + column, mask=known, other=0) * over_rows)[None, :] * rstd
         if POOL:
             line = block // ((width + 1) // 2)
             image, i = line // ((height + 1) // 2), line % ((height + 1) // 2)
@@ -274,14 +276,6 @@ if triton is not None:
         centre = tl.load(mean + column, mask=known, other=0)
         offset = tl.load(bias + column, mask=known, other=0).to(tl.float32)
         return centre[None, :], rstd[None, :], scale[None, :], offset[None, :]
-
-    @triton.jit
-    @no_type_check
-    def _means(dweight, dbias, rstd, over_rows, column, known):
-        """[1, BLOCK_C] each: dbias / M, and dweight / M for each unit of y."""
-        level = tl.load(dbias + column, mask=known, other=0) * over_rows
-        slope = tl.load(dweight + column, mask=known, other=0) * over_rows
-        return level[None, :], slope[None, :] * rstd
 
 
 # ---- launch ----

@@ -165,7 +165,12 @@ if triton is not None:
                 offset = upright if (PATTERN >> 2 * view) % 2 == 0 else rotated
                 offset = offset if (PATTERN >> 2 * view) % 4 < 2 else mirror - offset
             byte = tl.load(source + offset, mask=inside, other=0).to(tl.float32)
-            value = _normalised(byte, mean, std, inverse, FUSED)
+            centred = byte * HI + byte * LO - mean
+            if FUSED:  # IEEE's quotient without its 14 instructions and a branch (Markstein 1990)
+                value = centred * inverse
+                value = tl.fma(tl.fma(-value, std, centred), inverse, value)
+            else:  # the interpreter's fma rounds twice
+                value = tl.div_rn(centred, std)
             if BESIDE:
                 value = tl.where(inside, value, 0.0)
             target = out + (image * VIEWS + view) * count * width + cell_row * width + element
@@ -175,18 +180,6 @@ if triton is not None:
     @no_type_check
     def _of(channel, first, second, third):
         return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
-
-    @triton.jit
-    @no_type_check
-    def _normalised(byte, mean, std, inverse, FUSED: tl.constexpr):
-        """(byte / 255 - mean) / std, of float32; inverse = 1 / std."""
-        centred = byte * HI + byte * LO - mean
-        if FUSED:  # IEEE's quotient without its 14 instructions and a branch (Markstein 1990)
-            value = centred * inverse
-            value = tl.fma(tl.fma(-value, std, centred), inverse, value)
-        else:  # the interpreter's fma rounds twice
-            value = tl.div_rn(centred, std)
-        return value
 
 
 # ---- launch ----

@@ -110,10 +110,9 @@ def _(*_):
 def update_rows(
     rows: Bank, index: Int64[Tensor, " b"], features: Features, momentum: float, eps: float = 0.0
 ) -> None:
-    """Row <- unit(momentum * row + (1 - momentum) * feature), in place; unit(v) = v / max(|v|, eps).
+    """Row <- unit(momentum * row + (1 - momentum) * feature), in place; of duplicates in `index` the last wins.
 
-    Every duplicate in `index` starts from the old row, and the last one wins. What lies outside the bank is
-    refused on a CPU and left out on a GPU, where looking would wait.
+    What lies outside the bank is refused on a CPU and left out on a GPU, where looking would wait.
     """
     if features.ndim != 2 or features.dtype not in (torch.float32, torch.float64):
         raise misfit("features are", features, "torch.float32 [B, D]")
