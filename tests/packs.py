@@ -36,7 +36,7 @@ def write_pack(
     stats = PartStats()
     coded = [*stats.kept(encode_chunk(EncodeSpec(write.Coder(encoding)), Chunk(0, source)))]
     assert len(coded) == len(records)
-    converted = Converted.of(source, {"encoding": encoding}, [], [stats])
+    converted = Converted(source, {"encoding": encoding}, [], stats)
     sizes = np.array([(picture.height, picture.width) for picture in coded], np.int32)
     new = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)

@@ -110,5 +110,5 @@ def test_boxes_go_with_their_rows(annotated, tmp_path, form, shuffle):
         with pytest.raises(ValueError, match="whole"):
             convert(options(kind, **given, **how))
     new = {**given, "source": "imagefolder", "root": annotated.parent, "overwrite": True}
-    assert convert(options(kind, **new, **how)).written == 5
+    assert convert(options(kind, **new, **how)).manifest["rows"] == 5
     assert not (tmp_path / beside).exists()

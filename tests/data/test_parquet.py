@@ -152,7 +152,7 @@ def test_rows_without_pictures_are_rejected_when_read(tmp_path):
     path = written(tmp_path / "a.parquet", rows)
     given = write.BetonOptions(source="parquet", root=path, out=out, workers=0)
     summary = convert_pictures(given)
-    assert (summary.written, summary.seen) == (2, 5)
+    assert (summary.manifest["rows"], summary.manifest["seen"]) == (2, 5)
     reasons = dict(summary.rejects)
     assert reasons["a/1"] == "its row has no bytes"
     assert reasons.keys() == {"a/1", "a/2", "a/3"}

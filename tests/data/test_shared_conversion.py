@@ -22,9 +22,9 @@ from fastrot.config import RunError, UsageError
 from fastrot.data.beton import write
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare import ranks
-from fastrot.data.prepare.convert import convert
+from fastrot.data.prepare.convert import convert, results_of
 from fastrot.data.prepare.convert import run as run_conversion
-from fastrot.data.prepare.encode import EncodeSpec
+from fastrot.data.prepare.encode import EncodeSpec, encode_all
 
 HERE = Path(__file__).parent
 SMALL_PARTS, KILLED_EVERYWHERE = HERE / "small_parts.py", HERE / "killed_everywhere.py"
@@ -276,9 +276,9 @@ def test_ranks_share_the_parts(mixed, unbroken, tmp_path, monkeypatch, world, pa
     assert made == wanted
     told = results[0]
     assert all(result == told for result in results[1:]) or all(
-        (r.written, r.rejects) == (told.written, told.rejects) for r in results
+        (r.manifest["rows"], r.rejects) == (told.manifest["rows"], told.rejects) for r in results
     )
-    assert (told.written, len(told.rejects), told.converted) == (37, 2, 38)
+    assert (told.manifest["rows"], len(told.rejects), told.converted) == (37, 2, 38)
 
 
 def test_ranks_go_on_from_whole_parts_and_keep_them(mixed, unbroken, tmp_path, monkeypatch):
@@ -334,8 +334,9 @@ def test_ranks_that_a_killed_launcher_left_stop_when_another_start_takes_over(mi
         source, save = asked.open_source(), asked.writer().write_part
         parts = part_files.parts_of(work, 20, ".beton", {"quality": 80}, PART)
         spec = EncodeSpec(write.Coder())
+        encoded = encode_all(spec, parts[0].chunks(source), 0)
         with pytest.raises(RunError, match="another start has taken over"):
-            part_files.make_parts(parts, source, spec, save, 0, lambda n: None, sign)
+            parts[0].make(results_of(parts[0], encoded, sign, lambda n: None), save)
         assert {p.name for p in work.iterdir()} == {"plan.json", "lock"}
 
 

@@ -96,8 +96,10 @@ def test_raw_gives_back_every_bit(pictures, tmp_path, how):
     assert pack.labels.tolist() == [record.label for record in source.records]
     assert pack.classes == source.classes
     assert [pack.name(row) for row in range(37)] == [record.path for record in source.records]
-    assert (told.written, told.resumed, told.out) == (37, 0, tmp_path / "a.pack")
-    assert told.bytes == sum(len(b) for n, b in files(told.out).items() if n != "meta.json")
+    assert (told.manifest["rows"], told.resumed, told.out) == (37, 0, tmp_path / "a.pack")
+    assert told.manifest["bytes"] == sum(
+        len(b) for n, b in files(told.out).items() if n != "meta.json"
+    )
 
 
 def test_tiles_are_those_of_the_pictures(pictures, tmp_path):
@@ -236,7 +238,7 @@ def test_ranks_share_the_parts(mixed, unbroken, tmp_path, world, part):
     for thread in threads:
         thread.join()
     assert files(tmp_path / "a.pack") == unbroken
-    assert {(t.written, t.converted, len(t.rejects)) for t in told} == {(37, 38, 2)}
+    assert {(t.manifest["rows"], t.converted, len(t.rejects)) for t in told} == {(37, 38, 2)}
 
 
 # ---- from a .beton ----
@@ -253,7 +255,7 @@ def test_a_beton_keeps_its_rows(mixed, tmp_path, kind):
     out = tmp_path / "a.pack"
     told = packed(root, out, source="beton", encoding="raw")
     pack, beton = Pack(out), Beton(root)
-    assert (told.written, told.seen, told.rejects) == (37, 37, [])
+    assert (told.manifest["rows"], told.manifest["seen"], told.rejects) == (37, 37, [])
     assert pack.fingerprint == beton.fingerprint
     assert pack.keys.tolist() == beton.keys.tolist()
     assert pack.labels.tolist() == beton.labels.tolist()
@@ -367,7 +369,7 @@ def test_an_estimate_is_near_and_writes_nothing(pictures, tmp_path, capsys, enco
     assert ("exact" in said) == (encoding == "raw")
     guess = int(said.split(": ")[1].split(" bytes")[0].replace(",", ""))
     told = packed(pictures, out, encoding=encoding)
-    assert guess == pytest.approx(told.bytes - len(files(out)["paths.jsonl"]), abs=1000)
+    assert guess == pytest.approx(told.manifest["bytes"] - len(files(out)["paths.jsonl"]), abs=1000)
 
 
 def test_overwrite_replaces_a_pack_and_nothing_else_does(pictures, tmp_path, capsys):

@@ -216,7 +216,11 @@ def test_a_record_lies_inside_one_page_however_large(tmp_path, sizes, monkeypatc
 def test_labels_limit_and_classes(pictures, tmp_path):
     told = convert(options(pictures, tmp_path / "a.beton", limit=5, label_from="none"))
     assert parse(tmp_path / "a.beton")[1] == [-1] * 5
-    assert (told.written, told.beyond_limit, told.seen) == (5, 32, 37)
+    assert (told.manifest["rows"], told.manifest["beyond_limit"], told.manifest["seen"]) == (
+        5,
+        32,
+        37,
+    )
 
 
 # ---- however it is made ----
@@ -262,7 +266,7 @@ def test_a_changed_part_is_found(pictures, tmp_path, monkeypatch):
     part.write_bytes(data)
     with pytest.raises(UsageError, match="run again"):
         convert(options(pictures, out))
-    assert convert(options(pictures, out)).written == 37
+    assert convert(options(pictures, out)).manifest["rows"] == 37
 
 
 def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monkeypatch):
@@ -277,11 +281,11 @@ def test_other_options_or_pictures_are_refused_by_name(pictures, tmp_path, monke
     (root / "class0" / "000.jpg").unlink()
     with pytest.raises(UsageError, match="begun from other pictures"):
         convert(options(root, out))
-    assert convert(options(root, out, overwrite=True)).written == 36
+    assert convert(options(root, out, overwrite=True)).manifest["rows"] == 36
     assert convert(options(root, out)).already
     with pytest.raises(UsageError, match=r"made with --encoding jpg, not raw: add --overwrite"):
         convert(options(root, out, encoding="raw"))
-    assert convert(options(root, out, encoding="raw", overwrite=True)).written == 36
+    assert convert(options(root, out, encoding="raw", overwrite=True)).manifest["rows"] == 36
     with open(out, "r+b") as file:
         file.truncate(10_000)
     with pytest.raises(UsageError, match="no whole file of ours"):
@@ -322,7 +326,7 @@ def test_rejects_are_named_and_counted(damaged, tmp_path, capsys):
 
 def test_a_part_of_rejects_alone(damaged, tmp_path):
     told = convert(options(damaged, tmp_path / "a.beton"), part=1)
-    assert (told.written, len(told.rejects)) == (3, 2)
+    assert (told.manifest["rows"], len(told.rejects)) == (3, 2)
 
 
 @pytest.mark.parametrize(

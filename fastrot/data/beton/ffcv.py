@@ -1,8 +1,7 @@
 """`.beton` through FFCV's own Loader, with our order and boxes: `--loader ffcv`.
 
-README.md tells which of FFCV's faults each piece keeps from a run.
-
-Needs ffcv and numba (`make ffcv`), so nothing imports this file but `assemble.open_data`, when asked.
+README.md tells which of FFCV's faults each piece keeps from a run. Needs ffcv and numba (`make ffcv`), so nothing
+imports this file but `assemble.open_data`, when asked.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -78,11 +77,6 @@ class FfcvBeton(Beton):
     def open_reader(self, device: torch.device, workers: int) -> "_Reader":
         """`workers` threads decode, fed by FFCV's own; 0 is taken for 1."""
         return _Reader(self, device, max(workers, 1))
-
-    def work(self, request: CropRequest, pool: ThreadPoolExecutor, *, pinned: bool) -> "_Work":
-        """A batch, whose bytes are announced."""
-        self._announce(request)
-        return _Work(request, buffers(request, pinned=pinned), pool, Future())
 
     def _decode_batch(self, work: "_Work", metadata: Any, storage: Any) -> Decoded:
         """The decoder of FFCV's pipeline: fills a batch's buffers from what FFCV has read of the file."""
@@ -197,7 +191,9 @@ class _Reader(PooledReader):
         self._epoch = _Epoch(data.loader)
 
     def begin(self, request: CropRequest) -> Pending:
-        work = self._data.work(request, self.pool, pinned=self._pinned)
+        self._data._announce(request)
+        out = buffers(request, pinned=self._pinned)
+        work = _Work(request, out, self.pool, Future())
         self._epoch.feed.put(work)
         return Pending(work.future.result)
 

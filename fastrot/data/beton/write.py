@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from jaxtyping import UInt8
 
+from fastrot.arrays import Picture
 from fastrot.config import UsageError
 from fastrot.data.beton import layout
 from fastrot.data.files import BadPicture
@@ -22,14 +22,7 @@ from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import (
-    WAYS,
-    Converted,
-    Existing,
-    FormatWriter,
-    refuse_other,
-    save,
-)
+from fastrot.data.prepare.writer import WAYS, Converted, Existing, FormatWriter, refuse_other, save
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
@@ -73,7 +66,7 @@ class Coder:
     encoding: Literal["jpg", "raw"] = "jpg"
     quality: int = 90
 
-    def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    def encode(self, picture: Picture) -> bytes:
         if self.encoding == "raw":
             if picture.nbytes > LARGEST:
                 raise BadPicture(f"{picture.nbytes:,} bytes raw: a record may have {LARGEST:,}")
@@ -85,7 +78,7 @@ class Coder:
 
         return simplejpeg.encode_jpeg(picture, quality=self.quality, colorsubsampling="420")
 
-    def decode(self, data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    def decode(self, data: bytes, height: int, width: int) -> Picture:
         if self.encoding == "raw":
             return np.frombuffer(data, np.uint8).reshape(height, width, 3)
         import simplejpeg
@@ -204,7 +197,7 @@ class BetonWriter(FormatWriter):
         return self.options.out, side(self.options.out, "rejects.jsonl")
 
     def existing(self, plan: dict[str, Any], part: int) -> Existing:
-        out, kept = self.options.out, self.options.set
+        out, kept = self.out, self.options.set
         with contextlib.suppress(OSError):
             kept.rmdir()  # where it is empty: of a start that was killed at its very end
         begun = part_files.begun_with(kept)
@@ -251,7 +244,7 @@ class BetonWriter(FormatWriter):
 
     def write(self, converted: Converted) -> dict[str, Any]:
         """Merge the parts, or add to them what makes them a set; put it in its place."""
-        out, kept, parts = self.options.out, self.options.set, self.parts_folder
+        out, kept, parts = self.out, self.options.set, self.parts_folder
         new = parts / part_files.NEW
         if self.options.keep_parts:
             files = [part.file for part in converted.parts if part.file.exists()]

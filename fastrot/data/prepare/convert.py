@@ -1,8 +1,7 @@
 """A conversion from its first record to the finished file: the same for all prepared formats.
 
-`convert` reads from the top: open the source, see what an earlier start left, make the missing parts (parts.py,
-encode.py), put them together (writer.py). Under torchrun or srun each rank (ranks.py) makes a share of the missing
-parts; rank 0 alone decides what is missing, puts the parts together, and speaks.
+Under torchrun or srun each rank makes a share of the missing parts; rank 0 alone decides what is missing, puts the
+parts together, and speaks.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import itertools
 import json
 import resource
 import time
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +20,10 @@ from fastrot.config import RunError, UsageError
 from fastrot.data.files import shown
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare import report
-from fastrot.data.prepare.encode import Chunk, EncodedPicture, encode_chunk, spread
-from fastrot.data.prepare.options import Options, plan_of
-from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.ranks import (
-    ALONE,
-    Ranks,
-    appears,
-    await_shared,
-    joined_ranks,
-    make_claim,
-    same_pictures,
-)
+from fastrot.data.prepare.encode import Chunk, EncodedPicture, Result, encode_all
+from fastrot.data.prepare.options import Options, plan_of, same_pictures
+from fastrot.data.prepare.parts import CHUNK, Part, PartStats
+from fastrot.data.prepare.ranks import ALONE, Ranks, appears, await_shared, joined_ranks, make_claim
 from fastrot.data.prepare.report import Estimate, Summary
 from fastrot.data.prepare.writer import Converted, FormatWriter
 from fastrot.data.sources.records import Source
@@ -82,11 +73,12 @@ def convert(
         )
         if work.claim is not None:
             await_shared(work.claim)
-        with report.progress_bar(share, records - left, ranks.rank, ranks.world) as tick:
-            processes = min(workers, -(-share // part_files.CHUNK))
-            part_files.make_parts(
-                mine, source, writer.encode_spec, writer.write_part, processes, tick, work.claim
-            )
+        chunks = itertools.chain.from_iterable(part.chunks(source) for part in mine)
+        encoded = encode_all(writer.encode_spec, chunks, min(workers, -(-share // CHUNK)))
+        bar = report.progress_bar(share, records - left, ranks.rank, ranks.world)
+        with bar as tick, contextlib.closing(encoded):
+            for each in mine:  # workers read ahead over their borders
+                each.make(results_of(each, encoded, work.claim, tick), writer.write_part)
         others = sum(ranks.all_gather(cpu_seconds() - cpu)[1:])
 
         def finish() -> Summary:
@@ -127,11 +119,14 @@ def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Wo
     """The parts, all of them there, with at least one picture."""
     if not appears(lambda: all(part.whole() for part in work.parts)):
         raise RunError(
-            f"{work.parts[0].folder} lacks parts that ranks have made: run the same command again"
+            f"{work.parts[0].file.parent} lacks parts that ranks have made: run the same command again"
         )
     if work.claim is not None:
         work.claim.unlink(missing_ok=True)
-    converted = Converted.of(source, plan, work.parts, [part.stats() for part in work.parts])
+    stats = PartStats()
+    for part in work.parts:
+        stats.add(part.stats())
+    converted = Converted(source, plan, work.parts, stats)
     if not len(converted.records):
         part_files.remove(writer.parts_folder)
         path, reason = converted.rejects[0]
@@ -146,9 +141,18 @@ def _summary(writer: FormatWriter, manifest: dict[str, Any], **how) -> Summary:
     if manifest["rejected"]:
         with open(rejected_at, "rb") as file:
             rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
-    how |= {name: manifest[name] for name in ("skipped", "beyond_limit", "seen", "bytes")}
-    how |= {"written": manifest["rows"], "parts": "parts" in manifest}
-    return Summary(out=out, rejected_at=rejected_at, rejects=rejects, **how)
+    return Summary(out=out, manifest=manifest, rejects=rejects, rejected_at=rejected_at, **how)
+
+
+def results_of(
+    part: Part, encoded: Iterator[list[Result]], claim: Path | None, tick: Callable[[int], None]
+) -> Iterator[Result]:
+    """The next results, as many as the part has; `tick(n)` hears of n more. With a `claim`, it must stand at the end."""
+    for results in itertools.islice(encoded, -(-len(part.records) // CHUNK)):
+        tick(len(results))
+        yield from results
+    if claim is not None and not claim.exists():
+        raise RunError(f"another start has taken over {claim.parent}: this one is at its end")
 
 
 def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> Estimate:
@@ -157,7 +161,7 @@ def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> 
     numbers = sorted({i * records // TRIED for i in range(TRIED)})
     chunks = (Chunk(i, source.part(i, i + 1)) for i in numbers)
     spec = dataclasses.replace(writer.encode_spec, measure_loss=True)
-    with contextlib.closing(spread(partial(encode_chunk, spec), chunks, workers)) as encoded:
+    with contextlib.closing(encode_all(spec, chunks, workers)) as encoded:
         tried = [
             (len(p.data) + writer.row_bytes, p.height * p.width, p.loss or 0, p.seconds)
             for p in itertools.chain.from_iterable(encoded)

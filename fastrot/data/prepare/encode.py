@@ -1,8 +1,6 @@
 """One picture, from its source to encoded bytes, in worker processes.
 
-`spread` hands chunks of 16 records to the workers; `encode_chunk` reads, decodes, shrinks and encodes each
-record, and gives an EncodedPicture or a Reject for it. Statistics are sums of whole numbers, so they do not
-depend on order, workers, parts or ranks.
+Statistics are sums of whole numbers, so they do not depend on order, workers, parts or ranks.
 """
 
 import errno
@@ -18,7 +16,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,9 +32,6 @@ GONE = {  # what a file says that is not there, or not for us
     *(errno.ENAMETOOLONG, errno.ESTALE),
 }
 BAND = 2**18  # pixels that are split into channels at once: these stay in the cache
-
-T = TypeVar("T")
-Item = TypeVar("Item")
 
 
 @runtime_checkable
@@ -81,6 +77,9 @@ class Reject(NamedTuple):
     reason: str
 
 
+Result = EncodedPicture | Reject  # of a record
+
+
 class Chunk(NamedTuple):
     """What a worker is given: some records, and what reads them."""
 
@@ -88,9 +87,9 @@ class Chunk(NamedTuple):
     source: Source  # of these records alone
 
 
-def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[EncodedPicture | Reject]:
+def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[Result]:
     """A result for each record. Raises RunError where the disk or the memory fails, not a picture."""
-    results: list[EncodedPicture | Reject] = []
+    results: list[Result] = []
     for i, record in enumerate(chunk.source.records):
         if _stop is not None and _stop.is_set():
             break  # nobody waits for the rest
@@ -165,10 +164,15 @@ def _channel_sums(picture: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]
 _stop: Any = None  # in a worker: set when the parent wants no more
 
 
-def spread(
-    task: Callable[[Item], T], items: Iterable[Item], workers: int
-) -> Generator[T, None, None]:
-    """`map(task, items)` over processes: in order, a few items ahead. Close it to end the workers early."""
+def encode_all(
+    spec: EncodeSpec, chunks: Iterable[Chunk], workers: int
+) -> Generator[list[Result], None, None]:
+    """What `encode_chunk` gives for each chunk, in order."""
+    return spread(partial(encode_chunk, spec), chunks, workers)
+
+
+def spread(task: Callable, items: Iterable, workers: int) -> Generator[Any, None, None]:
+    """`map(task, items)` over processes, a few items ahead; 0: in this one. Close it to end the workers early."""
     if workers == 0:
         yield from map(task, items)
         return

@@ -80,3 +80,13 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
                 return "from other pictures or labels than the source lists now"
             return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
     return None
+
+
+def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
+    """Raises UsageError where a rank would convert other pictures than rank 0."""
+    for rank, plan in enumerate(plans):
+        if plan != plans[0]:
+            raise UsageError(
+                f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
+                "all machines must see the same pictures there"
+            )

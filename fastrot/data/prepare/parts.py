@@ -1,7 +1,7 @@
 """Parts: runs of 10,000 records that appear under OUT.parts/ whole or not at all.
 
 A run that was killed goes on from its whole parts. A part depends on its own records only, so parts may be made
-in any order, by anyone: `make_parts` makes those that one rank is given.
+in any order, by anyone.
 """
 
 import contextlib
@@ -9,21 +9,13 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastrot.config import RunError, UsageError
-from fastrot.data.prepare.encode import (
-    Chunk,
-    EncodedPicture,
-    EncodeSpec,
-    Reject,
-    encode_chunk,
-    spread,
-)
+from fastrot.config import UsageError
+from fastrot.data.prepare.encode import Chunk, EncodedPicture, Result
 from fastrot.data.prepare.options import difference, plan_hash
 from fastrot.data.prepare.ranks import CLAIM
 from fastrot.data.sources.records import Source
@@ -35,7 +27,6 @@ PLAN, LOCK = "plan.json", "lock"
 NEW = "new"  # so begin names of files in a folder of parts that are on their way to another place
 # writes a part's file, whole or not at all: its path, its pictures, the most that may come
 WritePart = Callable[[Path, Iterable[EncodedPicture], int], None]
-Sums = Sequence[int]
 
 
 @dataclass
@@ -50,24 +41,25 @@ class PartStats:
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
     largest: list[int] = field(default_factory=lambda: [0, 0])  # height, width
 
-    def kept(self, results: Iterable[EncodedPicture | Reject]) -> Iterator[EncodedPicture]:
+    def kept(self, results: Iterable[Result]) -> Iterator[EncodedPicture]:
         """Hand the pictures on, count them, and keep the rejects."""
         for result in results:
-            if isinstance(result, Reject):
-                self.rejects.append((result.record, result.reason))
+            if not isinstance(result, EncodedPicture):
+                self.rejects.append(result)
                 continue
-            self.crcs.append(result.crc)
-            self.records.append(result.record)
-            size = result.height, result.width
-            self.add(size[0] * size[1], result.sums, result.squares, size)
+            h, w = result.height, result.width
+            sums, squares = [*result.sums], [*result.squares]
+            self.add(PartStats([result.crc], [result.record], [], h * w, sums, squares, [h, w]))
             yield result
 
-    def add(self, pixels: int, sums: Sums, squares: Sums, largest: Sums) -> None:
-        """The statistics of more pictures; what is known picture by picture stays with their parts."""
-        self.pixels += pixels
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.squares = [a + b for a, b in zip(self.squares, squares, strict=True)]
-        self.largest = [max(a, b) for a, b in zip(self.largest, largest, strict=True)]
+    def add(self, more: "PartStats") -> None:
+        self.crcs += more.crcs
+        self.records += more.records
+        self.rejects += more.rejects
+        self.pixels += more.pixels
+        self.sums = [a + b for a, b in zip(self.sums, more.sums, strict=True)]
+        self.squares = [a + b for a, b in zip(self.squares, more.squares, strict=True)]
+        self.largest = [max(a, b) for a, b in zip(self.largest, more.largest, strict=True)]
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Of red, green, blue over all pixels, in 0..1. The only rounding is the last division and root."""
@@ -80,18 +72,13 @@ class PartStats:
 class Part:
     """A run of records, as one file and what is known of it. The `.json` comes last: with it the part is whole."""
 
-    folder: Path
+    file: Path
     records: range
-    suffix: str  # of the file: the format's
     plan: str  # hash of what decides its bytes: a rank of an earlier start may still write here
 
     @property
-    def file(self) -> Path:
-        return self.folder / f"{self.records.start:010d}{self.suffix}"
-
-    @property
     def about(self) -> Path:
-        return self.folder / f"{self.records.start:010d}.json"
+        return self.file.with_suffix(".json")
 
     def whole(self) -> bool:
         try:
@@ -117,7 +104,7 @@ class Part:
         for first in range(self.records.start, self.records.stop, CHUNK):
             yield Chunk(first, source.part(first, min(first + CHUNK, self.records.stop)))
 
-    def make(self, results: Iterable[EncodedPicture | Reject], write: WritePart) -> None:
+    def make(self, results: Iterable[Result], write: WritePart) -> None:
         stats = PartStats()
         pictures = stats.kept(results)
         first = next(pictures, None)
@@ -131,40 +118,10 @@ class Part:
 def parts_of(
     folder: Path, records: int, suffix: str, plan: dict[str, Any], part: int = PART
 ) -> list[Part]:
-    hashed = plan_hash({**plan, "part": part})
-    return [
-        Part(folder, range(first, min(first + part, records)), suffix, hashed)
-        for first in range(0, records, part)
-    ]
-
-
-def make_parts(
-    parts: list[Part],
-    source: Source,
-    spec: EncodeSpec,
-    write: WritePart,
-    workers: int,
-    tick: Callable[[int], None],
-    claim: Path | None = None,
-) -> None:
-    """Make the parts, one after the other, while workers read ahead over their borders.
-
-    `tick(n)` hears of n more records. With a `claim`, each part appears only where that still stands.
-    """
-    chunks = itertools.chain.from_iterable(part.chunks(source) for part in parts)
-    with contextlib.closing(spread(partial(encode_chunk, spec), chunks, workers)) as encoded:
-
-        def results_of(part: Part) -> Iterator[EncodedPicture | Reject]:
-            for results in itertools.islice(encoded, -(-len(part.records) // CHUNK)):
-                tick(len(results))
-                yield from results
-            if claim is not None and not claim.exists():
-                raise RunError(
-                    f"another start has taken over {claim.parent}: this one is at its end"
-                )
-
-        for part in parts:
-            part.make(results_of(part), write)
+    """The parts, made or not, of so many records; a part's file is named by its first."""
+    firsts, hashed = range(0, records, part), plan_hash({**plan, "part": part})
+    runs = [range(first, min(first + part, records)) for first in firsts]
+    return [Part(folder / f"{run.start:010d}{suffix}", run, hashed) for run in runs]
 
 
 # ---- the folder of parts ----
@@ -182,36 +139,26 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
             raise UsageError(
                 f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
             )
-        others = differs or not begun  # parts without a plan are rests of a removal, of any options
-        for file in folder.iterdir():
-            if _passing(file) or (others and _lasting(file)):
-                _discard(file)
+        # parts without a plan are rests of a removal, of any options
+        _clear(folder, parts=bool(differs or not begun))
         replace_bytes(folder / PLAN, json.dumps(plan).encode())
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # on a full disk they would be in the way
-                for file in folder.iterdir():
-                    if file.name.startswith((NEW, CLAIM)):
-                        _discard(file)
+                _clear(folder, parts=False)
 
 
-def _discard(file: Path) -> None:
-    """Remove a file, or the folder of a format that is one."""
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
-    else:
-        file.unlink(missing_ok=True)
-
-
-def _passing(file: Path) -> bool:
-    """Whether it is of use to the start that wrote it alone."""
-    return file.suffix == ".tmp" or file.name.startswith((NEW, CLAIM))
-
-
-def _lasting(file: Path) -> bool:
-    """Whether it is a part, or what makes parts a set."""
-    return file.stem.isdigit() or file.name.startswith("set.")
+def _clear(folder: Path, *, parts: bool) -> None:
+    """Remove what is of use to the start that wrote it alone; with `parts`, also these and what makes them a set."""
+    for file in folder.iterdir():
+        passing = file.suffix == ".tmp" or file.name.startswith((NEW, CLAIM))
+        if not passing and not (parts and (file.stem.isdigit() or file.name.startswith("set."))):
+            continue
+        if file.is_dir() and not file.is_symlink():  # of a format that is one
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def begun_with(folder: Path) -> dict[str, Any] | None:
@@ -234,9 +181,8 @@ def remove(folder: Path) -> None:
     if begun_with(folder) is None:
         return
     (folder / "set.json").unlink(missing_ok=True)
-    for file in folder.iterdir():
-        if _lasting(file) or _passing(file) or file.name == LOCK:
-            _discard(file)
-    (folder / PLAN).unlink(missing_ok=True)
+    _clear(folder, parts=True)
+    for name in (LOCK, PLAN):
+        (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are files in it that are not ours
         folder.rmdir()

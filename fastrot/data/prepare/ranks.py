@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastrot import entry
 from fastrot.config import PeerLost, RunError, UsageError
@@ -85,16 +85,6 @@ def joined_ranks() -> Iterator[Ranks]:
         finished = True
     finally:
         dist.stop(together=finished)
-
-
-def same_pictures(plans: list[dict[str, Any]], root: Path) -> None:
-    """Raises UsageError where a rank would convert other pictures than rank 0."""
-    for rank, plan in enumerate(plans):
-        if plan != plans[0]:
-            raise UsageError(
-                f"--root {root} holds other pictures or labels for rank {rank} than for rank 0: "
-                "all machines must see the same pictures there"
-            )
 
 
 def make_claim(folder: Path) -> Path:

@@ -1,10 +1,11 @@
 """What a conversion tells: progress, the summary, the estimate."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastrot import entry
 from fastrot.data.files import shown
@@ -15,38 +16,34 @@ class Summary:
     """What a conversion did."""
 
     out: Path
-    written: int
+    manifest: dict[str, Any]
     rejects: list[tuple[str, str]]  # path, reason
-    skipped: int
-    beyond_limit: int  # records left out by --limit
-    seen: int
-    bytes: int
+    rejected_at: Path  # the file that names them all
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     converted: int = 0  # records of this run
     resumed: int = 0  # records that stood in whole parts of an earlier run
     already: bool = False  # it was finished before
-    parts: bool = False  # --out is a folder of parts
-    rejected_at: Path  # the file that names all rejects
 
     def lines(self) -> Iterator[str]:
+        told = self.manifest
         if self.already:
             yield f"{self.out} is already there, made with the same options: nothing to do"
-        cut = f" + {self.beyond_limit:,} beyond --limit" if self.beyond_limit else ""
+        cut = f" + {told['beyond_limit']:,} beyond --limit" if told["beyond_limit"] else ""
         yield (
-            f"{self.written:,} written + {len(self.rejects):,} rejected + {self.skipped:,} skipped{cut} "
-            f"= {self.seen:,} files seen"
+            f"{told['rows']:,} written + {len(self.rejects):,} rejected + {told['skipped']:,} skipped{cut} "
+            f"= {told['seen']:,} files seen"
         )
         if self.already:
             return
         yield (
-            f"{self.out}: {self.bytes:,} bytes in {self.seconds:.1f} s, "
+            f"{self.out}: {told['bytes']:,} bytes in {self.seconds:.1f} s, "
             f"{self.converted / self.seconds:,.0f} images/s, "
             f"{self.converted / max(self.cpu_seconds, 1e-9):,.0f} images/s and core"
         )
         if self.resumed:
             yield f"{self.resumed:,} of them stood in whole parts of an earlier run"
-        if self.parts:
+        if "parts" in told:
             yield f"{self.out} is a folder of parts that is read as one file: --data {self.out}"
         for path, reason in self.rejects[:10]:
             yield f"rejected: {entry.printable(shown(path))}: {reason}"
@@ -75,24 +72,15 @@ class Estimate:
 @contextlib.contextmanager
 def progress_bar(share: int, before: int, rank: int, world: int) -> Iterator[Callable[[int], None]]:
     """A bar with images/s and the time left, on standard error: of rank 0's share, where there are ranks."""
-    if rank:
-        yield lambda images: None
-        return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    rate = TextColumn("{task.fields[rate]} images/s, left:")
-    columns = BarColumn(), MofNCompleteColumn(), rate, Remaining()
-    start, done = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> str:
+            return f"{task.speed or 0:,.0f} images/s, left:"
+
+    columns = BarColumn(), MofNCompleteColumn(), Rate(), Remaining()
+    with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bar:
         before = before if world == 1 else 0
-        task = bar.add_task("", total=before + share, completed=before, rate="-")
-
-        def tick(images: int) -> None:
-            nonlocal done
-            done += images
-            rate = done / (time.perf_counter() - start + 1e-9)
-            bar.update(task, advance=images, rate=f"{rate:,.0f}")
-
-        yield tick
+        yield partial(bar.advance, bar.add_task("", total=before + share, completed=before))

@@ -1,20 +1,18 @@
 """What a prepared format says of itself: how a picture is coded, how a part is written, how parts become a whole."""
 
 import contextlib
-import functools
 import json
 import os
 import platform
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt32, UInt64
 
 import fastrot
 from fastrot.config import UsageError
@@ -30,45 +28,24 @@ from fastrot.disk import sync_folder, write_atomically
 WAYS = "add --overwrite or choose another --out"
 
 
-@dataclass(frozen=True)
 class Converted:
-    """Whole parts, and what is known of their pictures together. Rows are the pictures that were written."""
+    """Whole parts, and what is known of their pictures together. Rows are the pictures that were written.
 
-    source: Source
-    plan: dict[str, Any]  # what decides the bytes; see options.plan_of
-    parts: list[Part]
-    stats: PartStats  # sums alone
-    crcs: UInt32[np.ndarray, " rows"]  # crc32 of each picture's bytes
-    records: Int64[np.ndarray, " rows"]  # each row's record in the source
-    rejects: list[tuple[str, str]]  # path, reason; those of the source first
+    records, numbers     int64 [rows]: each row's record in the source, and what the source calls it
+    crcs, labels, keys   uint32, int64, uint64 [rows]: of the picture's bytes; of its path
+    rejects              path and reason; those of the source first
+    """
 
-    @classmethod
-    def of(
-        cls, source: Source, plan: dict[str, Any], parts: list[Part], stats: list[PartStats]
-    ) -> "Converted":
-        total, rejects = PartStats(), list(source.rejected)
-        for each in stats:
-            total.add(each.pixels, each.sums, each.squares, each.largest)
-            rejects += [(source.records[i].path, reason) for i, reason in each.rejects]
-        crcs = np.concatenate([np.array(each.crcs, np.uint32) for each in stats])
-        records = np.concatenate([np.array(each.records, np.int64) for each in stats])
-        return cls(source, plan, parts, total, crcs, records, rejects)
-
-    @functools.cached_property
-    def labels(self) -> Int64[np.ndarray, " rows"]:
-        return np.array([self.source.records[i].label for i in self.records], np.int64)
-
-    @functools.cached_property
-    def keys(self) -> UInt64[np.ndarray, " rows"]:
-        if self.source.keys is not None:
-            return self.source.keys[self.records]
-        return path_keys(self.source.records[i].path for i in self.records)
-
-    @functools.cached_property
-    def numbers(self) -> Int64[np.ndarray, " rows"]:
-        """What the source calls each row: see Source.numbers."""
-        numbers = self.source.numbers
-        return self.records if numbers is None else numbers[self.records]
+    def __init__(self, source: Source, plan: dict[str, Any], parts: list[Part], stats: PartStats):
+        self.source, self.plan, self.parts, self.stats = source, plan, parts, stats
+        self.crcs, rows = np.array(stats.crcs, np.uint32), np.array(stats.records, np.int64)
+        self.records = rows
+        self.numbers = rows if source.numbers is None else source.numbers[rows]
+        self.labels = np.array([source.records[i].label for i in stats.records], np.int64)
+        paths = (source.records[i].path for i in stats.records)
+        self.keys = path_keys(paths) if source.keys is None else source.keys[rows]
+        rejects = [(source.records[i].path, reason) for i, reason in stats.rejects]
+        self.rejects = [*source.rejected, *rejects]
 
     def write_beside(self, at: Callable[[str], Path]) -> dict[str, Any]:
         """Write paths.jsonl, rejects.jsonl where there are any, and what the source lays beside them.
@@ -82,10 +59,9 @@ class Converted:
             rejects = ({"path": path, "reason": reason} for path, reason in self.rejects)
             _write_lines(at("rejects.jsonl"), rejects)
         crcs = {}
-        arrays: dict[str, Any]
         for name, arrays in self.source.beside(self.records).items():
             file = at(f"{name}.npz")
-            write_atomically(file, lambda handle, arrays=arrays: np.savez(handle, **arrays))
+            write_atomically(file, partial(np.savez, **arrays))
             crcs[f"{name}.npz"] = zlib.crc32(file.read_bytes())
         return {"beside": crcs} if crcs else {}
 
@@ -157,7 +133,7 @@ class FormatWriter(ABC):
     part: int = PART
 
     def __init__(self, options: Options):
-        self.options = options
+        self.options, self.out = options, options.out
 
     @property
     @abstractmethod
@@ -167,7 +143,7 @@ class FormatWriter(ABC):
     @property
     def parts_folder(self) -> Path:
         """The folder in which parts are made."""
-        return side(self.options.out, "parts")
+        return side(self.out, "parts")
 
     @abstractmethod
     def existing(self, plan: dict[str, Any], part: int) -> Existing:
@@ -192,14 +168,9 @@ class FolderWriter(FormatWriter):
     named: str  # what the folder is, in words
     manifest_name: str
 
-    @property
-    def out(self) -> Path:
-        """Where it goes: a link stays a link, and what it points to is replaced."""
-        return Path(os.path.realpath(self.options.out))
-
-    @property
-    def parts_folder(self) -> Path:
-        return side(self.out, "parts")
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.out = Path(os.path.realpath(self.out))  # a link stays: what it points to is replaced
 
     @abstractmethod
     def ours(self, file: Path) -> bool:

@@ -1,22 +1,7 @@
 """Any data of encoded pictures, decoded by DALI: `--loader dali` over tar shards, an image folder, a `.beton`.
 
-Bytes enter through `external_source`, batch by batch, straight from the memory map (a folder's are read by threads);
-boxes travel with them. DALI's own readers are not used: they shuffle in a buffer, and cannot start in the middle of
-an epoch of ours.
-
-DALI decodes, and no more: with one crop a picture nothing but its box; with several, or where a box reaches over the
-border, the whole picture, once. Crops are made as everywhere: on a CPU by `resample`, equal to those of our
-readers to the bit; on a GPU by the kernel that cuts a raw pack's, where they differ by the decoder alone.
-
-DALI is given upright JPEGs in colour or grey, whose header agrees with what is known of them. Every other picture
-(PNG, CMYK, one that EXIF turns, ...) is decoded by `pictures.decode`, and takes its place in the batch.
-
-    what DALI does                                         what is done about it
-    one picture that it cannot decode ends the pipeline    it is found, one by one; a new one goes on
-    a larger batch needs another pipeline                  the largest is kept, and used again
-    a box outside the picture ends the pipeline            that batch is decoded whole, then cropped
-
-Needs nvidia-dali (`make dali`), so nothing imports this file but `assemble.open_data`, when asked.
+README.md says what DALI is given, and what is made of it. Needs nvidia-dali (`make dali`), so nothing imports this
+file but `assemble.open_data`, when asked.
 """
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
@@ -26,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,10 +18,11 @@ import numpy as np
 import nvidia.dali
 import simplejpeg
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import UInt8
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from fastrot.arrays import Bytes, Picture, Rows, RowSizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending
 from fastrot.data import pictures
@@ -55,29 +40,26 @@ class ThroughDali(Data):
     decoder = f"DALI {nvidia.dali.__version__}"
 
     def __init__(self, data: Data):
-        self.data, self.format, self.rejected = data, data.format, data.rejected
-        self.rows, self.labels, self.classes = data.rows, data.labels, data.classes
-        self.keys, self.fingerprint = data.keys, data.fingerprint
-        self.mean, self.std, self.numbers = data.mean, data.std, data.numbers
-        self._pipes: dict[
-            tuple, _Pipe
-        ] = {}  # by what `decode_batch` asks of them, but for the batch
+        for name in {*Data.__annotations__} - {"decoder"}:
+            setattr(self, name, getattr(data, name))
+        self.data = data
+        self._pipes: dict[tuple, _Pipe] = {}  # by GPU, threads and whether pictures are whole
         self._lock = threading.Lock()
         self._odd: set[int] = set()  # rows that DALI could not decode
 
     def describe(self) -> list[str]:
         return [f"pictures are decoded by {self.decoder}, in our order"]
 
-    def sizes(self, rows: Int64[np.ndarray, " b"]) -> Int32[np.ndarray, "b 2"]:
+    def sizes(self, rows: Rows) -> RowSizes:
         return self.data.sizes(rows)
 
     def name(self, row: int) -> str:
         return self.data.name(row)
 
-    def record(self, row: int) -> UInt8[np.ndarray, " n"]:
+    def record(self, row: int) -> Bytes:
         return self.data.record(row)
 
-    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+    def picture(self, row: int) -> Picture:
         return self.data.picture(row)
 
     def open_reader(self, device: torch.device, workers: int) -> "_Reader":
@@ -203,27 +185,27 @@ def _cut_there(job: "_Job", device: torch.device) -> Crops:
     return out
 
 
-@dataclass(slots=True)
 class _Job:
-    """A batch under way."""
+    """A batch under way.
 
-    request: CropRequest
-    sizes: Int32[np.ndarray, "b 2"]
-    rows: Int64[np.ndarray, " b"] = field(init=False)
-    whole: bool = field(init=False)  # pictures are decoded whole; else the box of the one crop
-    records: list[np.ndarray] = field(init=False)  # the stand-in where DALI is not given one
-    ours: dict[int, np.ndarray] = field(default_factory=dict)  # place -> the picture, by `pictures`
-    errors: Errors = field(default_factory=list)
-    pixels: Any = None  # by DALI
+    whole    pictures are decoded whole; else the box of the one crop
+    records  what DALI is given, by place; the stand-in where that is nothing
+    ours     pictures that `pictures.decode` has decoded, by place
+    pixels   by DALI
+    """
 
-    def __post_init__(self) -> None:
-        self.rows, y, x, h, w, _ = self.request.rows[0].T
-        self.records = [STAND_IN] * len(self.rows)
-        height, width = self.sizes.T
+    def __init__(self, request: CropRequest, sizes: RowSizes):
+        self.request, self.sizes = request, sizes
+        self.rows, y, x, h, w, _ = request.rows[0].T
+        height, width = sizes.T
         outside = (y < 0) | (x < 0) | (y + h > height) | (x + w > width)
-        self.whole = len(self.request.rows) > 1 or bool(outside.any())
+        self.whole = len(request.rows) > 1 or bool(outside.any())
+        self.records = [STAND_IN] * len(self.rows)
+        self.ours: dict[int, Picture] = {}
+        self.errors: Errors = []
+        self.pixels: Any = None
 
-    def decoded(self, place: int) -> UInt8[np.ndarray, "h w 3"]:
+    def decoded(self, place: int) -> Picture:
         """A picture, or no more of it than its box."""
         if place not in self.ours:
             return np.asarray(self.pixels[place])

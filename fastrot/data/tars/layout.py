@@ -1,13 +1,4 @@
-"""Bytes of a tar shard and of its DALI index; what lies beside the shards of a folder.
-
-NAME/00000.tar ...  WebDataset: KEY.jpg (or .png, ...), KEY.cls; KEY is the picture's number in its source
-NAME/00000.idx ...  the same as DALI's wds2idx writes it, v1.2: a line a picture
-NAME/shards.json    what is known of them as a whole, sealed; written last
-NAME/rows.npy       a ROW for each picture: where it lies, its size, its label, its checksum
-NAME/keys.npy       uint64 [rows]: hash of each path
-NAME/paths.jsonl    {"path", "number"} of each row
-NAME/rejects.jsonl  {"path", "reason"} of each picture left out, where there are any
-"""
+"""Bytes of a tar shard, its DALI index, and what lies beside the shards of a folder; README.md names the files."""
 
 import tarfile
 import zlib

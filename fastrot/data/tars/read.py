@@ -1,8 +1,4 @@
-"""Reads tar shards through their index: memory-mapped, decoded by `pictures.decode`, resampled by OpenCV, in threads.
-
-Nothing of a picture is read before it is asked for. At the door each shard's length and the headers of its first and
-last picture are compared with the index; each picture against its crc32 when it is read.
-"""
+"""Reads tar shards through their index: memory-mapped, decoded by `pictures.decode`, resampled by OpenCV, in threads."""
 
 import contextlib
 from pathlib import Path

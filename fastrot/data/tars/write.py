@@ -1,13 +1,6 @@
-"""A source's pictures into tar shards, ordinary WebDataset, with indices for DALI and for ourselves; see layout.py.
+"""A source's pictures into tar shards, ordinary WebDataset, with indices for DALI and for ourselves; see README.md."""
 
-Without --short-side, --max-side and --quality a picture's bytes stay as they are, EXIF and all; it is decoded all the
-same, so that what cannot be decoded is rejected, and its size and the statistics are those of upright pixels. Pixels
-that come from no file (CIFAR-10) become PNGs. With one of the three every picture becomes a JPEG, as in a `.beton`.
-
-A part is a shard. Whole parts get a second name in a folder that takes the name OUT by one rename: so the shards are
-there with all that belongs to them, or not at all. Their bytes depend on neither workers nor ranks.
-"""
-
+import contextlib
 import os
 import zlib
 from collections.abc import Iterable
@@ -17,8 +10,8 @@ from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
 
+from fastrot.arrays import Picture
 from fastrot.config import UsageError
 from fastrot.data.beton.write import Coder as BetonCoder
 from fastrot.data.files import HEAD, sniff
@@ -55,11 +48,6 @@ class TarsOptions(Options):
     def writer(self) -> "TarsWriter":
         return TarsWriter(self)
 
-    @property
-    def coder(self) -> "Coder":
-        shrunk = self.short_side is not None or self.max_side is not None
-        return Coder(QUALITY if shrunk and self.quality is None else self.quality)
-
 
 @dataclass(frozen=True, slots=True)
 class Coder:
@@ -67,54 +55,15 @@ class Coder:
 
     quality: int | None
 
-    def encode(self, picture: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    def encode(self, picture: Picture) -> bytes:
         if self.quality is not None:
             return BetonCoder("jpg", self.quality).encode(picture)
         return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
 
-    def decode(self, data: bytes, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    def decode(self, data: bytes, height: int, width: int) -> Picture:
         from fastrot.data import pictures
 
         return pictures.decode(data)
-
-
-# ---- a shard ----
-
-
-def write_shard(path: Path, pictures: Iterable[EncodedPicture]) -> None:
-    """The shard `path`, and beside it its rows (.npy) and DALI's index (.idx)."""
-    rows: list[tuple] = []
-    lines: list[str] = []
-
-    def write(file: BinaryIO) -> None:
-        for picture in pictures:
-            key, kind = f"{picture.record:09d}", str(sniff(picture.data[:HEAD]))
-            ending = layout.ENDINGS.get(kind, kind)
-            image = _add(file, f"{key}.{ending}", picture.data)
-            label = _add(file, f"{key}.cls", b"%d" % picture.label)
-            lines.append(f"{ending} {image} cls {label}\n")
-            where = int(image.split()[0]), len(picture.data)
-            what = picture.label, picture.height, picture.width, picture.crc
-            rows.append((*where, *what, 0))
-        file.write(bytes(2 * layout.BLOCK))
-        file.write(layout.padding(file.tell(), layout.RECORD))
-
-    write_atomically(path, write)
-    index = f"{layout.INDEX_VERSION} {len(lines)}\n{''.join(lines)}"
-    replace_bytes(path.with_suffix(".idx"), index.encode())
-    save(path.with_suffix(".npy"), np.array(rows, layout.ROW))
-
-
-def _add(file: BinaryIO, name: str, data: bytes) -> str:
-    """One member of a tar; where it lies, as DALI's index says it."""
-    file.write(layout.header(name, len(data)))
-    at = file.tell()
-    file.write(data)
-    file.write(layout.padding(len(data)))
-    return f"{at} {len(data)} {name}"
-
-
-# ---- the conversion ----
 
 
 class TarsWriter(FolderWriter):
@@ -133,11 +82,33 @@ class TarsWriter(FolderWriter):
 
     @property
     def encode_spec(self) -> EncodeSpec:
-        o, coder = self.options, self.options.coder
-        return EncodeSpec(coder, o.short_side, o.max_side, keep_bytes=coder.quality is None)
+        o, quality = self.options, self.options.quality
+        if quality is None and (o.short_side is not None or o.max_side is not None):
+            quality = QUALITY
+        return EncodeSpec(Coder(quality), o.short_side, o.max_side, keep_bytes=quality is None)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
-        write_shard(path, pictures)
+        """The shard, and beside it its rows (.npy) and DALI's index (.idx)."""
+        rows: list[tuple] = []
+        lines: list[str] = []
+
+        def write(file: BinaryIO) -> None:
+            for picture in pictures:
+                key, kind = f"{picture.record:09d}", str(sniff(picture.data[:HEAD]))
+                ending = layout.ENDINGS.get(kind, kind)
+                image = _add(file, f"{key}.{ending}", picture.data)
+                label = _add(file, f"{key}.cls", b"%d" % picture.label)
+                lines.append(f"{ending} {image} cls {label}\n")
+                where = int(image.split()[0]), len(picture.data)
+                what = picture.label, picture.height, picture.width, picture.crc
+                rows.append((*where, *what, 0))
+            file.write(bytes(2 * layout.BLOCK))
+            file.write(layout.padding(file.tell(), layout.RECORD))
+
+        write_atomically(path, write)
+        index = f"{layout.INDEX_VERSION} {len(lines)}\n{''.join(lines)}"
+        replace_bytes(path.with_suffix(".idx"), index.encode())
+        save(path.with_suffix(".npy"), np.array(rows, layout.ROW))
 
     def ours(self, file: Path) -> bool:
         shard = file.stem.isdigit() and file.suffix in (".tar", ".idx")
@@ -152,13 +123,11 @@ class TarsWriter(FolderWriter):
         return manifest
 
     def write_files(self, folder: Path, converted: Converted) -> dict[str, Any]:
-        parts = [part for part in converted.parts if part.file.exists()]
-        each = [_rows_of(part, number) for number, part in enumerate(parts)]
-        shards = []
-        for number, part in enumerate(parts):
-            size = part.file.stat().st_size
-            name = f"{number:05d}.tar"
-            shards.append({"file": name, "rows": len(each[number]), "bytes": size})
+        shards, each = [], []
+        for number, part in enumerate(part for part in converted.parts if part.file.exists()):
+            each.append(_rows_of(part, number))
+            name, size = f"{number:05d}.tar", part.file.stat().st_size
+            shards.append({"file": name, "rows": len(each[-1]), "bytes": size})
             for file in (part.file, part.file.with_suffix(".idx")):
                 _name_too(file, (folder / name).with_suffix(file.suffix))
         rows = np.concatenate(each)
@@ -176,17 +145,24 @@ class TarsWriter(FolderWriter):
         return manifest
 
 
+def _add(file: BinaryIO, name: str, data: bytes) -> str:
+    """One member of a tar; where it lies, as DALI's index says it."""
+    file.write(layout.header(name, len(data)))
+    at = file.tell()
+    file.write(data)
+    file.write(layout.padding(len(data)))
+    return f"{at} {len(data)} {name}"
+
+
 def _rows_of(part: Part, shard: int) -> np.ndarray:
     """The rows of a whole part. Raises UsageError where these are not those of its shard, and it counts as not made."""
-    try:
+    with contextlib.suppress(OSError, ValueError, EOFError):
         rows = np.load(part.file.with_suffix(".npy"), allow_pickle=False)
         same = rows.dtype == layout.ROW and rows["crc"].tolist() == part.stats().crcs
-    except (OSError, ValueError, EOFError):
-        same, rows = False, np.zeros(0, layout.ROW)
-    if not same or not part.file.with_suffix(".idx").exists():
-        raise part.changed("what lies beside ")
-    rows["shard"] = shard
-    return rows
+        if same and part.file.with_suffix(".idx").exists():
+            rows["shard"] = shard
+            return rows
+    raise part.changed("what lies beside ")
 
 
 def _name_too(file: Path, name: Path) -> None:
