@@ -1,7 +1,6 @@
 """The `.json` beside prepared pictures: what is known of them as a whole, sealed by its own crc32.
 
-`crc` is its last key: the crc32 of all bytes before that key. A file of before the seal ends with `versions`,
-and is read as it is.
+`crc`, its last key, is of all bytes before that key. A file of before the seal ends with `versions`, and is read too.
 """
 
 import functools

@@ -354,8 +354,8 @@ def renamed_version(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (cut, r"00001\.tar is cut short: it has 10,240 of"),
-        (grown, r"00001\.tar has grown: it has"),
+        (cut, r"00001\.tar has 10,240 bytes, and had"),
+        (grown, r"00001\.tar has .* bytes, and had"),
         (lost("00001.tar"), r"00001\.tar cannot be read"),
         (another_tar, r"00001\.tar is not the tar that rows\.npy was made for"),
         (lost("rows.npy"), r"rows\.npy cannot be read"),

@@ -410,8 +410,8 @@ def damaged(out: Path, root: Path) -> None:
     [
         (None, ["--out", "a.beton"], "--out got a.beton: its name must end in .pack"),
         (lambda out, root: out.touch(), [], "a file: a pack is a folder; choose another --out"),
-        (foreign, [], "holds thesis.tex, which is no file of a pack"),
-        (foreign, ["--overwrite"], "holds thesis.tex, which is no file of a pack"),
+        (foreign, [], "holds thesis.tex, no file of a pack"),
+        (foreign, ["--overwrite"], "holds thesis.tex, no file of a pack"),
         (damaged, [], "sizes.npy cannot be read (No such file"),
         (None, ["--short-side", "0"], "--short-side got 0"),
         (None, ["--short-side", "9", "--max-side", "9"], "both set the size"),

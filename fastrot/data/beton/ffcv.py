@@ -67,9 +67,7 @@ class FfcvBeton(Beton):
         at = np.searchsorted(manager.ptrs, self._start).clip(max=len(manager.ptrs) - 1)
         found = manager.ptrs[at], manager.sizes[at]
         if not all(map(np.array_equal, found, (self._start, self._bytes))):
-            raise UsageError(
-                f"FFCV would take other bytes of {path} for its pictures: choose --loader beton"
-            )
+            raise UsageError(f"FFCV takes other bytes of {path} as pictures: choose --loader beton")
 
     def describe(self) -> list[str]:
         return [f"crops are decoded by {self.decoder}, in our order"]

@@ -1,12 +1,8 @@
-"""Reads `.beton`, ours or FFCV's own: memory-mapped, decoded and resampled in threads.
+"""Reads `.beton`, ours or FFCV's own: memory-mapped, decoded and resampled in threads; a set of parts as one file.
 
 Two forms of the same work, equal to the bit: the C++ extension (`fastrot.native`), which decodes no more than the
 boxes, and, where it was not built, simplejpeg and OpenCV. What the extension leaves alone, since it is damaged or of a
-rare kind, goes to the other form: so they agree in what they refuse, too.
-
-What can be checked without decoding is checked at the door, in a pass over rows and table. A record is compared with
-its crc32, where there is one, when it is asked for: a JPEG with a flipped bit decodes without complaint four times in
-five. A set of parts (`to_ffcv.py --keep-parts`) is read as the one file that they would be merged into.
+rare kind, goes to the other form: so they agree in what they refuse, too. README.md says what is checked, and when.
 """
 
 import zlib

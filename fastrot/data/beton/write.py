@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import simplejpeg
 
 from fastrot.arrays import Picture
 from fastrot.config import UsageError
@@ -20,9 +21,9 @@ from fastrot.data.files import BadPicture
 from fastrot.data.manifest import named_beside, sealed, side, unsealed
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
-from fastrot.data.prepare.options import Options
+from fastrot.data.prepare.options import WAYS, Options
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import WAYS, Converted, Existing, FormatWriter, refuse_other, save
+from fastrot.data.prepare.writer import Converted, Existing, FormatWriter, refuse_other, save
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
@@ -74,15 +75,11 @@ class Coder:
         if max(picture.shape[:2]) > LONGEST:
             height, width = picture.shape[:2]
             raise BadPicture(f"{width}x{height} pixels: a side of a JPEG may have {LONGEST:,}")
-        import simplejpeg
-
         return simplejpeg.encode_jpeg(picture, quality=self.quality, colorsubsampling="420")
 
     def decode(self, data: bytes, height: int, width: int) -> Picture:
         if self.encoding == "raw":
             return np.frombuffer(data, np.uint8).reshape(height, width, 3)
-        import simplejpeg
-
         return simplejpeg.decode_jpeg(data)
 
 
@@ -202,9 +199,7 @@ class BetonWriter(FormatWriter):
             kept.rmdir()  # where it is empty: of a start that was killed at its very end
         begun = part_files.begun_with(kept)
         if begun is None and kept.exists():
-            raise UsageError(
-                f"{kept} is there, but is no set of ours: remove it or choose another --out"
-            )
+            raise UsageError(f"{kept} is no set of ours: remove it or choose another --out")
         if self.options.overwrite:
             return Existing()
         own = {**plan, "part": begun["part"] if begun else part}
@@ -304,10 +299,8 @@ def _manifest_of(base: Path) -> dict[str, Any]:
 def _is_whole(base: Path, manifest: dict[str, Any]) -> bool:
     """Whether all is there that the manifest names, and as it says."""
     beside = [side(base, name) for name in (*NEEDED, *manifest.get("beside", ()))]
-    # a part without its .json: a merge found a record changed
-    abouts = [
-        base.with_name(part["file"]).with_suffix(".json") for part in manifest.get("parts", ())
-    ]
+    parts = [base.with_name(part["file"]) for part in manifest.get("parts", ())]
+    abouts = [file.with_suffix(".json") for file in parts]  # gone: a merge found a record changed
     there = all(file.exists() for file in (*beside, *abouts))
     return bool(manifest) and there and not _changed(base, manifest)
 

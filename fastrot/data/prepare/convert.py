@@ -106,8 +106,7 @@ def _begin(
     if existing.manifest is not None:
         return _summary(writer, existing.manifest, already=True)
     folder, part = existing.folder or writer.parts_folder, existing.part or part
-    begun = {**plan, "part": part}
-    overwrite = writer.options.overwrite
+    begun, overwrite = {**plan, "part": part}, writer.options.overwrite
     held.enter_context(part_files.parts_folder(writer.parts_folder, begun, overwrite))
     count = len(source.records[: writer.options.limit])
     parts = part_files.parts_of(folder, count, writer.suffix, plan, part)
@@ -118,9 +117,7 @@ def _begin(
 def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Work) -> Converted:
     """The parts, all of them there, with at least one picture."""
     if not appears(lambda: all(part.whole() for part in work.parts)):
-        raise RunError(
-            f"{work.parts[0].file.parent} lacks parts that ranks have made: run the same command again"
-        )
+        raise RunError(f"{work.parts[0].file.parent} lacks parts that ranks have made: run again")
     if work.claim is not None:
         work.claim.unlink(missing_ok=True)
     stats = PartStats()

@@ -99,16 +99,14 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[Result]:
         except BadPicture as e:
             results.append(Reject(number, str(e)))
         except OSError as e:
+            reason = f"cannot be read: {e.strerror}"
             if e.errno not in GONE:  # else a failing disk would reject thousands of good pictures
                 raise RunError(
-                    f"{named} cannot be read ({e.strerror}): see to the disk, and run the same command "
-                    "again to go on"
+                    f"{named} {reason}; mend the disk, then run again to go on"
                 ) from None
-            results.append(Reject(number, f"cannot be read: {e.strerror}"))
+            results.append(Reject(number, reason))
         except MemoryError:
-            raise RunError(
-                f"{named} took more memory than there is: run the same command again with fewer --workers"
-            ) from None
+            raise RunError(f"{named} took more memory than there is: use fewer --workers") from None
         except Exception as e:
             raise RuntimeError(f"converting {record.path!r} failed: {e!r}") from e
     return results
@@ -188,8 +186,7 @@ def spread(task: Callable, items: Iterable, workers: int) -> Generator[Any, None
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise RunError(
-            "a worker process was killed, perhaps for want of memory: run the same command again to go on, "
-            f"with fewer --workers than {workers}"
+            f"a worker was killed, maybe for its memory: run again with fewer --workers than {workers}"
         ) from None
     finally:
         stop.set()

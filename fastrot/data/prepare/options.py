@@ -13,6 +13,7 @@ from fastrot.config import UsageError, knob
 from fastrot.data.sources.open import Layout, open_source
 from fastrot.data.sources.records import Source
 
+WAYS = "add --overwrite or choose another --out"
 # these change no byte
 NOT_IN_PLAN = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate", "keep_parts")
 

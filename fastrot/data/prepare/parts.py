@@ -16,7 +16,7 @@ from typing import Any
 
 from fastrot.config import UsageError
 from fastrot.data.prepare.encode import Chunk, EncodedPicture, Result
-from fastrot.data.prepare.options import difference, plan_hash
+from fastrot.data.prepare.options import WAYS, difference, plan_hash
 from fastrot.data.prepare.ranks import CLAIM
 from fastrot.data.sources.records import Source
 from fastrot.disk import locked, replace_bytes
@@ -136,9 +136,7 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
         begun = begun_with(folder)
         differs = begun and difference(plan, begun)
         if differs and not overwrite:
-            raise UsageError(
-                f"{folder} was begun {differs}: remove that folder, add --overwrite or choose another --out"
-            )
+            raise UsageError(f"{folder} was begun {differs}: remove that folder, {WAYS}")
         # parts without a plan are rests of a removal, of any options
         _clear(folder, parts=bool(differs or not begun))
         replace_bytes(folder / PLAN, json.dumps(plan).encode())

@@ -41,8 +41,7 @@ class Ranks:
             return dist.everyones(value)
         except RuntimeError:
             raise PeerLost(
-                "another process of this conversion has ended: run the same command again to go on "
-                "from its whole parts"
+                "another process of this conversion has ended: run the same command again to go on"
             ) from None
 
     def on_rank_0(self, do: Callable[[], T]) -> T:

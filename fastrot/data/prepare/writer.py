@@ -20,12 +20,10 @@ from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.manifest import named_beside, side
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
-from fastrot.data.prepare.options import Options, difference
+from fastrot.data.prepare.options import WAYS, Options, difference
 from fastrot.data.prepare.parts import PART, Part, PartStats
 from fastrot.data.sources.records import Source
 from fastrot.disk import sync_folder, write_atomically
-
-WAYS = "add --overwrite or choose another --out"
 
 
 class Converted:
@@ -121,16 +119,11 @@ class Existing(NamedTuple):
 
 
 class FormatWriter(ABC):
-    """A prepared format.
+    """A prepared format."""
 
-    suffix     of a part's file
-    row_bytes  what a picture takes beside its own bytes, for --estimate
-    part       records a part
-    """
-
-    suffix: str
-    row_bytes: int
-    part: int = PART
+    suffix: str  # of a part's file
+    row_bytes: int  # what a picture takes beside its own bytes, for --estimate
+    part: int = PART  # records a part
 
     def __init__(self, options: Options):
         self.options, self.out = options, options.out
@@ -194,8 +187,7 @@ class FolderWriter(FormatWriter):
         foreign = sorted(f.name for f in out.iterdir() if not self.ours(f) and f.name not in beside)
         if foreign:
             raise UsageError(
-                f"{out} is there, and holds {foreign[0]}, which is no file of {self.named}: remove it or "
-                "choose another --out"
+                f"{out} holds {foreign[0]}, no file of {self.named}: remove it or choose another --out"
             )
         if self.options.overwrite:
             return Existing()

@@ -31,6 +31,7 @@ from fastrot.ops.blocks import PackTensors, unpack_crops
 from fastrot.ops.resample import cut
 
 Crops = tuple[UInt8[Tensor, "b _s _s 3"], ...]
+LOG = logging.getLogger("fastrot")
 STAND_IN = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)), np.uint8)
 
 
@@ -115,9 +116,7 @@ class ThroughDali(Data):
                 probe = None
         for place in odd or asked:
             row = int(job.rows[place])
-            logging.getLogger("fastrot").warning(
-                "row %d is decoded without DALI, which says: %s", row, reason
-            )
+            LOG.warning("row %d is decoded without DALI, which says: %s", row, reason)
             self._odd.add(row)
             job.records[place] = STAND_IN
             self.decode(job, place)
@@ -186,24 +185,18 @@ def _cut_there(job: "_Job", device: torch.device) -> Crops:
 
 
 class _Job:
-    """A batch under way.
-
-    whole    pictures are decoded whole; else the box of the one crop
-    records  what DALI is given, by place; the stand-in where that is nothing
-    ours     pictures that `pictures.decode` has decoded, by place
-    pixels   by DALI
-    """
+    """A batch under way."""
 
     def __init__(self, request: CropRequest, sizes: RowSizes):
         self.request, self.sizes = request, sizes
         self.rows, y, x, h, w, _ = request.rows[0].T
         height, width = sizes.T
         outside = (y < 0) | (x < 0) | (y + h > height) | (x + w > width)
-        self.whole = len(request.rows) > 1 or bool(outside.any())
-        self.records = [STAND_IN] * len(self.rows)
-        self.ours: dict[int, Picture] = {}
+        self.whole = len(request.rows) > 1 or bool(outside.any())  # else the box of the one crop
+        self.records = [STAND_IN] * len(self.rows)  # what DALI is given, by place
+        self.ours: dict[int, Picture] = {}  # what it is not given, by place
         self.errors: Errors = []
-        self.pixels: Any = None
+        self.pixels: Any = None  # by DALI
 
     def decoded(self, place: int) -> Picture:
         """A picture, or no more of it than its box."""
@@ -221,12 +214,7 @@ class _Job:
 
 
 class _Pipe:
-    """A pipeline. Raises UsageError where DALI cannot use the GPU.
-
-    gpu    its number; None: the CPU
-    whole  pictures are decoded whole; else a box of each
-    batch  pictures, at most
-    """
+    """A pipeline for a `batch` of pictures, at most, or a box of each. Raises UsageError where DALI cannot use the GPU."""
 
     def __init__(self, gpu: int | None, threads: int, whole: bool, *, batch: int):
         self.whole, self.batch = whole, batch
@@ -273,8 +261,7 @@ class _Pipe:
 
 
 def _fed(number: int, dtype: Any) -> Any:
-    how = {"batch": True, "no_copy": True}
-    return fn.external_source(name=f"fed{number}", dtype=dtype, ndim=1, **how)
+    return fn.external_source(name=f"fed{number}", dtype=dtype, ndim=1, batch=True, no_copy=True)
 
 
 def _gist(error: RuntimeError) -> str:

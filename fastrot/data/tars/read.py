@@ -75,9 +75,7 @@ class Tars(MappedData):
 
 def _shard(folder: Path, listed: dict[str, Any]) -> MappedFile:
     shard = mapped(folder / listed["file"], AGAIN)
-    if len(shard.bytes) != listed["bytes"]:
-        cut = "is cut short" if len(shard.bytes) < listed["bytes"] else "has grown"
-        raise UsageError(
-            f"{shard.path} {cut}: it has {len(shard.bytes):,} of {listed['bytes']:,} bytes; {AGAIN}"
-        )
+    has, had = len(shard.bytes), listed["bytes"]
+    if has != had:
+        raise UsageError(f"{shard.path} has {has:,} bytes, and had {had:,}: {AGAIN}")
     return shard

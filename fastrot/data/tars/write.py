@@ -41,9 +41,7 @@ class TarsOptions(Options):
         if self.shard < 1:
             raise UsageError(f"--shard got {self.shard}: it wants at least 1")
         if self.out.suffix == ".tar" or self.out.is_file():
-            raise UsageError(
-                f"--out got {self.out}, a file's name: it wants a folder for the shards"
-            )
+            raise UsageError(f"--out got {self.out}, a file's name: it wants a folder")
 
     def writer(self) -> "TarsWriter":
         return TarsWriter(self)
