@@ -213,7 +213,7 @@ def test_a_split_is_a_folder_inside_or_an_archive(tmp_path, kind):
         truth = open_source("imagefolder", root, split=split)
         same(open_source(kind, one, split=split), truth)
         same(open_source(kind, tmp_path / "two", split=split), truth)
-    with pytest.raises(UsageError, match=r"--split test got no folder .* there are: train, val"):
+    with pytest.raises(UsageError, match=r"--split test is none of .* there are: train, val"):
         open_source(kind, one, split="test")
 
 
@@ -549,8 +549,8 @@ def test_joined_tars_are_read_to_the_end(tmp_path):
         ("tar", b"hello", "is no tar"),
         ("tar", b"", "is an empty file"),
         ("tar", bytes(10240), "is empty"),
-        ("zip", b"", "no table of contents"),
-        ("zip", b"PK\3\4" + bytes(5000), "no table of contents"),
+        ("zip", b"", "is no zip, or was cut short"),
+        ("zip", b"PK\3\4" + bytes(5000), "is no zip, or was cut short"),
         ("zip", b"PK\5\6" + bytes(18), "is empty"),
         ("webdataset", b"hello" * 300, "is no tar"),
     ],
@@ -564,7 +564,7 @@ def test_what_is_no_archive_is_one_sentence(tmp_path, kind, data, says):
 def test_a_folder_with_compressed_tars_is_refused(tmp_path):
     class_tars(tmp_path / "tars")
     (tmp_path / "tars" / "n03.tar.gz").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"n03.tar.gz is compressed.*decompress it"):
+    with pytest.raises(UsageError, match=r"n03.tar.gz is compressed: make it a .tar"):
         open_source("tar", tmp_path / "tars")
     with pytest.raises(UsageError, match=r"holds no file named \*\.zip"):
         open_source("zip", tmp_path / "tars")
@@ -657,7 +657,7 @@ def test_the_script_takes_each(tmp_path, capsys):
     cut.write_bytes(tar.read_bytes()[:5000])
     assert main("--source", "tar", "--root", cut, "--out", tmp_path / "x.beton") == 2
     said = capsys.readouterr().err
-    assert "cut.tar is cut short: it ends at byte 5,000" in said
+    assert "cut.tar is cut short at byte 5,000" in said
     assert said.count("\n") == 1
 
 
@@ -754,19 +754,17 @@ def test_strange_samples_have_one_fate_each(tmp_path):
 
 def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
     folder = written_shards(tmp_path / "shards")
-    with pytest.raises(
-        UsageError, match=r"names 5 shards, of which 2 do not exist; the first: .*3.tar"
-    ):
+    with pytest.raises(UsageError, match=r"names 5 shards, of which 2 do not exist; first .*3.tar"):
         open_source("webdataset", folder / "train-{000000..000004}.tar")
     for strange in ("{0..99999999999}", "{2..1}", "{x}", "{0..999}{0..999}{0..999}"):
         with pytest.raises(UsageError, match=r"shards|between braces"):
             open_source("webdataset", folder / strange)
     tarred(folder / "val-000000.tar", sample_files(50, 2))
-    with pytest.raises(UsageError, match="holds the splits train, val: name one with --split"):
+    with pytest.raises(UsageError, match="has the splits train, val: name one with --split"):
         open_source("webdataset", folder)
     assert len(open_source("webdataset", folder, split="val").records) == 2
     assert len(open_source("webdataset", folder, split="train").records) == 12
-    with pytest.raises(UsageError, match=r"--split test got no file .*there are: train, val"):
+    with pytest.raises(UsageError, match=r"--split test is none of .*there are: train, val"):
         open_source("webdataset", folder, split="test")
     with pytest.raises(UsageError, match="give the path of WebDataset shards"):
         open_source("webdataset", tmp_path / "none")

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrot.arrays import Numbers
-from fastrot.config import UsageError
 from fastrot.data.files import (
     PICTURE,
     SKIP,
@@ -31,7 +30,7 @@ from fastrot.data.files import (
     without_waiting,
 )
 from fastrot.data.sources.members import LONGEST_NAME, Member
-from fastrot.data.sources.records import Listing, Source
+from fastrot.data.sources.records import Listing, Source, no_split
 from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
@@ -160,18 +159,15 @@ class Members:
         self._archives.append(Archive.at(archive))
         for member in members:
             path = _below(folder, member.path)
-            reason = "its name leads out of the archive"
-            if path is not None:
-                reason = self.add(folder, path, member)
-            if reason is not None:
+            if path is None:
+                self.rejected.append((shown(member.path), "its name leads out of the archive"))
+            elif reason := self.add(folder, path, member):
                 self.rejected.append((shown(path or member.path), reason))
 
     def add(self, folder: str, path: str, member: Member) -> str | None:
         """Put a member at a path; why not, where that cannot be."""
         if len(path) > LONGEST_NAME:
-            return (
-                f"its name has {len(path):,} characters: no system takes more than {LONGEST_NAME:,}"
-            )
+            return f"its name has {len(path):,} characters: {LONGEST_NAME:,} is the most"
         if "\0" in path:
             return "its name has a zero byte"
         if member.kind == "folder":
@@ -222,11 +218,8 @@ class Members:
         """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
         self._top = _below("", split) or ""
         if not self._is_folder(""):
-            folders = sorted(name for name, node in self._root.items() if isinstance(node, dict))
-            there = ", ".join(folders) or "none"
-            raise UsageError(
-                f"--split {split} got no folder of that name in {root}; there are: {there}"
-            )
+            there = (name for name, node in self._root.items() if isinstance(node, dict))
+            raise no_split(split, root, there)
         top = f"{self._top}/"
         below = [each for each in self.rejected if each[0].startswith(top)]
         self.rejected = [(path.removeprefix(top), reason) for path, reason in below]

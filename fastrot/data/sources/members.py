@@ -175,20 +175,15 @@ class _Tar:
             if len(header) == BLOCK and _number(header[148:156]) == _checksum(header):
                 return at
         raise UsageError(
-            f"{self.name} has {at - begins:,} zero bytes from byte {begins - self.start:,} on, as a download has "
-            "that is not whole: fetch it anew"
+            f"{self.name} has {at - begins:,} zero bytes from byte {begins - self.start:,} on: fetch it anew"
         )
 
     def _damaged(self, at: int) -> NoReturn:
         if at > self.start:
             raise UsageError(f"{self.name} is damaged at byte {at - self.start:,}: fetch it anew")
         head = os.pread(self.file, 8, at)
-        for magic, kind, remedy in _COMPRESSED:
-            if head.startswith(magic):
-                raise UsageError(f"{self.name} is compressed ({kind}): {remedy} it first")
-        zipped = head.startswith(b"PK")
-        what = ", but a zip: --source zip reads it" if zipped else ": see what it is"
-        raise UsageError(f"{self.name} is no tar{what}")
+        known = (what for magic, what in _OTHERS.items() if head.startswith(magic))
+        raise UsageError(f"{self.name} is {next(known, 'no tar: see what it is')}")
 
     def _cut(self, at: int, path: str | None = None) -> NoReturn:
         size = self.stop - self.start
@@ -199,21 +194,20 @@ class _Tar:
         where = "without the two empty blocks that end a tar"
         if path is not None:
             where = f"inside of {shown(path)}, which begins at byte {at - self.start:,}"
-        raise UsageError(
-            f"{self.name} is cut short: it ends at byte {size:,} {where}; fetch it anew"
-        )
+        raise UsageError(f"{self.name} is cut short at byte {size:,}, {where}: fetch it anew")
 
 
 _EMPTY = bytes(BLOCK)
 _LENGTH = re.compile(rb"(\d{1,9}) ")
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*$")
-_COMPRESSED = (
-    (b"\x1f\x8b", "gzip", "gunzip"),
-    (b"BZh", "bzip2", "bunzip2"),
-    (b"\xfd7zXZ\0", "xz", "unxz"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
-    (b"\x04\x22\x4d\x18", "lz4", "unlz4"),
-)
+_OTHERS = {  # how a file begins that is no tar, and what is said of it
+    b"\x1f\x8b": "compressed (gzip): gunzip it first",
+    b"BZh": "compressed (bzip2): bunzip2 it first",
+    b"\xfd7zXZ\0": "compressed (xz): unxz it first",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): unzstd it first",
+    b"\x04\x22\x4d\x18": "compressed (lz4): unlz4 it first",
+    b"PK": "no tar, but a zip: --source zip reads it",
+}
 
 
 def _number(field: bytes) -> int | None:
@@ -270,10 +264,7 @@ def _table(path: Path, tail: bytes) -> list[zipfile.ZipInfo]:
     """What the table of contents holds. `tail`: the last bytes, which say how many members there are."""
 
     def damaged(why: object) -> UsageError:
-        return UsageError(
-            f"{path} has no table of contents of a zip, or a damaged one ({one_line(why)}): it was cut "
-            "short or is no zip; fetch it anew"
-        )
+        return UsageError(f"{path} is no zip, or was cut short ({one_line(why)}): fetch it anew")
 
     try:
         with zipfile.ZipFile(path) as archive:

@@ -70,6 +70,5 @@ def open_source(
         raise UsageError(f"{where} is empty: give a path with pictures in it")
     why = [f" ({shown(path) or 'the root'}: {reason})" for path, reason in source.rejected[:1]]
     raise UsageError(
-        f"{where} has {source.seen} file(s) and no picture among them{''.join(why)}: look at the path, "
-        "or at the files"
+        f"{where} has {source.seen} file(s) and no picture among them{''.join(why)}: look at them, or at the path"
     )

@@ -1,15 +1,10 @@
 """Hugging Face parquet folders on disk as a Source: rows with a picture's bytes and a label.
 
 The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first that
-holds bytes: `binary`, or a struct with a field `bytes`. Labels are the column called a ClassLabel there, else a
-column of the names LABELS that holds whole numbers or words; class names are ClassLabel's, else the words, else
-numbers.
-
-Only labels are read when a folder is opened: pictures lie in pages of many, so every row counts as a picture
-until it is read. A picture's path is its file's, without .parquet, and its row in that file.
-
-A worker reads a row group from its beginning on, 16 rows at a time, and goes on from where it was: its memory
-does not grow with the groups, and each group is read about once by each worker.
+holds bytes: `binary`, or a struct with a field `bytes`. Labels are the column called a ClassLabel there, else one
+of the names LABELS; class names are ClassLabel's, else the words in the column, else numbers. Only labels are read
+when a folder is opened: every row counts as a picture until it is read. Its path is its file's, without .parquet,
+and its row in that file.
 """
 
 import json
@@ -55,8 +50,7 @@ class Parquet(InFiles):
             vars(_held).clear()
             if _of_the_machine(e):
                 raise
-            why = one_line(e)
-            raise BadPicture(f"its row group in the parquet file is damaged ({why})") from None
+            raise BadPicture(f"its row group is damaged ({one_line(e)})") from None
         reason = "its row has no bytes" if data is None else too_long(len(data))
         if data is None or reason:
             raise BadPicture(reason)
@@ -67,7 +61,7 @@ _held = threading.local()  # the rows that were last read
 
 
 class _Rows:
-    """Rows of a row group, forwards."""
+    """Rows of a row group, forwards: so memory does not grow with the group, which each worker reads about once."""
 
     def __init__(self, archive: Archive, group: int, column: str):
         self.of, self.first, self._rows = (archive, group, column), 0, []
@@ -92,9 +86,7 @@ def _opened(path: Path) -> Any:
     except ModuleNotFoundError as e:
         if e.name != "pyarrow":
             raise  # it is installed, but something inside it is broken: show that instead
-        raise UsageError(
-            "--source parquet needs the pyarrow package: pip install 'fastrot[parquet]'"
-        ) from None
+        raise UsageError("--source parquet needs pyarrow: pip install 'fastrot[parquet]'") from None
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except (pyarrow.ArrowException, OSError, ValueError) as e:
@@ -112,9 +104,7 @@ def _damaged(path: Path, why: Exception | str) -> UsageError:
     with open(path, "rb") as file:
         if file.read(32).startswith(b"version https://git-lfs"):
             return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
-    return UsageError(
-        f"{path} is no parquet file, or was cut short ({one_line(why)}): fetch it anew"
-    )
+    return UsageError(f"{path} is no parquet file, or cut short ({one_line(why)}): fetch it anew")
 
 
 # ---- listing ----
@@ -134,8 +124,7 @@ def parquet_files(root: Path, how: Listing) -> Source:
         first = first or columns
         if columns != first:
             raise UsageError(
-                f"{path} has other columns or class names than {found.archives[0][0]}: give one data set "
-                "at a time"
+                f"{path} has other columns or class names than {found.archives[0][0]}: give one data set at a time"
             )
         for group, rows in enumerate(_rows(file, path)):
             places.append(place := np.empty(rows, PLACE))
@@ -193,8 +182,7 @@ def _columns(schema: Any, path: Path) -> _Columns:
     pictures = [name for field in by_image for name in of_bytes(field, field.name)]
     if not pictures:
         raise UsageError(
-            f"{path} has no column of pictures: it has {', '.join(schema.names)}; one has to be binary, or a "
-            "struct with a field bytes"
+            f"{path} has no column of pictures, binary or with a field bytes: it has {', '.join(schema.names)}"
         )
 
     def rank(field: Any) -> tuple[bool, int]:
@@ -244,9 +232,7 @@ def _labels(
     if words:
         label_of = {None: -1} | {word: label for label, word in enumerate(words)}
         if not set(values) <= label_of.keys():
-            raise UsageError(
-                f"{root}: its column {columns.label} holds numbers here and words there"
-            )
+            raise UsageError(f"{root}: its column {columns.label} holds numbers and words")
         return [label_of[value] for value in values], tuple(words)
     labels = [-1 if value is None else value for value in values]
     classes = numbered(root, labels, lambda i: paths[i])
@@ -254,7 +240,6 @@ def _labels(
         return labels, classes
     if len(classes) > len(columns.names):
         raise UsageError(
-            f"{root} has the label {len(classes) - 1}, but names of {len(columns.names)} classes; "
-            "--label-from none ignores all labels"
+            f"{root} has the label {len(classes) - 1}, but {len(columns.names)} classes; --label-from none ignores it"
         )
     return labels, tuple(columns.names)

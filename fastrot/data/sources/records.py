@@ -1,7 +1,7 @@
 """A source: pictures in a fixed order, wherever they come from. What reads one does not care."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +110,14 @@ class InMemory(Source):
 
     def _of_records(self, rows: Numbers) -> dict[str, Any]:
         return {**super()._of_records(rows), "pictures": [self.pictures[i] for i in rows.tolist()]}
+
+
+def no_split(split: str, root: Path, there: Iterable[str]) -> UsageError:
+    """What is said of a split that is none of those in `there`."""
+    names = sorted(there)
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    listed = ", ".join(names[:10]) + more or "none"
+    return UsageError(f"--split {split} is none of {root}; there are: {listed}")
 
 
 def unless_counted(numbers: list[int]) -> Numbers | None:

@@ -20,7 +20,7 @@ from fastrot.config import UsageError
 from fastrot.data.files import PICTURE, SKIP
 from fastrot.data.sources.archives import Members
 from fastrot.data.sources.members import Member, tar_members
-from fastrot.data.sources.records import Listing, Record, Source, numbered
+from fastrot.data.sources.records import Listing, Record, Source, no_split, numbered
 from fastrot.data.sources.tree import Found, archives_in
 
 SPLITS = {"train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval"}
@@ -121,14 +121,12 @@ def _shards(root: Path, split: str | None) -> Found:
     if root.exists():
         return of_split(root, ".tar", split)
     if split is not None:
-        raise UsageError(
-            f"--split {split}: {root} names its shards itself; give those of that split"
-        )
+        raise UsageError(f"--split {split}: {root} names its shards; give those of the split")
     paths = [Path(path) for path in expanded(str(root))]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise UsageError(
-            f"{root} names {len(paths):,} shards, of which {len(missing):,} do not exist; the first: {missing[0]}"
+            f"{root} names {len(paths):,} shards, of which {len(missing):,} do not exist; first {missing[0]}"
         )
     names = [path.name.removesuffix(".tar") for path in paths]
     if len(set(names)) < len(names):  # in several folders
@@ -148,14 +146,13 @@ def of_split(root: Path, suffix: str, split: str | None) -> Found:
     found = archives_in(root, suffix)
     words = [_words(name) for _, name in found.archives]
     there = sorted(set().union(*words) & SPLITS)
-    listed = ", ".join(there) or "none"
     if split is None:
         if len(there) > 1:
-            raise UsageError(f"{root} holds the splits {listed}: name one with --split")
+            raise UsageError(f"{root} has the splits {', '.join(there)}: name one with --split")
         return found
     chosen = [each for each, of in zip(found.archives, words, strict=True) if split in of]
     if not chosen:
-        raise UsageError(f"--split {split} got no file of that name in {root}; there are: {listed}")
+        raise no_split(split, root, there)
     return found._replace(archives=chosen)
 
 
@@ -174,18 +171,13 @@ def expanded(pattern: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-def _choices(within: str, pattern: str) -> list[str] | range:
+def _choices(within: str, pattern: str) -> list[str]:
     """What stands between braces, one by one."""
+    if "," in within:
+        return within.split(",")
     ends = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", within, re.ASCII)
-    if ends is None:
-        if "," in within:
-            return within.split(",")
+    if ends is None or not 0 <= int(ends[2]) - int(ends[1]) < MOST_SHARDS:
         raise UsageError(
-            f"{pattern}: between braces it wants {{000..146}} or {{a,b}}, not {within}"
+            f"{pattern}: between braces it wants {{000..146}} or {{a,b}}, at most {MOST_SHARDS:,}, not {within}"
         )
-    first, last = int(ends[1]), int(ends[2])
-    if not first <= last < first + MOST_SHARDS:
-        raise UsageError(
-            f"{pattern}: {{{within}}} has to count upwards, and to at most {MOST_SHARDS:,} shards"
-        )
-    return [f"{number:0{len(ends[1])}d}" for number in range(first, last + 1)]
+    return [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastrot.config import UsageError
 from fastrot.data.files import PICTURE, SKIP, TORCHVISION, hidden, look
-from fastrot.data.sources.records import Listing, Source, unless_counted
+from fastrot.data.sources.records import Listing, Source, no_split, unless_counted
 
 OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 
@@ -26,15 +26,10 @@ def image_folder(root: Path, how: Listing) -> Source:
     """
     if not root.is_dir():
         raise UsageError(f"{root} is a file: give a folder of pictures, or its layout")
-    if (split := how.split) is not None:
-        if not (root / split).is_dir():
-            names = sorted(e.name for e in os.scandir(root) if e.is_dir())
-            more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-            there = ", ".join(names[:10]) + more or "none"
-            raise UsageError(
-                f"--split {split} got no folder of that name in {root}; there are: {there}"
-            )
-        root = root / split
+    if how.split is not None:
+        if not (root / how.split).is_dir():
+            raise no_split(how.split, root, (e.name for e in os.scandir(root) if e.is_dir()))
+        root = root / how.split
     return tree_source(Disk(str(root), how.by_name), root, how.labelled)
 
 
@@ -167,15 +162,14 @@ def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
                 if not below_hidden:
                     unreadable.append((path, f"the folder cannot be read ({e.strerror})"))
                 continue
-            folder = Folder(path, [], below_hidden)
+            files = [(entry.name, entry.plain) for entry in entries if not entry.folder]
+            folders.append(folder := Folder(path, files, below_hidden))
             for entry in entries:
-                if not entry.folder:
-                    folder.files.append((entry.name, entry.plain))
-                    continue
-                below = below_hidden or hidden(entry.name)
-                later = concealed if below else linked if entry.link else within
-                later.append((folder.inside(entry.name), below))
-            folders.append(folder)
+                if entry.folder:
+                    below = below_hidden or hidden(entry.name)
+                    unhidden = linked if entry.link else within
+                    later = concealed if below else unhidden
+                    later.append((folder.inside(entry.name), below))
     folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
     return folders, unreadable, entered_twice
 
@@ -200,16 +194,13 @@ def archives_in(root: Path, suffix: str) -> Found:
     for folder in folders:
         for name, _ in folder.files:
             path, lower = folder.inside(name), name.lower()
-            if folder.hidden or hidden(name) or not os.path.isfile(root / path):
-                found.others.append(path)
-            elif lower.endswith(suffix):
+            taken = not folder.hidden and not hidden(name) and os.path.isfile(root / path)
+            if taken and lower.endswith(suffix):
                 found.archives.append((root / path, path[: -len(suffix)]))
-            elif suffix == ".tar" and lower.endswith(COMPRESSED_TARS):
-                raise UsageError(
-                    f"{root / path} is compressed: decompress it to a .tar first, or move it away"
-                )
-            else:
-                found.others.append(path)
+                continue
+            if taken and suffix == ".tar" and lower.endswith(COMPRESSED_TARS):
+                raise UsageError(f"{root / path} is compressed: make it a .tar, or move it away")
+            found.others.append(path)
     if not found.archives:
         raise UsageError(f"{root} holds no file named *{suffix}: look at the path, or at --source")
     return found
