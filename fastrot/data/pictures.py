@@ -1,11 +1,8 @@
 """Encoded bytes to pixels, upright: what a picture is, how large, and RGB out of every odd kind of it.
 
-Pillow reads every header, and decodes the odd ones: CMYK and YCCK, palettes, 16 bits. Alpha is dropped, not
-composited, as `convert("RGB")` and torchvision's ImageFolder do; of 16 bits the upper 8 are kept; of an
-animation the first frame. A picture of floating-point numbers is refused, since their white is not known.
-
-Plain JPEGs go through simplejpeg, which gives the same bits in under two thirds of the time: both are
-libjpeg-turbo, but Pillow's way to an array copies twice. Where it has a doubt, Pillow decides.
+Pillow reads every header, and decodes the odd ones: CMYK and YCCK, palettes, 16 bits. Alpha is dropped, as
+torchvision's ImageFolder does; of 16 bits the upper 8 are kept; of an animation the first frame. Plain JPEGs go
+through simplejpeg, which gives the same bits in under two thirds of the time. Where it has a doubt, Pillow decides.
 """
 
 import io
@@ -21,6 +18,7 @@ import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
+from fastrot.arrays import Bytes, Picture
 from fastrot.data.files import HEAD, BadPicture, one_line, picture_file, sniff
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
@@ -43,7 +41,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+def decode(data: bytes) -> Picture:
     """The first frame as RGB pixels, EXIF orientation applied. Raises BadPicture."""
     with _opened(io.BytesIO(data)) as image:
         turn = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF by itself
@@ -63,7 +61,7 @@ def size_of(picture: bytes | str | os.PathLike) -> tuple[int, int]:
         return (width, height) if _orientation(image) in _LYING else (height, width)
 
 
-def is_upright_jpeg(data: UInt8[np.ndarray, " n"], height: int, width: int) -> bool:
+def is_upright_jpeg(data: Bytes, height: int, width: int) -> bool:
     """Whether its header says that any decoder of JPEG finds these pixels: colour or grey, of that size, not turned."""
     try:
         *size, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -147,7 +145,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def _plain_jpeg(data: bytes, image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w 3"] | None:
+def _plain_jpeg(data: bytes, image: ImageFile.ImageFile) -> Picture | None:
     """The pixels as stored, of a JPEG in which libjpeg finds nothing amiss; None: let Pillow decide."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.mode not in ("RGB", "L"):
         return None
@@ -159,11 +157,11 @@ def _plain_jpeg(data: bytes, image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h
     return found if found.shape == pixels.shape else None
 
 
-def _by_pillow(image: ImageFile.ImageFile) -> UInt8[np.ndarray, "h w 3"]:
+def _by_pillow(image: ImageFile.ImageFile) -> Picture:
     """The pixels as stored, decoded by Pillow."""
     image.load()
     if image.mode == "F":
-        raise BadPicture("its pixels are floating-point numbers")
+        raise BadPicture("its pixels are floating-point numbers")  # their white is not known
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: convert("RGB") would clip at 255
         grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)

@@ -6,8 +6,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from fastrot.config import UsageError
 from fastrot.data.files import SKIP, look
 from fastrot.data.sources.records import Listing, Source, numbered, unless_counted
@@ -47,7 +45,7 @@ def text_list(root: Path, how: Listing) -> Source:
         verdicts = itertools.chain.from_iterable(looked)
         source = Source(root=root.parent, classes=classes)
         taken = [source.take(*each) for each in zip(paths, labels, verdicts, strict=True)]
-    source.numbers = unless_counted(np.flatnonzero(taken).tolist())
+    source.numbers = unless_counted([number for number, was in enumerate(taken) if was])
     return source
 
 

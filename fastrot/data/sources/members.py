@@ -46,10 +46,7 @@ class Member(NamedTuple):
 
 
 def tar_members(path: Path, *, nested: bool = True) -> Iterator[Member]:
-    """Members of a tar in their order; `nested`: tars in it are entered.
-
-    Raises UsageError where it is no tar, compressed, cut or damaged.
-    """
+    """Members of a tar in their order; `nested`: tars in it are entered. Raises UsageError of a damaged one."""
     with named(path), open(path, "rb", opener=without_waiting) as opened:
         file = opened.fileno()
         stop = os.fstat(file).st_size

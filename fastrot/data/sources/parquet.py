@@ -111,11 +111,7 @@ def _damaged(path: Path, why: Exception | str) -> UsageError:
 
 
 def parquet_files(root: Path, how: Listing) -> Source:
-    """Pictures of a parquet file, or of those in a folder, in the order of names and rows.
-
-    `split` chooses the files that have it in their names or folders (train-00000-of-00294.parquet).
-    `not how.labelled`: all labels are -1. No picture's bytes are looked at.
-    """
+    """Pictures of a parquet file, or of those in a folder, in the order of names and rows; none of them is looked at."""
     found, first = of_split(root, ".parquet", how.split), None
     paths, places, values = [], [], []
     for number, (path, name) in enumerate(found.archives):

@@ -29,10 +29,7 @@ MOST_JSON = 2**22  # bytes of a sample's .json
 
 
 def webdataset(root: Path, how: Listing) -> Source:
-    """Pictures of a shard, of the shards in a folder, or of those that a pattern NAME-{000..146}.tar names.
-
-    `split` chooses the shards of a folder that have it in their names. `not how.labelled`: all labels are -1.
-    """
+    """Pictures of a shard, of the shards in a folder, or of those that a pattern NAME-{000..146}.tar names."""
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
@@ -135,10 +132,7 @@ def _shards(root: Path, split: str | None) -> Found:
 
 
 def of_split(root: Path, suffix: str, split: str | None) -> Found:
-    """A file; or those of a folder that end so and have the split as a word in their names.
-
-    All where none is asked for, and no two are there.
-    """
+    """A file; or those of a folder that end so and have the split, where one is asked for, as a word in their names."""
     if not root.is_dir():
         if split is not None:
             raise UsageError(f"--split {split}: {root} is one file; give the folder of all")
