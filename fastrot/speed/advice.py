@@ -72,10 +72,11 @@ class Measurements(Loading):
 
 def advice(found: Measurements, subject: Subject) -> dict[str, str]:
     """A sentence for each thing to know, by its name."""
+    made = subject.format == "synthetic"
     return {
         "verdict": bounds.verdict(found.measured, found.train, found.workers, subject),
-        "format": which_format(found, subject),
-        "workers": how_many_workers(found, subject),
+        "format": MADE if made else which_format(found, subject),
+        "workers": MADE if made else how_many_workers(found, subject),
         "pack": whether_a_pack_fits(found, subject),
         "epoch": what_an_epoch_costs(found),
     }
@@ -83,8 +84,6 @@ def advice(found: Measurements, subject: Subject) -> dict[str, str]:
 
 def which_format(found: Measurements, subject: Subject) -> str:
     """The one to choose, with the command that makes it."""
-    if subject.format == "synthetic":
-        return MADE
     ours = CALLED.get(subject.format, subject.format)
     if found.load >= SPARE * found.step:
         return f"keep the {ours}: it gives {digits(found.load)} images/s, {digits(found.load / found.step)} times what the step takes"
@@ -124,8 +123,6 @@ def _conversion(name: str, subject: Subject, short: int) -> list[str]:
 
 def how_many_workers(found: Measurements, subject: Subject) -> str:
     """How many keep up with the step."""
-    if subject.format == "synthetic":
-        return MADE
     if subject.format == "pack" and subject.gpu is not None:
         return "one or two: the GPU decodes a pack itself"
     each = found.load / max(1, found.workers)
