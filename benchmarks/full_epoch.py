@@ -33,8 +33,7 @@ from fastrot.machine import wait_for
 from fastrot.speed.timer import StepTimer
 from fastrot.training import loop
 from fastrot.training.journal import Journal
-from fastrot.training.loop import Run
-from fastrot.training.state import TrainState
+from fastrot.training.state import Session, TrainState
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
 SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192
@@ -97,13 +96,17 @@ def warm_up(state: TrainState, cfg: Config, loader: Loader) -> None:
             loop.train_step(state, batch)
 
 
+class Unsaved(Session):
+    """Writes no checkpoint: that is not timed."""
+
+    def save(self, name: str, parts: dict[str, Any]) -> None:
+        pass
+
+
 def timed(
     state: TrainState, cfg: Config, loader: Loader, val_loader: Loader
 ) -> tuple[float, float]:
     """Seconds of the loop's own training over the loader's epoch, and of its validation."""
-
-    def nothing(*_: Any) -> None:
-        pass
 
     def seconds(work: Callable[[], Any]) -> float:
         begun = time.perf_counter()
@@ -113,14 +116,13 @@ def timed(
 
     with contextlib.ExitStack() as until_the_end:
         folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
-        journal = Journal(
-            folder, steps=len(loader), resumed_at=0, validated_step=0, tensorboard=False
-        )
+        journal = Journal(folder, steps=len(loader))
         until_the_end.callback(journal.close)
         preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
         journal.say(*loader.data.describe())  # type: ignore[attr-defined]
-        run = Run(loader, None, journal, cfg, nothing, nothing, preemption, StepTimer(state.device))
-        train = seconds(lambda: loop.fit(state, run))
+        timer = StepTimer(state.device)
+        s = Unsaved(cfg, folder, None, time.perf_counter(), loader, None, state, {}, timer)
+        train = seconds(lambda: loop.fit(s, journal, lambda: None, preemption))
         assert state.step == len(loader)
         validation = seconds(lambda: loop.validate(state, val_loader))
     return train, validation

@@ -214,7 +214,7 @@ def test_a_probe_on_a_frozen_trunk(straight, pictures, tmp_path, admitted):
     assert not mine["net"]["head.weight"].equal(
         trained_method(straight, CPU).net.state_dict()["head.weight"]
     )
-    assert f"are those of its trunk's run, {straight}" in (tmp_path / "log.txt").read_text()
+    assert f"are those of its trunk, {straight}" in (tmp_path / "log.txt").read_text()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["chance"] == pytest.approx(1 / 3)
     method, view = trained_method(tmp_path, CPU), assemble.training_view(own)

@@ -369,7 +369,7 @@ def test_python_collects_garbage_when_it_is_called(pictures, tmp_path, monkeypat
     with pytest.raises(Killed) if broken else contextlib.nullcontext():
         go(pictures, tmp_path, "--max-steps", "5")
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
-    assert {each[:2] for each in seen} == {(False, True)}
+    assert {each[:2] for each in seen[1:]} == {(False, True)}
     # a line is written behind step 3: what steps have lost is gone then, and only then
     assert [each[2] for each in seen[2:4]] == [[True, False], [True] * 3]
 
@@ -480,7 +480,7 @@ def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypa
     before = torch.get_num_threads()
     try:
         go(pictures, tmp_path, "--threads", "2", "--max-steps", "1")
-        assert "1 worker for pictures, 2 threads for the network" in capsys.readouterr().out
+        assert "1 worker(s) for pictures, 2 thread(s) for the network" in capsys.readouterr().out
         assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["run_identity"]["threads"] == 2
     finally:
         torch.set_num_threads(before)

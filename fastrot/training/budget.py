@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -39,8 +39,8 @@ def set_length(s: Session) -> list[str]:
     if s.saved is not None:
         state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
-    seconds = seconds_of(cfg.budget)
-    epochs, epoch = epochs_within(seconds, state, s.loader, s.val_loader)
+    seconds, epoch = seconds_of(cfg.budget), _epoch_seconds(s)
+    epochs = max(1, int(seconds // epoch))
     state.schedule = schedule_of(cfg, epochs, batches)
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
     return [line + (", which is longer than the budget" if epoch > seconds else "")]
@@ -54,33 +54,32 @@ def seconds_of(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
-def epochs_within(
-    seconds: float, state: TrainState, loader: Loader, val_loader: Loader | None
-) -> tuple[int, float]:
-    """How many epochs fit into `seconds` (at least 1), and the seconds of one, its validation included.
+def _epoch_seconds(s: Session) -> float:
+    """The seconds of an epoch, its validation included, on rank 0.
 
     Measures 20 training steps and up to 5 validation batches after some to warm up; undoes what they did.
     """
-    weights = {k: v.clone() for k, v in state.method.net.state_dict().items()}
-    rest = {k: copy.deepcopy(v) for k, v in vars(state.method).items() if k != "net"}
-    random = checkpoint.random_state(state.device)
-    state.method.net.train()
+    state, method = s.state, s.state.method
+    random, weights = checkpoint.random_state(state.device), copy.deepcopy(method.net.state_dict())
+    # not its state_dict: a sharded bank's is whole on rank 0 alone
+    rest = {k: copy.deepcopy(v) for k, v in vars(method).items() if k != "net"}
+    method.net.train()
     warm = 3 if state.graphed is None else WARM_UP + 2
-    step = _seconds_each(loader, 20, warm, state.device, lambda batch: train_step(state, batch))
-    epoch = step * len(loader)
-    state.method.net.load_state_dict(weights)
-    vars(state.method).update(rest)
+    step = _seconds_each(s.loader, 20, warm, state.device, functools.partial(train_step, state))
+    epoch = step * len(s.loader)
+    method.net.load_state_dict(weights)
+    vars(method).update(rest)
     state.optimizer.state.clear()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
     if state.graphed is not None:
         state.graphed.forget()
-    if val_loader is not None:
-        state.method.net.eval()
+    if s.val_loader is not None:
+        method.net.eval()
         look = functools.partial(_look, state)
-        epoch += len(val_loader) * _seconds_each(val_loader, 5, 3, state.device, look)
+        epoch += len(s.val_loader) * _seconds_each(s.val_loader, 5, 3, state.device, look)
     checkpoint.set_random_state(random, state.device)
-    return dist.agree((max(1, int(seconds // epoch)), epoch))
+    return dist.agree(epoch)
 
 
 @torch.no_grad()
@@ -95,8 +94,8 @@ def _seconds_each(
     """Seconds a batch, loading included, after some batches to warm up; short epochs are begun again."""
     done, begun = 0, time.perf_counter()
     while done < warm + steps:
-        before, batches = done, cast(Any, loader.epoch(0))
-        with contextlib.closing(batches):
+        before = done
+        with contextlib.closing(loader.epoch(0)) as batches:
             for batch in itertools.islice(batches, warm + steps - done):
                 if done == warm:
                     wait_for(device)

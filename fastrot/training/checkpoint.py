@@ -4,7 +4,8 @@ import contextlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from fastrot import dist
 from fastrot.config import UsageError
 from fastrot.disk import write_atomically
 
+LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest of a run, and the one before it
 VERSION = 3  # of the file's keys
 RENAMED = {"judged": "validated_step", "story": "progress", "facts": "run_identity"}  # version 2's
 
 
-def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     """Write plain values and tensors; an older file of that name stands until the new one is safe on disk.
 
-    The older file is kept as `previous`, where that is asked for and the file system has links.
+    Beside a new last.pt the older one stays as previous.pt, where the file system has links.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed as it wrote
@@ -28,8 +30,8 @@ def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> 
 
     def write(file: BinaryIO) -> None:
         _write({"version": VERSION, **state}, file)
-        if previous is not None and path.exists():
-            _link(path, previous)
+        if path.name == LAST and path.exists():
+            _link(path, path.with_name(PREVIOUS))
 
     write_atomically(path, write)
 
@@ -38,23 +40,17 @@ def _write(state: dict[str, Any], file: BinaryIO) -> None:
     """torch.save says of a full disk only that a write failed: what the system said is raised instead."""
     said: list[OSError] = []
 
-    class Told:
-        def write(self, data: Any) -> int:
-            try:
-                return file.write(data)
-            except OSError as error:
-                said.append(error)
-                raise
-
-        def flush(self) -> None:
-            file.flush()
+    def write(data: Any) -> int:
+        try:
+            return file.write(data)
+        except OSError as error:
+            said.append(error)
+            raise
 
     try:
-        torch.save(state, Told())  # type: ignore[arg-type]
-    except Exception:
-        if said:
-            raise said[0] from None
-        raise
+        torch.save(state, cast(Any, SimpleNamespace(write=write, flush=file.flush)))
+    except Exception as error:
+        raise (said[0] if said else error) from None
 
 
 def _link(path: Path, other: Path) -> None:
@@ -69,7 +65,7 @@ def _link(path: Path, other: Path) -> None:
 def of_run(source: str | Path) -> Path:
     """The last checkpoint of a run's folder; a file is itself."""
     path = Path(source)
-    return path / "checkpoints" / "last.pt" if path.is_dir() else path
+    return path / "checkpoints" / LAST if path.is_dir() else path
 
 
 def folds_in(folder: Path) -> list[Path]:
@@ -90,29 +86,24 @@ def load(path: Path) -> dict[str, Any]:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except MemoryError:
-        raise  # says nothing of the file
-    except Exception:  # damaged bytes make zipfile raise nearly every type there is
-        damaged = "its directory"
-    if damaged is not None:
-        raise UsageError(f"{path} is cut short or changed ({damaged})")
-    try:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
-        raise
-    except Exception as error:  # and so does the unpickler
+        raise  # says nothing of the file
+    except (
+        Exception
+    ) as error:  # damaged bytes make zipfile and the unpickler raise nearly all there is
         raise UsageError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__})"
+            f"{path} is cut short, changed or no checkpoint ({type(error).__name__})"
         ) from error
     found = state.get("version") if isinstance(state, dict) else None
-    if not isinstance(state, dict) or found not in (VERSION - 1, VERSION):
+    if found not in (VERSION - 1, VERSION):
         raise UsageError(
             f"{path} has version {found!r}, this fastrot reads versions {VERSION - 1} and {VERSION}: "
             "use the fastrot that wrote it"
         )
-    state = {RENAMED.get(name, name): v for name, v in dict[str, Any](state).items()}
-    return state | {"version": VERSION}
+    return {str(RENAMED.get(k, k)): v for k, v in state.items()} | {"version": VERSION}
 
 
 def random_state(device: torch.device) -> list[dict[str, Tensor]]:
@@ -145,17 +136,17 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 def load_weights(net: nn.Module, weights: dict[str, Tensor], name: str) -> None:
     """Put weights into a net of the same keys and shapes, or say in one sentence what does not fit."""
-    mine = {name: list(each.shape) for name, each in net.state_dict().items()}
+    mine = net.state_dict()
     missing, spare = sorted(mine.keys() - weights.keys()), sorted(weights.keys() - mine.keys())
     if missing or spare:
         raise UsageError(
             f"{name} has other layers than this net (missing {missing[:2]}, unknown {spare[:2]}): "
             "use the --backbone and method it was trained with"
         )
-    for key, shape in mine.items():
-        if (found := list(weights[key].shape)) != shape:
+    for key, own in mine.items():
+        if weights[key].shape != own.shape:
             raise UsageError(
-                f"{name} does not fit: {key} is {found}, this net's is {shape}; use the --image-size and "
-                "--backbone.width it was trained with"
+                f"{name} does not fit: {key} is {list(weights[key].shape)}, this net's is {list(own.shape)}; "
+                "use the --image-size and --backbone.width it was trained with"
             )
     net.load_state_dict(weights)

@@ -12,12 +12,23 @@ from fastrot.training.optim import check_apex
 
 
 def choose(cfg: Config) -> tuple[Config, torch.device]:
-    """The config with its precision, and the device; torch's threads are set."""
+    """The config with its precision, and the device; torch's threads and determinism are set.
+
+    Raises UsageError for faster forms of a step that the device, or what else is asked for, does not admit.
+    """
     here = dist.place()
     device = choose_device(cfg.device, here)
     if (threads := choose_threads(cfg.threads, here, device)) is not None:
         torch.set_num_threads(threads)
-    return dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device)), device
+    cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    check_fast_forms(cfg, here, device)
+    if cfg.deterministic:
+        # filling fresh memory would cost time and decide no bit
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing
+    return cfg, device
 
 
 def choose_device(wish: str, here: dist.Place) -> torch.device:
@@ -42,8 +53,8 @@ def choose_device(wish: str, here: dist.Place) -> torch.device:
 def choose_threads(wish: int | None, here: dist.Place, device: torch.device) -> int | None:
     """Torch's threads of this process; None: as many as torch takes itself, OMP_NUM_THREADS or all cores.
 
-    torchrun sets OMP_NUM_THREADS to 1 for several processes where nobody has set it, which suits GPUs. Without one
-    that 1 is taken for torchrun's, and the process has its share of the cores; --threads 1 means 1.
+    Where nobody has set OMP_NUM_THREADS, torchrun sets it to 1 for several processes, which suits GPUs: on a CPU each
+    has its share of the cores instead.
     """
     lowered = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if wish is None and device.type == "cpu" and lowered and here.local_world > 1:
@@ -70,30 +81,16 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         check_apex()
     if not cfg.graph:
         return
-    fp16, apex = cfg.precision == "fp16", cfg.optim.kernel == "apex"
-    reference = os.environ.get("FASTROT_OPS") == "reference"
-    unsure = "nobody has compared the bits that --deterministic promises with a graph's"
-    hindrances = (  # whether there is one, why, and the way out beside leaving --graph out
-        (device.type != "cuda", "this run is on a CPU", ""),
-        (here.world > 1, f"there are {here.world} processes", "start one alone"),
-        (fp16, "--precision fp16 looks at its gradients in each step", "use --precision bf16"),
-        (apex, "--optim.kernel apex has no rate that a graph can read", "use --optim.kernel torch"),
-        (reference, "FASTROT_OPS=reference has forms that wait for the GPU", "unset it"),
-        (cfg.deterministic, unsure, "leave out --deterministic"),
-    )
-    for holds, reason, way in hindrances:
+    hindrances = {
+        "this run is on a CPU": device.type != "cuda",
+        f"there are {here.world} processes": here.world > 1,
+        "--precision fp16 looks at its gradients in each step": cfg.precision == "fp16",
+        "--optim.kernel apex has no rate that a graph can read": cfg.optim.kernel == "apex",
+        "FASTROT_OPS=reference waits for the GPU": os.environ.get("FASTROT_OPS") == "reference",
+        "--deterministic promises bits that nobody has compared with a graph's": cfg.deterministic,
+    }
+    for reason, holds in hindrances.items():
         if holds:
-            ways = ", or ".join(each for each in (way, "leave --graph out") if each)
             raise UsageError(
-                f"--graph records the step of one process on a GPU, but {reason}: {ways}"
+                f"--graph records the step of one process on a GPU, but {reason}: leave out one of the two"
             )
-
-
-def set_determinism(cfg: Config) -> None:
-    """Of cuDNN, cuBLAS and torch in this process, as --deterministic says."""
-    if cfg.deterministic:
-        # filling fresh memory would cost time and decide no bit
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing

@@ -70,13 +70,7 @@ class Journal:
     """Writes a run's lines: on rank 0 to its folder and the screen, elsewhere nowhere."""
 
     def __init__(
-        self,
-        run: Path,
-        *,
-        steps: int,
-        resumed_at: int,
-        validated_step: int,
-        tensorboard: bool = True,
+        self, run: Path, *, steps: int, step: int = 0, validated_step: int = 0, tensorboard=False
     ):
         self.speaks = dist.rank() == 0
         self.run = run
@@ -84,17 +78,17 @@ class Journal:
         self._bar = self._board = None
         if not self.speaks:
             return
-        self._metrics = _cut_back(run / "metrics.jsonl", resumed_at, validated_step)
+        self._metrics = _cut_back(run / "metrics.jsonl", step, validated_step)
         self._log = (run / "log.txt").open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 1 s: only where it is wanted
 
-            self._board = SummaryWriter(str(run / "tb"), purge_step=resumed_at + 1)
+            self._board = SummaryWriter(str(run / "tb"), purge_step=step + 1)
         if self.console.is_terminal:
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
             self._bar = Progress(*columns, console=self.console)
-            about: dict[str, Any] = {"total": steps, "completed": resumed_at, "figures": ""}
+            about: dict[str, Any] = {"total": steps, "completed": step, "figures": ""}
             self._task = self._bar.add_task("training", **about)
             self._bar.start()
 

@@ -8,24 +8,23 @@ import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrot import dist
-from fastrot.config import Config, NotFinite, RunError
+from fastrot.config import NotFinite, RunError
 from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
 from fastrot.entry import Preempted, PreemptionSignal
 from fastrot.machine import wait_for
-from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
 from fastrot.training.journal import Journal
 from fastrot.training.optim import set_lr
-from fastrot.training.state import Progress, TrainState
+from fastrot.training.state import Progress, Session, TrainState
 
+Hook = Callable[[], None]
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
 
 
@@ -55,9 +54,7 @@ def _step(state: TrainState, batch: Batch) -> Losses:
 
 
 @torch.no_grad()
-def validate(
-    state: TrainState, loader: Loader, asked: Callable[[], None] = lambda: None
-) -> dict[str, float]:
+def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> dict[str, float]:
     """The method's scores over a whole view: sums and counts over all ranks, divided once.
 
     Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. `asked()` is called now and then,
@@ -91,71 +88,55 @@ def validate(
     return {name: (both[0] / both[1]).item() for name, both in sums.items()}
 
 
-@dataclass
-class Run:
-    """What `fit` trains with beside the state."""
-
-    loader: Loader
-    val_loader: Loader | None
-    journal: Journal
-    cfg: Config
-    save: Callable[[str, dict[str, Any]], None]  # writes checkpoints/NAME
-    at_epoch: Callable[[], None]  # draws the run's page
-    preemption: PreemptionSignal  # of this process
-    step_timer: StepTimer  # times it
-
-
-def last_step(state: TrainState, cfg: Config) -> int:
-    """The step at which this start ends: the schedule's, or --max-steps."""
-    return min(state.schedule.steps, cfg.max_steps or state.schedule.steps)
-
-
-def fit(state: TrainState, run: Run) -> None:
-    """Train from `state.step` to the end, which is `state.schedule.steps` or --max-steps.
+def fit(s: Session, journal: Journal, at_epoch: Hook, preemption: PreemptionSignal) -> None:
+    """Train from the state's step to `s.end`; `at_epoch` draws the run's page.
 
     Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on. Raises
     Preempted when a rank was warned and all is saved, RunError where a number is not finite.
     """
-    _Fit(state, run).whole()
+    _Fit(s, journal, at_epoch, preemption).whole()
 
 
 class _Fit:
     """A call of `fit`: each method is a step of it, and leaves what it learns in the state."""
 
-    def __init__(self, state: TrainState, run: Run):
-        self.state, self.run, self.cfg = state, run, run.cfg
-        self.batches = len(run.loader)  # of an epoch
-        self.end, self.first = last_step(state, run.cfg), state.step + 1
-        self.timer = _Timer(state.progress, state.device)
+    def __init__(self, s: Session, journal: Journal, at_epoch: Hook, preemption: PreemptionSignal):
+        self.s, self.state, self.cfg = s, s.state, s.cfg
+        self.journal, self.at_epoch, self.preemption = journal, at_epoch, preemption
+        self.batches = len(s.loader)  # of an epoch
+        self.saved_every = [n for n in (s.cfg.checkpoint_every, s.cfg.keep_every) if n]  # steps
+        self.first = s.state.step + 1
+        self.timer = _Timer(s.state.progress, s.state.device)
 
     def whole(self) -> None:
-        state = self.state
-        if self.run.val_loader is not None and state.step == 0:
+        state, end = self.state, self.s.end
+        if self.s.val_loader is not None and state.step == 0:
             state.progress.val_first = self.validated({"step": 0, "epoch": 0})
-        self.run.at_epoch()
+        self.at_epoch()
         state.method.net.train()
-        ended = state.step == self.end or state.step % self.batches == 0
+        ended = state.step == end or state.step % self.batches == 0
         if ended and state.step > state.validated_step:  # a warning came as the epoch ended
             self.end_epoch()
         with _collector_on_call():
-            while state.step < self.end:
+            while state.step < end:
                 self.epoch()
                 self.end_epoch()
                 gc.collect()
 
     def epoch(self) -> None:
         """The steps that are left of an epoch, or up to the end."""
-        number, start = divmod(self.state.step, self.batches)
+        state = self.state
+        number, start = divmod(state.step, self.batches)
         self.timer.begin()
-        with contextlib.closing(self.timer.waits(self.run.loader.epoch(number, start))) as batches:
+        with contextlib.closing(self.timer.waits(self.s.loader.epoch(number, start))) as batches:
             for batch in batches:
                 self.step(batch)
                 told = self.line_if_due(number)
-                if self.state.step == self.end or self.state.step % self.batches == 0:
+                if state.step == self.s.end or state.step % self.batches == 0:
                     break  # what follows ends the epoch, and saves
-                if told or dist.world() == 1 or self.state.step % AGREE == 0:
+                if told or dist.world() == 1 or state.step % AGREE == 0:
                     self.save_if_warned()
-                if self.checkpoint_is_due():
+                if any(state.step % every == 0 for every in self.saved_every):
                     self.timer.stop()
                     self.save()
                     self.timer.begin()
@@ -164,7 +145,7 @@ class _Fit:
     def step(self, batch: Batch) -> None:
         state = self.state
         try:
-            with self.run.step_timer.step():
+            with self.s.step_timer.step():
                 losses = train_step(state, batch)
         except NotFinite:  # a CPU sees it at once; a GPU at the next log line
             self.go_on_only_if(False)
@@ -172,31 +153,32 @@ class _Fit:
         state.step += 1
         state.progress.images += len(batch.index) * dist.world()
         state.meter.add(losses)
-        self.run.journal.advance(state.step)
-        if state.step == self.first:  # all is compiled
-            _collect_for_good()
+        self.journal.advance(state.step)
+        if state.step == self.first:  # all is compiled: what there is now, stays
+            gc.collect()
+            gc.freeze()
 
     def line_if_due(self, epoch: int) -> bool:
         """Write the means since the last log line, where one is due or all ends. Waits for the device."""
         state = self.state
         due = state.step % self.cfg.log_every == 0 or state.step == state.schedule.steps
-        if due or state.step == self.end:
+        if due or state.step == self.s.end:
             means = state.meter.read(keep=not due)
             line = {"step": state.step, "epoch": epoch, **means, **self.timer.lap()}
             line |= {"lr": state.schedule(state.step - 1)} | ({} if due else {"partial": True})
-            self.run.journal.write(line)
-            self.run.step_timer.line(line["images_per_s"], line["wait_share"])
+            self.journal.write(line)
+            self.s.step_timer.line(line["images_per_s"], line["wait_share"])
             self.go_on_only_if(math.isfinite(means["loss"]))
             gc.collect()
         return due
 
     def end_epoch(self) -> None:
         """Validation, checkpoint, page."""
-        state, judged = self.state, self.run.val_loader is not None
+        state, judged = self.state, self.s.val_loader is not None
         epochs, inside = divmod(state.step, self.batches)
         due = inside == 0 and epochs % self.cfg.validate_every == 0
         due = due or state.step == state.schedule.steps
-        if judged and (due or state.step == self.end):
+        if judged and (due or state.step == self.s.end):
             line = {"step": state.step, "epoch": epochs - (inside == 0)}
             state.progress.val = self.validated(line | ({} if due else {"partial": True}))
         best = due and judged and _merit(state.progress.val) > state.progress.best
@@ -204,21 +186,19 @@ class _Fit:
             state.progress.best = _merit(state.progress.val)
         state.validated_step = state.step
         self.save(best=best)
-        if state.step < self.end:
+        if state.step < self.s.end:
             self.save_if_warned(saved=True)
-        self.run.at_epoch()
+        self.at_epoch()
 
     def validated(self, line: dict[str, Any]) -> dict[str, float]:
-        assert self.run.val_loader is not None
-        scores = validate(self.state, self.run.val_loader, self.save_if_warned)
-        self.run.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
+        assert self.s.val_loader is not None
+        scores = validate(self.state, self.s.val_loader, self.save_if_warned)
+        self.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
         return scores
-
-    # ---- warnings ----
 
     def save_if_warned(self, *, saved: bool = False) -> None:
         """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
-        number, state = dist.highest(self.run.preemption.got), self.state
+        number, state = dist.highest(self.preemption.got), self.state
         if not number:
             return
         if state.step and not saved:
@@ -228,14 +208,8 @@ class _Fit:
         where = f"saved at step {state.step}" if state.step else "ended before the first step"
         name = signal.Signals(number).name
         sentence = f"{name}: {where} of {state.schedule.steps}; the same command goes on there"
-        self.run.journal.say(sentence)
+        self.journal.say(sentence)
         raise Preempted(number, sentence)
-
-    # ---- checkpoints ----
-
-    def checkpoint_is_due(self) -> bool:
-        step, keep = self.state.step, self.cfg.keep_every
-        return step % self.cfg.checkpoint_every == 0 or bool(keep and step % keep == 0)
 
     def save(self, *, best: bool = False) -> None:
         """step_N.pt and best.pt where asked, then last.pt: only of a state that is finite throughout, on all ranks.
@@ -245,27 +219,27 @@ class _Fit:
         state = self.state
         self.count_skipped()
         parts = state.state_dict()
-        since = state.meter.sums  # over all steps since the last log line; the loss is their first
         kept = [*parts["net"].values(), *parts["method"].values()]
-        kept += [] if since is None else [since[:1]]
+        if state.meter.sums is not None:
+            kept.append(state.meter.sums[:1])  # the loss, over all steps since the last log line
         self.go_on_only_if(not dist.highest(int(not checkpoint.all_finite(kept))))
         if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
-            self.run.save(f"step_{state.step}.pt", parts)
+            self.s.save(f"step_{state.step}.pt", parts)
         if best and self.cfg.keep_best:
-            self.run.save("best.pt", parts)
-        self.run.save("last.pt", parts)
+            self.s.save("best.pt", parts)
+        self.s.save("last.pt", parts)
 
     def count_skipped(self) -> None:
         """Add the damaged records that any rank has skipped since the last time."""
-        progress, val_loader = self.state.progress, self.run.val_loader
-        mine = self.run.loader.skipped | (val_loader.skipped if val_loader else set())
-        if dist.highest(int(not mine <= set(progress.skipped))):
-            progress.skipped = sorted(dist.together(mine | set(progress.skipped)))
+        known, val_loader = set(self.state.progress.skipped), self.s.val_loader
+        mine = known | self.s.loader.skipped | (val_loader.skipped if val_loader else set())
+        if dist.highest(int(mine > known)):
+            self.state.progress.skipped = sorted(dist.together(mine))
 
     def go_on_only_if(self, finite: bool) -> None:
         if finite:
             return
-        last = self.run.journal.run / "checkpoints" / "last.pt"
+        last = self.s.folder / "checkpoints" / checkpoint.LAST
         kept = f"the last good checkpoint is {last}"
         raise RunError(
             f"the loss or a weight is not finite at step {self.state.step}; "
@@ -281,25 +255,13 @@ def _merit(scores: dict[str, float]) -> float:
 
 @contextlib.contextmanager
 def _collector_on_call() -> Iterator[None]:
-    """Python's garbage collector looks at what there is a last time, and from here on when it is called.
-
-    By itself it would come in the midst of steps, to look through all of torch's objects again.
-    """
-    enabled = gc.isenabled()
+    """Python's garbage collector comes when it is called, not in the midst of steps to look through all of torch."""
     gc.disable()
-    _collect_for_good()
     try:
         yield
     finally:
         gc.unfreeze()
-        if enabled:
-            gc.enable()
-
-
-def _collect_for_good() -> None:
-    """Collect, and never look at the survivors again."""
-    gc.collect()
-    gc.freeze()
+        gc.enable()
 
 
 class _Timer:

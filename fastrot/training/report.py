@@ -11,7 +11,7 @@ from fastrot.entry import table
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Measured
-from fastrot.speed.cost import StepCost
+from fastrot.speed.cost import step_cost
 from fastrot.training.graph import WARM_UP
 from fastrot.training.state import Session
 
@@ -21,8 +21,8 @@ def greeting(s: Session) -> list[str]:
     cfg, state, who = s.cfg, s.state, s.identity
     trained = sum(p.numel() for p in state.method.net.parameters() if p.requires_grad)
     judged = "none" if s.val_loader is None else f"{s.val_loader.images:,}"
-    threads = f", {_counted(who['threads'], 'thread')} for the network"
-    threads = threads if state.device.type == "cpu" else ""
+    on_cpu = state.device.type == "cpu"
+    threads = f", {who['threads']} thread(s) for the network" if on_cpu else ""
     lines = [
         f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
         f"{trained:,} parameters, {cfg.precision} on {who['device']}",
@@ -32,13 +32,11 @@ def greeting(s: Session) -> list[str]:
     if cfg.folds:
         lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
     if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg.method):
-        lines.append(
-            f"--backbone, --image-size, --mean and --std are those of its trunk's run, {trunk}"
-        )
+        lines.append(f"--backbone, --image-size, --mean and --std are those of its trunk, {trunk}")
     lines += [
         f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
         f"{state.schedule.epochs} epochs of {len(s.loader)} steps, {state.schedule.steps} steps in all",
-        _counted(s.loader.workers, "worker") + " for pictures" + threads,
+        f"{s.loader.workers} worker(s) for pictures{threads}",
         *s.loader.data.describe(),
         *state.schedule.describe(),
         *state.method.describe(),
@@ -47,37 +45,32 @@ def greeting(s: Session) -> list[str]:
         lines.append(f"each step is one CUDA graph, recorded after {WARM_UP} steps of this start")
     paper = PRESETS[cfg.preset]().batch if cfg.preset in PRESETS else who["global_batch"]
     if who["global_batch"] != paper:
-        lines.append(
-            f"the preset's global batch is {paper}: the learning rate does not follow by itself, set --lr"
-        )
+        lines.append(f"the preset's global batch is {paper}: --lr does not follow by itself")
     last = f"writing to {s.folder}" if s.saved is None else f"resumed at step {state.step}"
     return [*lines, last]
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _judged_by_what_it_learns_from(s: Session) -> list[str]:
     """A line where the names of most pictures of --val are names of pictures that are trained on."""
     if s.cfg.val is None or s.val_loader is None:
         return []
-    each = []
-    for data, rows in ((x.data, x.rows) for x in (s.loader, s.val_loader)):
-        if np.array_equal(data.keys, np.arange(data.rows)):  # nameless
-            return []
-        each.append(data.keys if rows is None else data.keys[rows])
-    shared = int(np.isin(each[1], each[0]).sum())
-    if shared <= len(each[1]) / 2:
+    learnt, judged = s.loader, s.val_loader
+    if any(np.array_equal(x.data.keys, np.arange(x.data.rows)) for x in (learnt, judged)):
+        return []  # nameless
+    asked, known = (
+        x.data.keys[slice(None) if x.rows is None else x.rows] for x in (judged, learnt)
+    )
+    shared = int(np.isin(asked, known).sum())
+    if shared <= judged.images / 2:
         return []
     return [
-        f"{shared:,} of the {len(each[1]):,} pictures of --val are named as pictures that are trained on: "
+        f"{shared:,} of the {judged.images:,} pictures of --val are named as pictures that are trained on: "
         "accuracy on them is none on pictures never seen, unless they are others of the same names"
     ]
 
 
-def summary(s: Session, least: StepCost) -> dict[str, Any]:
-    """summary.json: where the run has come to, and what bound it. `least`: what a step costs at least."""
+def summary(s: Session) -> dict[str, Any]:
+    """summary.json: where the run has come to, and what bound it."""
     state, progress = s.state, s.state.progress
     return {
         "preset": s.cfg.preset,
@@ -97,11 +90,11 @@ def summary(s: Session, least: StepCost) -> dict[str, Any]:
         "skipped_records": progress.skipped,
         "device": machine.device_name(state.device),
         "versions": machine.versions(),
-        **_bound(s, least),
+        **_bound(s),
     }
 
 
-def _bound(s: Session, least: StepCost) -> dict[str, str]:
+def _bound(s: Session) -> dict[str, str]:
     """What bound the run, and the sentence on it; of a run that had ended already, what was said then."""
     state = s.state
     if s.step_timer.lines:
@@ -113,6 +106,7 @@ def _bound(s: Session, least: StepCost) -> dict[str, str]:
             return {name: before[name] for name in ("bound", "verdict")}
         step = state.progress.seconds / max(1, state.step)
         m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
+    least = step_cost(state.method, s.loader.view, s.cfg, state.device)
     subject = bounds.subject_of(s.cfg, s.loader.data, state.device)
     m = bounds.with_floors(m, least, s.loader.view, subject)
     said = bounds.verdict(m, state.progress.images_per_s(), s.loader.workers, subject)
@@ -122,13 +116,6 @@ def _bound(s: Session, least: StepCost) -> dict[str, str]:
 def last_words(summary: dict[str, Any], s: Session) -> list[str]:
     """The summary for people, and where all of it stands."""
     run, headline, progress = s.folder, s.state.method.headline, s.state.progress
-    files = {
-        "checkpoint": "checkpoints/last.pt",
-        "curves and pictures": "index.html",
-        "pictures": "plots",
-        "numbers": "metrics.jsonl",
-        "TensorBoard": "tb",
-    }
     scores = (progress.val_first.get(headline.score), progress.val.get(headline.score))
     first, last = map(headline.say, scores)
     chance = "" if headline.chance is None else f", chance {headline.say(headline.chance)}"
@@ -143,5 +130,12 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
     if skipped := summary["skipped_records"]:
         named = f"{len(skipped):,}, named in {run / 'summary.json'}"
         rows.append(("damaged records skipped", named))
-    rows += [(name, str(run / file)) for name, file in files.items() if (run / file).exists()]
+    files = {
+        "checkpoint": run / "checkpoints" / "last.pt",
+        "curves and pictures": run / "index.html",
+        "pictures": run / "plots",
+        "numbers": run / "metrics.jsonl",
+        "TensorBoard": run / "tb",
+    }
+    rows += [(name, str(path)) for name, path in files.items() if path.exists()]
     return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]

@@ -11,13 +11,11 @@ from fastrot.config import Config, UsageError
 from fastrot.data.loader import Loader
 from fastrot.training import checkpoint
 
-LAST, PREVIOUS = "last.pt", "previous.pt"  # the latest checkpoint, and the one before it
-
 
 def last_checkpoint(run: Path) -> dict[str, Any] | None:
     """The latest checkpoint; refused where it is damaged, with the name of the one before it."""
     folder = run / "checkpoints"
-    last, previous = folder / LAST, folder / PREVIOUS
+    last, previous = folder / checkpoint.LAST, folder / checkpoint.PREVIOUS
     if not last.exists() and previous.exists():  # somebody took a damaged one away
         last = previous
     if not last.exists():

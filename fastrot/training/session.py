@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from fastrot import assemble, config, dist, machine
+from fastrot.arrays import Numbers
 from fastrot.config import Config, UsageError
 from fastrot.core import DTYPES, Batch, Data
 from fastrot.data.keys import fold_of, held_out
@@ -23,11 +23,10 @@ from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import PreemptionSignal, share_of_cores
 from fastrot.evals.page import LivePage
 from fastrot.speed import memory
-from fastrot.speed.cost import step_cost
 from fastrot.speed.profile import Profile
 from fastrot.speed.timer import StepTimer
 from fastrot.training import budget, checkpoint, loop, report, resume
-from fastrot.training.device import check_fast_forms, choose, set_determinism
+from fastrot.training.device import choose
 from fastrot.training.journal import Journal
 from fastrot.training.state import Session, build, warm_up_ddp
 
@@ -41,7 +40,6 @@ def train(cfg: Config) -> int:
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
     cfg, device = choose(resume.with_trunk(cfg))
-    check_fast_forms(cfg, dist.place(), device)
     runs = runs_of(cfg)
     for folder, _ in runs:
         _made(folder)
@@ -79,22 +77,18 @@ def _made(run: Path) -> None:
 def _train_one(
     cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal
 ) -> None:
-    with contextlib.ExitStack() as until_the_end:
-        if dist.rank() == 0:  # the one that writes
-            refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
-            until_the_end.enter_context(locked(folder, refusal))
+    refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
+    with locked(folder, refusal) if dist.rank() == 0 else contextlib.nullcontext():
         begun = time.perf_counter()
         dist.barrier()  # all meet here: nobody writes while they read the checkpoint
         saved = resume.last_checkpoint(folder)
         resume.check_settings(saved, cfg, folder)
-        set_determinism(cfg)
         with _out_of_memory_told(cfg, device, None):
             s = _built(cfg, folder, saved, begun, device)
         with _out_of_memory_told(cfg, device, (s.state, s.loader.view, s.step_timer)):
             said = _begun_or_resumed(s)
-            at = {"resumed_at": s.state.step, "validated_step": s.state.validated_step}
-            end = loop.last_step(s.state, cfg)
-            journal = Journal(folder, steps=end, tensorboard=cfg.tensorboard, **at)
+            at = {"step": s.state.step, "validated_step": s.state.validated_step, "steps": s.end}
+            journal = Journal(folder, tensorboard=cfg.tensorboard, **at)
             with contextlib.closing(journal):
                 _write_setting(s)
                 journal.say(*report.greeting(s), *said, *resume.other_machine(s.saved, s.identity))
@@ -161,29 +155,16 @@ def _write_setting(s: Session) -> None:
 
 def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None:
     """From the step at hand to the end; then rank 0 writes summary, page and last words."""
-    state, left = s.state, loop.last_step(s.state, s.cfg) - s.state.step
-    page = LivePage(s.folder, state.method, _shown(s) if dist.rank() == 0 else None)
-    if s.cfg.profile and dist.rank() == 0 and left > 0:
-        s.step_timer.around = Profile(state, s.folder / "profile", left, journal.say)
-    least = step_cost(state.method, s.loader.view, s.cfg, state.device)
-    save, timer = functools.partial(_save, s), s.step_timer
-    among = loop.Run(s.loader, s.val_loader, journal, s.cfg, save, page.at_epoch, preemption, timer)
-    loop.fit(state, among)
-    if dist.rank() == 0:
-        summary = report.summary(s, least)
+    writes, left = dist.rank() == 0, s.end - s.state.step
+    page = LivePage(s.folder, s.state.method, _shown(s) if writes else None)
+    if s.cfg.profile and writes and left > 0:
+        s.step_timer.around = Profile(s.state, s.folder / "profile", left, journal.say)
+    loop.fit(s, journal, page.at_epoch, preemption)
+    if writes:
+        summary = report.summary(s)
         replace_bytes(s.folder / "summary.json", json.dumps(summary, indent=1).encode())
         page.draw()
         journal.say(*report.last_words(summary, s))
-
-
-def _save(s: Session, name: str, parts: dict[str, Any]) -> None:
-    """checkpoints/NAME, by rank 0; beside a new last.pt stays the one before it."""
-    if dist.rank():
-        return
-    parts = {"config": config.to_plain(s.cfg), "run_identity": s.identity, **parts}
-    folder = s.folder / "checkpoints"
-    previous = folder / resume.PREVIOUS if name == resume.LAST else None
-    checkpoint.save(folder / name, parts, previous=previous)
 
 
 # ---- data ----
@@ -205,17 +186,13 @@ def _loaders(
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
     here = dist.place()
-    own = {name: getattr(cfg, name) for name in ("batch", "seed", "enlarge", "on_bad_record")}
-    own["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
-    opened = functools.partial(
-        assemble.open_loader, rank=here.rank, world=here.world, device=device, **own
-    )
+    how = {name: getattr(cfg, name) for name in ("batch", "seed", "enlarge", "on_bad_record")}
+    how |= {"rank": here.rank, "world": here.world, "device": device}
+    how["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
     val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
-        val, data_path = Path(cfg.val), Path(cfg.data or "")
-        alike = val.suffix == data_path.suffix
-        alike = alike and assemble.format_of(val) == assemble.format_of(data_path)
-        reader = cfg.loader if alike else "auto"
+        formats = {assemble.format_of(Path(path or "")) for path in (cfg.data, cfg.val)}
+        reader = cfg.loader if len(formats) == 1 else "auto"
         val_data = assemble.open_data(cfg.val, reader, knob="--val", placement=cfg.placement)
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():
@@ -228,13 +205,13 @@ def _loaders(
         if here.rank == 0 and saved is None:
             _save_rows(path, rows)
     dist.barrier()
-    loader = opened(data, assemble.training_view(cfg, files.get("train")))
+    loader = Loader(data, assemble.training_view(cfg, files.get("train")), **how)
     if val_data is None:
         return loader, None
-    return loader, opened(val_data, assemble.evaluation_view(cfg, files.get("val")))
+    return loader, Loader(val_data, assemble.evaluation_view(cfg, files.get("val")), **how)
 
 
-def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, np.ndarray]:
+def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
     """The rows to learn from, and those set aside to judge by, where these are not all and --val."""
     chosen, left_out = {}, np.zeros(len(keys), bool)
     if cfg.val is None and cfg.hold_out:
@@ -242,8 +219,7 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, np.ndarray]:
         chosen["val"] = np.flatnonzero(left_out)
     if cfg.folds is not None:
         fold = fold_of(keys, cfg.folds)
-        empty = np.flatnonzero(np.bincount(fold, minlength=cfg.folds) == 0)
-        if len(empty):
+        if len(empty := np.setdiff1d(np.arange(cfg.folds), fold)):
             raise UsageError(
                 f"--folds {cfg.folds} leaves fold {empty[0]} of {len(keys)} pictures empty: use fewer folds"
             )
@@ -251,7 +227,7 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, np.ndarray]:
     return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 
 
-def _save_rows(path: Path, rows: np.ndarray) -> None:
+def _save_rows(path: Path, rows: Numbers) -> None:
     write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
 
 
@@ -261,11 +237,11 @@ def _shown(s: Session) -> Batch | None:
         return None
     images = s.val_loader.images
     rows = np.linspace(0, images - 1, min(SHOWN, images)).round().astype(np.int64)
-    if s.val_loader.view.rows is not None:
-        rows = np.load(s.val_loader.view.rows)[rows]
+    if s.val_loader.rows is not None:
+        rows = s.val_loader.rows[rows]
     path = s.folder / "rows-shown.npy"
     _save_rows(path, rows)
-    view, batch = assemble.evaluation_view(s.cfg, path), len(rows)
     how = {"device": s.state.device, "enlarge": True, "on_bad_record": s.cfg.on_bad_record}
-    few = assemble.open_loader(s.val_loader.data, view, batch=batch, workers=0, **how)
-    return next(iter(few.epoch(0)), None)
+    view = assemble.evaluation_view(s.cfg, path)
+    few = Loader(s.val_loader.data, view, batch=len(rows), workers=0, **how)
+    return next(few.epoch(0), None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastrot import assemble, dist
+from fastrot import assemble, config, dist
 from fastrot.config import Config
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
@@ -175,3 +175,14 @@ class Session:
     state: TrainState
     identity: dict[str, Any]  # what a resumed run must agree with, beside the config
     step_timer: StepTimer
+
+    @property
+    def end(self) -> int:
+        """The step at which this start ends: the schedule's, or --max-steps."""
+        return min(self.state.schedule.steps, self.cfg.max_steps or self.state.schedule.steps)
+
+    def save(self, name: str, parts: dict[str, Any]) -> None:
+        """Write checkpoints/NAME, on rank 0."""
+        if dist.rank() == 0:
+            about = {"config": config.to_plain(self.cfg), "run_identity": self.identity}
+            checkpoint.save(self.folder / "checkpoints" / name, about | parts)
