@@ -139,11 +139,6 @@ def highest(number: int) -> int:
     return int(byte)
 
 
-def together(mine: set[str]) -> set[str]:
-    """What any rank has, on each of them: for few, short texts."""
-    return set().union(*everyones(mine))
-
-
 def gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all ranks, one rank after the other: [n, ...] -> [world * n, ...]; n is the same on all."""
     if world() == 1:
@@ -158,14 +153,6 @@ def broadcast_(tensors: list[Tensor]) -> None:
     if world() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, src=0)
-
-
-def agree(value: Any) -> Any:
-    """Rank 0's value, on every rank: for small plain values."""
-    box = [value]
-    if world() > 1:
-        distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def everyones(value: Any) -> list[Any]:

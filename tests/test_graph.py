@@ -228,7 +228,7 @@ def test_what_a_graph_cannot_hold_is_refused(kind, words):
 def on_tape(monkeypatch):
     """--graph on a CPU, through the stand-in; rates on the device in all runs."""
     monkeypatch.setattr("fastrot.training.state.Cuda", TapeRecorder)
-    monkeypatch.setattr(session, "check_fast_forms", lambda *_: None)
+    monkeypatch.setattr(devices, "check_fast_forms", lambda *_: None)
     monkeypatch.setattr(
         "fastrot.training.state.sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True)
     )

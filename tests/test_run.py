@@ -410,8 +410,8 @@ def test_another_global_batch_is_another_run(straight, pictures):
 def test_another_decoder_is_told_and_an_older_run_is_not_asked():
     facts = {"ranks": 1, "threads": 1, "device": "cpu", "torch": "2", "data": "beton x"}
     now = {**facts, "decoder": "fastrot's own"}
-    assert resume.other_machine({"run_identity": facts}, now) == []
-    (told,) = resume.other_machine({"run_identity": {**facts, "decoder": "FFCV 1"}}, now)
+    assert resume.other_machine(facts, now) == []
+    (told,) = resume.other_machine({**facts, "decoder": "FFCV 1"}, now)
     assert "decoder were FFCV 1, now fastrot's own" in told
 
 

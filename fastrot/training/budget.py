@@ -79,7 +79,7 @@ def _epoch_seconds(s: Session) -> float:
         look = functools.partial(_look, state)
         epoch += len(s.val_loader) * _seconds_each(s.val_loader, 5, 3, state.device, look)
     checkpoint.set_random_state(random, state.device)
-    return dist.agree(epoch)
+    return dist.everyones(epoch)[0]
 
 
 @torch.no_grad()

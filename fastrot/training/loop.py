@@ -79,7 +79,9 @@ def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> d
     for _ in range(questions):
         asked()
     net.train()
-    for name in sorted(dist.together(set(sums))):  # a rank whose share is empty has no names
+    for name in sorted(
+        set().union(*dist.everyones(set(sums)))
+    ):  # a rank whose share is empty has no names
         sums[name] = dist.sum_over_ranks(sums[name])
     if not sums:
         raise RunError(
@@ -234,7 +236,7 @@ class _Fit:
         known, val_loader = set(self.state.progress.skipped), self.s.val_loader
         mine = known | self.s.loader.skipped | (val_loader.skipped if val_loader else set())
         if dist.highest(int(mine > known)):
-            self.state.progress.skipped = sorted(dist.together(mine))
+            self.state.progress.skipped = sorted(set().union(*dist.everyones(mine)))
 
     def go_on_only_if(self, finite: bool) -> None:
         if finite:

@@ -1,7 +1,6 @@
 """Parameter groups, SGD and learning-rate schedules (the papers' tables, in whole epochs)."""
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
             return check_apex()(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
         except RuntimeError as error:  # as it says where its extensions were not built
             raise UsageError(
-                f"--optim.kernel apex, but it cannot be used here ({error}): build it with its CUDA extensions, "
+                f"--optim.kernel apex cannot be used here ({error}): build it with its CUDA extensions, "
                 "or use --optim.kernel torch"
             ) from error
     learning = [p for group in groups for p in group["params"]]
@@ -84,15 +83,12 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 def check_apex() -> Callable[..., Optimizer]:
     """NVIDIA apex's FusedSGD. Raises UsageError where there is none; the package index has another apex."""
-    way = "build NVIDIA's from its sources, or use --optim.kernel torch"
-    if importlib.util.find_spec("apex") is None:
-        raise UsageError(f"--optim.kernel apex, but no package apex is installed: {way}")
     try:
         return importlib.import_module("apex.optimizers").FusedSGD
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UsageError(
-            "--optim.kernel apex, but the package apex that is installed is another one, without "
-            f"apex.optimizers.FusedSGD ({error}): {way}"
+            f"--optim.kernel apex wants NVIDIA's apex, which is not installed here ({error}): build it "
+            "from its sources, or use --optim.kernel torch"
         ) from None
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fastrot import assemble, config, dist, machine
 from fastrot.config import Config, UsageError
+from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
 from fastrot.training import checkpoint
 
@@ -30,14 +31,11 @@ def last_checkpoint(run: Path) -> dict[str, Any] | None:
 
 
 def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None:
-    """Refuse knobs that would make it another run, each by name, before any part is built; and a folder that
-    is another one for another rank. Called on all ranks.
-    """
+    """Refuse knobs that would make it another run, before any part is built; and another folder of another rank."""
     places = dist.everyones(saved and (saved["step"], saved["validated_step"]))
     if any(place != places[0] for place in places):
         raise UsageError(
-            f"--out {run} is not the same folder for all ranks: choose one on a file system "
-            "that all machines share"
+            f"--out {run} is not the same folder for all ranks: choose one that all machines share"
         )
     if saved is None:
         return
@@ -59,13 +57,17 @@ def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None
         )
 
 
-def check_data(saved: dict[str, Any] | None, now: dict[str, Any], run: Path) -> None:
-    """Refuse other pictures, or another order of them."""
-    before = now if saved is None else saved["run_identity"]
+def check_identity(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse other pictures or another order of them, and what the method says that must agree."""
     if before["fingerprint"] != now["fingerprint"]:
         raise UsageError(
             f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
             f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
+        )
+    if before["method"] != now["method"]:
+        raise UsageError(
+            f"{run} disagrees with what its method needs (was {before['method']}, now {now['method']}): "
+            "use --out NEW"
         )
 
 
@@ -80,22 +82,10 @@ def with_trunk(cfg: Config) -> Config:
     return dataclasses.replace(cfg, method=method, statistics="preset", **own)
 
 
-def check_method(saved: dict[str, Any] | None, now: dict[str, Any], run: Path) -> None:
-    """Refuse what the method itself says that a resumed run must agree with."""
-    before = now if saved is None else saved["run_identity"]
-    if before["method"] != now["method"]:
-        raise UsageError(
-            f"{run} disagrees with what its method needs (was {before['method']}, now {now['method']}): "
-            "use --out NEW"
-        )
-
-
-def other_machine(saved: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+def other_machine(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line where something differs that changes bits but not what is computed."""
-    if saved is None:
-        return []
+    before = {"decoder": now["decoder"], **before}  # older runs did not tell
     names = ("ranks", "threads", "device", "torch", "data", "decoder")
-    before = {"decoder": now["decoder"], **saved["run_identity"]}  # older runs did not tell
     other = [f"{n} were {before[n]}, now {now[n]}" for n in names if before[n] != now[n]]
     return [f"bits may differ from an unbroken run: {'; '.join(other)}"] if other else []
 
@@ -109,12 +99,12 @@ def start_from(net: torch.nn.Module, source: str) -> None:
     mine, theirs = net.state_dict(), state["net"]
     if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
         net.load_state_dict(theirs)
-        return
-    trunk = net.get_submodule("trunk")  # another task's head: its trunk alone
-    checkpoint.load_weights(trunk, checkpoint.trunk_weights(theirs), source)
+    else:
+        trunk = checkpoint.trunk_weights(theirs)
+        checkpoint.load_weights(net.get_submodule("trunk"), trunk, source)
 
 
-def run_identity_of(cfg: Config, loader: Loader, device: torch.device) -> dict[str, Any]:
+def run_identity_of(cfg: Config, loader: Loader, info: DataInfo, method: Method) -> dict[str, Any]:
     """What decides a run's numbers beside its config; goes into checkpoints."""
     data, ranks = loader.data, dist.world()
     return {
@@ -124,8 +114,10 @@ def run_identity_of(cfg: Config, loader: Loader, device: torch.device) -> dict[s
         "global_batch": cfg.batch * ranks,
         "ranks": ranks,
         "threads": torch.get_num_threads(),
-        "device": machine.device_name(device),
+        "device": machine.device_name(info.device),
         "torch": str(torch.__version__),
         "decoder": data.decoder,
         "data": f"{data.format} {cfg.data}",
+        "method": method.resume_contract(),
+        "classes": info.classes,
     }

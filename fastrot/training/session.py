@@ -79,32 +79,25 @@ def _train_one(
 ) -> None:
     refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
     with locked(folder, refusal) if dist.rank() == 0 else contextlib.nullcontext():
-        begun = time.perf_counter()
+        begun, s = time.perf_counter(), None
         dist.barrier()  # all meet here: nobody writes while they read the checkpoint
         saved = resume.last_checkpoint(folder)
         resume.check_settings(saved, cfg, folder)
-        with _out_of_memory_told(cfg, device, None):
+        try:
             s = _built(cfg, folder, saved, begun, device)
-        with _out_of_memory_told(cfg, device, (s.state, s.loader.view, s.step_timer)):
             said = _begun_or_resumed(s)
             at = {"step": s.state.step, "validated_step": s.state.validated_step, "steps": s.end}
             journal = Journal(folder, tensorboard=cfg.tensorboard, **at)
             with contextlib.closing(journal):
                 _write_setting(s)
-                journal.say(*report.greeting(s), *said, *resume.other_machine(s.saved, s.identity))
+                journal.say(*report.greeting(s), *said)
                 _trained(s, journal, preemption)
-
-
-@contextlib.contextmanager
-def _out_of_memory_told(cfg: Config, device: torch.device, built: Any) -> Iterator[None]:
-    """Where memory is full in here: the sentence on it, by what there was before (see memory.out_of_memory_error)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not memory.is_full(error):
-            raise
-        memory.forget(error)
-        raise memory.out_of_memory_error(cfg, device, built) from None
+        except RuntimeError as error:
+            if not memory.is_full(error):
+                raise
+            memory.forget(error)
+            built = None if s is None else (s.state, s.loader.view, s.step_timer)
+            raise memory.out_of_memory_error(cfg, device, built) from None
 
 
 def _built(
@@ -114,14 +107,12 @@ def _built(
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
     cfg = _with_statistics(cfg, data)
     loader, val_loader = _loaders(cfg, data, folder, saved, device)
-    identity = resume.run_identity_of(cfg, loader, device)
-    resume.check_data(saved, identity, folder)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     state = build(cfg, info, budget.schedule_of(cfg, cfg.epochs or 1, len(loader)))
-    identity |= {"method": state.method.resume_contract(), "classes": info.classes}
-    resume.check_method(saved, identity, folder)
-    source = cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method)
-    if saved is None and source:
+    identity = resume.run_identity_of(cfg, loader, info, state.method)
+    if saved is not None:
+        resume.check_identity(saved["run_identity"], identity, folder)
+    elif source := cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method):
         resume.start_from(state.method.net, source)
     timer = StepTimer(device)
     return Session(cfg, folder, saved, begun, loader, val_loader, state, identity, timer)
@@ -138,6 +129,7 @@ def _begun_or_resumed(s: Session) -> list[str]:
         state.load_state_dict(s.saved)
         for part in ("net", "optimizer", "method"):
             del s.saved[part]  # or a second bank would stay in host memory to the end
+        said += resume.other_machine(s.saved["run_identity"], s.identity)
     return said
 
 
@@ -174,10 +166,7 @@ def _with_statistics(cfg: Config, data: Data) -> Config:
     if cfg.statistics == "preset":
         return cfg
     if data.mean is None or data.std is None:
-        raise UsageError(
-            f"--statistics data, but {cfg.data} carries none: use --statistics preset, or a .beton "
-            "that dataprep/to_ffcv.py wrote"
-        )
+        raise UsageError(f"--statistics data, but {cfg.data} carries none: use --statistics preset")
     return dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
 
 
