@@ -65,9 +65,8 @@ def named(path: str | Path) -> Iterator[None]:
 def locked(folder: Path, refusal: str) -> Iterator[None]:
     """Hold a folder for this process alone; raises UsageError with `refusal` and the owner where another holds it.
 
-    A POSIX record lock: it ends with the process that took it, however that ends, and its children do not
-    inherit it. So a worker that outlives its killed parent holds nothing, while the ranks that a killed
-    launcher leaves behind do.
+    A POSIX record lock ends with the process that took it, and children do not inherit it: a worker that outlives its
+    killed parent holds nothing, while the ranks that a killed launcher leaves behind do.
     """
     path, until = folder / "lock", time.monotonic() + PATIENCE
     while True:
@@ -103,10 +102,9 @@ def _take(file: BinaryIO, until: float, refusal: str) -> None:
 
 
 def _still_named(file: BinaryIO, path: Path) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def allow_open_files(files: int) -> None:

@@ -1,7 +1,4 @@
-"""Rank and world, and the only collectives in the house.
-
-One process needs no launcher; torchrun and srun are read from their environment variables.
-"""
+"""Rank and world, as torchrun or srun set them, and the only collectives in the house."""
 
 import contextlib
 import os
@@ -30,7 +27,7 @@ class Place:
 
 
 def place() -> Place:
-    """Rank and world as torchrun or srun set them; one process where neither did."""
+    """Of this process; one alone needs no launcher."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         local, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
@@ -76,31 +73,34 @@ def stop(*, together: bool = False) -> None:
 def joined(
     device: torch.device, again: str = "the same command goes on from the last checkpoint"
 ) -> Iterator[None]:
-    """Among the other processes, from here to the end; raises PeerLost where one of them is gone.
-
-    `again`: what the same command does then.
-    """
+    """Among the other processes, from here to the end. Raises PeerLost where one is gone, which says `again`."""
     start(place(), device)
-    at_the_end = False
+    together = False
     try:
         yield
-        at_the_end = True
+        together = True
     except Preempted:
-        at_the_end = True  # all ranks raise it, and rank 0 is the last to have saved
+        together = True  # all ranks raise it, and rank 0 is the last to have saved
         raise
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "killed" in str(error):
             raise RunError(
-                f"a process that decodes was killed, perhaps for want of memory: {again}, with fewer "
-                "--workers where that was the reason"
+                f"a process that decodes was killed, perhaps for want of memory (then use fewer --workers): {again}"
             ) from error
-        if _lost(error):
+        if world() > 1 and not isinstance(error, RunError) and _says_lost(error):
             raise PeerLost(
                 f"another process of this run has ended: see what it says, and {again}"
             ) from error
         raise
     finally:
-        stop(together=at_the_end)
+        stop(together=together)
+
+
+def _says_lost(error: RuntimeError) -> bool:
+    """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
+    gone = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
+    network = isinstance(error, distributed.DistNetworkError)
+    return network or any(words in str(error) for words in gone)
 
 
 def abandon(device: torch.device) -> None:
@@ -156,23 +156,11 @@ def broadcast_(tensors: list[Tensor]) -> None:
 
 
 def everyones(value: Any) -> list[Any]:
-    """The values of all ranks, rank 0's first, on every rank: for small plain values.
-
-    Raises RuntimeError where a rank is gone.
-    """
+    """Small values of all ranks, rank 0's first, on every rank. Raises RuntimeError where a rank is gone."""
     values = [value] * world()
     if world() > 1:
         distributed.all_gather_object(values, value, group=_patient)
     return values
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
-    if world() == 1 or isinstance(error, RunError):
-        return False
-    gone = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
-    network = isinstance(error, distributed.DistNetworkError)
-    return network or any(words in str(error) for words in gone)
 
 
 def _first_node(nodes: str) -> str:

@@ -107,10 +107,8 @@ def warnings_held_back() -> Iterator[None]:
 @contextlib.contextmanager
 def told_once() -> Iterator[None]:
     """What is printed in here, rank 0 alone prints: a parser's help and complaints."""
-    with contextlib.ExitStack() as quiet:
-        if rank():
-            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    out, err = (io.StringIO(), io.StringIO()) if rank() else (sys.stdout, sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
 
 

@@ -33,10 +33,15 @@ def command_line(argv: list[str]) -> Config:
     """
     import tyro
 
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
     with entry.told_once():
         config.refuse_old_knobs(argv)
-        file, rest = _config_file(argv)
-        if file is not None:
+        known, rest = parser.parse_known_args(argv)
+        if (file := known.config) is not None:
+            if rest and rest[0] in PRESETS:
+                way = f"leave {rest[0]!r} out"
+                raise UsageError(f"--config {file} takes the place of the preset: {way}")
             own = {"default": read_config(file), "config": (tyro.conf.AvoidSubcommands,)}
             return tyro.cli(Config, args=rest, prog="train.py --config FILE", **own)
         if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
@@ -47,32 +52,15 @@ def command_line(argv: list[str]) -> Config:
         return tyro.extras.overridable_config_cli(presets, args=argv, prog="train.py")
 
 
-def _config_file(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """The file behind --config, and the arguments that are left."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", const="")
-    known, rest = parser.parse_known_args(argv)
-    if known.config is None:
-        return None, argv
-    if not known.config:
-        raise UsageError("--config wants a file: the config.yaml of a run folder")
-    if rest and rest[0] in PRESETS:
-        way = f"leave {rest[0]!r} out"
-        raise UsageError(f"--config {known.config} takes the place of the preset: {way}")
-    return Path(known.config), rest
-
-
 def read_config(path: Path) -> Config:
     """The config.yaml of a run, read back."""
     import yaml
 
-    if not path.is_file():
-        raise UsageError(f"--config {path} is no file: name the config.yaml of a run folder")
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--config {path} is not YAML: use the config.yaml of a run folder"
+            f"--config {path} is no YAML that can be read: name the config.yaml of a run folder"
         ) from error
     return config.from_plain(plain)
 

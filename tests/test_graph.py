@@ -15,7 +15,7 @@ from fastrot.core import Batch, Losses
 from fastrot.methods.contrast import EMA
 from fastrot.methods.decoupling import Decoupling
 from fastrot.training import device as devices
-from fastrot.training import loop, session
+from fastrot.training import loop
 from fastrot.training.graph import WARM_UP, Graphed
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
@@ -304,7 +304,6 @@ def test_forms_that_do_not_fit_are_refused(knobs, here, device, names):
 
 
 def test_a_graph_wants_the_kernels_and_torchs_optimiser(monkeypatch):
-    monkeypatch.setattr(devices, "check_apex", lambda: None)
     apex = config.Config(graph=True, precision="bf16", optim=config.Sgd(kernel="apex"))
     with pytest.raises(UsageError, match="no rate that a graph can read"):
         devices.check_fast_forms(apex, dist.Place(), GPU)

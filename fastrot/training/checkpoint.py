@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without unpickling code, refused where they are damaged."""
 
 import contextlib
+import functools
 import os
 import zipfile
 from pathlib import Path
@@ -28,15 +29,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed as it wrote
         left.unlink(missing_ok=True)
 
-    def write(file: BinaryIO) -> None:
-        _write({"version": VERSION, **state}, file)
-        if path.name == LAST and path.exists():
-            _link(path, path.with_name(PREVIOUS))
-
-    write_atomically(path, write)
+    write_atomically(path, functools.partial(_write, path, {"version": VERSION, **state}))
 
 
-def _write(state: dict[str, Any], file: BinaryIO) -> None:
+def _write(path: Path, state: dict[str, Any], file: BinaryIO) -> None:
     """torch.save says of a full disk only that a write failed: what the system said is raised instead."""
     said: list[OSError] = []
 
@@ -51,6 +47,8 @@ def _write(state: dict[str, Any], file: BinaryIO) -> None:
         torch.save(state, cast(Any, SimpleNamespace(write=write, flush=file.flush)))
     except Exception as error:
         raise (said[0] if said else error) from None
+    if path.name == LAST and path.exists():
+        _link(path, path.with_name(PREVIOUS))
 
 
 def _link(path: Path, other: Path) -> None:
@@ -81,9 +79,7 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint into host memory, each entry checked against its CRC first."""
     if not path.exists():
-        raise UsageError(
-            f"there is no checkpoint {path}: name a run folder or a .pt file that exists"
-        )
+        raise UsageError(f"there is no checkpoint {path}: name a run folder or a .pt file")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
@@ -100,8 +96,7 @@ def load(path: Path) -> dict[str, Any]:
     found = state.get("version") if isinstance(state, dict) else None
     if found not in (VERSION - 1, VERSION):
         raise UsageError(
-            f"{path} has version {found!r}, this fastrot reads versions {VERSION - 1} and {VERSION}: "
-            "use the fastrot that wrote it"
+            f"{path} has version {found!r}, this fastrot reads {VERSION - 1} and {VERSION}: use that which wrote it"
         )
     return {str(RENAMED.get(k, k)): v for k, v in state.items()} | {"version": VERSION}
 
@@ -111,8 +106,7 @@ def random_state(device: torch.device) -> list[dict[str, Tensor]]:
     mine = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         mine["cuda"] = torch.cuda.get_rng_state(device)
-    each = {name: dist.gather_rows(state[None]) for name, state in mine.items()}
-    return [{name: states[r].clone() for name, states in each.items()} for r in range(dist.world())]
+    return dist.everyones(mine)
 
 
 def set_random_state(states: list[dict[str, Tensor]], device: torch.device) -> None:

@@ -8,14 +8,10 @@ import torch
 from fastrot import config, dist, machine
 from fastrot.config import Config, UsageError
 from fastrot.entry import share_of_cores
-from fastrot.training.optim import check_apex
 
 
 def choose(cfg: Config) -> tuple[Config, torch.device]:
-    """The config with its precision, and the device; torch's threads and determinism are set.
-
-    Raises UsageError for faster forms of a step that the device, or what else is asked for, does not admit.
-    """
+    """The config with its precision, and the device; torch's threads and determinism are set."""
     here = dist.place()
     device = choose_device(cfg.device, here)
     if (threads := choose_threads(cfg.threads, here, device)) is not None:
@@ -34,9 +30,7 @@ def choose(cfg: Config) -> tuple[Config, torch.device]:
 def choose_device(wish: str, here: dist.Place) -> torch.device:
     """The GPU of this rank, or the CPU."""
     if wish == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device cuda, but torch sees no GPU: use --device cpu, or torch with CUDA"
-        )
+        raise UsageError("--device cuda, but torch sees no GPU: use cpu, or torch with CUDA")
     if wish == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ and "SLURM_GPUS_PER_TASK" in os.environ:
@@ -53,8 +47,7 @@ def choose_device(wish: str, here: dist.Place) -> torch.device:
 def choose_threads(wish: int | None, here: dist.Place, device: torch.device) -> int | None:
     """Torch's threads of this process; None: as many as torch takes itself, OMP_NUM_THREADS or all cores.
 
-    Where nobody has set OMP_NUM_THREADS, torchrun sets it to 1 for several processes, which suits GPUs: on a CPU each
-    has its share of the cores instead.
+    torchrun sets OMP_NUM_THREADS to 1, which suits GPUs: on a CPU each process has its share of the cores.
     """
     lowered = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if wish is None and device.type == "cpu" and lowered and here.local_world > 1:
@@ -73,12 +66,8 @@ def choose_precision(wish: config.Precision, device: torch.device) -> config.Pre
 
 def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> None:
     """Refuse faster forms of a step that this device, or what else is asked for, does not admit."""
-    if cfg.optim.kernel == "apex":
-        if device.type != "cuda":
-            raise UsageError(
-                "--optim.kernel apex wants a GPU, and this run is on a CPU: use --optim.kernel torch"
-            )
-        check_apex()
+    if cfg.optim.kernel == "apex" and device.type != "cuda":
+        raise UsageError("--optim.kernel apex wants a GPU: use --optim.kernel torch")
     if not cfg.graph:
         return
     hindrances = {

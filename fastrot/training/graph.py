@@ -1,14 +1,4 @@
-"""A whole step as one CUDA graph: recorded once, then played with each batch copied into the same memory.
-
-Idea.    The host launches a graph at once instead of its hundreds of kernels one by one, so that it cannot fall behind
-         the GPU. What is recorded is kernels and addresses, nothing of Python: whatever changes from step to step must
-         lie in tensors that are written in place. So the batch and its clock are copied into buffers, the rate is
-         written into its tensor before the graph is played (`optim.set_lr`), and a method's state is updated in place.
-         Gradients and all that a step makes on its way lie in the graph's own memory.
-Bytes.   The batch once more, read and written: B S S 3 and 16 B + 16.
-Order.   Before it is recorded some steps run one by one, on a stream beside the main one, as capture wants it: kernels are
-         compiled and chosen there, and momenta made. They are ordinary steps of the run.
-"""
+"""A whole step as one CUDA graph: recorded once, then played with each batch copied into the same memory (see README.md)."""
 
 from collections.abc import Callable
 
@@ -39,8 +29,7 @@ class Cuda:
     def record(self, step: Callable[[], Losses]) -> Losses:
         """What the step launches, noted and not run; what it returns is written each time it is played."""
         self.graph = torch.cuda.CUDAGraph()
-        # other threads, which decode into pinned memory, may go on meanwhile
-        mode = "thread_local"
+        mode = "thread_local"  # other threads, which decode into pinned memory, may go on meanwhile
         with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode=mode):
             return step()
 
@@ -51,10 +40,7 @@ class Cuda:
 
 
 class Graphed:
-    """Steps of a run: WARM_UP ordinary ones, then the recorded one again and again.
-
-    A batch of other shapes than the recorded one's takes an ordinary step.
-    """
+    """Steps of a run: WARM_UP ordinary ones, then the recorded one for each batch of the same shapes."""
 
     def __init__(self, recorder: Cuda):
         self.recorder = recorder
@@ -72,11 +58,13 @@ class Graphed:
             if self.warm < WARM_UP:
                 self.warm += 1
                 return self.recorder.aside(lambda: step(batch))
-            self.batch = _room_for(batch)
-        elif not _alike(batch, self.batch):
-            return step(batch)
+            *crops, index, label, epoch_step = map(torch.empty_like, _tensors(batch))
+            self.batch = Batch(tuple(crops), index, label, epoch_step)
         held = self.batch
-        for mine, new in zip(_tensors(held), _tensors(batch), strict=True):
+        pairs = list(zip(_tensors(held), _tensors(batch), strict=True))
+        if any(mine.shape != new.shape for mine, new in pairs):
+            return step(batch)
+        for mine, new in pairs:
             mine.copy_(new, non_blocking=True)
         if self.losses is None:
             self.losses = self.recorder.record(lambda: step(held))
@@ -86,12 +74,3 @@ class Graphed:
 
 def _tensors(batch: Batch) -> tuple[torch.Tensor, ...]:
     return (*batch.crops, batch.index, batch.label, batch.epoch_step)
-
-
-def _room_for(batch: Batch) -> Batch:
-    *crops, index, label, epoch_step = map(torch.empty_like, _tensors(batch))
-    return Batch(tuple(crops), index, label, epoch_step)
-
-
-def _alike(batch: Batch, other: Batch) -> bool:
-    return [t.shape for t in _tensors(batch)] == [t.shape for t in _tensors(other)]

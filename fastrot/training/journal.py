@@ -3,8 +3,9 @@
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -17,15 +18,11 @@ from fastrot.disk import named, replace_bytes
 
 
 class Meter:
-    """Running means of a step's numbers, float32 on the device, between log lines.
-
-    names   of the numbers, the same in each step
-    sums    [n], over `count` steps; None: none yet
-    """
+    """Running means of a step's numbers, float32 on the device, between log lines."""
 
     def __init__(self):
-        self.names: tuple[str, ...] = ()
-        self.sums: Tensor | None = None
+        self.names: tuple[str, ...] = ()  # the same in each step
+        self.sums: Tensor | None = None  # [n], over `count` steps; None: none yet
         self.count = 0
 
     def add(self, losses: Losses) -> None:
@@ -39,10 +36,7 @@ class Meter:
         self.count += 1
 
     def read(self, *, keep: bool = False) -> dict[str, float]:
-        """Means over the steps since the last read, and over all ranks; `keep` does not begin anew.
-
-        Waits for the device: once per log line, never once per step.
-        """
+        """Means over the steps since the last read, and over all ranks; `keep` does not begin anew. Waits for the device."""
         if self.sums is None:
             return {}
         sums = dist.sum_over_ranks(self.sums)
@@ -53,10 +47,9 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of all ranks, a row each. Called on all of them."""
-        names = [] if self.sums is None else list(self.names)
-        mine = torch.zeros(0) if self.sums is None else self.sums.cpu()
+        names, mine = ([], torch.zeros(0)) if self.sums is None else (self.names, self.sums.cpu())
         rows = dist.gather_rows(mine[None]).clone()
-        return {"names": names, "sums": rows, "count": self.count}
+        return {"names": list(names), "sums": rows, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """This rank's own sums; with another number of ranks their mean, which gives the same means."""
@@ -72,11 +65,10 @@ class Journal:
     def __init__(
         self, run: Path, *, steps: int, step: int = 0, validated_step: int = 0, tensorboard=False
     ):
-        self.speaks = dist.rank() == 0
-        self.run = run
-        self.console = Console(highlight=False, quiet=not self.speaks, soft_wrap=True)
+        self.console = Console(highlight=False, quiet=dist.rank() > 0, soft_wrap=True)
         self._bar = self._board = None
-        if not self.speaks:
+        if dist.rank():
+            self._metrics = self._log = open(os.devnull, "a")  # noqa: SIM115 (closed in close)
             return
         self._metrics = _cut_back(run / "metrics.jsonl", step, validated_step)
         self._log = (run / "log.txt").open("a", encoding="utf-8")
@@ -88,27 +80,21 @@ class Journal:
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             columns += [TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
             self._bar = Progress(*columns, console=self.console)
-            about: dict[str, Any] = {"total": steps, "completed": step, "figures": ""}
-            self._task = self._bar.add_task("training", **about)
+            self._task = self._bar.add_task("training", total=steps, completed=step, figures="")
             self._bar.start()
 
     def say(self, *lines: str) -> None:
         """Sentences for people: on the screen and in log.txt."""
-        if self.speaks:
-            for line in lines:
-                self.console.print(line, markup=False)
-            self._note("".join(line + "\n" for line in lines))
+        for line in lines:
+            self.console.print(line, markup=False)
+        _append(self._log, "".join(line + "\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, whole at once; its numbers go to TensorBoard too."""
-        if not self.speaks:
-            return
         plain = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()
         }
-        with named(self.run / "metrics.jsonl"):
-            self._metrics.write(json.dumps(plain) + "\n")  # JSON has no NaN
-            self._metrics.flush()
+        _append(self._metrics, json.dumps(plain) + "\n")  # JSON has no NaN
         if self._board is not None:
             for name, value in line.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
@@ -121,16 +107,13 @@ class Journal:
             self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
-        """Ends the bar and writes what is buffered; further lines are refused."""
-        if not self.speaks:
-            return
+        """Ends the bar and writes what is buffered."""
         if self._bar is not None:
             self._bar.stop()
         for file in (self._board, self._metrics, self._log):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk, told before
                     file.close()
-        self.speaks = False
 
     def _show(self, line: dict[str, Any]) -> None:
         if "val_loss" in line:
@@ -143,28 +126,24 @@ class Journal:
             self._bar.update(self._task, figures=figures)
         else:
             self.console.print(f"step {line['step']}  {figures}", markup=False)
-        self._note(f"step {line['step']}  epoch {line['epoch']}  {figures}\n")
+        _append(self._log, f"step {line['step']}  epoch {line['epoch']}  {figures}\n")
 
-    def _note(self, text: str) -> None:
-        with named(self.run / "log.txt"):
-            self._log.write(text)
-            self._log.flush()
+
+def _append(file: TextIO, text: str) -> None:
+    with named(file.name):
+        file.write(text)
+        file.flush()
 
 
 def _describe(line: dict[str, Any], prefix: str = "") -> str:
     """Loss and accuracy, then the terms and other precisions as the method names them."""
     values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     terms = [k for k in values if k.startswith(("loss_", "prec_"))]
-    shown = ["loss", "accuracy"]
-    if len(terms) > 1:  # accuracy is one of these precisions
-        shown = ["loss", *terms] if any(k.startswith("prec_") for k in terms) else [*shown, *terms]
-    shares = {k for k in values if k == "accuracy" or k.startswith("prec_")}
-    figures = (
-        f"{k} {values[k]:.1%}" if k in shares else f"{k} {values[k]:.4f}"
-        for k in shown
-        if k in values
-    )
-    return "  ".join(figures)
+    shown = ["loss", "accuracy", *(terms if len(terms) > 1 else ())]
+    if any(k.startswith("prec_") for k in shown):
+        shown.remove("accuracy")  # it is one of these precisions
+    forms = {k: ".4f" if k.startswith("loss") else ".1%" for k in shown if k in values}
+    return "  ".join(f"{k} {values[k]:{form}}" for k, form in forms.items())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -178,15 +157,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut_back(path: Path, step: int, validated_step: int):
+def _cut_back(path: Path, step: int, validated_step: int) -> TextIO:
     """Keep the lines up to `step`, and of validations up to `validated_step`: what a killed run wrote behind its last
-    checkpoint comes again.
-
-    A line that --max-steps alone brought about is marked `partial`, and goes when the run goes on.
+    checkpoint comes again, and so does a `partial` line, which --max-steps alone brought about.
     """
     kept = []
     for line in read_lines(path) if step else ():
-        if line["step"] <= (validated_step if "val_loss" in line else step):
-            kept += [] if line.get("partial") else [json.dumps(line) + "\n"]
+        last = validated_step if "val_loss" in line else step
+        if line["step"] <= last and not line.get("partial"):
+            kept.append(json.dumps(line) + "\n")
     replace_bytes(path, "".join(kept).encode())
     return path.open("a", encoding="utf-8")

@@ -29,10 +29,7 @@ AGREE = 20  # steps between two questions to all ranks whether one of them was w
 
 
 def train_step(state: TrainState, batch: Batch) -> Losses:
-    """One step at this step's rate, recorded where there is a graph. Waits for nothing.
-
-    Its numbers hold until the next step.
-    """
+    """One step at this step's rate, recorded where there is a graph. Its numbers hold until the next. Waits for nothing."""
     set_lr(state.optimizer, state.schedule(state.step))
     if state.graphed is None:
         return _step(state, batch)
@@ -57,8 +54,7 @@ def _step(state: TrainState, batch: Batch) -> Losses:
 def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> dict[str, float]:
     """The method's scores over a whole view: sums and counts over all ranks, divided once.
 
-    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. `asked()` is called now and then,
-    by all ranks together.
+    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. All ranks call `asked` together, now and then.
     """
     net = state.method.net
     dist.broadcast_([b for b in net.buffers() if b.is_floating_point()])
@@ -79,13 +75,12 @@ def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> d
     for _ in range(questions):
         asked()
     net.train()
-    for name in sorted(
-        set().union(*dist.everyones(set(sums)))
-    ):  # a rank whose share is empty has no names
+    names = set().union(*dist.everyones(set(sums)))  # a rank whose share is empty has none
+    for name in sorted(names):
         sums[name] = dist.sum_over_ranks(sums[name])
     if not sums:
         raise RunError(
-            "no picture to be judged on can be read: give --val others, or prepare them anew"
+            "no picture to be judged on can be read: prepare them anew, or give other --val"
         )
     return {name: (both[0] / both[1]).item() for name, both in sums.items()}
 
@@ -150,8 +145,7 @@ class _Fit:
             with self.s.step_timer.step():
                 losses = train_step(state, batch)
         except NotFinite:  # a CPU sees it at once; a GPU at the next log line
-            self.go_on_only_if(False)
-            raise
+            raise self.not_finite() from None
         state.step += 1
         state.progress.images += len(batch.index) * dist.world()
         state.meter.add(losses)
@@ -170,7 +164,8 @@ class _Fit:
             line |= {"lr": state.schedule(state.step - 1)} | ({} if due else {"partial": True})
             self.journal.write(line)
             self.s.step_timer.line(line["images_per_s"], line["wait_share"])
-            self.go_on_only_if(math.isfinite(means["loss"]))
+            if not math.isfinite(means["loss"]):
+                raise self.not_finite()
             gc.collect()
         return due
 
@@ -224,7 +219,8 @@ class _Fit:
         kept = [*parts["net"].values(), *parts["method"].values()]
         if state.meter.sums is not None:
             kept.append(state.meter.sums[:1])  # the loss, over all steps since the last log line
-        self.go_on_only_if(not dist.highest(int(not checkpoint.all_finite(kept))))
+        if dist.highest(int(not checkpoint.all_finite(kept))):
+            raise self.not_finite()
         if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
             self.s.save(f"step_{state.step}.pt", parts)
         if best and self.cfg.keep_best:
@@ -238,14 +234,13 @@ class _Fit:
         if dist.highest(int(mine > known)):
             self.state.progress.skipped = sorted(set().union(*dist.everyones(mine)))
 
-    def go_on_only_if(self, finite: bool) -> None:
-        if finite:
-            return
-        last = self.s.folder / "checkpoints" / checkpoint.LAST
-        kept = f"the last good checkpoint is {last}"
-        raise RunError(
-            f"the loss or a weight is not finite at step {self.state.step}; "
-            f"{kept if last.exists() else 'there is no checkpoint yet'}: "
+    def not_finite(self) -> RunError:
+        last = checkpoint.of_run(self.s.folder)
+        found = (
+            f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        )
+        return RunError(
+            f"the loss or a weight is not finite at step {self.state.step}; {found}: "
             "start again with a smaller --lr, or --precision fp32"
         )
 

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,7 @@ from fastrot.config import Schedule, Sgd, UsageError
 
 
 def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
-    """All parameters that learn; biases and norms apart, undecayed, where `decay_norms` is off.
-
-    A parameter with fewer than two dimensions is a bias or belongs to a norm.
-    """
+    """All parameters that learn; where `decay_norms` is off those of one dimension, biases and norms, undecayed."""
     learning = [p for p in net.parameters() if p.requires_grad]
     if cfg.decay_norms:
         return [{"params": learning, "weight_decay": cfg.weight_decay}]
@@ -37,12 +34,14 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
     rule: dict[str, Any] = {"momentum": cfg.momentum, "nesterov": cfg.nesterov and cfg.momentum > 0}
     if cfg.kernel == "apex":
         try:
-            return check_apex()(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
-        except RuntimeError as error:  # as it says where its extensions were not built
+            fused_sgd = importlib.import_module("apex.optimizers").FusedSGD
+            return fused_sgd(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
+        except (ImportError, AttributeError, SyntaxError, RuntimeError) as error:
+            # none, the package index's other apex, or NVIDIA's without its extensions
             raise UsageError(
-                f"--optim.kernel apex cannot be used here ({error}): build it with its CUDA extensions, "
-                "or use --optim.kernel torch"
-            ) from error
+                f"--optim.kernel apex wants NVIDIA's apex, built with its CUDA extensions ({error}): "
+                "build it, or use --optim.kernel torch"
+            ) from None
     learning = [p for group in groups for p in group["params"]]
     if fused is None:
         fused = all(p.is_cuda for p in learning)
@@ -60,16 +59,11 @@ def set_lr(optimizer: Optimizer, rate: float) -> None:
 
 
 def state_of(optimizer: Optimizer) -> dict[str, Any]:
-    """Its state, with plain numbers beside the momenta: any device and any kernel can go on from it.
-
-    Waits for the device where the rate is a tensor.
-    """
+    """Its state with plain rates, from which any device and kernel can go on. Waits for the device."""
     state = optimizer.state_dict()
-    groups = state["param_groups"]
-    plain = [
-        {k: v.item() if isinstance(v, Tensor) else v for k, v in each.items()} for each in groups
-    ]
-    return {**state, "param_groups": plain}
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state
 
 
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -81,24 +75,9 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     set_lr(optimizer, float(state["param_groups"][0]["lr"]))
 
 
-def check_apex() -> Callable[..., Optimizer]:
-    """NVIDIA apex's FusedSGD. Raises UsageError where there is none; the package index has another apex."""
-    try:
-        return importlib.import_module("apex.optimizers").FusedSGD
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UsageError(
-            f"--optim.kernel apex wants NVIDIA's apex, which is not installed here ({error}): build it "
-            "from its sources, or use --optim.kernel torch"
-        ) from None
-
-
 @dataclass(frozen=True)
 class LRSchedule:
-    """The learning rate of each step of a run.
-
-    A table's pair (E, rate) holds while `epoch * published < E * epochs`, in whole numbers: a run of other
-    length keeps the shape, and floating point shifts no boundary. Behind the last pair its rate stays.
-    """
+    """The learning rate of each step of a run; a table keeps its shape in a run of other length."""
 
     schedule: Schedule
     epochs: int  # of the run

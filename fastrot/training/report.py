@@ -116,20 +116,19 @@ def _bound(s: Session) -> dict[str, str]:
 def last_words(summary: dict[str, Any], s: Session) -> list[str]:
     """The summary for people, and where all of it stands."""
     run, headline, progress = s.folder, s.state.method.headline, s.state.progress
-    scores = (progress.val_first.get(headline.score), progress.val.get(headline.score))
-    first, last = map(headline.say, scores)
+    score = headline.score
+    first, last = headline.say(progress.val_first.get(score)), headline.say(progress.val.get(score))
     chance = "" if headline.chance is None else f", chance {headline.say(headline.chance)}"
     speed = f"{summary['images_per_s']:,.0f} images/s, {summary['images']:,} images in {summary['seconds']:.0f} s"
     rows = [
-        (f"{headline.score} on held-out pictures", f"{last} (before training {first}{chance})"),
+        (f"{score} on held-out pictures", f"{last} (before training {first}{chance})"),
         ("speed", speed),
         ("waiting for data", f"{summary['wait_share']:.1%}"),
         ("verdict", summary["verdict"]),
         *(("method", line) for line in summary["method"]),
     ]
     if skipped := summary["skipped_records"]:
-        named = f"{len(skipped):,}, named in {run / 'summary.json'}"
-        rows.append(("damaged records skipped", named))
+        rows.append(("damaged records skipped", f"{len(skipped):,}, named in summary.json"))
     files = {
         "checkpoint": run / "checkpoints" / "last.pt",
         "curves and pictures": run / "index.html",

@@ -17,8 +17,8 @@ def last_checkpoint(run: Path) -> dict[str, Any] | None:
     """The latest checkpoint; refused where it is damaged, with the name of the one before it."""
     folder = run / "checkpoints"
     last, previous = folder / checkpoint.LAST, folder / checkpoint.PREVIOUS
-    if not last.exists() and previous.exists():  # somebody took a damaged one away
-        last = previous
+    if not last.exists():
+        last = previous  # somebody took a damaged one away
     if not last.exists():
         return None
     try:
@@ -39,18 +39,16 @@ def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None
         )
     if saved is None:
         return
-    found = config.differences(saved["config"], config.to_plain(cfg))
-    found.pop("batch", None)  # the global batch is what counts
+    leave = {"batch"}  # the global batch is what counts
     if saved["config"]["statistics"] == "data":
-        found = {k: v for k, v in found.items() if k not in ("mean", "std")}  # will come again
+        leave |= {"mean", "std"}  # will come again
+    found = config.differences(saved["config"], config.to_plain(cfg))
+    found = {config.knob(name): both for name, both in found.items() if name not in leave}
     before, now = saved["run_identity"]["global_batch"], cfg.batch * dist.world()
     if before != now:
         found["batch x processes"] = (before, now)
     if found:
-        each = "; ".join(
-            f"{name if ' ' in name else config.knob(name)} was {old}, now {new}"
-            for name, (old, new) in found.items()
-        )
+        each = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in found.items())
         raise UsageError(
             f"{run} holds a run of other settings ({each}): use --out NEW for a new run, "
             f"--out NEW --start-from {run} to begin one with its weights, or the settings it had"

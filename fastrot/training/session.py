@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ SHOWN = 8  # held-out pictures in the run's contact sheet
 
 
 def train(cfg: Config) -> int:
-    """Train as the config says, from the folder's last checkpoint where there is one; with --folds each
-    fold's net in turn.
+    """Train as the config says, from the last checkpoint where there is one; with --folds each fold's net in turn.
 
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
@@ -105,7 +103,12 @@ def _built(
 ) -> Session:
     """The parts of a run; refused where they are not those that were saved."""
     data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
-    cfg = _with_statistics(cfg, data)
+    if cfg.statistics == "data":
+        if data.mean is None or data.std is None:
+            raise UsageError(
+                f"--statistics data, but {cfg.data} carries none: use --statistics preset"
+            )
+        cfg = dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
     loader, val_loader = _loaders(cfg, data, folder, saved, device)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     state = build(cfg, info, budget.schedule_of(cfg, cfg.epochs or 1, len(loader)))
@@ -162,14 +165,6 @@ def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None
 # ---- data ----
 
 
-def _with_statistics(cfg: Config, data: Data) -> Config:
-    if cfg.statistics == "preset":
-        return cfg
-    if data.mean is None or data.std is None:
-        raise UsageError(f"--statistics data, but {cfg.data} carries none: use --statistics preset")
-    return dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
-
-
 def _loaders(
     cfg: Config, data: Data, run: Path, saved: dict[str, Any] | None, device: torch.device
 ) -> tuple[Loader, Loader | None]:
@@ -217,7 +212,7 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
 
 
 def _save_rows(path: Path, rows: Numbers) -> None:
-    write_atomically(path, lambda file: np.save(file, rows.astype(np.int64)))
+    write_atomically(path, lambda file: np.save(file, rows))
 
 
 def _shown(s: Session) -> Batch | None:

@@ -121,9 +121,9 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
 def wrapped(net: torch.nn.Module, cfg: Config, device: torch.device) -> Any:
     """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
     if cfg.compile:
-        mode = None if cfg.compile_mode == "default" else cfg.compile_mode
         # shapes are fixed in training; a second form in one process would else be compiled for any shape
-        net = torch.compile(net, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
+        how = {"fullgraph": True, "dynamic": False, "mode": cfg.compile_mode}
+        net = torch.compile(net, **how)  # type: ignore[assignment]
     if dist.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
@@ -144,9 +144,8 @@ def wrapped(net: torch.nn.Module, cfg: Config, device: torch.device) -> Any:
 def warm_up_ddp(state: TrainState, loader: Loader) -> None:
     """One forward and backward through DDP, forgotten again; before the first step of every start.
 
-    DDP puts its gradients into other buckets after its first backward. The order of a sum over three or
-    more ranks follows the buckets, so a resumed run that began with the first ones would differ in the
-    last bits from one that was never broken off.
+    DDP puts its gradients into other buckets after its first backward, and a sum over three or more ranks follows their
+    order: a resumed run would else differ in the last bits from an unbroken one.
     """
     if dist.world() == 1:
         return
