@@ -15,6 +15,9 @@ from torch import Tensor
 from fastrot.config import PeerLost, RunError
 from fastrot.entry import Preempted
 
+# how gloo and NCCL say that another rank is gone
+LOST = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -87,20 +90,14 @@ def joined(
             raise RunError(
                 f"a process that decodes was killed, perhaps for want of memory (then use fewer --workers): {again}"
             ) from error
-        if world() > 1 and not isinstance(error, RunError) and _says_lost(error):
+        lost = isinstance(error, distributed.DistNetworkError) or any(x in str(error) for x in LOST)
+        if lost and world() > 1 and not isinstance(error, RunError):
             raise PeerLost(
                 f"another process of this run has ended: see what it says, and {again}"
             ) from error
         raise
     finally:
         stop(together=together)
-
-
-def _says_lost(error: RuntimeError) -> bool:
-    """Whether the error says that another rank is gone: gloo's words, and NCCL's."""
-    gone = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
-    network = isinstance(error, distributed.DistNetworkError)
-    return network or any(words in str(error) for words in gone)
 
 
 def abandon(device: torch.device) -> None:

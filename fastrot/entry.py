@@ -46,7 +46,7 @@ def status(main: Callable[[], int | None]) -> int:
         complain(describe(error), last=isinstance(error, PeerLost))
         code = 2 if isinstance(error, UsageError) else 1
     except Preempted as warned:  # who saved has said so
-        code = 128 + warned.signal
+        code = 128 + warned.args[0]
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from what was saved")
         code = 130
@@ -70,11 +70,7 @@ def describe(error: Exception) -> str:
 
 
 class Preempted(Exception):
-    """A warning was answered: all is saved. `signal` is its number."""
-
-    def __init__(self, number: int, sentence: str):
-        super().__init__(sentence)
-        self.signal = number
+    """A warning was answered, all is saved: its number, and a sentence."""
 
 
 class PreemptionSignal:

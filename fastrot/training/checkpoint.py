@@ -96,7 +96,7 @@ def load(path: Path) -> dict[str, Any]:
     found = state.get("version") if isinstance(state, dict) else None
     if found not in (VERSION - 1, VERSION):
         raise UsageError(
-            f"{path} has version {found!r}, this fastrot reads {VERSION - 1} and {VERSION}: use that which wrote it"
+            f"{path} has version {found!r}, not {VERSION - 1} or {VERSION}: use the fastrot that wrote it"
         )
     return {str(RENAMED.get(k, k)): v for k, v in state.items()} | {"version": VERSION}
 

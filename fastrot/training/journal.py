@@ -149,11 +149,9 @@ def _describe(line: dict[str, Any], prefix: str = "") -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Lines of a .jsonl; a last line that a crash tore is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for text in path.read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
     return lines
 
 

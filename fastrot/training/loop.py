@@ -88,8 +88,7 @@ def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> d
 def fit(s: Session, journal: Journal, at_epoch: Hook, preemption: PreemptionSignal) -> None:
     """Train from the state's step to `s.end`; `at_epoch` draws the run's page.
 
-    Where --max-steps alone ends it, the last lines are marked `partial` and the running means go on. Raises
-    Preempted when a rank was warned and all is saved, RunError where a number is not finite.
+    Raises Preempted when a rank was warned and all is saved, RunError where a number is not finite.
     """
     _Fit(s, journal, at_epoch, preemption).whole()
 
@@ -155,7 +154,10 @@ class _Fit:
             gc.freeze()
 
     def line_if_due(self, epoch: int) -> bool:
-        """Write the means since the last log line, where one is due or all ends. Waits for the device."""
+        """Write the means since the last log line, where one is due or all ends. Waits for the device.
+
+        Where --max-steps alone ends it, the line is `partial` and the running means go on.
+        """
         state = self.state
         due = state.step % self.cfg.log_every == 0 or state.step == state.schedule.steps
         if due or state.step == self.s.end:

@@ -1,6 +1,7 @@
 """Parameter groups, SGD and learning-rate schedules (the papers' tables, in whole epochs)."""
 
 import importlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,11 +122,9 @@ class LRSchedule:
             yield f"learning rate begins at {self(0):g} and {shape}"
             return
         scale = 1.0 if self.lr is None else self.lr / self.schedule.table[0][1]
-        begin = 0
-        for epoch in range(1, self.epochs + 1):
-            if epoch == self.epochs or self.of_epoch(epoch) != self.of_epoch(begin):
-                yield f"learning rate {self.of_epoch(begin) * scale:g} in epochs {begin} to {epoch - 1}"
-                begin = epoch
+        for rate, group in itertools.groupby(range(self.epochs), self.of_epoch):
+            epochs = list(group)
+            yield f"learning rate {rate * scale:g} in epochs {epochs[0]} to {epochs[-1]}"
 
     def _lengths(self) -> tuple[int, int]:
         plan = self.schedule

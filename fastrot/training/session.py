@@ -66,8 +66,7 @@ def _made(run: Path) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why, way = error.strerror, "name another folder"
-        raise UsageError(f"--out {run} cannot be made ({why}): {way}") from error
+        raise UsageError(f"--out {run} cannot be made ({error.strerror}): name another") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise UsageError(f"--out {run} cannot be written: name a folder of your own")
 
@@ -130,9 +129,8 @@ def _begun_or_resumed(s: Session) -> list[str]:
     warm_up_ddp(state, s.loader)
     if s.saved is not None:
         state.load_state_dict(s.saved)
-        for part in ("net", "optimizer", "method"):
-            del s.saved[part]  # or a second bank would stay in host memory to the end
         said += resume.other_machine(s.saved["run_identity"], s.identity)
+        s.saved.clear()  # or a second bank would stay in host memory to the end
     return said
 
 
@@ -204,9 +202,7 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
     if cfg.folds is not None:
         fold = fold_of(keys, cfg.folds)
         if len(empty := np.setdiff1d(np.arange(cfg.folds), fold)):
-            raise UsageError(
-                f"--folds {cfg.folds} leaves fold {empty[0]} of {len(keys)} pictures empty: use fewer folds"
-            )
+            raise UsageError(f"--folds {cfg.folds} leaves fold {empty[0]} empty: use fewer folds")
         left_out = left_out | (fold == cfg.fold)
     return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 

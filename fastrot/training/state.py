@@ -64,9 +64,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def descend(self, loss: Tensor) -> None:
         """Gradient and optimiser's step, at the rate that was set."""
