@@ -100,8 +100,7 @@ def await_shared(claim: Path) -> None:
     """Raises UsageError where this rank does not see the folder that rank 0 sees."""
     if not appears(claim.exists):
         raise UsageError(
-            f"{claim.parent} is not the same folder for all ranks: choose an --out on a file "
-            "system that all machines share"
+            f"{claim.parent} is not the same folder for all ranks: choose an --out that they share"
         )
 
 
