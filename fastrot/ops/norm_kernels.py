@@ -216,9 +216,8 @@ if triton is not None:
                 window = (image.to(tl.int64) * down + p) * across + q
                 g = _values(grad, window, column, inside, C)
                 won = tl.load(_at(winner, window, column, C), mask=inside, other=CUT)
-                first = 6 * (back // 2) + 2 * (
-                    back % 2
-                )  # this block's first element, in the window
+                # this block's first element, in the window
+                first = 6 * (back // 2) + 2 * (back % 2)
                 g00 += tl.where(won == first, g, 0)
                 if back % 2 == 0:
                     g01 += tl.where(won == first + 1, g, 0)

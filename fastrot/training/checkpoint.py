@@ -28,7 +28,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed as it wrote
         left.unlink(missing_ok=True)
-
     write_atomically(path, functools.partial(_write, path, {"version": VERSION, **state}))
 
 
@@ -87,9 +86,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise  # says nothing of the file
-    except (
-        Exception
-    ) as error:  # damaged bytes make zipfile and the unpickler raise nearly all there is
+    except Exception as error:  # damaged bytes make zipfile and the unpickler raise anything
         raise UsageError(
             f"{path} is cut short, changed or no checkpoint ({type(error).__name__})"
         ) from error
