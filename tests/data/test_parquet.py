@@ -194,7 +194,7 @@ def test_a_file_that_changes_underway_stops_the_conversion(tmp_path, how):
         path.unlink()
     else:
         written(path, [(JPEG, 0)] * 5)
-    with pytest.raises(RunError, match=r"a/0 cannot be read \(.*a.parquet"):
+    with pytest.raises(RunError, match=r"a/0 cannot be read: .*a.parquet"):
         encode_chunk(EncodeSpec(write.Coder()), Chunk(0, source.part(0, 4)))
 
 

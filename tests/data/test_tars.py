@@ -390,7 +390,7 @@ def test_a_folder_of_foreign_shards_is_no_format(tmp_path):
         tar.add(__file__, "0.txt")
     with pytest.raises(UsageError, match="holds tars without an index of ours"):
         open_data(tmp_path)
-    with pytest.raises(UsageError, match="is not a folder of tar shards with their index"):
+    with pytest.raises(UsageError, match="is not for --loader tars"):
         open_data(tmp_path, "tars")
 
 

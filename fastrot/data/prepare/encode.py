@@ -101,9 +101,7 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[Result]:
         except OSError as e:
             reason = f"cannot be read: {e.strerror}"
             if e.errno not in GONE:  # else a failing disk would reject thousands of good pictures
-                raise RunError(
-                    f"{named} {reason}; mend the disk, then run again to go on"
-                ) from None
+                raise RunError(f"{named} {reason}; see to that, then run again to go on") from None
             results.append(Reject(number, reason))
         except MemoryError:
             raise RunError(f"{named} took more memory than there is: use fewer --workers") from None
