@@ -213,6 +213,7 @@ def test_a_fused_step_waits_for_nothing():
 # ---- runs ----
 
 
+@pytest.mark.soak
 def test_a_fused_run_resumes_to_the_same_bits_and_not_as_another(pictures, tmp_path):
     fuse = ["--backbone.fuse"]
     assert go(pictures, tmp_path / "straight", *fuse) == 0
@@ -250,6 +251,7 @@ assert compiled.trunk.conv1.bn.num_batches_tracked == 2
 """
 
 
+@pytest.mark.soak
 def test_a_fused_net_trains_compiled_as_one_graph():
     # in a process of its own: the shape checks that tests switch on cannot be traced
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True)

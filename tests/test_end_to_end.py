@@ -48,6 +48,7 @@ def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path, method):
 
 
 @pytest.mark.ddp
+@pytest.mark.soak
 @pytest.mark.parametrize("world", [3])
 def test_gradients_sent_in_bf16_are_the_mean_to_its_rounding(tmp_path, world):
     """Each rank's own is rounded once, and each sum once more: to 8 bits, so by 1 part in 256 at most."""

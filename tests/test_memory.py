@@ -187,7 +187,8 @@ if __name__ == "__main__":  # and not where the loader's workers import it
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("full", [pytest.param("0,1", marks=pytest.mark.soak), "1"])
+@pytest.mark.soak
+@pytest.mark.parametrize("full", ["0,1", "1"])
 def test_ranks_look_each_for_itself_in_the_middle_of_a_backward_pass(pictures, tmp_path, full):
     script = tmp_path / "full.py"
     script.write_text(SCRIPT)

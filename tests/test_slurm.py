@@ -144,10 +144,8 @@ def test_there_are_files_for_pretraining_and_probes():
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize(
-    "file",
-    ["pretrain.sbatch", pytest.param("pretrain_torchrun.sbatch", marks=pytest.mark.soak)],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("file", ["pretrain.sbatch", "pretrain_torchrun.sbatch"])
 def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
     tasks = 2 if file == "pretrain.sbatch" else 1  # torchrun starts the two
     words = [*TINY, "--batch", "2", "--schedule.steps", "300", "--data", "synthetic:400"]
