@@ -34,7 +34,7 @@ def command_line(argv: list[str]) -> Config:
     import tyro
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, nargs="?", const=Path())  # which is no file
     with entry.told_once():
         config.refuse_old_knobs(argv)
         known, rest = parser.parse_known_args(argv)

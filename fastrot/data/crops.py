@@ -95,6 +95,8 @@ def plain(crop: Crop) -> Crop:
 def check_sizes(crop: Crop, sizes: Sizes, *, enlarge: bool = False) -> None:
     """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
     short = sizes.min(axis=1)
+    if isinstance(crop, Shifted) and crop.pad >= crop.size:  # a box could miss its picture
+        raise UsageError(f"--method.crop.pad got {crop.pad}: it wants less than {crop.size} pixels")
     if isinstance(crop, Shifted) and (short < crop.size).any():
         raise UsageError(
             f"the crop is {crop.size} pixels a side, but row {int(short.argmin())} has a short side of "

@@ -301,3 +301,6 @@ def _check(pack: PackTensors, boxes: Tensor, size: int) -> None:
         if low < 0 or high >= len(sizes):
             last = len(sizes) - 1
             raise UsageError(f"boxes ask for pictures {low} to {high}: the pack has 0 to {last}")
+        starts, ends = boxes[:, 1:3], boxes[:, 1:3] + boxes[:, 3:5]
+        if not ((starts < sizes[boxes[:, 0]]) & (ends > 0) & (ends > starts)).all():
+            raise UsageError("boxes lie outside their pictures: they want a pixel of these")

@@ -229,7 +229,7 @@ def _rotated_views(images, per_image, for_all, mean, std, dtype, cells=None):
 def _(images, per_image, for_all, mean, std, dtype, cells=None):
     views = len(for_all) if per_image is None else per_image.shape[1]
     side, _, n = cells or (1, 0, images.shape[1])
-    shape = (len(images) * views, n, n, 3 * side**2)
+    shape = (images.shape[0] * views, n, n, 3 * side**2)  # len() would fix a symbol's number
     return images.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
 
 

@@ -76,19 +76,20 @@ class Subject:
     placement: str | None  # of a pack for a GPU: resident, pinned
     device: torch.device
     cores: int
-    memory: int  # bytes of the host's
+    memory: int  # bytes of the host's; 0: not known
     gpu: tuple[int, int] | None  # bytes free and in all; None: no GPU here
 
 
 def subject_of(cfg: Config, data: Data, device: torch.device) -> Subject:
     """This run, on this machine."""
+    known = "SC_PHYS_PAGES" in os.sysconf_names
     return Subject(
         cfg=cfg,
         format=data.format,
         placement=data.chosen,
         device=device,
         cores=cores(),
-        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0,
         gpu=torch.cuda.mem_get_info(device) if device.type == "cuda" else None,
     )
 

@@ -73,7 +73,8 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
     hindrances = {
         "this run is on a CPU": device.type != "cuda",
         f"there are {here.world} processes": here.world > 1,
-        "--precision fp16 looks at its gradients in each step": cfg.precision == "fp16",
+        "--precision fp16 looks at its gradients in each step, as bf16 does not": cfg.precision
+        == "fp16",
         "--optim.kernel apex has no rate that a graph can read": cfg.optim.kernel == "apex",
         "FASTROT_OPS=reference waits for the GPU": os.environ.get("FASTROT_OPS") == "reference",
         "--deterministic promises bits that nobody has compared with a graph's": cfg.deterministic,
@@ -81,5 +82,5 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
     for reason, holds in hindrances.items():
         if holds:
             raise UsageError(
-                f"--graph records the step of one process on a GPU, but {reason}: leave out one of the two"
+                f"--graph records the step of one process on a GPU, but {reason}: leave --graph out"
             )

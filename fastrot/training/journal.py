@@ -68,7 +68,7 @@ class Journal:
         self.console = Console(highlight=False, quiet=dist.rank() > 0, soft_wrap=True)
         self._bar = self._board = None
         if dist.rank():
-            self._metrics = self._log = open(os.devnull, "a")  # noqa: SIM115 (closed in close)
+            self._metrics = self._log = open(os.devnull, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             return
         self._metrics = _cut_back(run / "metrics.jsonl", step, validated_step)
         self._log = (run / "log.txt").open("a", encoding="utf-8")

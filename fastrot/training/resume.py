@@ -55,13 +55,17 @@ def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None
         )
 
 
-def check_identity(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
-    """Refuse other pictures or another order of them, and what the method says that must agree."""
-    if before["fingerprint"] != now["fingerprint"]:
+def check_pictures(before: dict[str, Any], cfg: Config, loader: Loader, run: Path) -> None:
+    """Refuse other pictures or another order of them, before a net or a bank is built for them."""
+    if before["fingerprint"] != loader.fingerprint:
         raise UsageError(
             f"{run} was trained on other pictures ({before['data']}, {before['images']} of them; now "
-            f"{now['data']}, {now['images']}): give the same --data, or --out NEW"
+            f"{cfg.data}, {loader.images}): give the same --data, or --out NEW"
         )
+
+
+def check_method(before: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse what the method itself says that a resumed run must agree with."""
     if before["method"] != now["method"]:
         raise UsageError(
             f"{run} disagrees with what its method needs (was {before['method']}, now {now['method']}): "

@@ -109,11 +109,13 @@ def _built(
             )
         cfg = dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
     loader, val_loader = _loaders(cfg, data, folder, saved, device)
+    if saved is not None:
+        resume.check_pictures(saved["run_identity"], cfg, loader, folder)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
     state = build(cfg, info, budget.schedule_of(cfg, cfg.epochs or 1, len(loader)))
     identity = resume.run_identity_of(cfg, loader, info, state.method)
     if saved is not None:
-        resume.check_identity(saved["run_identity"], identity, folder)
+        resume.check_method(saved["run_identity"], identity, folder)
     elif source := cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method):
         resume.start_from(state.method.net, source)
     timer = StepTimer(device)
@@ -173,8 +175,9 @@ def _loaders(
     how["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
     val_data = None if cfg.hold_out == 0 else data
     if cfg.val is not None:
-        formats = {assemble.format_of(Path(path or "")) for path in (cfg.data, cfg.val)}
-        reader = cfg.loader if len(formats) == 1 else "auto"
+        paths = Path(cfg.data or ""), Path(cfg.val)
+        kinds = {(path.suffix, assemble.format_of(path)) for path in paths}
+        reader = cfg.loader if len(kinds) == 1 else "auto"
         val_data = assemble.open_data(cfg.val, reader, knob="--val", placement=cfg.placement)
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():

@@ -227,5 +227,6 @@ def _read_beside(base: Path, *, needed: bool) -> Beside:
 
 def _damaged_beside(base: Path) -> UsageError:
     return UsageError(
-        f"{base}.json, .crc.npy or .keys.npy is damaged, or of another file: {_AGAIN}"
+        f"{base}.json, .crc.npy or .keys.npy is damaged, or of another file: copy all of them again, or run "
+        "the same dataprep/to_ffcv.py command with --overwrite"
     )

@@ -119,9 +119,10 @@ class Packer:
         header = np.zeros(1, layout.HEADER)
         header[0] = (layout.VERSION, len(fields), self.page, self.rows, self._at)
         self.file.seek(self._at)
-        self.file.write(self._table[: self.rows].tobytes())
+        self.file.write(self._table[: self.rows].view(np.uint8).data)
         self.file.seek(layout.HEADER.itemsize)
-        self.file.write(fields.tobytes() + self._rows[: self.rows].tobytes())
+        self.file.write(fields.tobytes())
+        self.file.write(self._rows[: self.rows].view(np.uint8).data)
         self.file.flush()
         self.file.seek(0)
         self.file.write(header.tobytes())
@@ -202,7 +203,7 @@ class BetonWriter(FormatWriter):
             raise UsageError(f"{kept} is no set of ours: remove it or choose another --out")
         if self.options.overwrite:
             return Existing()
-        own = {**plan, "part": begun["part"] if begun else part}
+        own = {**plan, "part": begun.get("part", part) if begun else part}
         if out.exists():
             manifest = _manifest_of(out)
             if not _is_whole(out, manifest):

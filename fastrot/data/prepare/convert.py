@@ -138,7 +138,8 @@ def _summary(writer: FormatWriter, manifest: dict[str, Any], **how) -> Summary:
     if manifest["rejected"]:
         with open(rejected_at, "rb") as file:
             rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
-    return Summary(out=out, manifest=manifest, rejects=rejects, rejected_at=rejected_at, **how)
+    told = {**manifest, "numbers": None}  # one a row, which no rank asks for
+    return Summary(out=out, manifest=told, rejects=rejects, rejected_at=rejected_at, **how)
 
 
 def results_of(

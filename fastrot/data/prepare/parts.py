@@ -137,26 +137,34 @@ def parts_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> Iterato
         differs = begun and difference(plan, begun)
         if differs and not overwrite:
             raise UsageError(f"{folder} was begun {differs}: remove that folder, {WAYS}")
-        # parts without a plan are rests of a removal, of any options
-        _clear(folder, parts=bool(differs or not begun))
+        others = differs or not begun  # parts without a plan are rests of a removal, of any options
+        _clear(folder, lambda file: _passing(file) or (others and _lasting(file)))
         replace_bytes(folder / PLAN, json.dumps(plan).encode())
         try:
             yield
         finally:
             with contextlib.suppress(OSError):  # on a full disk they would be in the way
-                _clear(folder, parts=False)
+                # not .tmp: another rank may be about to give one its name
+                _clear(folder, lambda file: file.name.startswith((NEW, CLAIM)))
 
 
-def _clear(folder: Path, *, parts: bool) -> None:
-    """Remove what is of use to the start that wrote it alone; with `parts`, also these and what makes them a set."""
-    for file in folder.iterdir():
-        passing = file.suffix == ".tmp" or file.name.startswith((NEW, CLAIM))
-        if not passing and not (parts and (file.stem.isdigit() or file.name.startswith("set."))):
-            continue
-        if file.is_dir() and not file.is_symlink():  # of a format that is one
+def _clear(folder: Path, goes: Callable[[Path], Any]) -> None:
+    """Remove files, and folders of a format that is one."""
+    for file in filter(goes, folder.iterdir()):
+        if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
         else:
             file.unlink(missing_ok=True)
+
+
+def _passing(file: Path) -> bool:
+    """Whether it is of use to the start that wrote it alone."""
+    return file.suffix == ".tmp" or file.name.startswith((NEW, CLAIM))
+
+
+def _lasting(file: Path) -> bool:
+    """Whether it is a part, or what makes parts a set."""
+    return file.stem.isdigit() or file.name.startswith("set.")
 
 
 def begun_with(folder: Path) -> dict[str, Any] | None:
@@ -179,7 +187,7 @@ def remove(folder: Path) -> None:
     if begun_with(folder) is None:
         return
     (folder / "set.json").unlink(missing_ok=True)
-    _clear(folder, parts=True)
+    _clear(folder, lambda file: _passing(file) or _lasting(file))
     for name in (LOCK, PLAN):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there are files in it that are not ours

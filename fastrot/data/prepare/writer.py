@@ -1,6 +1,7 @@
 """What a prepared format says of itself: how a picture is coded, how a part is written, how parts become a whole."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ class Converted:
     """
 
     def __init__(self, source: Source, plan: dict[str, Any], parts: list[Part], stats: PartStats):
-        self.source, self.plan, self.parts, self.stats = source, plan, parts, stats
+        self.source, self.plan, self.parts = source, plan, parts
         self.crcs, rows = np.array(stats.crcs, np.uint32), np.array(stats.records, np.int64)
         self.records = rows
         self.numbers = rows if source.numbers is None else source.numbers[rows]
@@ -44,6 +45,7 @@ class Converted:
         self.keys = path_keys(paths) if source.keys is None else source.keys[rows]
         rejects = [(source.records[i].path, reason) for i, reason in stats.rejects]
         self.rejects = [*source.rejected, *rejects]
+        self.stats = dataclasses.replace(stats, crcs=[], records=[], rejects=[])  # arrays now
 
     def write_beside(self, at: Callable[[str], Path]) -> dict[str, Any]:
         """Write paths.jsonl, rejects.jsonl where there are any, and what the source lays beside them.
