@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from fastrot import entry
 from fastrot.config import PeerLost, RunError
 from fastrot.entry import Preempted
 
@@ -56,6 +57,7 @@ def start(here: Place, device: torch.device, *, patience: timedelta | None = Non
     if "MASTER_ADDR" not in os.environ:  # srun: the first node, a port that follows from the job
         os.environ["MASTER_ADDR"] = _first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
         os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    entry.met_others = True
     backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     distributed.init_process_group(backend, rank=here.rank, world_size=here.world, device_id=gpu)
     if patience is not None:

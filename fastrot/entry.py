@@ -19,6 +19,8 @@ from fastrot.config import PeerLost, RunError, UsageError
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1)  # by which a cluster says that it will kill soon
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
+met_others = False  # whether this process has joined others: see `status`
+
 
 def rank() -> int:
     """This process among those that a launcher started, before anything else is known."""
@@ -52,6 +54,10 @@ def status(main: Callable[[], int | None]) -> int:
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
+    if (
+        met_others
+    ):  # threads of gloo and DDP may call a Python that is on its way out, which aborts it
+        os._exit(code)
     return code
 
 
