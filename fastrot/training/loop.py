@@ -132,10 +132,7 @@ class _Fit:
                     break  # what follows ends the epoch, and saves
                 if told or dist.world() == 1 or state.step % AGREE == 0:
                     self.save_if_warned()
-                if any(state.step % every == 0 for every in self.saved_every):
-                    self.timer.stop()
-                    self.save()
-                    self.timer.begin()
+                self.save_if_due()
         self.timer.stop()
 
     def step(self, batch: Batch) -> None:
@@ -228,6 +225,12 @@ class _Fit:
         if best and self.cfg.keep_best:
             self.s.save("best.pt", parts)
         self.s.save("last.pt", parts)
+
+    def save_if_due(self) -> None:
+        if any(self.state.step % every == 0 for every in self.saved_every):
+            self.timer.stop()
+            self.save()
+            self.timer.begin()
 
     def count_skipped(self) -> None:
         """Add the damaged records that any rank has skipped since the last time."""
