@@ -75,7 +75,7 @@ def convert(
             await_shared(work.claim)
         chunks = itertools.chain.from_iterable(part.chunks(source) for part in mine)
         encoded = encode_all(writer.encode_spec, chunks, min(workers, -(-share // CHUNK)))
-        bar = report.progress_bar(share, records - left, ranks.rank, ranks.world)
+        bar = report.progress_bar(share, 0 if ranks.world > 1 else records - left, ranks.rank)
         with bar as tick, contextlib.closing(encoded):
             for each in mine:  # workers read ahead over their borders
                 each.make(results_of(each, encoded, work.claim, tick), writer.write_part)

@@ -70,7 +70,7 @@ class Estimate:
 
 
 @contextlib.contextmanager
-def progress_bar(share: int, before: int, rank: int, world: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(share: int, before: int, rank: int) -> Iterator[Callable[[int], None]]:
     """A bar with images/s and the time left, on standard error: of rank 0's share, where there are ranks."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn
@@ -78,9 +78,9 @@ def progress_bar(share: int, before: int, rank: int, world: int) -> Iterator[Cal
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> str:
-            return f"{task.speed or 0:,.0f} images/s, left:"
+            rate = (task.completed - before) / (task.finished_time or task.elapsed or 1)
+            return f"{rate:,.0f} images/s, left:"  # rich's own leaves out how workers start
 
     columns = BarColumn(), MofNCompleteColumn(), Rate(), Remaining()
     with Progress(*columns, console=Console(stderr=True), disable=rank > 0) as bar:
-        before = before if world == 1 else 0
         yield partial(bar.advance, bar.add_task("", total=before + share, completed=before))
