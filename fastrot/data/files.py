@@ -1,4 +1,4 @@
-"""What a file is, by its name and first bytes: a picture, to be skipped, or to be rejected with a reason."""
+"""What a file is, by its name and first bytes: a picture, to be left out, or to be rejected; the latter with a reason."""
 
 import io
 import os
@@ -6,10 +6,10 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
-PICTURE, SKIP = "picture", "skip"  # a file's verdict; any other is the reason why it is rejected
 HEAD = 32  # bytes that `sniff` wants
 MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
 
@@ -27,6 +27,22 @@ _FIRST_BYTES = {
 }
 
 
+class Verdict(NamedTuple):
+    """What becomes of a file. One that is left out claims to be no picture, or is not meant to be one."""
+
+    kind: Literal["picture", "left out", "rejected"]
+    reason: str = ""  # a short phrase
+    mendable: bool = False  # left out, where its owner may have wanted it and can do something
+
+
+PICTURE = Verdict("picture")
+NO_PICTURE = Verdict("left out", "no picture")  # counted by suffix
+
+
+def rejected(reason: str) -> Verdict:
+    return Verdict("rejected", reason)
+
+
 class BadPicture(ValueError):
     """A picture that cannot be decoded: the reason in one short phrase."""
 
@@ -35,33 +51,33 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
 
 
-def look(path: str, *, by_name: bool, plain: bool = False) -> str:
+def look(path: str, *, by_name: bool, plain: bool = False) -> Verdict:
     """The verdict on a file of a disk. `by_name`: its suffix is trusted; `plain`: it is known to be no link or pipe."""
     named = path.lower().endswith(SUFFIXES)
-    taken = PICTURE if named else SKIP
+    taken = PICTURE if named else NO_PICTURE
     if by_name and plain:
         return taken
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            return SKIP
+            return Verdict("left out", "no file")
         if by_name:
             return taken
         with open(path, "rb", buffering=0, opener=without_waiting) as file:
             head = file.read(HEAD)
     except OSError as e:
         what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
-        return f"{what} ({e.strerror})" if named else SKIP
+        return Verdict("rejected" if named else "left out", f"{what} ({e.strerror})")
     return judged(named, head, found.st_size)
 
 
-def judged(named: bool, head: bytes, length: int) -> str:
+def judged(named: bool, head: bytes, length: int) -> Verdict:
     """The verdict on a file of so many bytes that begins so. `named`: its name ends as a picture's."""
     if sniff(head):
-        return too_long(length) or PICTURE
+        return rejected(reason) if (reason := too_long(length)) else PICTURE
     if not named or head.startswith(_APPLEDOUBLE):
-        return SKIP
-    return "its first bytes are no picture's" if head else "it is empty"
+        return NO_PICTURE
+    return rejected("its first bytes are no picture's" if head else "it is empty")
 
 
 def too_long(length: int) -> str:

@@ -105,7 +105,7 @@ def same(ours: Source, folder: Source) -> None:
     assert ours.records == folder.records
     assert ours.classes == folder.classes
     assert sorted(ours.rejected) == sorted(folder.rejected)
-    assert (ours.seen, ours.skipped) == (folder.seen, folder.skipped)
+    assert (ours.seen, ours.left_out) == (folder.seen, folder.left_out)
     assert np.array_equal(numbers(ours), numbers(folder))
     assert accounted(ours)
     for i in range(len(ours.records)):
@@ -183,7 +183,7 @@ def test_class_tars_are_classes_in_a_folder_and_in_a_tar(tmp_path):
     same(open_source("tar", tarred(tmp_path / "all.tar", folder)), truth)
     (folder / "notes.txt").write_text("beside")
     source = open_source("tar", folder)
-    assert source.skipped == 1
+    assert len(source.left_out) == 1
     assert accounted(source)
 
 
@@ -652,7 +652,7 @@ def test_the_script_takes_each(tmp_path, capsys):
     for kind, root in {"tar": tar, "zip": zip_, "webdataset": tar}.items():
         out = tmp_path / f"{kind}.beton"
         assert main("--source", kind, "--root", root, "--out", out, "--workers", 0) == 0
-        assert "12 written + 0 rejected + 0 skipped = 12 files seen" in capsys.readouterr().out
+        assert "12 written + 0 rejected + 0 left out = 12 files seen" in capsys.readouterr().out
     cut = tmp_path / "cut.tar"
     cut.write_bytes(tar.read_bytes()[:5000])
     assert main("--source", "tar", "--root", cut, "--out", tmp_path / "x.beton") == 2
@@ -690,7 +690,7 @@ def test_shards_keep_their_order_and_labels(tmp_path):
         assert [source.read(i) for i in range(12)] == [picture(i) for i in range(12)]
         assert source.records[5].path == "train-000001/0094.jpg"
         assert source.classes == ("0", "1", "2")
-        assert (source.seen, source.skipped, source.rejected) == (24, 12, [])
+        assert (source.seen, len(source.left_out), source.rejected) == (24, 12, [])
         assert source.numbers is None
     one = open_source("webdataset", folder / "train-000001.tar")
     assert one.records == source.records[4:8]

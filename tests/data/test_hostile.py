@@ -207,7 +207,7 @@ def test_odd_pictures_are_converted_right_and_broken_ones_named(tmp_path, capsys
     assert made.rejects.keys() == said.keys()
     for path, reason in said.items():
         assert reason in made.rejects[path]
-    assert f"{len(ODD)} written + {len(said)} rejected + 0 skipped" in capsys.readouterr().out
+    assert f"{len(ODD)} written + {len(said)} rejected + 0 left out" in capsys.readouterr().out
 
 
 PEAK = """
@@ -471,7 +471,7 @@ def in_time(root: Path, out: Path, *args) -> Made:
     done = run(CHECKOUT / "dataprep" / "to_ffcv.py", *given)
     made = Made(out, done.returncode)
     f = made.facts
-    sums = f"{f['rows']:,} written + {f['rejected']:,} rejected + {f['skipped']:,} skipped"
+    sums = f"{f['rows']:,} written + {f['rejected']:,} rejected + {f['skipped']:,} left out"
     assert f"{sums} = {f['seen']:,} files seen" in done.stdout
     assert "Traceback" not in done.stderr
     return made

@@ -65,7 +65,7 @@ def test_a_split_of_a_folder_keeps_order_labels_and_names(tmp_path):
     assert source.records[2].path == "data/train-00000-of-00002/2"
     assert source.records[9].path == "data/train-00001-of-00002-1a2b3c4d5e6f/2"
     assert source.classes == NAMES
-    assert (source.seen, source.skipped) == (16, 2)
+    assert (source.seen, len(source.left_out)) == (16, 2)
     assert accounted(source)
     assert len(open_source("parquet", root, split="validation").records) == 1
     none = open_source("parquet", root, split="train", label_from="none")
@@ -204,7 +204,7 @@ def test_the_script_takes_it(tmp_path, capsys):
     assert main(*given) == 2
     assert "name one with --split" in capsys.readouterr().err
     assert main(*given, "--split", "train") == 0
-    assert "14 written + 0 rejected + 2 skipped = 16 files seen" in capsys.readouterr().out
+    assert "14 written + 0 rejected + 2 left out = 16 files seen" in capsys.readouterr().out
 
 
 # ---- what is refused ----

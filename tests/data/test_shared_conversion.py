@@ -351,7 +351,7 @@ def test_torchrun_shares_a_conversion(mixed, unbroken, tmp_path):
     done = run(*TORCHRUN, "2", *command(mixed, out, 1))
     assert done.returncode == 0, done.stderr
     assert files(out) == unbroken
-    assert done.stdout.count("37 written + 2 rejected + 0 skipped = 39 files seen") == 1
+    assert done.stdout.count("37 written + 2 rejected + 0 left out = 39 files seen") == 1
 
 
 @pytest.mark.soak

@@ -38,7 +38,7 @@ def tree(root, files: dict[str, bytes]):
 
 
 def accounted(source: Source) -> bool:
-    return len(source.records) + len(source.rejected) + source.skipped == source.seen
+    return len(source.records) + len(source.rejected) + len(source.left_out) == source.seen
 
 
 # ---- image folders ----

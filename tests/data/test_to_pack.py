@@ -351,7 +351,7 @@ def test_rejects_are_named_and_end_with_status_1(mixed, tmp_path, capsys):
     out = tmp_path / "a.pack"
     assert main(*command(mixed, out)) == 1
     said = capsys.readouterr().out
-    assert "37 written + 2 rejected + 0 skipped = 39 files seen" in said
+    assert "37 written + 2 rejected + 0 left out = 39 files seen" in said
     assert "rejected: class1/020cut.jpg" in said
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert sorted(line["path"] for line in lines) == ["class1/020cut.jpg", "class2/empty.png"]

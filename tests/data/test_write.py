@@ -312,7 +312,7 @@ def test_rejects_are_named_and_counted(damaged, tmp_path, capsys):
     out = tmp_path / "a.beton"
     assert main(*command(damaged, out)) == 1
     said = capsys.readouterr().out
-    assert "3 written + 2 rejected + 1 skipped = 6 files seen" in said
+    assert "3 written + 2 rejected + 1 left out = 6 files seen" in said
     assert "rejected: a/1cut.jpg: " in said
     lines = [json.loads(x) for x in (tmp_path / "a.beton.rejects.jsonl").read_text().splitlines()]
     assert {line["path"] for line in lines} == {"a/1cut.jpg", "a/empty.png"}

@@ -6,8 +6,9 @@ README.md names the files. Readers find all of them or none, and their bytes dep
 import contextlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -23,12 +24,19 @@ from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import WAYS, Options
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import Converted, Existing, FormatWriter, refuse_other, save
+from fastrot.data.prepare.writer import (
+    SKIPPED,
+    Converted,
+    Existing,
+    FormatWriter,
+    refuse_other,
+    save,
+)
 from fastrot.disk import replace_bytes, sync_folder, write_atomically
 
 ROWS_AT = layout.HEADER.itemsize + len(layout.NAMES) * layout.FIELD.itemsize  # 3,147
 NEEDED = ("crc.npy", "keys.npy", "paths.jsonl")  # beside the records, besides the .json
-BESIDE = (*NEEDED, "rejects.jsonl", "json")
+BESIDE = (*NEEDED, "rejects.jsonl", SKIPPED, "json")
 CRCS = ("head_crc", "table_crc")  # of header, fields and rows; of the table
 LARGEST = 2**31  # bytes of a record: the largest page that the header can name
 LONGEST = 65_500  # pixels a side that libjpeg takes
@@ -189,10 +197,10 @@ class BetonWriter(FormatWriter):
 
         write_atomically(path, write)
 
-    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Callable[[str], Path]]:
         if "parts" in manifest:
-            return self.options.set, self.options.set / "set.rejects.jsonl"
-        return self.options.out, side(self.options.out, "rejects.jsonl")
+            return self.options.set, partial(side, self.options.set / "set")
+        return self.options.out, partial(side, self.options.out)
 
     def existing(self, plan: dict[str, Any], part: int) -> Existing:
         out, kept = self.out, self.options.set

@@ -20,12 +20,12 @@ from fastrot.data.pack.layout import BLOCK, BODY, META, WIDTH, Encoding
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import Options
 from fastrot.data.prepare.parts import Part
-from fastrot.data.prepare.writer import Converted, FolderWriter
+from fastrot.data.prepare.writer import SKIPPED, Converted, FolderWriter
 from fastrot.disk import replace_bytes, write_atomically
 
 HEAD = np.dtype(("<i4", 2))  # before a picture's tiles in a part: height, width
 NAMES = {META, *layout.arrays("ycc", 0, 0), *layout.arrays("raw", 0, 0)}  # of a pack's files
-NAMES |= {"paths.jsonl", "rejects.jsonl"}
+NAMES |= {"paths.jsonl", "rejects.jsonl", SKIPPED}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,34 +18,35 @@ import numpy as np
 
 from fastrot.config import RunError, UsageError
 from fastrot.data.files import shown
+from fastrot.data.manifest import side
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare import report
 from fastrot.data.prepare.encode import Chunk, EncodedPicture, Result, encode_all
 from fastrot.data.prepare.options import Options, plan_of, same_pictures
 from fastrot.data.prepare.parts import CHUNK, Part, PartStats
 from fastrot.data.prepare.ranks import ALONE, Ranks, appears, await_shared, joined_ranks, make_claim
-from fastrot.data.prepare.report import Estimate, Summary
-from fastrot.data.prepare.writer import Converted, FormatWriter
+from fastrot.data.prepare.report import DryRun, Estimate, Summary
+from fastrot.data.prepare.writer import SKIPPED, Converted, FormatWriter, write_left_out
 from fastrot.data.sources.records import Source
 
 TRIED = 200  # pictures that --estimate converts
 
 
 def run(options: Options, *, part: int | None = None) -> int:
-    """Convert, tell it, and give the exit status, the same on all ranks: 1 with rejects."""
+    """Convert, tell it, and give the exit status, the same on all ranks: 1 where pictures are missing."""
     with joined_ranks() as ranks:
         done = convert(options, ranks, part=part)
-    rejected = isinstance(done, Summary) and done.rejects and not options.allow_rejects
+    wanting = not isinstance(done, Estimate) and done.wanting and not options.allow_rejects
     if ranks.rank == 0:
         print(*done.lines(), sep="\n")
-        if rejected:
-            print("status 1, since pictures were rejected: --allow-rejects accepts them")
-    return int(bool(rejected))
+        if wanting:
+            print("status 1, since pictures are missing: mend that, or --allow-rejects accepts it")
+    return int(wanting)
 
 
 def convert(
     options: Options, ranks: Ranks = ALONE, *, part: int | None = None
-) -> Summary | Estimate:
+) -> Summary | DryRun | Estimate:
     """Open the source and write what the options ask for; the ranks share the work.
 
     `part`: records a part; None: as many as the format has. The result is the same on all ranks.
@@ -57,6 +58,8 @@ def convert(
     plans = ranks.all_gather(plan)
     ranks.on_rank_0(lambda: same_pictures(plans, options.root))
     workers = ranks.cores if options.workers is None else options.workers
+    if options.dry_run:
+        return ranks.on_rank_0(lambda: dry_run(writer, source))
     if options.estimate:
         return ranks.on_rank_0(lambda: estimate(writer, source, workers, ranks.world))
 
@@ -134,12 +137,12 @@ def _whole(writer: FormatWriter, source: Source, plan: dict[str, Any], work: _Wo
 
 
 def _summary(writer: FormatWriter, manifest: dict[str, Any], **how) -> Summary:
-    (out, rejected_at), rejects = writer.paths(manifest), []
+    (out, beside), rejects = writer.paths(manifest), []
     if manifest["rejected"]:
-        with open(rejected_at, "rb") as file:
+        with open(beside("rejects.jsonl"), "rb") as file:
             rejects = [(line["path"], line["reason"]) for line in map(json.loads, file)]
     told = {**manifest, "numbers": None}  # one a row, which no rank asks for
-    return Summary(out=out, manifest=told, rejects=rejects, rejected_at=rejected_at, **how)
+    return Summary(out=out, manifest=told, rejects=rejects, beside=beside, **how)
 
 
 def results_of(
@@ -151,6 +154,17 @@ def results_of(
         yield from results
     if claim is not None and not claim.exists():
         raise RunError(f"another start has taken over {claim.parent}: this one is at its end")
+
+
+def dry_run(writer: FormatWriter, source: Source) -> DryRun:
+    """What would be taken, and what not; the latter is named in a file beside --out."""
+    at = side(writer.options.out, SKIPPED)
+    if source.left_out:
+        write_left_out(at, source)
+    labels = np.array([record.label for record in source.records], np.int64)
+    return DryRun(
+        root=source.root, account=source.account(labels), rejects=source.rejected, left_out_at=at
+    )
 
 
 def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> Estimate:

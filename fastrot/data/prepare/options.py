@@ -15,7 +15,9 @@ from fastrot.data.sources.records import Source
 
 WAYS = "add --overwrite or choose another --out"
 # these change no byte
-NOT_IN_PLAN = ("root", "out", "workers", "allow_rejects", "overwrite", "estimate", "keep_parts")
+NOT_IN_PLAN = (
+    *("root", "out", "workers", "allow_rejects", "overwrite", "dry_run", "estimate", "keep_parts"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,9 @@ class Options(ABC):
     limit: int | None = None  # convert the first N records only
     shuffle: int | None = None  # a seed: write the pictures in random order, for --order blocks
     workers: int | None = None  # processes of a rank; 0: only itself; default: the cores at hand
-    allow_rejects: bool = False  # exit with status 0 even if pictures were rejected
+    allow_rejects: bool = False  # exit with status 0 even if pictures were rejected or left out
     overwrite: bool = False  # replace a finished --out, and parts made with other options
+    dry_run: bool = False  # list the source, tell what would be taken and left out; convert nothing
     estimate: bool = False  # try 200 pictures in memory: tell bytes, time, PSNR; write nothing
 
     @abstractmethod

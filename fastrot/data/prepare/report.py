@@ -18,7 +18,7 @@ class Summary:
     out: Path
     manifest: dict[str, Any]
     rejects: list[tuple[str, str]]  # path, reason
-    rejected_at: Path  # the file that names them all
+    beside: Callable[[str], Path]  # where rejects.jsonl and skipped.jsonl name them all
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     converted: int = 0  # records of this run
@@ -31,9 +31,10 @@ class Summary:
             yield f"{self.out} is already there, made with the same options: nothing to do"
         cut = f" + {told['beyond_limit']:,} beyond --limit" if told["beyond_limit"] else ""
         yield (
-            f"{told['rows']:,} written + {len(self.rejects):,} rejected + {told['skipped']:,} skipped{cut} "
+            f"{told['rows']:,} written + {len(self.rejects):,} rejected + {told['skipped']:,} left out{cut} "
             f"= {told['seen']:,} files seen"
         )
+        yield from listed(told, self.beside("skipped.jsonl"))
         if self.already:
             return
         yield (
@@ -45,10 +46,64 @@ class Summary:
             yield f"{self.resumed:,} of them stood in whole parts of an earlier run"
         if "parts" in told:
             yield f"{self.out} is a folder of parts that is read as one file: --data {self.out}"
-        for path, reason in self.rejects[:10]:
-            yield f"rejected: {entry.printable(shown(path))}: {reason}"
-        if len(self.rejects) > 10:
-            yield f"and {len(self.rejects) - 10:,} more: see {self.rejected_at}"
+        yield from named(self.rejects, f"see {self.beside('rejects.jsonl')}")
+
+    @property
+    def wanting(self) -> bool:
+        """Whether pictures are missing for a reason that their owner can mend."""
+        return bool(self.rejects or self.manifest.get("mendable"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a conversion would find."""
+
+    root: Path
+    account: dict[str, Any]  # of `Source.account`
+    rejects: list[tuple[str, str]]
+    left_out_at: Path  # the file that names what would be left out
+
+    def lines(self) -> Iterator[str]:
+        told = self.account
+        taken = told["seen"] - len(self.rejects) - told["skipped"]
+        yield (
+            f"{self.root}: {taken:,} pictures + {len(self.rejects):,} rejected + {told['skipped']:,} left out "
+            f"= {told['seen']:,} files seen; nothing was converted"
+        )
+        yield from listed(told, self.left_out_at)
+        yield from named(self.rejects, "a conversion names them all")
+
+    @property
+    def wanting(self) -> bool:
+        return bool(self.rejects or self.account["mendable"])
+
+
+def listed(account: dict[str, Any], left_out_at: Path) -> Iterator[str]:
+    """Classes and what was left out, in words; manifests of before these were counted tell neither."""
+    counts, names = account.get("class_counts", []), account.get("classes", [])
+    if counts:
+        each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]
+        smallest = min(range(len(counts)), key=counts.__getitem__)
+        few = (
+            f"{each[0]}, ..., {each[-1]}; smallest: {each[smallest]}"
+            if len(each) > 3
+            else ", ".join(each)
+        )
+        yield entry.printable(f"{len(counts):,} classes, pictures in each: {few}")
+    if groups := account.get("left_out"):
+        kinds = [f"{count:,} {kind}" for kind, count in groups.items()]
+        more = f", and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else ""
+        yield entry.printable(
+            f"{account['skipped']:,} left out: {', '.join(kinds[:8])}{more}; named in {left_out_at}"
+        )
+
+
+def named(rejects: list[tuple[str, str]], rest: str) -> Iterator[str]:
+    """The first rejects; `rest`: where to see the others."""
+    for path, reason in rejects[:10]:
+        yield f"rejected: {entry.printable(shown(path))}: {reason}"
+    if len(rejects) > 10:
+        yield f"and {len(rejects) - 10:,} more: {rest}"
 
 
 @dataclass(frozen=True, kw_only=True)

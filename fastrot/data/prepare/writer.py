@@ -26,6 +26,8 @@ from fastrot.data.prepare.parts import PART, Part, PartStats
 from fastrot.data.sources.records import Source
 from fastrot.disk import sync_folder, write_atomically
 
+SKIPPED = "skipped.jsonl"
+
 
 class Converted:
     """Whole parts, and what is known of their pictures together. Rows are the pictures that were written.
@@ -48,16 +50,18 @@ class Converted:
         self.stats = dataclasses.replace(stats, crcs=[], records=[], rejects=[])  # arrays now
 
     def write_beside(self, at: Callable[[str], Path]) -> dict[str, Any]:
-        """Write paths.jsonl, rejects.jsonl where there are any, and what the source lays beside them.
+        """Write paths.jsonl, rejects.jsonl and skipped.jsonl where there are any, and what the source lays beside them.
 
         `at`: where a file of such a name goes. Gives what the manifest says of the source's files: the crc32 of each.
         """
         rows = zip(self.records, self.numbers, strict=True)
         paths = ({"path": self.source.records[i].path, "number": int(n)} for i, n in rows)
-        _write_lines(at("paths.jsonl"), paths)
+        write_lines(at("paths.jsonl"), paths)
         if self.rejects:
             rejects = ({"path": path, "reason": reason} for path, reason in self.rejects)
-            _write_lines(at("rejects.jsonl"), rejects)
+            write_lines(at("rejects.jsonl"), rejects)
+        if self.source.left_out:
+            write_left_out(at(SKIPPED), self.source)
         crcs = {}
         for name, arrays in self.source.beside(self.records).items():
             file = at(f"{name}.npz")
@@ -73,7 +77,7 @@ class Converted:
         return {
             "format": name,
             "rows": len(self.records),
-            "classes": list(self.source.classes),
+            **self.source.account(self.labels),
             "mean": mean,  # of red, green, blue, in 0..1, over all pixels before encoding
             "std": std,
             "fingerprint": order_fingerprint(self.keys, self.labels),
@@ -83,9 +87,7 @@ class Converted:
             "max_width": self.stats.largest[1],
             "pixels": self.stats.pixels,
             "rejected": len(self.rejects),
-            "skipped": self.source.skipped,
             "beyond_limit": len(self.source.records) - len(self.source.records[:limit]),
-            "seen": self.source.seen,
             "options": self.plan,
             "versions": {
                 "python": platform.python_version(),
@@ -95,7 +97,12 @@ class Converted:
         }
 
 
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_left_out(path: Path, source: Source) -> None:
+    """Name each file that the source has left out, with the reason."""
+    write_lines(path, ({"path": each.path, "reason": each.reason} for each in source.left_out))
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_atomically(
         path, lambda file: file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
     )
@@ -153,8 +160,8 @@ class FormatWriter(ABC):
         """Make of whole parts what the options ask for; its manifest, with its `bytes`."""
 
     @abstractmethod
-    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
-        """What a finished conversion made, and the file that names all its rejects."""
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Callable[[str], Path]]:
+        """What a finished conversion made, and where a file of such a name (rejects.jsonl) lies beside it."""
 
 
 class FolderWriter(FormatWriter):
@@ -216,5 +223,5 @@ class FolderWriter(FormatWriter):
         part_files.remove(folder)
         return manifest
 
-    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Path]:
-        return self.options.out, self.out / "rejects.jsonl"
+    def paths(self, manifest: dict[str, Any]) -> tuple[Path, Callable[[str], Path]]:
+        return self.options.out, self.out.joinpath

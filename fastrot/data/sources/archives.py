@@ -20,17 +20,19 @@ import numpy as np
 
 from fastrot.arrays import Numbers
 from fastrot.data.files import (
+    NO_PICTURE,
     PICTURE,
-    SKIP,
     SUFFIXES,
     BadPicture,
+    Verdict,
     judged,
+    rejected,
     shown,
     sniff,
     without_waiting,
 )
 from fastrot.data.sources.members import LONGEST_NAME, Member
-from fastrot.data.sources.records import Listing, Source, no_split
+from fastrot.data.sources.records import LeftOut, Listing, Source, no_split
 from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
@@ -151,7 +153,7 @@ class Members:
         self._root: dict[str, Any] = {}
         self._top = ""  # the folder that is the root of all paths
         self._places = array("q")  # PLACE after PLACE
-        self._verdicts: list[str] = []  # of each place, under a picture's name
+        self._verdicts: list[Verdict] = []  # of each place, under a picture's name
         self._by_bytes = bytearray()  # and whether that holds under any name
 
     def unpack(self, archive: Path, folder: str, members: Iterator[Member]) -> None:
@@ -208,7 +210,7 @@ class Members:
         at = (len(self._archives) - 1, member.offset, member.stored, member.length, crc)
         self._places.extend(at)
         length = max(member.stored, member.length)
-        verdict = member.fault or judged(True, member.head, length)
+        verdict = rejected(member.fault) if member.fault else judged(True, member.head, length)
         picture = verdict == PICTURE or sniff(member.head) is not None
         self._verdicts.append(verdict)
         self._by_bytes.append(picture and not member.fault)
@@ -228,7 +230,7 @@ class Members:
         """A source that can read its pictures, and counts what lies beside the archives."""
         source = tree_source(self, root, labelled)
         source.rejected += [*found.unreadable, *self.rejected]
-        source.skipped += len(found.others)
+        source.left_out += [LeftOut(path, NO_PICTURE.reason) for path in found.others]
         numbers = [self._file(record.path) for record in source.records]
         places = np.frombuffer(self._places, PLACE)[numbers]
         return Archives(**vars(source), files=self._archives, places=places)
@@ -246,21 +248,23 @@ class Members:
             found.append(Entry(name, link, folder, isinstance(node, int)))
         return sorted(found)
 
-    def look(self, path: str, plain: bool) -> str:
+    def look(self, path: str, plain: bool) -> Verdict:
         named = path.lower().endswith(SUFFIXES)
         try:
             number = self._file(path)
         except LeadsOut:
-            return "it is a link that leads out of the archive"
+            return rejected("it is a link that leads out of the archive")
         except OSError as e:
-            return f"it is a broken link ({e.strerror})" if named else SKIP
+            return Verdict(
+                "rejected" if named else "left out", f"it is a broken link ({e.strerror})"
+            )
         if number == _SPECIAL:
-            return SKIP
+            return Verdict("left out", "no file")
         if named or self._by_bytes[number]:
             return self._verdicts[number]
         if path.lower().endswith((".tar", ".zip", *COMPRESSED_TARS)):
-            return "it is an archive in an archive, which is not entered: unpack that"
-        return SKIP
+            return rejected("it is an archive in an archive, which is not entered: unpack that")
+        return NO_PICTURE
 
     def _is_folder(self, path: str) -> bool:
         try:

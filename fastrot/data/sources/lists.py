@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastrot.config import UsageError
-from fastrot.data.files import SKIP, look
+from fastrot.data.files import Verdict, look, rejected
 from fastrot.data.sources.records import Listing, Source, numbered, unless_counted
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
@@ -30,14 +30,14 @@ def text_list(root: Path, how: Listing) -> Source:
     labels = [label if how.labelled else -1 for _, label in named]
     classes = numbered(root, labels, lambda i: paths[i])
 
-    def verdict(path: str) -> str:
+    def verdict(path: str) -> Verdict:
         if os.path.isabs(path):
-            return "its path is absolute: name it relative to the list's folder"
+            return rejected("its path is absolute: name it relative to the list's folder")
         at = os.path.join(root.parent, path)
         if not os.path.lexists(at):
-            return "there is no such file"
+            return rejected("there is no such file")
         said = look(at, by_name=how.by_name)
-        return "it is no picture" if said == SKIP else said
+        return rejected("it is no picture") if said.kind == "left out" else said
 
     blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:

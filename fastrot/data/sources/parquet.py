@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import BadPicture, one_line, too_long
+from fastrot.data.files import NO_PICTURE, BadPicture, one_line, too_long
 from fastrot.data.sources.archives import Archive, InFiles
-from fastrot.data.sources.records import Listing, Record, Source, numbered
+from fastrot.data.sources.records import LeftOut, Listing, Record, Source, numbered
 from fastrot.data.sources.shards import of_split
 
 PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the row group
@@ -134,7 +134,7 @@ def parquet_files(root: Path, how: Listing) -> Source:
         root=root,
         records=[*map(Record, paths, labels)],
         classes=classes,
-        skipped=len(found.others),
+        left_out=[LeftOut(path, NO_PICTURE.reason) for path in found.others],
         rejected=found.unreadable,
         files=[Archive.at(path) for path, _ in found.archives],
         column=first.picture,

@@ -1,6 +1,7 @@
 """A source: pictures in a fixed order, wherever they come from. What reads one does not care."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from jaxtyping import UInt8
 
 from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SKIP, picture_file, shown
+from fastrot.data.files import NO_PICTURE, Verdict, picture_file, shown
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
@@ -33,35 +34,64 @@ class Record:
     label: int  # -1 where there is none
 
 
+class LeftOut(NamedTuple):
+    """A file that is no record, although nothing is wrong with it."""
+
+    path: str
+    reason: str  # a short phrase
+    mendable: bool = False  # see data/files.py
+
+    def group(self) -> str:
+        """Under what it is counted: `.heic (no reader)`, `in @eaDir`, `.txt`, `Thumbs.db`."""
+        if self.reason.startswith("in "):
+            return self.reason
+        name = self.path.rpartition("/")[2]
+        stem, suffix = os.path.splitext(name)
+        kind = suffix.lower() if stem and len(suffix) > 1 else name
+        return kind if self.reason == NO_PICTURE.reason else f"{kind} ({self.reason})"
+
+
 @dataclass(kw_only=True)
 class Source:
     """Pictures in a fixed order, as encoded bytes or as pixels; and what became of all other files.
 
-    `skipped` are files that claim to be no picture, `rejected` those that claim to be one and cannot be.
+    `left_out` are files that claim to be no picture, or are not meant; `rejected` claim to be one and cannot be.
     """
 
     root: Path
     records: list[Record] = field(default_factory=list)
     classes: tuple[str, ...] = ()
-    skipped: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
     numbers: Numbers | None = None  # see `image_folder`; None: 0 ... n - 1
     keys: Keys | None = None  # None: `path_keys` of the records
 
     @property
     def seen(self) -> int:
-        """Files: each is a record, rejected or skipped."""
-        return len(self.records) + len(self.rejected) + self.skipped
+        """Files: each is a record, rejected or left out."""
+        return len(self.records) + len(self.rejected) + len(self.left_out)
 
-    def take(self, path: str, label: int, verdict: str) -> bool:
-        """Account for one more file, by the verdict of data/files.py; whether it has become a record."""
-        if verdict == PICTURE:
+    def take(self, path: str, label: int, verdict: Verdict) -> bool:
+        """Account for one more file, by the verdict on it; whether it has become a record."""
+        if verdict.kind == "picture":
             self.records.append(Record(path, label))
-        elif verdict == SKIP:
-            self.skipped += 1
+        elif verdict.kind == "left out":
+            self.left_out.append(LeftOut(path, verdict.reason, verdict.mendable))
         else:
-            self.rejected.append((path, verdict))
-        return verdict == PICTURE
+            self.rejected.append((path, verdict.reason))
+        return verdict.kind == "picture"
+
+    def account(self, labels: Numbers) -> dict[str, Any]:
+        """What a manifest tells of the listing, where these are the labels of what was taken."""
+        known = np.bincount(labels[labels >= 0], minlength=len(self.classes))
+        return {
+            "classes": list(self.classes),
+            "class_counts": known.tolist(),
+            "skipped": len(self.left_out),
+            "left_out": dict(Counter(each.group() for each in self.left_out).most_common()),
+            "mendable": sum(each.mendable for each in self.left_out),
+            "seen": self.seen,
+        }
 
     def read(self, i: int) -> bytes | Picture:
         """Encoded bytes of record i, or its pixels. Raises OSError or BadPicture."""
@@ -96,7 +126,7 @@ class Source:
     def part(self, first: int, stop: int) -> "Source":
         """Records first ... stop - 1 and what reads them, for a worker process."""
         part = self.taken(np.arange(first, stop))
-        return replace(part, classes=(), skipped=0, rejected=[], numbers=None, keys=None)
+        return replace(part, classes=(), left_out=[], rejected=[], numbers=None, keys=None)
 
 
 @dataclass(kw_only=True)

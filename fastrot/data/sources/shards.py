@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SKIP
+from fastrot.data.files import PICTURE, Verdict, rejected
 from fastrot.data.sources.archives import Members
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, no_split, numbered
@@ -70,13 +70,13 @@ class Samples(Members):
         key, _ = _key_and_kind(path)
         return self._cls.get(key, self._json.get(key, -1))
 
-    def look(self, path: str, plain: bool) -> str:
+    def look(self, path: str, plain: bool) -> Verdict:
         verdict, label = super().look(path, plain), self.label(path)
         if verdict != PICTURE:
             return verdict
         if "." in _key_and_kind(path)[1]:
-            return SKIP
-        return label if isinstance(label, str) else PICTURE
+            return Verdict("left out", "not its sample's picture")
+        return rejected(label) if isinstance(label, str) else PICTURE
 
 
 def _key_and_kind(path: str) -> tuple[str, str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SKIP, TORCHVISION, hidden, look
+from fastrot.data.files import NO_PICTURE, PICTURE, TORCHVISION, Verdict, hidden, look
 from fastrot.data.sources.records import Listing, Source, no_split, unless_counted
 
+_BESIDE = Verdict("left out", "beside the class folders: --label-from none takes it", True)
 OPENED_AT_ONCE = 16  # files; threads hide the latency of disks and networks
 
 
@@ -54,7 +55,7 @@ class Tree(Protocol):
         """What a folder holds, in the order of names. Raises OSError."""
         ...
 
-    def look(self, path: str, plain: bool) -> str:
+    def look(self, path: str, plain: bool) -> Verdict:
         """The verdict of data/files.py on a file; `plain`: its entry's."""
         ...
 
@@ -78,7 +79,7 @@ class Disk:
             found.append(Entry(entry.name, link, folder, entry.is_file(follow_symlinks=False)))
         return sorted(found)
 
-    def look(self, path: str, plain: bool) -> str:
+    def look(self, path: str, plain: bool) -> Verdict:
         return look(os.path.join(self.root, path), by_name=self.by_name, plain=plain)
 
 
@@ -101,7 +102,7 @@ def tree_source(tree: Tree, root: Path, labelled: bool) -> Source:
         for (name, _), verdict in zip(folder.files, each, strict=True):
             listed = not stray and name.lower().endswith(TORCHVISION)
             path, label = folder.inside(name), label_of.get(folder.top, -1)
-            if source.take(path, label, SKIP if stray else verdict):
+            if source.take(path, label, _BESIDE if stray and verdict == PICTURE else verdict):
                 numbers.append(number if listed else -1)
             number += listed
     if entered_twice:  # torchvision lists such pictures again and again
@@ -126,10 +127,10 @@ class Folder:
         """The path of what it holds under a name."""
         return f"{self.path}/{name}" if self.path else name
 
-    def look(self, tree: Tree) -> list[str]:
+    def look(self, tree: Tree) -> list[Verdict]:
         """The verdict on each file."""
         return [
-            SKIP if self.hidden or hidden(name) else tree.look(self.inside(name), plain)
+            NO_PICTURE if self.hidden or hidden(name) else tree.look(self.inside(name), plain)
             for name, plain in self.files
         ]
 

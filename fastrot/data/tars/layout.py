@@ -15,8 +15,8 @@ from fastrot.data.manifest import unsealed
 BLOCK = 512  # bytes: headers and contents begin at multiples
 RECORD = 20 * BLOCK  # a tar's length is a multiple, as GNU tar and tarfile write it
 MANIFEST, ROWS, KEYS = "shards.json", "rows.npy", "keys.npy"
-PATHS, REJECTS = "paths.jsonl", "rejects.jsonl"
-BESIDE = {MANIFEST, ROWS, KEYS, PATHS, REJECTS}
+PATHS = "paths.jsonl"
+BESIDE = {MANIFEST, ROWS, KEYS, PATHS, "rejects.jsonl", "skipped.jsonl"}
 ROW = np.dtype(
     [
         ("first", "<i8"),  # byte of the shard, where the picture begins
