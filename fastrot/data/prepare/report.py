@@ -79,7 +79,8 @@ class DryRun:
 
 
 def listed(account: dict[str, Any], left_out_at: Path) -> Iterator[str]:
-    """Classes and what was left out, in words; manifests of before these were counted tell neither."""
+    """How a source was read, its classes and what was left out, in words; old manifests do not tell."""
+    yield from map(entry.printable, account.get("notes", []))
     counts, names = account.get("class_counts", []), account.get("classes", [])
     if counts:
         each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]

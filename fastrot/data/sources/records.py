@@ -63,6 +63,7 @@ class Source:
     classes: tuple[str, ...] = ()
     left_out: list[LeftOut] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
+    notes: list[str] = field(default_factory=list)  # sentences for people: how it was read
     numbers: Numbers | None = None  # see `image_folder`; None: 0 ... n - 1
     keys: Keys | None = None  # None: `path_keys` of the records
 
@@ -90,6 +91,7 @@ class Source:
             "skipped": len(self.left_out),
             "left_out": dict(Counter(each.group() for each in self.left_out).most_common()),
             "mendable": sum(each.mendable for each in self.left_out),
+            "notes": self.notes,
             "seen": self.seen,
         }
 
@@ -126,7 +128,9 @@ class Source:
     def part(self, first: int, stop: int) -> "Source":
         """Records first ... stop - 1 and what reads them, for a worker process."""
         part = self.taken(np.arange(first, stop))
-        return replace(part, classes=(), left_out=[], rejected=[], numbers=None, keys=None)
+        return replace(
+            part, classes=(), left_out=[], rejected=[], notes=[], numbers=None, keys=None
+        )
 
 
 @dataclass(kw_only=True)
