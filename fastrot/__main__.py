@@ -3,13 +3,27 @@
 import importlib
 import sys
 
-from fastrot import entry
+import fastrot
+from fastrot import cli, entry
 from fastrot.config import UsageError
 
-COMMANDS = {
-    "train": "train a network: fastrot train PRESET --data PATH",
-    "evaluate": "ask a trained one: fastrot evaluate RUN rotation",
-    "doctor": "tell what a run would wait for: fastrot doctor DATA",
+COMMANDS = {  # what each does, and an example
+    "convert": (
+        "pictures into one .beton, the format to begin with",
+        "--source imagefolder --root pictures --out pictures.beton",
+    ),
+    "look": ("what is in prepared data, and crops of it rotated four ways", "pictures.beton"),
+    "train": ("train a network", "demo --data pictures.beton --out runs/mine"),
+    "evaluate": ("ask a trained network", "runs/mine rotation --data other.beton"),
+    "doctor": ("what a run would wait for, and what to change", "pictures.beton"),
+    "pack": (
+        "pictures into one pack, which a GPU decodes",
+        "--source imagefolder --root pictures --out pictures.pack",
+    ),
+    "shards": (
+        "pictures into tar shards, for DALI and object stores",
+        "--source imagefolder --root pictures --out shards",
+    ),
 }
 
 
@@ -18,15 +32,20 @@ def main() -> None:
 
 
 def _main() -> int:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name == "--version":
+        print(f"fastrot {fastrot.__version__}")
+        return 0
     if name in ("-h", "--help"):
-        print("usage: fastrot COMMAND ...\n")
-        for command, does in COMMANDS.items():
-            print(f"  {command:<8} {does}")
+        print("usage: fastrot COMMAND ...    (fastrot COMMAND --help names every option)\n")
+        for command, (does, example) in COMMANDS.items():
+            print(f"  {command:<8}  {does}\n{'':12}fastrot {command} {example}")
         return 0
     if name not in COMMANDS:
-        raise UsageError(f"there is no command {name!r}: choose one of {', '.join(COMMANDS)}")
-    return importlib.import_module(f"fastrot.{name}").main(sys.argv[2:])
+        raise UsageError(cli.choose("there is no command", COMMANDS, name))
+    if name in ("pack", "shards"):  # one file writes all formats
+        return importlib.import_module("fastrot.convert").main(rest, name)
+    return importlib.import_module(f"fastrot.{name}").main(rest)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def open_data(
     if kind in FORMATS and FORMATS[kind].holds(path):
         return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if path.suffix in ARCHIVES:
-        way = f"dataprep/to_ffcv.py --source {ARCHIVES[path.suffix]} --root {path}"
+        way = f"fastrot convert --source {ARCHIVES[path.suffix]} --root {path}"
         raise UsageError(f"{named} is an archive: prepare its pictures first, by {way}")
     wanted = "a known format" if loader == "auto" else f"for --loader {loader}"
     raise UsageError(f"{named} is not {wanted}: {CHOICES}")
@@ -90,13 +90,13 @@ def _synthetic(name: str, knob: str) -> Data:
 
 def _folder(path: Path) -> Data:
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
-        way = f"dataprep/to_dali.py --source webdataset --root {path} writes shards that have one"
+        way = f"fastrot shards --source webdataset --root {path} writes shards that have one"
         raise UsageError(f"{path} holds tars without an index of ours: {way}")
     return Folder(path)
 
 
 def _holds_beton(path: Path) -> bool:
-    """A file, or the folder that dataprep/to_ffcv.py --keep-parts made, or is making."""
+    """A file, or the folder that fastrot convert --keep-parts made, or is making."""
     if not path.is_dir():
         return path.suffix == ".beton"
     return path.name.endswith((".beton.set", ".beton.parts")) or (path / "set.json").exists()
@@ -109,8 +109,8 @@ def _holds_pack(folder: Path) -> bool:
 
 
 CHOICES = (
-    "name a .beton file (dataprep/to_ffcv.py writes one), a .pack (dataprep/to_pack.py), a folder of shards "
-    "(dataprep/to_dali.py), an image folder, or synthetic"
+    "name a .beton file (fastrot convert writes one), a .pack (fastrot pack), a folder of shards "
+    "(fastrot shards), an image folder, or synthetic"
 )
 ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
 FORMATS = {  # by the word of --loader, in the order in which a path is tried

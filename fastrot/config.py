@@ -58,7 +58,7 @@ class Shifted:
     """A box of size x size pixels, shifted by up to `pad` pixels over the border, which is black (CIFAR)."""
 
     size: int = 32  # pixels a side of the crop
-    pad: int = 4  # pixels
+    pad: int = 4  # pixels by which the box may leave the picture on each side
     flip: bool = True  # mirror with probability one half
 
 
@@ -144,7 +144,7 @@ class Decoupling:
     exclude_self: bool = False  # never draw a picture's own row among its negatives
     bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of its rows; bf16 takes half the memory
-    pu_table: str | None = None  # rotation probabilities that evaluate.py wrote, or a prob.dat
+    pu_table: str | None = None  # rotation probabilities: of evaluate --table, or prob.dat
     pu_from: int = 210  # epoch of the paper from which they weigh the rotation loss
     gamma: float = 2.0  # a rotated copy weighs 1 - p ** gamma, p: how upright it looks
 
@@ -159,9 +159,9 @@ MethodConfig = RotNet | Supervised | Decoupling
 class Sgd:
     """SGD as torch writes it: v = momentum v + g; w -= rate (g + momentum v) with nesterov."""
 
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # share of the last step's direction that is kept
+    nesterov: bool = True  # look one step of momentum ahead
+    weight_decay: float = 5e-4  # share of each weight that is added to its gradient
     decay_norms: bool = True  # also decay biases and batch-norm weights, as the original codes do
     kernel: Literal["torch", "apex"] = "torch"  # whose SGD; apex: NVIDIA's FusedSGD, on a GPU
 
@@ -170,6 +170,7 @@ class Sgd:
 class Schedule:
     """The learning rate over a run; a table keeps the paper's whole epochs, scaled to the run's."""
 
+    # the table's steps, a fall from the first rate to the last, or no fall at all
     kind: Literal["table", "cosine", "linear", "constant"] = "table"
     # (epoch behind it, rate) pairs; the other kinds begin with the first rate
     table: tuple[tuple[int, float], ...] = ((15, 0.01), (30, 0.001), (45, 1e-4), (50, 1e-5))
@@ -193,28 +194,28 @@ class Config:
 
     data: str | None = free(None)  # a .beton, a .pack, a folder of tars or pictures, or synthetic
     val: str | None = free(None)  # validation pictures; without them --hold-out sets some aside
-    out: str | None = free(None)  # the run's folder; default runs/PRESET
+    out: str | None = free(None)  # the run's folder; default: runs/PRESET
     epochs: int | None = None  # passes over the data; default: the schedule's
     max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
     budget: str | None = None  # time for the run, as 30min or 2h: 20 steps choose the epochs
     batch: int = 192  # pictures per process and step, each before its rotations
-    lr: float | None = None  # scales the schedule so that it begins with this rate
+    lr: float | None = None  # scales the schedule to begin with this rate; default: its own
     seed: int = 0  # of order, crops and weights
     order: Literal["full", "blocks"] = "full"  # blocks: for data larger than memory
-    order_block: int | None = None  # neighbouring pictures that --order blocks reads together; 64
-    order_window: int | None = None  # blocks that it mixes with each other, kept in memory; 256
+    order_block: int | None = None  # neighbours that --order blocks reads together; default: 64
+    order_window: int | None = None  # blocks that it mixes, kept in memory; default: 256
     workers: int | None = free(None)  # threads or processes that decode; default: one a core
-    threads: int | None = free(None)  # of torch on a CPU; default: a share of the cores
+    threads: int | None = free(None)  # of torch's arithmetic; default: a share of the cores
     image_size: int | None = None  # pixels a side of the crop; default: the preset's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures kept for validation, without --val
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
     fold: int | None = None  # with --folds: train this one alone, in OUT itself
-    log_every: int = free(20)  # steps
+    log_every: int = free(20)  # steps from one log line to the next
     checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
     keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
-    validate_every: int = free(1)  # epochs
+    validate_every: int = free(1)  # epochs from one validation to the next
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool = False  # torch.compile the network
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of --compile
@@ -223,7 +224,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
     placement: Placement = free("auto")  # of a .pack for a GPU: in its memory, or in the host's
-    on_bad_record: Literal["stop", "skip"] = free("stop")  # of a picture that cannot be read
+    on_bad_record: Literal["stop", "skip"] = free("stop")  # at a picture that cannot be read
     enlarge: bool = False  # allow crops larger than most pictures
     start_from: str | None = None  # begin with the weights of another run or checkpoint
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of red, green, blue; 0 to 1

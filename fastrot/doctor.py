@@ -8,27 +8,24 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
 import dataclasses
-import difflib
 import json
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from fastrot import config, entry
+from fastrot import cli, config, entry
 from fastrot.config import Config, LoaderName, Precision, UsageError
 from fastrot.presets import PRESETS
 
 SHORTEST = 5  # seconds in which something can be told
-Named = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """Read, decode, copy and step for 20 seconds: what binds a run, which format, how many workers, what an epoch costs."""
 
-    data: Named = ""  # FILE.beton, NAME.pack, a folder of shards or of pictures, or synthetic
-    preset: str = "rotnet-alexnet"  # the run that is asked about, as of train.py
+    # FILE.beton, NAME.pack, a folder of shards or of pictures, or synthetic
+    data: str | None = dataclasses.field(default=None, metadata=cli.first("DATA"))
+    preset: str = "rotnet-alexnet"  # the run that is asked about
     val: str | None = None  # pictures to be judged on: a pass over them is then part of an epoch
     seconds: float = 20.0  # to look for; opening data, building and compiling a net are not counted
     batch: int | None = None  # pictures per process and step; default: the preset's
@@ -43,8 +40,7 @@ class Doctor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with entry.told_once():
-        wanted = tyro.cli(Doctor, args=argv, prog="doctor.py")
+    wanted = cli.parse(Doctor, argv, "fastrot doctor")
     cfg = config_of(wanted)
     from rich.console import Console
 
@@ -72,12 +68,10 @@ def config_of(wanted: Doctor) -> Config:
     """The run that is asked about. Raises UsageError for what no run could use."""
     if not wanted.data:
         raise UsageError(
-            "doctor.py wants data: name a .beton file, a .pack, a folder, or synthetic"
+            "fastrot doctor wants data: name a .beton file, a .pack, a folder, or synthetic"
         )
     if wanted.preset not in PRESETS:
-        near = difflib.get_close_matches(wanted.preset, PRESETS, n=1)
-        way = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise UsageError(f"--preset got {wanted.preset!r}: {way}")
+        raise UsageError(cli.choose("--preset got", PRESETS, wanted.preset))
     if not SHORTEST <= wanted.seconds < math.inf:
         raise UsageError(f"--seconds got {wanted.seconds:g}: it wants {SHORTEST} or more")
     ours = {field.name for field in dataclasses.fields(Config)} - {"preset"}

@@ -9,7 +9,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import importlib
 
-from fastrot import entry
+from fastrot import cli, entry
 from fastrot.config import UsageError, check_ranges
 from fastrot.evals import knobs
 
@@ -18,23 +18,23 @@ EVALUATIONS: dict[str, type] = {"rotation": knobs.Rotation}
 
 
 def main(argv: list[str] | None = None) -> int:
-    import tyro
-
     words = sys.argv[1:] if argv is None else argv
     with entry.told_once():
         if not words or not {"-h", "--help"}.isdisjoint(words[:2]):
-            print("usage: evaluate.py RUN EVALUATION [any knob]\n")
+            print("usage: fastrot evaluate RUN EVALUATION [any knob]\n")
             print("RUN is a run's folder, a checkpoint, or the folder of a run with --folds.\n")
             for word, kind in EVALUATIONS.items():
                 print(f"  {word:<9} {(kind.__doc__ or '').strip()}")
             return 0
         known = ", ".join(EVALUATIONS)
         if words[0].startswith("-") or len(words) < 2:
-            raise UsageError(f"evaluate.py wants a run and an evaluation: RUN and one of {known}")
+            raise UsageError(
+                f"fastrot evaluate wants a run and an evaluation: RUN and one of {known}"
+            )
         run, name, *rest = words
         if name not in EVALUATIONS:
-            raise UsageError(f"there is no evaluation {name!r}: choose one of {known}")
-        wanted = tyro.cli(EVALUATIONS[name], args=rest, prog=f"evaluate.py {run} {name}")
+            raise UsageError(cli.choose("there is no evaluation", EVALUATIONS, name))
+        wanted = cli.parse(EVALUATIONS[name], rest, f"fastrot evaluate {run} {name}")
     check_ranges(wanted)
     return importlib.import_module(f"fastrot.evals.{name}").evaluate(run, wanted)
 

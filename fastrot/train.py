@@ -8,9 +8,8 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
 import argparse
-import difflib
 
-from fastrot import config, entry
+from fastrot import cli, config, entry
 from fastrot.config import Config, UsageError
 from fastrot.presets import PRESETS
 
@@ -43,13 +42,17 @@ def command_line(argv: list[str]) -> Config:
                 way = f"leave {rest[0]!r} out"
                 raise UsageError(f"--config {file} takes the place of the preset: {way}")
             own = {"default": read_config(file), "config": (tyro.conf.AvoidSubcommands,)}
-            return tyro.cli(Config, args=rest, prog="train.py --config FILE", **own)
-        if argv and not argv[0].startswith("-") and argv[0] not in PRESETS:
-            near = difflib.get_close_matches(argv[0], PRESETS, n=1)
-            way = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-            raise UsageError(f"there is no preset {argv[0]!r}: {way}")
+            return cli.parse(Config, rest, "fastrot train --config FILE", **own)
+        given = argv[0] if argv else "-"
+        if given.startswith("-") and given not in ("-h", "--help"):
+            known = ", ".join(PRESETS)
+            way = f"such as fastrot train demo --data PATH; choose one of {known}"
+            raise UsageError(f"fastrot train wants a preset as its first word, {way}")
+        if not given.startswith("-") and given not in PRESETS:
+            raise UsageError(cli.choose("there is no preset", PRESETS, given))
         presets = {name: ((make.__doc__ or "").strip(), make()) for name, make in PRESETS.items()}
-        return tyro.extras.overridable_config_cli(presets, args=argv, prog="train.py")
+        own = {"prog": "fastrot train", "registry": cli.rules()}
+        return tyro.extras.overridable_config_cli(presets, args=argv, **own)
 
 
 def read_config(path: Path) -> Config:

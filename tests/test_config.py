@@ -171,15 +171,6 @@ def test_a_config_file_that_does_not_fit_is_named(plain, names):
         config.from_plain(plain)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_knob_has_help(preset, capsys):
-    with pytest.raises(SystemExit):
-        train.command_line([preset, "--help"])
-    text = capsys.readouterr().out
-    for name in ("--data", "--budget", "--hold-out", "--schedule.warmup", "--backbone.width"):
-        assert name in text
-
-
 def test_knobs_that_change_numbers_make_another_run():
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
     assert loose == {

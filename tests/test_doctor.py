@@ -40,7 +40,7 @@ def test_the_command_prints_a_table_and_writes_all_of_it(pictures, tmp_path, cap
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "doctor.py wants data: name a .beton file"),
+        ([], "fastrot doctor wants data: name a .beton file"),
         (["no/such/place"], "--data no/such/place does not exist"),
         ([__file__], "is not a known format"),
         (["EMPTY"], "is empty: give a path with pictures in it"),
@@ -65,7 +65,7 @@ def test_it_is_a_command_and_runs_from_any_folder(tmp_path, monkeypatch, capsys)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
-    assert b"doctor.py wants data" in done.stderr
+    assert b"fastrot doctor wants data" in done.stderr
     monkeypatch.setattr(sys, "argv", ["fastrot", "doctor", "no/such/place"])
     assert entry.status(command._main) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -322,7 +322,7 @@ def test_from_folds_to_decoupling_with_pu_weights(folds, pictures, tmp_path, cap
 def test_help_names_the_evaluations(capsys):
     assert evaluate.main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert "usage: evaluate.py RUN EVALUATION" in said
+    assert "usage: fastrot evaluate RUN EVALUATION" in said
     for word in evaluate.EVALUATIONS:
         assert f"  {word} " in said
 

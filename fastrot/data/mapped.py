@@ -75,7 +75,7 @@ class MappedData(Data):
         """What is said of a record."""
         return DamagedRecord(
             f"row {row} of {self._file_of(row).path} ({self.name(row)}) is damaged, {why}: {self.again}; "
-            f"dataprep/look.py {self.path} --verify names every damaged row"
+            f"fastrot look {self.path} --verify names every damaged row"
         )
 
     def _file_of(self, row: int) -> MappedFile:

@@ -19,7 +19,7 @@ from fastrot.disk import write_atomically
 
 SUFFIXES = (".npz", ".dat", ".txt")
 ROTATIONS = 4
-WRITTEN_BY = "fastrot/evaluate.py RUN rotation --table FILE"
+WRITTEN_BY = "fastrot evaluate RUN rotation --table FILE"
 _ZIP = b"PK\x03\x04"  # the first bytes of an .npz
 _NAME_ONE = f"name one that {WRITTEN_BY} wrote, or a prob.dat of one probability a line"
 _ANEW = f": write it from this data, by {WRITTEN_BY}"

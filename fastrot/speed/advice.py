@@ -20,7 +20,7 @@ from fastrot.speed.bounds import Measured, Subject, digits
 # "what" loader, "mode" crops, of commit 6a304f69: folder; tar shards; beton, C++ decoder; pack, C++ decoder
 RATES = {"folder": 534.0, "tars": 1979.2, "beton": 3087.6, "pack": 13950.2}
 RATES_WITHOUT_EXTENSION = {"beton": 1933.5, "pack": 612.9}  # beton; pack
-SCRIPTS = {"beton": "to_ffcv.py", "pack": "to_pack.py"}  # of dataprep: what writes a format
+COMMANDS = {"beton": "convert", "pack": "pack"}  # what writes a format
 SOURCES = {"folder": "imagefolder", "beton": "beton", "tars": "webdataset"}  # its words for each
 CALLED = {"beton": ".beton", "pack": ".pack", "tars": "tar shards"}
 SPARE = 1.1  # times the step's images/s that loading should give: it is not always at its best
@@ -108,7 +108,7 @@ def _gains(format: str) -> dict[str, float]:
     if format not in SOURCES:
         return {}
     rates = RATES if native.load() is not None else RATES | RATES_WITHOUT_EXTENSION
-    return {name: rates[name] / rates[format] for name in SCRIPTS if name != format}
+    return {name: rates[name] / rates[format] for name in COMMANDS if name != format}
 
 
 def _conversion(name: str, subject: Subject, short: int) -> list[str]:
@@ -117,7 +117,7 @@ def _conversion(name: str, subject: Subject, short: int) -> list[str]:
     whole = path.resolve()
     out = str(whole.with_name(f"{whole.stem}-{short}.{name}"))
     out = out if path.is_absolute() else os.path.relpath(out)
-    command = ["python", f"dataprep/{SCRIPTS[name]}", "--source", SOURCES[subject.format]]
+    command = ["fastrot", COMMANDS[name], "--source", SOURCES[subject.format]]
     return [*command, "--root", str(path), "--out", out, "--short-side", str(short)]
 
 

@@ -162,7 +162,7 @@ def _by_device(m: Measured, kind: Bound, name: str) -> str:
 def _what_to_change(m: Measured, kind: Bound, workers: int, subject: Subject) -> str:
     if kind == "copy":
         packed = subject.format == "pack"
-        way = "--placement resident" if packed else "a .pack (dataprep/to_pack.py)"
+        way = "--placement resident" if packed else "a .pack (fastrot pack)"
         return f"try {way}, which copies no pictures once it lies in the GPU's memory"
     if kind == "arithmetic" and m.arithmetic >= GOOD * m.work:
         return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
@@ -181,7 +181,7 @@ def _ways(kind: Bound, workers: int, subject: Subject) -> list[str]:
     folder, pack = subject.format == "folder", subject.format == "pack"
     few, more = workers < subject.cores, f"--workers {subject.cores} instead of {workers}"
     slow = subject.format in ("beton", "pack") and native.load() is None
-    smaller = "smaller pictures (--short-side of dataprep)"
+    smaller = "smaller pictures (fastrot convert --short-side)"
     compile, fp32 = not cfg.compile, cfg.precision == "fp32"
     graph = gpu and not cfg.graph and dist.world() == 1
     fuse = gpu and getattr(cfg.backbone, "fuse", None) is False
@@ -189,15 +189,15 @@ def _ways(kind: Bound, workers: int, subject: Subject) -> list[str]:
         "read": {
             "a faster disk": True,
             more: few,
-            "a .beton of the same pictures (dataprep/to_ffcv.py), read in larger pieces": folder,
+            "a .beton of the same pictures (fastrot convert), read in larger pieces": folder,
             "--order blocks, which reads neighbours together": not folder and not pack,
             smaller: True,
         },
         "decode": {
             more: few,
             f"the C++ extension ({native.why()})": slow,
-            "a .beton of the same pictures (dataprep/to_ffcv.py)": folder,
-            "a .pack, which hardly needs decoding (dataprep/to_pack.py)": not pack,
+            "a .beton of the same pictures (fastrot convert)": folder,
+            "a .pack, which hardly needs decoding (fastrot pack)": not pack,
             "--placement resident, where the GPU's memory holds it": subject.placement == "pinned",
             smaller: True,
         },

@@ -395,9 +395,9 @@ def test_where_ffcv_is_missing_its_loader_is_refused(prepared, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("shards/0.tar", "by dataprep/to_ffcv.py --source tar"),
-        ("x.zip", "to_ffcv.py --source zip"),
-        ("shards", "dataprep/to_dali.py --source webdataset"),
+        ("shards/0.tar", "by fastrot convert --source tar"),
+        ("x.zip", "fastrot convert --source zip"),
+        ("shards", "fastrot shards --source webdataset"),
     ],
 )
 def test_an_archive_is_told_what_reads_it(tmp_path, name, way):

@@ -13,6 +13,7 @@ from truth import photo
 
 from fastrot.data.beton import write
 from fastrot.data.prepare.convert import convert
+from fastrot.look import GAP, MARGIN
 
 LOOK = Path(__file__).parents[2] / "dataprep" / "look.py"
 
@@ -64,7 +65,7 @@ def test_the_sheet_turns_counter_clockwise(look, tmp_path):
     path = write_beton(tmp_path / "a.beton", [photo(0, 50, 50)], {"image": "image"}, page=2**14)
     assert look.main([str(path), "--size", "40"]) == 0
     sheet = np.asarray(Image.open(tmp_path / "a-look.png"))
-    top, left, size, step = 84, look.MARGIN, 40, 40 + look.GAP
+    top, left, size, step = 84, MARGIN, 40, 40 + GAP
     rotated = [sheet[top : top + size, left + t * step :][:, :size, 0] for t in range(4)]
     for rotation in range(4):
         assert np.array_equal(rotated[rotation], np.rot90(rotated[0], rotation))

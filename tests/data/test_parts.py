@@ -165,7 +165,7 @@ def test_an_unfinished_set_is_told_from_a_folder_of_pictures(four):
     four.rename(parts)
     (parts / "set.json").unlink()
     with pytest.raises(
-        UsageError, match=r"set\.json is missing: .* run the same dataprep/to_ffcv.py command"
+        UsageError, match=r"set\.json is missing: .* run the same fastrot convert command"
     ):
         open_data(parts)
 

@@ -27,7 +27,7 @@ LABELS = (b"label", b"labels", b"target", b"class")  # names of an int field tha
 NUMBERS = (b"index", b"idx", b"id")  # names that say it is none, even where it is the only one
 MOST_CLASSES = 2**20  # an int field that counts further is taken for something else
 
-_AGAIN = "copy it again, or remove it and run the same dataprep/to_ffcv.py command again"
+_AGAIN = "copy it again, or remove it and run the same fastrot convert command again"
 
 
 class Beton(MappedData):
@@ -135,7 +135,7 @@ def _parse(mapping: MappedFile, told: dict[str, Any]) -> Contents:
     if version != VERSION:
         raise UsageError(
             f"{path} is no .beton of version {VERSION} (its first bytes say {version}): "
-            "prepare the pictures with dataprep/to_ffcv.py"
+            "prepare the pictures with fastrot convert"
         )
     start = HEADER.itemsize + FIELD.itemsize * fields
     if not fields or not rows or start > len(file):
@@ -216,7 +216,7 @@ def _read_beside(base: Path, *, needed: bool) -> Beside:
     if missing:
         way = f"move away all {base.name}.*"
         if needed:
-            way = "run the same dataprep/to_ffcv.py command again"
+            way = "run the same fastrot convert command again"
         raise UsageError(f"{missing[0]} is missing: copy it too, or {way}")
     try:
         crc, keys = (np.load(file, allow_pickle=False) for file in files[1:])
@@ -228,5 +228,5 @@ def _read_beside(base: Path, *, needed: bool) -> Beside:
 def _damaged_beside(base: Path) -> UsageError:
     return UsageError(
         f"{base}.json, .crc.npy or .keys.npy is damaged, or of another file: copy all of them again, or run "
-        "the same dataprep/to_ffcv.py command with --overwrite"
+        "the same fastrot convert command with --overwrite"
     )

@@ -143,7 +143,7 @@ class PackFile(Data):
                 found[place] = (
                     f"row {row} of {self.path} ({self.name(row)}) may be damaged: the checksum of "
                     f"{_where(min(here))} does not agree; {_AGAIN}, and "
-                    f"dataprep/look.py {self.path} --verify names every damaged stretch"
+                    f"fastrot look {self.path} --verify names every damaged stretch"
                 )
         return found
 
@@ -171,7 +171,7 @@ class PackFile(Data):
         file = self.path / META
         if not self.path.is_dir():
             raise UsageError(
-                f"{self.path} is no pack: name the folder NAME.pack (dataprep/to_pack.py writes one)"
+                f"{self.path} is no pack: name the folder NAME.pack (fastrot pack writes one)"
             )
         try:
             meta = unsealed(file.read_bytes())
@@ -180,12 +180,12 @@ class PackFile(Data):
         except ValueError as error:
             raise UsageError(f"{file} has changed since written ({error}): {_AGAIN}") from None
         if meta.get("format") != "pack":
-            raise UsageError(f"{file} is of no pack: name a folder that dataprep/to_pack.py wrote")
+            raise UsageError(f"{file} is of no pack: name a folder that fastrot pack wrote")
         version, encoding = meta.get("version"), meta.get("encoding")
         if version != VERSION or encoding not in BODY:
             raise UsageError(
                 f"{self.path} is a pack of version {version}, encoding {encoding!r}, and this program reads "
-                f"version {VERSION}, {' or '.join(BODY)}: prepare it again with dataprep/to_pack.py"
+                f"version {VERSION}, {' or '.join(BODY)}: prepare it again with fastrot pack"
             )
         if missing := {*_WANTED, BODY[encoding]} - meta.keys():
             raise UsageError(f"{file} has no {min(missing)!r}: prepare the pack again")

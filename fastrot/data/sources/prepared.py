@@ -48,7 +48,7 @@ class BetonRows(InFiles):
 def beton_rows(root: Path, how: Listing) -> BetonRows:
     """All rows of a `.beton`, ours or FFCV's own, or of a folder of its parts; in that one's order."""
     if root.is_dir() and not (root / "set.json").exists():
-        raise UsageError(f"{root} is no .beton, nor parts of one: name what to_ffcv.py wrote")
+        raise UsageError(f"{root} is no .beton, nor parts of one: name what fastrot convert wrote")
     from fastrot.data.beton.read import Beton  # which needs torch
 
     data = Beton(root)

@@ -31,7 +31,7 @@ ROW = np.dtype(
 ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `files.sniff` says; others are their own
 INDEX_VERSION = "v1.2"  # of the .idx files
 VERSION = 1  # of all that lies beside them
-AGAIN = "copy it again, or prepare the pictures again with dataprep/to_dali.py"
+AGAIN = "copy it again, or prepare the pictures again with fastrot shards"
 
 
 def header(name: str, size: int) -> bytes:

@@ -18,7 +18,7 @@ from fastrot.disk import allow_open_files
 
 
 class Tars(MappedData):
-    """`core.Data` of a folder of shards that dataprep/to_dali.py wrote.
+    """`core.Data` of a folder of shards that fastrot shards wrote.
 
     manifest  what shards.json says
     """

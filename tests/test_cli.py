@@ -1,0 +1,128 @@
+"""The commands: what each says of itself, of its knobs, and of a word that it does not know."""
+
+import importlib
+import re
+import sys
+
+import pytest
+
+import fastrot
+from fastrot import __main__ as command
+from fastrot.presets import PRESETS
+
+
+def fastrot_says(monkeypatch, capsys, *words) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `fastrot WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["fastrot", *words])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    return end.value.code, *capsys.readouterr()
+
+
+HELPED = [
+    *([name] for name in command.COMMANDS if name not in ("train", "evaluate")),
+    *(["train", preset] for preset in PRESETS),
+    *(
+        ["evaluate", "run", name]
+        for name in importlib.import_module("fastrot.evaluate").EVALUATIONS
+    ),
+]
+
+
+def knobs_of(text: str) -> dict[str, str]:
+    """What --help says behind each knob's name and type or choices."""
+    said, name, at = {}, "", 0
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if found := re.match(r"\s*((?:--[a-z]|DATA).*?)(?:$|  +)(.*)", line):
+            name, at = found[1], indent
+            said[name] = found[2].strip()
+        elif name and indent > at:
+            said[name] += f" {line.strip()}"
+        else:
+            name = ""
+    return said
+
+
+@pytest.mark.parametrize("words", HELPED, ids=" ".join)
+def test_every_knob_has_help(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")  # one column
+    code, said, _ = fastrot_says(monkeypatch, capsys, *words, "--help")
+    assert code == 0
+    assert said.startswith(f"usage: fastrot {' '.join(words)} ")
+    assert "None" not in said
+    knobs = knobs_of(said)
+    assert len(knobs) >= 5
+    for knob, text in knobs.items():
+        words = re.sub(r"\((default: .*|required)\)$", "", text)
+        assert re.search(r"[a-z]{3}", words), f"{knob} says nothing of itself"
+
+
+def test_help_shows_choices_and_true_defaults(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    knobs = knobs_of(fastrot_says(monkeypatch, capsys, "train", "demo", "--help")[1])
+    assert knobs["--epochs INT"] == "passes over the data; default: the schedule's"
+    assert knobs["--order {full,blocks}"].endswith("larger than memory (default: full)")
+    assert knobs["--batch INT"].endswith("each before its rotations (default: 64)")
+
+
+def test_none_takes_a_knob_back():
+    from fastrot import train
+
+    assert train.command_line(["demo", "--schedule.steps", "None"]).schedule.steps is None
+    assert train.command_line(["demo"]).schedule.steps == 1100
+    assert train.command_line(["demo", "--epochs", "3"]).epochs == 3
+
+
+def test_a_wrong_value_is_refused_in_the_words_of_its_type(monkeypatch, capsys):
+    code, _, said = fastrot_says(monkeypatch, capsys, "train", "demo", "--epochs", "x")
+    assert code == 2
+    assert "Error parsing --epochs: invalid literal for int()" in said
+    assert "NoneType" not in said
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_fastrot_alone_shows_each_command_with_an_example(words, monkeypatch, capsys):
+    code, said, _ = fastrot_says(monkeypatch, capsys, *words)
+    assert code == 0
+    for name, (does, example) in command.COMMANDS.items():
+        assert f"{name:<8}  {does}\n" in said
+        assert f"  fastrot {name} {example}\n" in said
+
+
+def test_the_version(monkeypatch, capsys):
+    said = fastrot_says(monkeypatch, capsys, "--version")
+    assert said == (0, f"fastrot {fastrot.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["convrt"], "there is no command 'convrt': did you mean convert?"),
+        (["--data", "x"], "there is no command '--data': choose one of convert, look, train"),
+        (["train"], "fastrot train wants a preset as its first word, such as fastrot train demo"),
+        (["train", "--data", "x", "demo"], "fastrot train wants a preset as its first word"),
+        (["train", "dmeo"], "there is no preset 'dmeo': did you mean demo?"),
+        (["evaluate", "run", "rotaton"], "no evaluation 'rotaton': did you mean rotation?"),
+        (["doctor"], "fastrot doctor wants data: name a .beton file"),
+        (["doctor", "synthetic", "--preset", "dem"], "--preset got 'dem': did you mean demo?"),
+    ],
+)
+def test_wrong_use_is_one_sentence(words, sentence, monkeypatch, capsys):
+    code, out, said = fastrot_says(monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("convert", "x.beton"), ("pack", "x.pack"), ("shards", "shards")]
+)
+def test_pictures_are_prepared_and_looked_at(name, suffix, pictures, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / suffix)
+    given = ("--source", "imagefolder", "--root", str(pictures), "--out", out, "--workers", "0")
+    assert fastrot_says(monkeypatch, capsys, name, *given)[0] == 0
+    code, said, _ = fastrot_says(monkeypatch, capsys, "look", out, "--verify", "--size", "32")
+    assert code == 0
+    assert "37 pictures" in said
+    assert "all whole" in said
