@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def of_file(data, path: Path) -> Iterator[tuple[str, str]]:
     yield "checked", f"{whole}; so have the path hashes"
 
 
-def is_pack(data: "Data") -> bool:
+def is_pack(data: "Data") -> "TypeGuard[Pack]":
     return data.format == "pack"
 
 
