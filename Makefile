@@ -1,6 +1,7 @@
 # make demo    prepare the embedded photographs, train on them, show what was learnt (DATA=folder: your own)
 # make test    every check, and each test that is no soak, on JOBS=2 cores
 # make soak    the long ones: soak tests, a hundred kills, damaged records under sanitizers, the path of make gpu
+# make processors  tests of data and ops as a processor without SSE4, AVX and their like runs them
 # make matrix  a core of the tests on the oldest and newest Python and torch (of pyenv too; 12 GB)
 # make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
@@ -20,7 +21,7 @@ KILLS ?= 40
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test soak kills matrix native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
+.PHONY: demo test soak processors kills matrix native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -49,7 +50,10 @@ test: $(VENV)/installed-dev
 
 soak: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "soak and not gpu" -n $(JOBS) --dist worksteal
-	@$(MAKE) --no-print-directory kills fuzz matrix
+	@$(MAKE) --no-print-directory processors kills fuzz matrix
+
+processors: $(VENV)/installed-dev
+	@PATH="$(BIN):$$PATH" JOBS=$(JOBS) sh .ci/processors
 
 kills: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python tests/chaos.py --kills $(KILLS) --out build

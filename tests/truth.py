@@ -18,7 +18,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 def photo(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
     """A picture with a clear up and left, smooth enough for JPEG: uint8 [height, width, 3]."""
     draw = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)  # of float32 numpys differ
     phase = draw.uniform(0, 6, 3)
     planes = [
         200 - 150 * y / height + 20 * np.sin(x / 9 + phase[0]),

@@ -91,26 +91,30 @@ def test_coded_samples_are_near_and_small_ranges_exact():
     assert (apart <= 16 * np.square(ranges / 14 + 1)).all()
 
 
+def losses(wanted: np.ndarray) -> np.ndarray:
+    """Squares [n, 65536] that blocks of samples [n, 16] lose at least, with any two bytes as end points."""
+    blocks = np.zeros((2**16, 8), np.uint8)
+    blocks[:, :2] = np.mgrid[:256, :256].reshape(2, -1).T  # in either order: both palettes
+    numbers = sum(i % 8 << 3 * i for i in range(16)).to_bytes(6, "little")
+    blocks[:, 2:] = np.frombuffer(numbers, np.uint8)
+    values, nearest = np.arange(256, dtype=np.int16)[:, None], np.full((256, 2**16), 255, np.int16)
+    for level in samples(blocks)[:, :8].T.astype(np.int16):
+        np.minimum(nearest, np.abs(values - level), out=nearest)
+    return np.stack([np.square(nearest[x], dtype=np.int32).sum(axis=0) for x in wanted])
+
+
 def test_coding_is_nearly_the_best_there_is():
-    """Against a search over all pairs of bytes as end points, and against the extremes as ends."""
-    plane = np.concatenate([p.mean(axis=2)[:64, :64] for p in real_pictures(3)]).astype(np.uint8)
-    wanted = blocks_of(plane)
-    # stable: what numpy makes of ties else depends on the processor
-    spread = np.argsort(np.ptp(wanted, axis=1), kind="stable")[-200::10]
-    got = blocks_of(plane_of(bc4.encode(plane)))
-    ours = np.square(got - wanted).sum(axis=1)[spread]
-    best, extremes = [], []
-    e0, e1 = np.mgrid[:256, :256].reshape(2, -1)  # ends beyond a block's samples can be better
-    e0, e1 = e0[e0 > e1], e1[e0 > e1]
-    palette = ((7 - np.arange(8)) * e0[:, None] + np.arange(8) * e1[:, None]) // 7
-    nearest = np.abs(np.arange(256)[:, None, None] - palette).min(axis=2)  # [value, pair]
-    for x in wanted[spread]:
-        errors = np.square(nearest[x]).sum(axis=0)
-        best.append(errors.min())
-        extremes.append(errors[(e0 == x.max()) & (e1 == x.min())][0])
+    """Against a search over all that end points can be, and against the extremes as ends."""
+    pictures = [*real_pictures(3), *(photo(i, 64, 64) for i in range(3))]
+    plane = np.concatenate([p[:64, :64].mean(axis=2) for p in pictures]).astype(np.uint8)
+    blocks, got = blocks_of(plane), blocks_of(plane_of(bc4.encode(plane)))
+    some = np.flatnonzero(np.ptp(blocks, axis=1) > 7)[::30]  # not sorted: numpys differ at ties
+    ours, found = np.square(got - blocks).sum(axis=1)[some], losses(blocks[some])
+    high, low, best = blocks[some].max(axis=1), blocks[some].min(axis=1), found.min(axis=1)
+    extremes = found[np.arange(len(some)), 256 * high + low]
     assert (ours >= best).all()  # else the search is wrong
     assert (ours <= extremes).all()
-    assert ours.sum() < sum(extremes) - 0.4 * (sum(extremes) - sum(best))
+    assert ours.sum() < extremes.sum() - 0.3 * (extremes.sum() - best.sum())
 
 
 def test_coding_is_whole_numbers():
