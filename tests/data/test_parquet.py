@@ -1,6 +1,7 @@
 """Parquet folders as Hugging Face's datasets writes them."""
 
 import builtins
+import decimal
 import json
 import pickle
 import random
@@ -152,8 +153,280 @@ def test_rows_without_pictures_are_rejected_when_read(tmp_path):
     summary = convert_pictures(given)
     assert (summary.manifest["rows"], summary.manifest["seen"]) == (2, 5)
     reasons = dict(summary.rejects)
-    assert reasons["a/1"] == "its row has no bytes"
+    assert reasons["a/1"].startswith("its row has no bytes but a path, and 1.jpg is neither beside")
     assert reasons.keys() == {"a/1", "a/2", "a/3"}
+
+
+# ---- which column ----
+
+
+def column(path: Path, **columns) -> Path:
+    """A table of such columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def listed(path: Path, **how) -> tuple:
+    source = open_source("parquet", path, **how)
+    assert accounted(source)
+    return [record.label for record in source.records], source.classes
+
+
+TYPES = [
+    pa.binary_view(),
+    pa.large_binary(),
+    pa.binary(len(JPEG)),
+    pa.dictionary(pa.int32(), pa.binary()),
+    pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]),
+]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+def test_the_column_of_pictures_is_known_by_its_bytes(tmp_path, kind):
+    value = {"bytes": JPEG, "path": None} if pa.types.is_struct(kind) else JPEG
+    path = column(
+        tmp_path / "a.parquet",
+        id=pa.array([bytes(16)] * 4, pa.binary()),
+        uuid=pa.array([bytes(16)] * 4, pa.binary(16)),
+        empty=pa.array([None] * 4, pa.binary()),
+        late=pa.array(
+            [None, value, b"damaged" if value == JPEG and kind != TYPES[2] else value, value], kind
+        ),
+    )
+    source = open_source("parquet", path)
+    assert (source.column, source.notes) == ("late", [])
+    assert source.read(1) == source.read(3) == JPEG
+    with pytest.raises(BadPicture, match="its row has no bytes"):
+        source.read(0)
+
+
+def test_of_several_columns_of_pictures_the_first_is_taken_and_said(tmp_path):
+    masks = pa.array([picture(i) for i in range(3)])
+    path = column(
+        tmp_path / "a.parquet", image=pa.array([JPEG] * 3), mask=masks, no=pa.array([b"x"] * 3)
+    )
+    source = open_source("parquet", path)
+    assert source.read(0) == JPEG
+    assert "a.parquet has pictures in the columns image, mask" in source.notes[0]
+    chosen = open_source("parquet", path, image_column="mask")
+    assert (chosen.read(2), chosen.notes) == (picture(2), [])
+    assert open_source("parquet", path, image_column="no").read(0) == b"x"
+    nested = written(tmp_path / "b.parquet", [(JPEG, 0)])
+    for name in "image", "image.bytes":
+        assert open_source("parquet", nested, image_column=name).read(0) == JPEG
+    with pytest.raises(
+        UsageError, match=r"--image-column x is none of bytes or paths: it has image, mask"
+    ):
+        open_source("parquet", path, image_column="x")
+    with pytest.raises(UsageError, match=r"a.parquet has no --label-column x: it has image"):
+        open_source("parquet", path, label_column="x")
+
+
+def test_files_without_pictures_are_named_and_left(tmp_path):
+    rows = pa.array([JPEG] * 2)
+    column(tmp_path / "metadata.parquet", file_name=pa.array(["a.jpg"]), label=pa.array([7]))
+    column(tmp_path / "other.parquet", a=pa.array([1]))
+    column(tmp_path / "part-0.parquet", image=rows, label=pa.array([0, 1]))
+    column(tmp_path / "part-1.parquet", extra=rows, image=rows, label=pa.array([1, 1], pa.int8()))
+    column(tmp_path / "part-2.parquet", image=rows)
+    column(tmp_path / "part-3.parquet", image=pa.array([], pa.binary()))
+    column(tmp_path / "_temporary/0/part-0.parquet", image=rows)
+    column(tmp_path / "_delta_log/00010.checkpoint.parquet", txn=pa.array([1]))
+    tree(tmp_path, {".part-0.parquet.crc": b"crc", "_SUCCESS": b""})
+    source = open_source("parquet", tmp_path)
+    assert [record.label for record in source.records] == [0, 1, 1, 1, -1, -1]
+    assert source.notes == ["1 of 3 files have no column label: their labels are -1"]
+    left = {each.path: each.reason for each in source.left_out}
+    assert left.pop("metadata.parquet") == left.pop("other.parquet") == "no column of pictures"
+    assert left.pop("_temporary/0/part-0.parquet") == "Spark's own"
+    assert left.keys() == {"_delta_log/00010.checkpoint.parquet", ".part-0.parquet.crc", "_SUCCESS"}
+    column(tmp_path / "part-4.parquet", photo=rows)
+    with pytest.raises(UsageError, match=r"part-4.parquet has other columns .* than .*part-0"):
+        open_source("parquet", tmp_path)
+    assert len(open_source("parquet", tmp_path, image_column="photo").records) == 2
+
+
+def test_configurations_of_one_data_set_are_not_mixed(tmp_path):
+    for each in "160px", "full":
+        written(tmp_path / "hub" / each / "train-00000-of-00001.parquet", [(JPEG, 0)])
+        written(tmp_path / "converted" / each / "train" / "0000.parquet", [(JPEG, 0)])
+    card = b"---\nconfigs:\n- config_name: 160px\n  data_files: x\n- config_name: full\n---\n"
+    tree(tmp_path / "hub", {"README.md": card})
+    for root in "hub", "converted":
+        with pytest.raises(UsageError, match="has the configurations 160px, full: give the folder"):
+            open_source("parquet", tmp_path / root, split="train")
+    assert len(open_source("parquet", tmp_path / "hub" / "full").records) == 1
+
+
+# ---- labels ----
+
+NUMBERED = ("0", "1", "2")
+LABELLED = {
+    "bool": (pa.array([True, False, None]), [1, 0, -1], ("False", "True")),
+    "true": (pa.array([True] * 3), [1, 1, 1], ("False", "True")),
+    "float": (pa.array([2.0, float("nan"), None]), [2, -1, -1], NUMBERED),
+    "half": (pa.array([2.0, 0.5, 1.0]), [2, -1, 1], NUMBERED),
+    "decimal": (pa.array([decimal.Decimal(i) for i in (0, 2, 1)]), [0, 2, 1], NUMBERED),
+    "int8": (pa.array([2, -1, 0], pa.int8()), [2, -1, 0], NUMBERED),
+    "uint64": (pa.array([2, 1, 0], pa.uint64()), [2, 1, 0], NUMBERED),
+    "category": (pa.array(["b", "a", "b"]).dictionary_encode(), [1, 0, 1], ("a", "b")),
+    "view": (pa.array(["b", "a", None], pa.string_view()), [1, 0, -1], ("a", "b")),
+    "list": (pa.array([[2], [0, 1], []]), [2, -1, -1], NUMBERED),
+    "null": (pa.nulls(3), [-1, -1, -1], ()),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_labels_of_all_types_are_read(tmp_path, kind):
+    labels, wanted, classes = LABELLED[kind]
+    path = column(tmp_path / "a.parquet", image=pa.array([JPEG] * 3), label=labels)
+    source = open_source("parquet", path)
+    assert ([record.label for record in source.records], source.classes) == (wanted, classes)
+    unread = {"half": 1, "list": 2}.get(kind)
+    told = f"column label has {unread} neither whole numbers nor words: these labels are -1"
+    assert source.notes == ([told] if unread else [])
+
+
+def test_the_column_of_labels_is_chosen(tmp_path):
+    path = written(tmp_path / "a.parquet", [(JPEG, 2)])
+    columns = {
+        "image": pa.array([JPEG] * 2),
+        "label": pa.array([0, 1]),
+        "kind": pa.array(["b", "a"]),
+    }
+    column(path, **columns)
+    assert listed(path) == ([0, 1], ("0", "1"))
+    assert listed(path, label_column="kind") == ([1, 0], ("a", "b"))
+
+
+# ---- pictures by path ----
+
+
+def test_paths_are_looked_up_beside_the_file_and_in_the_root(tmp_path):
+    tree(tmp_path, {"data/im/0.jpg": picture(0), "im/1.jpg": picture(1), "out/2.jpg": picture(2)})
+    paths = [
+        "im/0.jpg",
+        "im/1.jpg",
+        str(tmp_path / "out/2.jpg"),
+        "..\\out\\2.jpg",
+        "im/3.jpg",
+        "/dev/zero",
+        "a\0",
+    ]
+    structs = pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    for name, values in {"words": pa.array(paths), "structs": structs}.items():
+        path = column(
+            tmp_path / "data" / f"{name}.parquet", file_name=values, label=pa.array(range(7))
+        )
+        if name == "structs":
+            (tmp_path / "data" / "words.parquet").unlink()
+        source = open_source("parquet", tmp_path)
+        assert [record.label for record in source.records] == list(range(7))
+        assert [source.read(i) for i in range(4)] == [
+            picture(0),
+            picture(1),
+            picture(2),
+            picture(2),
+        ]
+        for i, said in {4: "im/3.jpg", 5: "/dev/zero", 6: "a"}.items():
+            with pytest.raises(
+                BadPicture, match=f"no bytes but a path, and {said}.* is neither beside"
+            ):
+                source.read(i)
+        assert open_source("parquet", path).read(0) == picture(0)
+
+
+# ---- Arrow ----
+
+
+def saved(path: Path, pictures: list[bytes], indexed: bool = False, rows: int = 3, **how) -> Path:
+    """An Arrow file, as datasets saves it, or with an index."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structs = pa.array([{"bytes": data, "path": "x.jpg"} for data in pictures], STRUCT)
+    words = pa.array([NAMES[i % 3] for i in range(len(pictures))]).dictionary_encode()
+    table = pa.table({"image": structs, "label": words})
+    kind = pa.ipc.new_file if indexed else pa.ipc.new_stream
+    with kind(path, table.schema, options=pa.ipc.IpcWriteOptions(**how)) as file:
+        file.write_table(table, max_chunksize=rows)
+    return path
+
+
+def test_a_saved_data_set_is_read_by_split(tmp_path):
+    pictures = [picture(i) for i in range(8)]
+    saved(tmp_path / "train" / "data-00000-of-00002.arrow", pictures[:5])
+    saved(tmp_path / "train" / "data-00001-of-00002.arrow", pictures[5:])
+    saved(tmp_path / "train" / "cache-0123456789abcdef.arrow", pictures)
+    saved(tmp_path / "test" / "data-00000-of-00001.arrow", [])
+    tree(tmp_path, {"dataset_dict.json": b"{}", "train/state.json": b"{}"})
+    with pytest.raises(UsageError, match="has the splits test, train: name one with --split"):
+        open_source("parquet", tmp_path)
+    source = open_source("parquet", tmp_path, split="train")
+    assert accounted(source)
+    assert [record.path for record in source.records[3:6]] == [
+        "train/data-00000-of-00002/3",
+        "train/data-00000-of-00002/4",
+        "train/data-00001-of-00002/0",
+    ]
+    assert [record.label for record in source.records] == [2, 0, 1, 2, 0, 2, 0, 1]
+    assert source.classes == ("goldfish", "shark", "tench")
+    draw = random.Random(0)
+    for i in [*range(8), *draw.sample(range(8), 8)]:
+        assert source.read(i) == pictures[i]
+    far = pickle.loads(pickle.dumps(source.part(4, 7)))
+    assert [far.read(i) for i in range(3)] == pictures[4:7]
+    reasons = [each.reason for each in source.left_out if each.path.endswith(".arrow")]
+    assert reasons == ["a cache of datasets"]
+    column(tmp_path / "train" / "0.parquet", image=pa.array([JPEG]))
+    assert len(open_source("parquet", tmp_path, split="train").records) == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"indexed": True}, {"indexed": True, "compression": "lz4"}])
+def test_arrow_files_of_all_kinds_convert_as_folders_do(tmp_path, how):
+    files = sorted(CLASSES.items())
+    path = saved(tmp_path / "a.feather", [data for _, data in files], **how)
+    ours = convert("parquet", path, tmp_path / "a.beton", label_from="none")
+    flat = tree(tmp_path / "tree", {f"{i:02}.jpg": data for i, (_, data) in enumerate(files)})
+    assert ours == convert("imagefolder", flat, tmp_path / "b.beton", label_from="none")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_no_damaged_arrow_file_is_short_without_a_word(tmp_path, indexed):
+    path = saved(tmp_path / "a.arrow", [picture(i) for i in range(12)], indexed)
+    data, draw = path.read_bytes(), random.Random(2)
+    for cut in {draw.randrange(len(data)) for _ in range(30)}:
+        path.write_bytes(data[:cut])
+        with pytest.raises(UsageError, match="is no parquet or Arrow file, or cut short"):
+            open_source("parquet", path)
+    bad = 0
+    for _ in range(30):
+        changed = bytearray(data)
+        for _ in range(3):
+            changed[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(bytes(changed))
+        try:
+            source = open_source("parquet", path)
+            for i in range(len(source.records)):
+                source.read(i)
+        except (UsageError, BadPicture):
+            bad += 1
+    assert bad
+
+
+def test_a_codec_that_pyarrow_lacks_is_named(tmp_path, monkeypatch):
+    path = written(tmp_path / "a.parquet", [(JPEG, 0)])
+    source = open_source("parquet", path)
+
+    def lacking(*_, **__):
+        raise pa.ArrowNotImplementedError("Support for codec 'brotli' not built")
+
+    monkeypatch.setattr("fastrot.data.sources.tables.ParquetTable.arrays", lacking)
+    with pytest.raises(UsageError, match=r"a.parquet wants another build of pyarrow .*'brotli'"):
+        open_source("parquet", path)
+    with pytest.raises(
+        RunError, match=r"a/0 cannot be read: .*a.parquet: Support for codec 'brotli'"
+    ):
+        encode_chunk(EncodeSpec(write.Coder()), Chunk(0, source.part(0, 1)))
 
 
 # ---- conversion ----
@@ -205,6 +478,18 @@ def test_the_script_takes_it(tmp_path, capsys):
     assert "name one with --split" in capsys.readouterr().err
     assert main(*given, "--split", "train") == 0
     assert "14 written + 0 rejected + 2 left out = 16 files seen" in capsys.readouterr().out
+    again = [*given, "--split", "train", "--label-column", "image"]  # another plan
+    assert main(*again) == 2
+    assert "neither whole numbers nor words" in capsys.readouterr().err
+    assert main(*given, "--split", "train", "--image-column", "image") == 2
+    assert "with --image-column None, not image" in capsys.readouterr().err
+
+
+def test_other_sources_have_no_columns(tmp_path):
+    tree(tmp_path, {"a.jpg": JPEG})
+    for name in "image", "label":
+        with pytest.raises(UsageError, match=f"--{name}-column x: a folder of .* has no columns"):
+            open_source("imagefolder", tmp_path, **{f"{name}_column": "x"})
 
 
 # ---- what is refused ----
@@ -215,7 +500,9 @@ def test_no_cut_makes_a_listing_short_without_a_word(tmp_path):
     data, draw = path.read_bytes(), random.Random(0)
     for cut in {draw.randrange(len(data)) for _ in range(200)}:
         path.write_bytes(data[:cut])
-        with pytest.raises(UsageError, match=r"a.parquet is no parquet file, or cut short"):
+        with pytest.raises(
+            UsageError, match=r"a.parquet is no parquet or Arrow file, or cut short"
+        ):
             open_source("parquet", path)
 
 
@@ -274,7 +561,7 @@ def wrong(path: Path, kind: str) -> Path:
         ("high", "has the label 1099511627776"),
         ("low", "has the label -5"),
         ("names", "has the label 3, but 3 classes"),
-        ("text", "is no parquet file, or cut short"),
+        ("text", "is no parquet or Arrow file, or cut short"),
         ("empty", "is empty"),
     ],
 )

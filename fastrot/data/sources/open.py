@@ -26,6 +26,7 @@ class Kind:
     wants: str
     patterns: bool = False  # whether --root may stand for many names
     splits: bool = True
+    columns: bool = False
 
 
 KINDS = {
@@ -36,7 +37,9 @@ KINDS = {
     "tar": Kind(partial(archives, ".tar", tar_members), "a tar, or of a folder of tars"),
     "zip": Kind(partial(archives, ".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
-    "parquet": Kind(parquet_files, "a folder of parquet files with pictures in them"),
+    "parquet": Kind(
+        parquet_files, "a folder of parquet or Arrow files with pictures in them", columns=True
+    ),
 }
 
 
@@ -53,6 +56,8 @@ def open_source(
     split: str | None = None,
     label_from: Literal["folder", "none"] = "folder",
     by_name: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """Open a source by the name of its layout, one of the table KINDS. Raises UsageError where it has no picture."""
     if kind not in KINDS:
@@ -62,7 +67,13 @@ def open_source(
         raise UsageError(f"{root} does not exist: give the path of {layout.wants}")
     if split is not None and not layout.splits:
         raise UsageError(f"--split {split}: {layout.wants} has no splits; name the file of one")
-    source = layout.open(Path(root), Listing(split, label_from == "folder", by_name))
+    for name, column in {"--image-column": image_column, "--label-column": label_column}.items():
+        if column is not None and not layout.columns:
+            raise UsageError(
+                f"{name} {column}: {layout.wants} has no columns; --source parquet has"
+            )
+    how = Listing(split, label_from == "folder", by_name, image_column, label_column)
+    source = layout.open(Path(root), how)
     if source.records:
         return source
     where = source.root if os.path.isdir(root) else root

@@ -1,31 +1,57 @@
-"""Hugging Face parquet folders on disk as a Source: rows with a picture's bytes and a label.
+"""Parquet and Arrow files on disk as a Source: rows with a picture's bytes, or its path, and a label.
 
-The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first that
-holds bytes: `binary`, or a struct with a field `bytes`. Labels are the column called a ClassLabel there, else one
-of the names LABELS; class names are ClassLabel's, else the words in the column, else numbers. Only labels are read
-when a folder is opened: every row counts as a picture until it is read. Its path is its file's, without .parquet,
-and its row in that file.
+The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first whose first
+values are pictures' bytes, or a struct with such a field `bytes`; else the first of pictures' paths. A row without
+bytes, but with a path, stands for the file there: beside the table, or in the root. Labels are the column called a
+ClassLabel there, else one of the names LABELS; class names are ClassLabel's, else the words in the column, else
+numbers. Only labels and a few first rows are read when a folder is opened: every row counts as a picture until it is
+read. Its path is its file's, without .parquet, and its row in that file.
 """
 
+import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import NO_PICTURE, BadPicture, one_line, too_long
+from fastrot.data.files import (
+    HEAD,
+    NO_PICTURE,
+    SUFFIXES,
+    BadPicture,
+    one_line,
+    picture_file,
+    shown,
+    sniff,
+    too_long,
+)
 from fastrot.data.sources.archives import Archive, InFiles
 from fastrot.data.sources.records import LeftOut, Listing, Record, Source, numbered
-from fastrot.data.sources.shards import of_split
+from fastrot.data.sources.shards import SPLITS, of_split
+from fastrot.data.sources.tables import (
+    ARROW,
+    PARQUET,
+    Table,
+    lacks_codec,
+    of_the_machine,
+    opened,
+    reading,
+)
 
-PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the row group
-ROWS_AT_ONCE = 16  # as many as a worker is given
+PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the group
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+_LABELS_AT_ONCE = 2**16
+_LOOKED_AT = 64  # values of a column that are there
+_BYTES = re.compile(r"(large_)?binary(_view)?$|fixed_size_binary")  # types, in pyarrow's words
+_TEXT = re.compile(r"(large_)?string(_view)?$")
 
 
 # ---- reading ----
@@ -33,9 +59,9 @@ LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 
 @dataclass(kw_only=True)
 class Parquet(InFiles):
-    """Pictures in rows of parquet files. `places` are PLACE."""
+    """Pictures in rows of parquet or Arrow files. `places` are PLACE."""
 
-    column: str  # of the pictures' bytes
+    column: str  # of the pictures
 
     def read(self, i: int) -> bytes:
         """Encoded bytes of record i. Raises BadPicture where there are none, or damaged ones."""
@@ -48,150 +74,195 @@ class Parquet(InFiles):
             data = rows.at(row)
         except Exception as e:  # a damaged page raises nearly every type there is
             vars(_held).clear()
-            if _of_the_machine(e):
+            if of_the_machine(e):
                 raise
+            if lacks_codec(e):
+                raise self.files[file].failed(one_line(e)) from None
             raise BadPicture(f"its row group is damaged ({one_line(e)})") from None
+        if isinstance(data, str):
+            return self._at_path(data, Path(self.files[file].path).parent)
         reason = "its row has no bytes" if data is None else too_long(len(data))
         if data is None or reason:
             raise BadPicture(reason)
         return data
+
+    def _at_path(self, path: str, beside: Path) -> bytes:
+        """What lies at a path that stands in a row."""
+        root = self.root if self.root.is_dir() else beside
+        for place, name in itertools.product((beside, root), (path, path.replace("\\", "/"))):
+            if "\0" not in name and os.path.isfile(place / name):  # no pipe, no device
+                with picture_file(place / name) as file:
+                    return file.read()
+        raise BadPicture(
+            f"its row has no bytes but a path, and {shown(path)} is neither beside its file nor in --root"
+        )
 
 
 _held = threading.local()  # the rows that were last read
 
 
 class _Rows:
-    """Rows of a row group, forwards: so memory does not grow with the group, which each worker reads about once."""
+    """Rows of a group, forwards, which each worker reads about once."""
 
     def __init__(self, archive: Archive, group: int, column: str):
         self.of, self.first, self._rows = (archive, group, column), 0, []
         os.close(archive.opened())  # it is as it was listed
-        self._batches: Iterator[Any] = _opened(Path(archive.path)).iter_batches(
-            ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False
-        )
+        self._arrays = opened(Path(archive.path)).arrays(column, range(group, group + 1))
 
-    def at(self, row: int) -> bytes | None:
-        """The bytes of a row that is not before `first`."""
+    def at(self, row: int) -> bytes | str | None:
+        """What stands in a row that is not before `first`."""
         while row >= self.first + len(self._rows):
             self.first += len(self._rows)
-            values = next(self._batches).column(0)
-            self._rows = values.field("bytes") if hasattr(values, "field") else values
-        return self._rows[row - self.first].as_py()
+            self._rows = next(self._arrays)
+        return _bytes_or_path(self._rows[row - self.first].as_py())
 
 
-def _opened(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`. Raises UsageError where it is none, or damaged."""
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as e:
-        if e.name != "pyarrow":
-            raise  # it is installed, but something inside it is broken: show that instead
-        raise UsageError("--source parquet needs pyarrow: pip install 'fastrot[parquet]'") from None
-    try:
-        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-    except (pyarrow.ArrowException, OSError, ValueError) as e:
-        if _of_the_machine(e):
-            raise
-        raise _damaged(path, e) from None
+def _bytes_or_path(value: Any) -> bytes | str | None:
+    """A picture as a row has it: alone, or in a struct {bytes, path}."""
+    if isinstance(value, dict):
+        data = value.get("bytes")
+        return value.get("path") or None if data is None else data
+    return value
 
 
-def _of_the_machine(error: Exception) -> bool:
-    """Whether a failed call or full memory is to blame; else what was read is."""
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+# ---- which files ----
 
 
-def _damaged(path: Path, why: Exception | str) -> UsageError:
-    with open(path, "rb") as file:
-        if file.read(32).startswith(b"version https://git-lfs"):
-            return UsageError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
-    return UsageError(f"{path} is no parquet file, or cut short ({one_line(why)}): fetch it anew")
+def _files(root: Path, split: str | None) -> tuple[list[tuple[Path, str]], list[LeftOut], list]:
+    """Tables of a path, with their names in records' paths; what else lies there; folders that cannot be read."""
+    found = of_split(root, PARQUET + ARROW, split)
+    files, left = found.archives, [LeftOut(path, NO_PICTURE.reason) for path in found.others]
+    parquet = any(path.name.lower().endswith(PARQUET) for path, _ in files)
+
+    def why_not(path: Path, name: str) -> str:
+        """Why a table is not of the data where others are."""
+        if re.search(r"(^|/)_", name):
+            return "Spark's own"  # _temporary, _delta_log
+        if path.name.startswith("cache-") and path.name.endswith(".arrow"):
+            return "a cache of datasets"
+        return "Arrow beside parquet" if parquet and path.name.lower().endswith(ARROW) else ""
+
+    reasons = [(why_not(*each), each) for each in files]
+    if taken := [each for why, each in reasons if not why]:
+        left += [LeftOut(_inside(root, path), why) for why, (path, _) in reasons if why]
+    _one_configuration(root, [name for _, name in taken])
+    return taken or files, left, found.unreadable
+
+
+def _one_configuration(root: Path, names: list[str]) -> None:
+    """Raises UsageError where a folder from Hugging Face's hub holds the same data in several ways."""
+    card = root / "README.md"
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    named = set(re.findall(r"^[ -]*config_name: *[\"']?([^\s\"']+)", text, re.MULTILINE))
+    folders = {folder for name in names for folder in name.split("/")[:-1]} & named
+    converted = [re.fullmatch(r"([^/]+)/([^/]+)/\d{4}", name) for name in names]
+    folders |= {each[1] for each in converted if each and each[2] in SPLITS}
+    if len(folders) > 1:
+        told = ", ".join(sorted(folders))
+        raise UsageError(f"{root} has the configurations {told}: give the folder of one as --root")
+
+
+def _inside(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 # ---- listing ----
 
 
 def parquet_files(root: Path, how: Listing) -> Source:
-    """Pictures of a parquet file, or of those in a folder, in the order of names and rows; none of them is looked at."""
-    found, first = of_split(root, ".parquet", how.split), None
-    paths, places, values = [], [], []
-    for number, (path, name) in enumerate(found.archives):
-        file = _opened(path)
-        columns = _columns(file.schema_arrow, path)
-        first = first or columns
-        if columns != first:
-            raise UsageError(
-                f"{path} has other columns or class names than {found.archives[0][0]}: give one data set at a time"
-            )
-        for group, rows in enumerate(_rows(file, path)):
+    """Pictures of a table, or of those in a folder, in the order of names and rows; a few are looked at."""
+    files, left, unreadable = _files(root, how.split)
+    listed = list[_Listed]()
+    for path, name in files:
+        known = next((each.pictures[0] for each in listed if each.holds == "bytes"), "")
+        one = _listed(path, name, how, known)
+        listed += [one] if sum(one.groups) else []
+    taken = _of_one_set(listed, how) if listed else []
+    places = [np.empty(0, PLACE)]
+    for number, each in enumerate(taken):
+        for group, rows in enumerate(each.groups):
             places.append(place := np.empty(rows, PLACE))
             place["file"], place["group"], place["row"] = number, group, np.arange(rows)
-        if columns.label is not None and how.labelled:
-            values += _values(file, path, columns.label)
-        paths += [f"{name}/{row}" for row in range(file.metadata.num_rows)]
-    assert first is not None
-    labels, classes = _labels(values, first, root, paths) if values else ([-1] * len(paths), ())
+    paths = [f"{each.name}/{row}" for each in taken for row in range(sum(each.groups))]
+    labels, classes, notes = _labels(taken, root, paths)
+    others = [each.path for each in listed if each not in taken]
     return Parquet(
         root=root,
         records=[*map(Record, paths, labels)],
         classes=classes,
-        left_out=[LeftOut(path, NO_PICTURE.reason) for path in found.others],
-        rejected=found.unreadable,
-        files=[Archive.at(path) for path, _ in found.archives],
-        column=first.picture,
-        places=np.concatenate([np.empty(0, PLACE), *places]),
+        left_out=left + [LeftOut(_inside(root, path), "no column of pictures") for path in others],
+        rejected=unreadable,
+        notes=notes,
+        files=[Archive.at(each.path) for each in taken],
+        column=taken[0].pictures[0] if taken else "",
+        places=np.concatenate(places),
     )
 
 
-def _rows(file: Any, path: Path) -> list[int]:
-    """Rows of each row group."""
-    said = file.metadata
-    rows = [said.row_group(group).num_rows for group in range(said.num_row_groups)]
-    if min(rows, default=0) < 0 or sum(rows) != said.num_rows:
-        raise _damaged(path, "its row groups do not add up")
-    return rows
+@dataclass(frozen=True, eq=False)
+class _Listed:
+    """A table, and where in it is what."""
 
-
-class _Columns(NamedTuple):
-    """Where in a file is what."""
-
-    picture: str
+    path: Path
+    name: str  # in records' paths
+    schema: Any
+    pictures: list[str]  # columns that hold them: the first is taken
     label: str | None
     names: list[str] | None  # of classes
+    groups: list[int]  # rows of each
+    values: list[Any]  # labels, as they stand there
+
+    @property
+    def holds(self) -> str:
+        return _holds(self.schema.field(self.pictures[0]).type) if self.pictures else ""
 
 
-def _columns(schema: Any, path: Path) -> _Columns:
-    """The columns to read. Raises UsageError where none holds pictures."""
-    from pyarrow import types  # it is there: see above
+def _listed(path: Path, name: str, how: Listing, known: str) -> _Listed:
+    """What a table has. `known`: the column that holds another table's pictures."""
+    table = opened(path)
+    schema, features, values = table.schema, _features(table.schema.metadata), []
+    with reading(path):
+        label = _label(schema, features, how.label_column) if how.labelled else None
+        groups = table.groups()
+        rows = range(len(groups))
+        pictures = _pictures(table, rows, features, how.image_column, known)
+        if label is not None:
+            arrays = table.arrays(label, rows, _LABELS_AT_ONCE)
+            values = [value for array in arrays for value in array.to_pylist()]
+            if len(values) != sum(groups):
+                raise ValueError(f"its column {label} ends early")
+    names = features.get(label or "", {}).get("names")
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        boolean = label is not None and str(schema.field(label).type) == "bool"
+        names = ["False", "True"] if boolean else None
+    return _Listed(path, name, schema, pictures, label, names, groups, values)
 
-    features = _features(schema.metadata)
 
-    def called(field: Any, kind: str) -> bool:
-        return features.get(field.name, {}).get("_type") == kind
+def _of_one_set(listed: list[_Listed], how: Listing) -> list[_Listed]:
+    """Those that hold pictures, all in one column. Raises UsageError where there are none, or they do not agree."""
+    first, having = listed[0], [each for each in listed if each.pictures]
+    taken = [each for each in having if each.holds == "bytes"] or having  # metadata may lie beside
+    labelled = [each for each in taken if each.label is not None]
+    there = f"it has {', '.join(first.schema.names)}"
+    if not taken:
+        why = "none that begins with a picture's bytes or path; --image-column takes one as it is"
+        if how.image_column is not None:
+            why = f"--image-column {how.image_column} is none of bytes or paths"
+        raise UsageError(f"{first.path} has no column of pictures, {why}: {there}")
+    if how.labelled and how.label_column is not None and not labelled:
+        raise UsageError(f"{first.path} has no --label-column {how.label_column}: {there}")
+    for each in taken:
+        as_first = labelled[0] if each.label is not None else each
+        said = each.pictures[0], each.label, each.names
+        if said != (taken[0].pictures[0], as_first.label, as_first.names):
+            others = as_first.path if as_first is not each else taken[0].path
+            raise UsageError(
+                f"{each.path} has other columns or class names than {others}: give one data set at a time"
+            )
+    return taken
 
-    def of_bytes(field: Any, name: str) -> list[str]:
-        """The column with the bytes of a field's pictures, as parquet calls it; none where it holds none."""
-        if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            field, name = field.type.field("bytes"), f"{name}.bytes"
-        return [name] if types.is_binary(field.type) or types.is_large_binary(field.type) else []
 
-    by_image = sorted(schema, key=lambda field: not called(field, "Image"))
-    pictures = [name for field in by_image for name in of_bytes(field, field.name)]
-    if not pictures:
-        raise UsageError(
-            f"{path} has no column of pictures, binary or with a field bytes: it has {', '.join(schema.names)}"
-        )
-
-    def rank(field: Any) -> tuple[bool, int]:
-        named = LABELS.index(field.name) if field.name in LABELS else len(LABELS)
-        return not called(field, "ClassLabel"), named
-
-    label = min(schema, key=rank)
-    if rank(label) == (True, len(LABELS)):
-        return _Columns(pictures[0], None, None)
-    names = features.get(label.name, {}).get("names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        names = None
-    return _Columns(pictures[0], label.name, names)
+# ---- columns ----
 
 
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
@@ -203,39 +274,117 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _values(file: Any, path: Path, column: str) -> list[Any]:
-    """A column's values: whole numbers, words, None."""
-    try:
-        values = file.read(columns=[column]).column(0).to_pylist()
-    except Exception as e:
-        if _of_the_machine(e):
-            raise
-        raise _damaged(path, e) from None
-    if len(values) != file.metadata.num_rows:
-        raise _damaged(path, f"its column {column} ends early")
-    if all(value is None or type(value) in (int, str) for value in values):
-        return values
-    raise UsageError(
-        f"{path}: its column {column} holds neither whole numbers nor words; --label-from none ignores it"
-    )
+def _called(features: dict[str, dict[str, Any]], name: str) -> str | None:
+    return features.get(name, {}).get("_type")
+
+
+def _holds(kind: Any) -> str:
+    """What a column of a type may hold of pictures: "bytes", "path", or "" for nothing."""
+    from pyarrow import types  # it is there: see `opened`
+
+    if types.is_struct(kind):
+        within = {field.name: _holds(field.type) for field in kind}
+        return within.get("bytes") or within.get("path", "")
+    kind = str(kind.value_type if types.is_dictionary(kind) else kind)
+    return "bytes" if _BYTES.match(kind) else "path" if _TEXT.match(kind) else ""
+
+
+def _pictures(
+    table: Table, groups: range, features: dict[str, dict], asked: str | None, known: str
+) -> list[str]:
+    """The columns that hold pictures: the one that is asked for; or those called so; or whose first values are so."""
+    holds = {field.name: _holds(field.type) for field in table.schema}
+    if asked is not None:
+        return [name for name in (asked, asked.removesuffix(".bytes")) if holds.get(name)][:1]
+    called = [name for name in holds if holds[name] and _called(features, name) == "Image"]
+    if called or holds.get(known) == "bytes":
+        return called or [known]
+    for kind in "bytes", "path":
+        columns = [name for name in holds if holds[name] == kind]
+        if found := [name for name in columns if _begins_so(table.arrays(name, groups))]:
+            return found
+    return []
+
+
+def _begins_so(arrays: Iterator[Any]) -> bool:
+    """Whether there are pictures' bytes or paths among a column's first values."""
+    values = (_bytes_or_path(value.as_py()) for array in arrays for value in array)
+    for value in itertools.islice((value for value in values if value), _LOOKED_AT):
+        if isinstance(value, bytes) and sniff(value[:HEAD]):
+            return True
+        if isinstance(value, str) and value.lower().endswith(SUFFIXES) and "://" not in value:
+            return True
+    return False
+
+
+# ---- labels ----
+
+
+def _label(schema: Any, features: dict[str, dict[str, Any]], asked: str | None) -> str | None:
+    """The column of labels."""
+
+    def rank(name: str) -> tuple[bool, int]:
+        named = LABELS.index(name) if name in LABELS else len(LABELS)
+        return _called(features, name) != "ClassLabel", named
+
+    label = min(schema.names, key=rank, default="") if asked is None else asked
+    known = label in schema.names if asked else rank(label) < (True, len(LABELS))
+    return label if known else None
+
+
+_UNREAD = object()
+
+
+def _read(value: Any) -> Any:
+    """A label as a whole number, a word, or None where there is none; _UNREAD where it cannot be told."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal) and value % 1 == 0:
+        return int(value)
+    return None if value != value else _UNREAD  # NaN is pandas' None
 
 
 def _labels(
-    values: list[Any], columns: _Columns, root: Path, paths: list[str]
-) -> tuple[list[int], tuple[str, ...]]:
-    """Labels and class names."""
+    taken: list[_Listed], root: Path, paths: list[str]
+) -> tuple[list[int], tuple[str, ...], list[str]]:
+    """Labels, class names, and what is to be said of the columns taken."""
+    notes = [
+        f"{each.path.name} has pictures in the columns {', '.join(each.pictures)}: the first is taken; "
+        "--image-column names another"
+        for each in taken[:1]
+        if each.pictures[1:]
+    ]
+    labelled = [each for each in taken if each.label is not None]
+    if not labelled:
+        return [-1] * len(paths), (), notes
+    column, names = labelled[0].label, labelled[0].names
+    if few := len(taken) - len(labelled):
+        notes.append(
+            f"{few:,} of {len(taken):,} files have no column {column}: their labels are -1"
+        )
+    values = [_read(value) for each in taken for value in each.values or [None] * sum(each.groups)]
+    if unread := sum(value is _UNREAD for value in values):
+        values = [None if value is _UNREAD else value for value in values]
+        if not any(value is not None for value in values):
+            raise UsageError(
+                f"{labelled[0].path}: its column {column} holds neither whole numbers nor words; "
+                "--label-column names another, --label-from none ignores it"
+            )
+        notes.append(
+            f"column {column} has {unread:,} neither whole numbers nor words: these labels are -1"
+        )
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
         label_of = {None: -1} | {word: label for label, word in enumerate(words)}
         if not set(values) <= label_of.keys():
-            raise UsageError(f"{root}: its column {columns.label} holds numbers and words")
-        return [label_of[value] for value in values], tuple(words)
+            raise UsageError(f"{root}: its column {column} holds numbers and words")
+        return [label_of[value] for value in values], tuple(words), notes
     labels = [-1 if value is None else value for value in values]
     classes = numbered(root, labels, lambda i: paths[i])
-    if columns.names is None:
-        return labels, classes
-    if len(classes) > len(columns.names):
+    if names is not None and len(classes) > len(names):
         raise UsageError(
-            f"{root} has the label {len(classes) - 1}, but {len(columns.names)} classes; --label-from none ignores it"
+            f"{root} has the label {len(classes) - 1}, but {len(names)} classes; --label-from none ignores it"
         )
-    return labels, tuple(columns.names)
+    return labels, classes if names is None else tuple(names), notes

@@ -24,6 +24,8 @@ class Listing(NamedTuple):
     split: str | None = None  # train, val, ...
     labelled: bool = True  # False: all labels are -1
     by_name: bool = False  # a folder's or a list's files are known by their names: none is opened
+    image_column: str | None = None  # of a table
+    label_column: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

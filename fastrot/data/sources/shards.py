@@ -131,12 +131,12 @@ def _shards(root: Path, split: str | None) -> Found:
     return Found(list(zip(paths, names, strict=True)), [], [])
 
 
-def of_split(root: Path, suffix: str, split: str | None) -> Found:
+def of_split(root: Path, suffix: str | tuple[str, ...], split: str | None) -> Found:
     """A file; or those of a folder that end so and have the split, where one is asked for, as a word in their names."""
     if not root.is_dir():
         if split is not None:
             raise UsageError(f"--split {split}: {root} is one file; give the folder of all")
-        return Found([(root, root.name.removesuffix(suffix))], [], [])
+        return Found([(root, root.stem if root.name.endswith(suffix) else root.name)], [], [])
     found = archives_in(root, suffix)
     words = [_words(name) for _, name in found.archives]
     there = sorted(set().union(*words) & SPLITS)

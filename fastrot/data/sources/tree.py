@@ -186,7 +186,7 @@ class Found(NamedTuple):
     unreadable: list[tuple[str, str]]  # folders, and why
 
 
-def archives_in(root: Path, suffix: str) -> Found:
+def archives_in(root: Path, suffix: str | tuple[str, ...]) -> Found:
     """A file, whatever its name; or all files of a folder, and of those in it, that are so named."""
     if root.is_file():
         return Found([(root, "")], [], [])
@@ -197,13 +197,16 @@ def archives_in(root: Path, suffix: str) -> Found:
             path, lower = folder.inside(name), name.lower()
             taken = not folder.hidden and not hidden(name) and os.path.isfile(root / path)
             if taken and lower.endswith(suffix):
-                found.archives.append((root / path, path[: -len(suffix)]))
+                found.archives.append((root / path, os.path.splitext(path)[0]))
                 continue
             if taken and suffix == ".tar" and lower.endswith(COMPRESSED_TARS):
                 raise UsageError(f"{root / path} is compressed: make it a .tar, or move it away")
             found.others.append(path)
     if not found.archives:
-        raise UsageError(f"{root} holds no file named *{suffix}: look at the path, or at --source")
+        names = (
+            f"*{suffix}" if isinstance(suffix, str) else ", ".join(f"*{each}" for each in suffix)
+        )
+        raise UsageError(f"{root} holds no file named {names}: look at the path, or at --source")
     return found
 
 
