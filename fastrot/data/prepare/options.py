@@ -29,12 +29,8 @@ class Options(ABC):
     out: Path  # the prepared file, or folder
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
-    image_column: str | None = (
-        None  # of parquet: the one with the pictures; default: by its content
-    )
-    label_column: str | None = (
-        None  # of parquet: default: a ClassLabel, or one named label, class, ...
-    )
+    image_column: str | None = None  # of a parquet source; default: the first with pictures
+    label_column: str | None = None  # of a parquet source; default: a ClassLabel, label, class...
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only
@@ -62,14 +58,9 @@ class Options(ABC):
 
     def open_source(self) -> Source:
         """The source, in the order in which it is to be written."""
-        source = open_source(
-            self.source,
-            self.root,
-            split=self.split,
-            label_from=self.label_from,
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
+        columns = {"image_column": self.image_column, "label_column": self.label_column}
+        how = {"split": self.split, "label_from": self.label_from, **columns}
+        source = open_source(self.source, self.root, **how)
         return source if self.shuffle is None else source.shuffled(self.shuffle)
 
 

@@ -38,7 +38,7 @@ KINDS = {
     "zip": Kind(partial(archives, ".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
     "parquet": Kind(
-        parquet_files, "a folder of parquet or Arrow files with pictures in them", columns=True
+        parquet_files, "a folder of parquet or Arrow files with pictures", columns=True
     ),
 }
 
@@ -69,9 +69,7 @@ def open_source(
         raise UsageError(f"--split {split}: {layout.wants} has no splits; name the file of one")
     for name, column in {"--image-column": image_column, "--label-column": label_column}.items():
         if column is not None and not layout.columns:
-            raise UsageError(
-                f"{name} {column}: {layout.wants} has no columns; --source parquet has"
-            )
+            raise UsageError(f"{name} {column}: {layout.wants} has no columns; parquet has")
     how = Listing(split, label_from == "folder", by_name, image_column, label_column)
     source = layout.open(Path(root), how)
     if source.records:

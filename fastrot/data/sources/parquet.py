@@ -130,7 +130,7 @@ def _bytes_or_path(value: Any) -> bytes | str | None:
 
 def _files(root: Path, split: str | None) -> tuple[list[tuple[Path, str]], list[LeftOut], list]:
     """Tables of a path, with their names in records' paths; what else lies there; folders that cannot be read."""
-    found = of_split(root, PARQUET + ARROW, split)
+    found = of_split(root, (PARQUET, *ARROW), split)
     files, left = found.archives, [LeftOut(path, NO_PICTURE.reason) for path in found.others]
     parquet = any(path.name.lower().endswith(PARQUET) for path, _ in files)
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastrot.config import UsageError
 from fastrot.data.files import one_line
 
-PARQUET, ARROW = (".parquet", ".parq", ".pq"), (".arrow", ".feather", ".ipc")
+PARQUET, ARROW = ".parquet", (".arrow", ".feather", ".ipc")
 ROWS_AT_ONCE = 16  # as many as a worker is given
 _INDEXED, _STREAM = b"ARROW1", b"\xff\xff\xff\xff"  # how an Arrow file begins
 _STREAM_END = _STREAM + bytes(4)

@@ -203,10 +203,8 @@ def archives_in(root: Path, suffix: str | tuple[str, ...]) -> Found:
                 raise UsageError(f"{root / path} is compressed: make it a .tar, or move it away")
             found.others.append(path)
     if not found.archives:
-        names = (
-            f"*{suffix}" if isinstance(suffix, str) else ", ".join(f"*{each}" for each in suffix)
-        )
-        raise UsageError(f"{root} holds no file named {names}: look at the path, or at --source")
+        names = suffix if isinstance(suffix, str) else " or *".join(suffix)
+        raise UsageError(f"{root} holds no file named *{names}: look at the path, or at --source")
     return found
 
 
