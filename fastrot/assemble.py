@@ -42,6 +42,10 @@ def method(cfg: Config, info: DataInfo) -> Method:
     return METHODS[type(cfg.method)](cfg.method, backbone(cfg.backbone, info.size), info)
 
 
+def wants_labels(cfg: Config) -> bool:
+    return METHODS[type(cfg.method)].wants_labels
+
+
 # ---- data ----
 
 
@@ -53,16 +57,23 @@ class Format(NamedTuple):
 
 
 def open_data(
-    path: str | Path, loader: str = "auto", *, knob: str = "--data", placement: Placement = "auto"
+    path: str | Path,
+    loader: str = "auto",
+    *,
+    knob: str = "--data",
+    placement: Placement = "auto",
+    labelled: bool = False,
 ) -> Data:
     """Open prepared pictures: what one of FORMATS reads, or `synthetic[:IMAGES]`.
 
-    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/read.py. Raises
-    UsageError, naming `knob`, for what is no known format.
+    The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/read.py. `labelled`:
+    of a folder, see data/folder.py. Raises UsageError, naming `knob`, for what is no known format.
     """
     named, path = f"{knob} {path}", Path(path)
     if loader == "dali":
-        return _through_dali(open_data(path, knob=knob, placement=placement), named)
+        return _through_dali(
+            open_data(path, knob=knob, placement=placement, labelled=labelled), named
+        )
     if str(path).split(":")[0] == "synthetic":
         return _synthetic(str(path), knob)
     if not path.exists():
@@ -73,6 +84,8 @@ def open_data(
     if kind in ("beton", "ffcv") and path.is_file():  # whatever its suffix
         return Beton(path) if kind == "beton" else _referee("ffcv", "beton.ffcv").FfcvBeton(path)
     if kind in FORMATS and FORMATS[kind].holds(path):
+        if kind == "folder":
+            return _folder(path, labelled)
         return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
     if path.suffix in ARCHIVES:
         way = f"fastrot convert --source {ARCHIVES[path.suffix]} --root {path}"
@@ -88,11 +101,11 @@ def _synthetic(name: str, knob: str) -> Data:
     return Synthetic(int(count))
 
 
-def _folder(path: Path) -> Data:
+def _folder(path: Path, labelled: bool = False) -> Data:
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
         way = f"fastrot shards --source webdataset --root {path} writes shards that have one"
         raise UsageError(f"{path} holds tars without an index of ours: {way}")
-    return Folder(path)
+    return Folder(path, labelled=labelled)
 
 
 def _holds_beton(path: Path) -> bool:
@@ -183,15 +196,17 @@ def data_info(
     """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
     val = data if val_loader is None else val_loader.data
-    if METHODS[type(cfg.method)].wants_labels:
+    if wants_labels(cfg):
         for knob, each in (("--data", data), ("--val", val)):
             if missing := int((each.labels < 0).sum()):
                 few = f"{missing} of {each.rows} pictures of {knob} have none"
                 way = "prepare them with --label-from folder, or choose rotnet-alexnet"
                 raise UsageError(f"{cfg.preset} learns from labels, but {few}: {way}")
         if val.classes != data.classes:
-            told = f"({len(val.classes)} and {len(data.classes)}): both need the same class folders"
-            raise UsageError(f"--val has other classes than --data {told}")
+            only = sorted({*val.classes} ^ {*data.classes})[:3]
+            told = f"({len(val.classes)} and {len(data.classes)}; not in both: {', '.join(only)})"
+            way = "both need the same class folders, with a picture in each"
+            raise UsageError(f"--val has other classes than --data {told}: {way}")
     return DataInfo(
         images=loader.images,
         rows=loader.rows,

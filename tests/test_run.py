@@ -310,6 +310,37 @@ def test_supervised_refuses_data_without_labels(pictures, tmp_path):
         train.main([*args, "--data", str(flat), "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
+@pytest.mark.parametrize("out", ["runs/x", "."])
+def test_a_run_inside_of_its_data_is_no_data(straight, pictures, tmp_path, out):
+    for i, path in enumerate(sorted(pictures.rglob("*.jpg"))[:9]):
+        shutil.copy(path, tmp_path / f"{i}.jpg")
+    before = assemble.open_data(tmp_path).fingerprint
+    shutil.copytree(straight, tmp_path / out, dirs_exist_ok=True)
+    (tmp_path / out / "plots").mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "0.jpg", tmp_path / out / "plots" / "turned.jpg")
+    assert assemble.open_data(tmp_path).fingerprint == before
+
+
+def test_supervised_takes_what_has_a_label(pictures, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    shutil.copy(root / "class0" / "000.jpg", root / "loose.jpg")
+    args = [
+        "supervised-alexnet",
+        "--image-size",
+        "64",
+        "--enlarge",
+        "--batch",
+        "4",
+        "--max-steps",
+        "1",
+    ]
+    args += ["--backbone.width", "0.1", "--data", str(root), "--out", str(tmp_path / "run")]
+    assert train.main([*args, "--val", str(root), "--device", "cpu", "--workers", "0"]) == 0
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert saved["run_identity"]["images"] == 37
+
+
 def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
     other = tmp_path / "other"
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
@@ -317,7 +348,10 @@ def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
         (other / f"kind{i % 2}" / f"{i}.jpg").write_bytes(path.read_bytes())
     args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "--batch", "4"]
     args += ["--data", str(pictures), "--val", str(other), "--out", str(tmp_path / "run")]
-    with pytest.raises(UsageError, match="--val has other classes"):
+    with pytest.raises(
+        UsageError,
+        match=r"--val has other classes than --data \(2 and 3; not in both: class0, class1, class2\)",
+    ):
         train.main([*args, "--device", "cpu"])
 
 

@@ -13,6 +13,12 @@ SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like
 HEAD = 32  # bytes that `sniff` wants
 MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
 
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".ds_store"}  # in lower case
+_SYSTEM_FOLDERS = {  # beside those that begin with a dot
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information", "found.000"),
+    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
+    *("_gsdata_", "__pycache__"),
+}
 _APPLEDOUBLE = b"\x00\x05\x16\x07"
 _FIRST_BYTES = {
     "jpeg": re.compile(rb"\xff\xd8\xff"),
@@ -48,7 +54,10 @@ class BadPicture(ValueError):
 
 
 def hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # AppleDouble too: ._name
+    """Whether a file or folder of this name is a system's, and nobody's data."""
+    lower = name.lower()  # Lightroom's previews end so; AppleDouble begins with a dot: ._name
+    system = lower in _SYSTEM_FOLDERS or lower in SYSTEM_FILES or lower.endswith(".lrdata")
+    return system or name.startswith(".")
 
 
 def look(path: str, *, by_name: bool, plain: bool = False) -> Verdict:
@@ -75,7 +84,9 @@ def judged(named: bool, head: bytes, length: int) -> Verdict:
     """The verdict on a file of so many bytes that begins so. `named`: its name ends as a picture's."""
     if sniff(head):
         return rejected(reason) if (reason := too_long(length)) else PICTURE
-    if not named or head.startswith(_APPLEDOUBLE):
+    if head.startswith(_APPLEDOUBLE):
+        return Verdict("left out", "AppleDouble")
+    if not named:
         return NO_PICTURE
     return rejected("its first bytes are no picture's" if head else "it is empty")
 
@@ -104,6 +115,11 @@ def picture_file(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
         if reason := too_long(os.fstat(file.fileno()).st_size):
             raise BadPicture(reason)
         yield file
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{count:,} {noun}{ending if count != 1 else ''}"
 
 
 def one_line(error: object) -> str:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending, Rea
 from fastrot.data import pictures
 from fastrot.data.files import BadPicture, picture_file
 from fastrot.data.keys import order_fingerprint, path_keys
+from fastrot.data.prepare.report import classes_without, left_out_words
 from fastrot.data.reader import fill_decoded
 from fastrot.data.sources.open import open_source
 from fastrot.data.sources.records import Source
@@ -49,8 +50,9 @@ class Folder(Data):
 
     format = "folder"
 
-    def __init__(self, root: str | Path, *, label_from: Literal["folder", "none"] = "folder"):
-        source = open_source("imagefolder", root, label_from=label_from, by_name=True)
+    def __init__(self, root: str | Path, *, labelled: bool = False):
+        """`labelled`: pictures that lie beside class folders are left out; else their label is -1."""
+        source = open_source("imagefolder", root, by_name=True, loose=not labelled)
         keys = path_keys(record.path for record in source.records)
         measured, reasons = _measured(source, keys)
         kept = np.flatnonzero(measured["height"])
@@ -59,18 +61,15 @@ class Folder(Data):
         if not len(kept):
             path, reason = self.rejected[0]
             raise UsageError(f"{root} holds no picture that can be read; {path}: {reason}")
-        if self.rejected:
-            few = ", ".join(f"{path!r}: {reason}" for path, reason in self.rejected[:3])
-            more = f", and {len(self.rejected) - 3} more" if len(self.rejected) > 3 else ""
-            logging.getLogger("fastrot").warning(
-                "%s: %d of %d files are left out (%s%s)",
-                *(root, len(self.rejected), source.seen, few, more),
-            )
+        seen = source.seen
         if len(kept) < len(keys):
             source, keys, measured = source.taken(kept), keys[kept], measured[kept]
         self.rows, self.keys, self.numbers = len(kept), keys, source.numbers
         self.labels = np.array([record.label for record in source.records], np.int64)
         self.fingerprint = order_fingerprint(self.keys, self.labels)
+        if told := list(_told(source.account(self.labels), self.rejected, seen)):
+            log = logging.getLogger("fastrot")
+            log.warning("%s: %s", root, entry.printable("; ".join(told)))
         self._paths = [record.path for record in source.records]
         self._sizes = np.stack([measured["height"], measured["width"]], axis=1)
 
@@ -91,6 +90,17 @@ class Folder(Data):
     def open_reader(self, device: torch.device, workers: int) -> "_FolderReader":
         """`workers` processes decode."""
         return _FolderReader(self, device, workers)
+
+
+def _told(account: dict[str, Any], rejected: list[tuple[str, str]], seen: int) -> Iterator[str]:
+    """What is to be said of the listing of a folder."""
+    yield from [*account["notes"], *classes_without(account)]
+    if account["left_out"]:
+        yield left_out_words(account)
+    if rejected:
+        few = ", ".join(f"{path!r}: {reason}" for path, reason in rejected[:3])
+        more = f", and {len(rejected) - 3:,} more" if len(rejected) > 3 else ""
+        yield f"{len(rejected):,} of {seen:,} files cannot be used ({few}{more})"
 
 
 # What workers get for a batch, so that they hold no listing: the paths and listed sizes of its pictures.

@@ -101,7 +101,8 @@ def _built(
     cfg: Config, folder: Path, saved: dict[str, Any] | None, begun: float, device: torch.device
 ) -> Session:
     """The parts of a run; refused where they are not those that were saved."""
-    data = assemble.open_data(cfg.data or "", cfg.loader, placement=cfg.placement)
+    opened: dict[str, Any] = {"placement": cfg.placement, "labelled": assemble.wants_labels(cfg)}
+    data = assemble.open_data(cfg.data or "", cfg.loader, **opened)
     if cfg.statistics == "data":
         if data.mean is None or data.std is None:
             raise UsageError(
@@ -178,7 +179,11 @@ def _loaders(
         paths = Path(cfg.data or ""), Path(cfg.val)
         kinds = {(path.suffix, assemble.format_of(path)) for path in paths}
         reader = cfg.loader if len(kinds) == 1 else "auto"
-        val_data = assemble.open_data(cfg.val, reader, knob="--val", placement=cfg.placement)
+        opened: dict[str, Any] = {
+            "placement": cfg.placement,
+            "labelled": assemble.wants_labels(cfg),
+        }
+        val_data = assemble.open_data(cfg.val, reader, knob="--val", **opened)
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():
         path = files[name] = run / f"rows-{name}.npy"

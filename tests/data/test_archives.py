@@ -16,7 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import FATES, JPEG, PLAIN, accounted, encoded, tree
+from test_sources import (
+    FATES,
+    JPEG,
+    PLAIN,
+    SPLIT_ROOTS,
+    TREES,
+    accounted,
+    as_expected,
+    content,
+    encoded,
+    tree,
+)
 from test_write import main
 from truth import DATA, photo
 
@@ -228,6 +239,48 @@ def test_a_split_may_be_deep_in_an_archive_or_a_folder_of_class_tars(tmp_path):
     same(open_source("tar", tmp_path / "tars", split="train"), truth)
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("name", TREES)
+def test_archives_as_people_have_them(tmp_path, name, kind):
+    files = {file: content(file) for file in TREES[name][0]}
+    archive = {"tar": tarred, "zip": zipped}[kind](tmp_path / f"a.{kind}", files)
+    source = open_source(kind, archive)
+    same(source, open_source("imagefolder", tree(tmp_path / "tree", files)))
+    as_expected(source, archive, name)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+@pytest.mark.parametrize("name", SPLIT_ROOTS)
+def test_an_archive_of_splits_is_refused(tmp_path, name, kind):
+    files, inside, splits, way = SPLIT_ROOTS[name]
+    made = {"tar": tarred, "zip": zipped}[kind](
+        tmp_path / f"a.{kind}", {f: content(f) for f in files}
+    )
+    said = f"{made}{inside} has the splits {splits}: name one with --split {way}$"
+    with pytest.raises(UsageError, match=said):
+        open_source(kind, made)
+    first = open_source(kind, made, split=way)
+    assert [record.path.rpartition("/")[2] for record in first.records] == ["1.jpg"]
+    if inside:
+        assert open_source(kind, made, split="train").records == first.records
+
+
+def test_what_a_wrapping_folder_leaves_is_named_from_it(tmp_path):
+    files = [
+        ("../out.jpg", JPEG),
+        ("d/a/0.jpg/1.jpg", JPEG),
+        ("d/a/0.jpg", JPEG),
+        ("d/b/1.jpg", JPEG),
+    ]
+    source = open_source("tar", tarred(tmp_path / "a.tar", files))
+    assert source.notes == ["went through d/"]
+    assert [record.path for record in source.records] == ["a/0.jpg/1.jpg", "b/1.jpg"]
+    assert dict(source.rejected) == {
+        "a/0.jpg": "a folder has its name",
+        "../../out.jpg": "its name leads out of the archive",
+    }
+
+
 # ---- links, names, the last of several ----
 
 
@@ -358,6 +411,53 @@ def test_sparse_and_huge_members_are_rejected(tmp_path, monkeypatch):
         source = open_source(kind, archive)
         assert [path for path, _ in source.rejected] == ["bomb.jpg"]
         assert len(source.records) == 1
+
+
+def test_a_tar_that_becomes_shorter_while_it_is_listed_is_refused(tmp_path, monkeypatch):
+    archive = tarred(tmp_path / "a.tar", CLASSES)
+    real, stop = os.pread, archive.stat().st_size - 2 * members.BLOCK  # within the zeros at its end
+    monkeypatch.setattr(os, "pread", lambda f, n, at: real(f, max(0, min(n, stop - at)), at))
+    with pytest.raises(
+        UsageError, match=r"a\.tar (is cut short|became shorter while it was listed)"
+    ):
+        list(members.tar_members(archive))
+    monkeypatch.setattr(
+        os, "pread", lambda f, n, at: b"" if n > 2 * members.BLOCK else real(f, n, at)
+    )
+    with pytest.raises(
+        UsageError, match=r"a\.tar became shorter while it was listed: fetch it anew"
+    ):
+        list(members.tar_members(archive))
+
+
+# ---- zips of Windows ----
+
+DOS, UNIX, NTFS = 0, 3, 10
+WINDOWS = {  # who made it, its names -> paths of the pictures
+    "dos": (DOS, ["d\\", "d\\c0\\1.jpg", "d\\c1\\2.jpg", "README.txt"], ["c0/1.jpg", "c1/2.jpg"]),
+    "ntfs": (NTFS, ["c0\\1.jpg", "c1\\2.jpg"], ["c0/1.jpg", "c1/2.jpg"]),
+    "said-to-be-unix": (UNIX, ["c0\\1.jpg", "c1\\2.jpg"], ["c0/1.jpg", "c1/2.jpg"]),
+    "drive": (DOS, ["C:\\d\\c0\\1.jpg", "C:\\d\\c1\\2.jpg"], ["c0/1.jpg", "c1/2.jpg"]),
+    "dots": (DOS, [".\\c0\\1.jpg", "./c1/2.jpg"], ["c0/1.jpg", "c1/2.jpg"]),
+    "mixed": (DOS, ["d\\c0/1.jpg", "d/c1\\2.jpg"], ["c0/1.jpg", "c1/2.jpg"]),
+    "unix": (UNIX, ["c0/a\\b.jpg", "c1/2.jpg"], ["c0/a\\b.jpg", "c1/2.jpg"]),
+    "unix-flat": (UNIX, ["2.jpg", "a\\b.jpg"], ["2.jpg", "a\\b.jpg"]),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_backslashes_are_separators_where_windows_made_the_zip(tmp_path, name):
+    system, names, paths = WINDOWS[name]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+        for each in names:
+            made = zipfile.ZipInfo(each)
+            made.create_system = system
+            out.writestr(made, b"" if each.endswith("\\") else content(each))
+    source = open_source("zip", tmp_path / "a.zip")
+    assert [record.path for record in source.records] == paths
+    assert source.classes == (() if name == "unix-flat" else ("c0", "c1"))
+    assert not source.rejected
+    assert accounted(source)
 
 
 # ---- zips with something wrong ----

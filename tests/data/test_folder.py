@@ -14,7 +14,7 @@ from asked import asked
 from PIL import Image
 from truth import photo
 
-from fastrot import core
+from fastrot import assemble, core
 from fastrot.config import RandomResized, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, View
 from fastrot.data import folder
@@ -84,6 +84,45 @@ def test_what_cannot_be_read_is_named_and_is_no_row(pictures, tmp_path, caplog):
     assert data.numbers is not None  # torchvision lists the broken link too, behind class1's others
     others = sum(data.labels == 1)
     assert data.numbers.tolist() == [*range(1, 13 + others), *range(14 + others, 38)]
+
+
+def test_what_is_left_out_and_gone_through_is_said(pictures, tmp_path, caplog):
+    inside = tmp_path / "root" / "data"
+    shutil.copytree(pictures, inside)
+    for name in (
+        "@eaDir/x.jpg",
+        "class0/@eaDir/x.jpg",
+        "class0/Thumbs.db",
+        "notes/a.txt",
+        "dark/x.jpg",
+    ):
+        (inside / name).parent.mkdir(exist_ok=True)
+        (inside / name).write_bytes(b"text")
+    with caplog.at_level(logging.WARNING):
+        data = folder.Folder(tmp_path / "root")
+    plain = folder.Folder(pictures)
+    assert data.fingerprint == plain.fingerprint  # the same data, wherever it lies
+    assert data.root == inside
+    assert data.classes == ("class0", "class1", "class2", "dark")
+    assert caplog.messages == [
+        f"{tmp_path / 'root'}: went through data/; 1 folder without pictures makes no class: notes; no picture "
+        "could be taken of 1 class: dark; 4 left out: 2 in @eaDir, 1 Thumbs.db, 1 .txt; 1 of 42 files cannot be "
+        "used ('dark/x.jpg': its first bytes are no picture's)"
+    ]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_loose_pictures_are_rows_unless_labels_are_wanted(pictures, tmp_path, caplog, labelled):
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    shutil.copy(root / "class0" / "000.jpg", root / "loose.jpg")
+    with caplog.at_level(logging.WARNING):
+        data = assemble.open_data(root, labelled=labelled)
+    assert data.rows == 37 + (not labelled)
+    assert int((data.labels < 0).sum()) == int(not labelled)
+    assert any("1 picture lies beside the class folders" in m for m in caplog.messages) == labelled
+    if labelled:
+        assert data.fingerprint == folder.Folder(pictures).fingerprint
 
 
 def test_a_folder_without_a_readable_picture_is_refused(tmp_path):

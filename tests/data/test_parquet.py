@@ -488,7 +488,9 @@ def test_the_script_takes_it(tmp_path, capsys):
 def test_other_sources_have_no_columns(tmp_path):
     tree(tmp_path, {"a.jpg": JPEG})
     for name in "image", "label":
-        with pytest.raises(UsageError, match=f"--{name}-column x: a folder of .* has no columns; parquet has"):
+        with pytest.raises(
+            UsageError, match=f"--{name}-column x: a folder of .* has no columns; parquet has"
+        ):
             open_source("imagefolder", tmp_path, **{f"{name}_column": "x"})
 
 

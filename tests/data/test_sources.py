@@ -157,6 +157,204 @@ def test_flat_folders_have_no_labels(tmp_path, files, label_from, paths):
     assert accounted(source)
 
 
+# ---- roots as people have them ----
+
+NO_CLASS = "1 folder without pictures makes no class: {}".format
+BESIDE = (
+    "{} beside the class folders, without a label: --label-from none takes all pictures, as do methods that "
+    "need no labels"
+).format
+SYNOLOGY = ["@eaDir/x.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg"]
+SYSTEMS = {
+    *(
+        "#recycle",
+        "#snapshot",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+        "FOUND.000",
+    ),
+    *(
+        "@eaDir",
+        "@Recycle",
+        ".@__thumb",
+        ".Trash-1000",
+        ".Spotlight-V100",
+        "__MACOSX",
+        "__pycache__",
+    ),
+    *(".ipynb_checkpoints", ".thumbnails", ".git", ".picasaoriginals", "Catalog Previews.lrdata"),
+}
+TREES = {  # files -> the folder that was gone through, classes, pictures and labels, left out by kind, notes
+    "synology": (
+        ["cat/1.jpg", "dog/2.jpg", *SYNOLOGY],
+        *("", "cat dog", {"cat/1.jpg": 0, "dog/2.jpg": 1}, {"in @eaDir": 2}, []),
+    ),
+    "systems": (
+        ["a/1.jpg", "b/2.jpg", *(f"{name}/x.jpg" for name in SYSTEMS)],
+        *("", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}, {f"in {name}": 1 for name in SYSTEMS}, []),
+    ),
+    "system-files": (
+        ["a/1.jpg", "b/2.jpg", "Thumbs.db", "a/desktop.ini", "a/._1.jpg", "a/.DS_Store", "b/.x"],
+        *("", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}),
+        {
+            **{"Thumbs.db": 1, "desktop.ini": 1, ".DS_Store": 1, ".jpg (hidden)": 1},
+            "without a suffix (hidden)": 1,
+        },
+        [],
+    ),
+    "papers": (
+        ["cat/1.jpg", "dog/2.jpg", "annotations/a.json", "$RECYCLE.BIN/$R.jpg"],
+        *("", "cat dog", {"cat/1.jpg": 0, "dog/2.jpg": 1}, {".json": 1, "in $RECYCLE.BIN": 1}),
+        [NO_CLASS("annotations")],
+    ),
+    "loose": (
+        ["0.jpg", "1.jpg", "x/2.jpg"],
+        *("", "x", {"x/2.jpg": 0}, {".jpg (beside the class folders)": 2}),
+        [BESIDE("2 pictures lie")],
+    ),
+    "suffixes": (
+        [
+            "a/1.JPG",
+            "a/b.c.jpg",
+            "b/2.jpeg",
+            "b/README",
+            "b/1.2.840.11361911",
+            "b/x.json.gz",
+            "X.TXT",
+        ],
+        *("", "a b", {"a/1.JPG": 0, "a/b.c.jpg": 0, "b/2.jpeg": 1}),
+        {"without a suffix": 2, ".gz": 1, ".txt": 1},
+        [],
+    ),
+    "one-folder": (["photos/1.jpg"], "", "photos", {"photos/1.jpg": 0}, {}, []),
+    "wrapped": (
+        ["data/a/1.jpg", "data/b/2.jpg", "README.md", "__MACOSX/data/a/._1.jpg", "docs/x.txt"],
+        *("data", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}, {".md": 1, "in __MACOSX": 1, ".txt": 1}),
+        ["went through data/"],
+    ),
+    "wrapped-deep": (
+        ["I/Data/CLS/a/1.jpg", "I/Data/CLS/b/2.jpg", "I/Annotations/a.xml"],
+        *("I/Data/CLS", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}, {".xml": 1}),
+        ["went through I/Data/CLS/"],
+    ),
+    "wrapped-flat": (
+        ["data/1.jpg", "data/x/2.jpg"],
+        *("data", "x", {"x/2.jpg": 0}, {".jpg (beside the class folders)": 1}),
+        ["went through data/", BESIDE("1 picture lies")],
+    ),
+    "train-alone": (
+        ["train/a/1.jpg", "train/b/2.jpg"],
+        *("train", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}, {}, ["went through train/"]),
+    ),
+    "a-run": (
+        ["1.jpg", "runs/x/config.yaml", "runs/x/environment.json", "runs/x/plots/loss.png"],
+        *("", "", {"1.jpg": -1}, {"in a run of fastrot": 3}, []),
+    ),
+    "a-run-in-the-root": (
+        ["1.jpg", "config.yaml", "environment.json", "plots/loss.png"],
+        *("", "", {"1.jpg": -1}, {".yaml": 1, ".json": 1, "in a run of fastrot": 1}, []),
+    ),
+    "a-run-beside-classes": (
+        ["a/1.jpg", "b/2.jpg", "runs/x/config.yaml", "runs/x/environment.json", "runs/x/p/l.png"],
+        *("", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}, {"in a run of fastrot": 3}, []),
+    ),
+    "sheets": (
+        ["data/a/1.jpg", "data/b/2.jpg", "data-look.png", "c.beton", "c-look.png"],
+        *("data", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}),
+        {".png (a sheet of fastrot look)": 2, ".beton": 1},
+        ["went through data/"],
+    ),
+    "no-sheet": (["new.png", "new-look.png"], "", "", {"new-look.png": -1, "new.png": -1}, {}, []),
+}
+
+
+def content(path: str) -> bytes:
+    return JPEG if path.lower().endswith((".jpg", ".jpeg", ".png")) else b"text"
+
+
+def as_expected(source: Source, root, name: str) -> None:
+    _, inside, classes, records, groups, notes = TREES[name]
+    assert source.root == root / inside
+    assert source.classes == tuple(classes.split())
+    assert {record.path: record.label for record in source.records} == records
+    told = source.account(np.array([record.label for record in source.records], np.int64))
+    assert told["left_out"] == groups
+    assert told["notes"] == notes
+    assert told["class_counts"] == [
+        [*records.values()].count(i) for i in range(len(source.classes))
+    ]
+    assert not source.rejected
+    assert accounted(source)
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by-bytes", "by-name"])
+@pytest.mark.parametrize("name", TREES)
+def test_roots_as_people_have_them(tmp_path, name, by_name):
+    files = TREES[name][0]
+    source = open_source(
+        "imagefolder", tree(tmp_path, {f: content(f) for f in files}), by_name=by_name
+    )
+    as_expected(source, tmp_path, name)
+    assert source.seen == len(files)
+    assert all(source.read(i) == JPEG for i in range(len(source.records)))
+
+
+SPLIT_ROOTS = {
+    "plain": (
+        ["train/a/1.jpg", "val/a/2.jpg", "README.md", "notes/x.txt"],
+        "",
+        "train, val",
+        "train",
+    ),
+    "flat": (["Train/1.jpg", "Test/2.jpg"], "", "Test, Train", "Train"),
+    "words": (["train2017/1.jpg", "val2017/1.jpg"], "", "train2017, val2017", "train2017"),
+    "wrapped": (["d/e/train/a/1.jpg", "d/e/val/a/2.jpg"], "/d/e", "train, val", "d/e/train"),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_ROOTS)
+def test_a_root_of_splits_is_refused(tmp_path, name):
+    files, inside, splits, way = SPLIT_ROOTS[name]
+    tree(tmp_path, {file: content(file) for file in files})
+    said = f"{tmp_path}{inside} has the splits {splits}: name one with --split {way} .in a run: --data {tmp_path}/{way}"
+    with pytest.raises(UsageError, match=said):
+        open_source("imagefolder", tmp_path)
+    first = open_source("imagefolder", tmp_path, split=way)
+    assert [record.path.rpartition("/")[2] for record in first.records] == ["1.jpg"]
+    if inside:  # the folder that wraps it need not be named
+        assert open_source("imagefolder", tmp_path, split="train").records == first.records
+
+
+def test_classes_that_are_called_like_a_split_among_others_are_classes(tmp_path):
+    tree(tmp_path, dict.fromkeys(["test_tube/1.jpg", "train/2.jpg", "bus/3.jpg"], JPEG))
+    assert open_source("imagefolder", tmp_path).classes == ("bus", "test_tube", "train")
+
+
+def test_a_class_of_which_no_picture_can_be_read_keeps_its_place(tmp_path):
+    tree(tmp_path, {"a/1.jpg": JPEG, "b/2.jpg": b"text", "c/3.jpg": JPEG, "d/4.txt": b"text"})
+    (tmp_path / "e").mkdir()
+    source = open_source("imagefolder", tmp_path)
+    assert source.classes == ("a", "b", "c")
+    assert [record.label for record in source.records] == [0, 2]
+    assert source.notes == ["2 folders without pictures make no class: d, e"]
+
+
+@pytest.mark.parametrize("loose", [False, True])
+def test_loose_pictures_are_taken_where_no_label_is_needed(tmp_path, loose):
+    tree(tmp_path, dict.fromkeys(["0.jpg", "x/1.jpg", "y/2.jpg"], JPEG))
+    source = open_source("imagefolder", tmp_path, by_name=True, loose=loose)
+    taken = [(record.path, record.label) for record in source.records]
+    assert taken == [("0.jpg", -1)] * loose + [("x/1.jpg", 0), ("y/2.jpg", 1)]
+    assert [each.mendable for each in source.left_out] == [True] * (not loose)
+    assert numbers_of(source) == [-1] * loose + [0, 1]  # torchvision does not list it
+    assert accounted(source)
+
+
+def numbers_of(source: Source) -> list[int]:
+    return [*range(len(source.records))] if source.numbers is None else source.numbers.tolist()
+
+
 def test_a_source_goes_to_workers_and_reads_odd_names(tmp_path):
     names = ["new\nline.jpg", "back\\slash.jpg", os.fsdecode(b"not_utf8_\xff\xfe.jpg"), "日本.jpg"]
     tree(tmp_path, {f"a/{name}": JPEG for name in names})
@@ -271,16 +469,17 @@ def test_a_strange_cifar_batch_is_refused_and_runs_nothing(tmp_path, monkeypatch
 
 def test_wrong_use_gets_one_sentence(tmp_path):
     tree(tmp_path, {"train/a/0.jpg": JPEG, "val/a/0.jpg": JPEG, "list.txt": b"train/a/0.jpg"})
-    tree(tmp_path, {"papers/a.txt": b"text", "cut/a/0.jpg": b""})
+    tree(tmp_path, {"papers/a.txt": b"text", "cut/a/0.jpg": b"", "system/@eaDir/x.jpg": JPEG})
     (tmp_path / "empty").mkdir()
     cifar(tmp_path)
     (tmp_path / "cifar-10-batches-py/data_batch_4").unlink()
     for kind, path, options, said in [
         ("imagefolder", "gone", {}, "gone does not exist"),
         ("imagefolder", "empty", {}, "empty is empty"),
-        ("imagefolder", "papers", {}, "1 file.s. and no picture"),
+        ("imagefolder", "papers", {}, r"1 file and no picture among them \(1 \.txt\)"),
         ("imagefolder", "cut", {}, "a/0.jpg: it is empty"),
         ("imagefolder", "list.txt", {}, "is a file"),
+        ("imagefolder", "system", {}, r"no picture among them \(1 in @eaDir\)"),
         ("imagefolder", "", {"split": "test"}, "there are: .*train, val"),
         ("list", "train", {}, "is a folder"),
         ("list", "list.txt", {"split": "val"}, "no splits"),

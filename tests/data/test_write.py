@@ -324,6 +324,48 @@ def test_rejects_are_named_and_counted(damaged, tmp_path, capsys):
     assert main(*command(damaged, out)) == 1
 
 
+ACCOUNT = {  # files of a root -> status, what is printed of it
+    ("cat/1.jpg", "dog/2.jpg", "dog/@eaDir/2.jpg"): (
+        0,
+        "2 pictures + 0 rejected + 1 left out = 3 files seen; nothing was converted",
+        "2 classes, pictures in each: cat 1, dog 1",
+        "1 left out: 1 in @eaDir; named in {out}.skipped.jsonl",
+    ),
+    ("0.jpg", "x/2.jpg"): (
+        1,
+        "1 picture + 0 rejected + 1 left out = 2 files seen; nothing was converted",
+        "1 picture lies beside the class folders, without a label: --label-from none takes all pictures, as do "
+        "methods that need no labels",
+        "1 class for all pictures: x 1 (none with --label-from none)",
+        "1 left out: 1 .jpg (beside the class folders); named in {out}.skipped.jsonl",
+        "status 1, since pictures are missing: mend that, or --allow-rejects accepts it",
+    ),
+    ("d/a/1.jpg", "d/b/1.jpg", "d/b/2.jpg", "d/c/1.jpg", "d/e/1.jpg", "d/f/1.jpg", "d/f/2.jpg"): (
+        0,
+        "7 pictures + 0 rejected + 0 left out = 7 files seen; nothing was converted",
+        "went through d/",
+        "5 classes, pictures in each: a 1, b 2, ..., f 2; smallest: a 1",
+    ),
+    ("1.jpg",): (0, "1 picture + 0 rejected + 0 left out = 1 file seen; nothing was converted"),
+}
+
+
+@pytest.mark.parametrize("files", ACCOUNT)
+def test_the_account_is_plain(tmp_path, capsys, pictures, files):
+    picture, (status, *said) = next(pictures.rglob("*.jpg")).read_bytes(), ACCOUNT[files]
+    for file in files:
+        (tmp_path / "root" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / file).write_bytes(picture)
+    out = tmp_path / "a.beton"
+    assert main(*command(tmp_path / "root", out, "--dry-run")) == status
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert [first.partition(": ")[2], *lines] == [line.format(out=out) for line in said]
+    assert not out.exists()
+    assert main(*command(tmp_path / "root", out)) == status  # and the conversion tells the same
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in said[1:] if line.format(out=out) not in lines] == []
+
+
 def test_a_part_of_rejects_alone(damaged, tmp_path):
     told = convert(options(damaged, tmp_path / "a.beton"), part=1)
     assert (told.manifest["rows"], len(told.rejects)) == (3, 2)

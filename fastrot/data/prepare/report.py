@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrot import entry
-from fastrot.data.files import shown
+from fastrot.data.files import counted, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Summary:
         cut = f" + {told['beyond_limit']:,} beyond --limit" if told["beyond_limit"] else ""
         yield (
             f"{told['rows']:,} written + {len(self.rejects):,} rejected + {told['skipped']:,} left out{cut} "
-            f"= {told['seen']:,} files seen"
+            f"= {counted(told['seen'], 'file')} seen"
         )
         yield from listed(told, self.beside("skipped.jsonl"))
         if self.already:
@@ -67,8 +67,8 @@ class DryRun:
         told = self.account
         taken = told["seen"] - len(self.rejects) - told["skipped"]
         yield (
-            f"{self.root}: {taken:,} pictures + {len(self.rejects):,} rejected + {told['skipped']:,} left out "
-            f"= {told['seen']:,} files seen; nothing was converted"
+            f"{self.root}: {counted(taken, 'picture')} + {len(self.rejects):,} rejected + {told['skipped']:,} left out "
+            f"= {counted(told['seen'], 'file')} seen; nothing was converted"
         )
         yield from listed(told, self.left_out_at)
         yield from named(self.rejects, "a conversion names them all")
@@ -82,21 +82,35 @@ def listed(account: dict[str, Any], left_out_at: Path) -> Iterator[str]:
     """How a source was read, its classes and what was left out, in words; old manifests do not tell."""
     yield from map(entry.printable, account.get("notes", []))
     counts, names = account.get("class_counts", []), account.get("classes", [])
-    if counts:
-        each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]
+    each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]
+    if len(each) == 1:
+        yield entry.printable(f"1 class for all pictures: {each[0]} (none with --label-from none)")
+    elif each:
         smallest = min(range(len(counts)), key=counts.__getitem__)
-        few = (
-            f"{each[0]}, ..., {each[-1]}; smallest: {each[smallest]}"
-            if len(each) > 3
-            else ", ".join(each)
-        )
-        yield entry.printable(f"{len(counts):,} classes, pictures in each: {few}")
-    if groups := account.get("left_out"):
-        kinds = [f"{count:,} {kind}" for kind, count in groups.items()]
-        more = f", and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else ""
-        yield entry.printable(
-            f"{account['skipped']:,} left out: {', '.join(kinds[:8])}{more}; named in {left_out_at}"
-        )
+        few = f"{each[0]}, {each[1]}, ..., {each[-1]}; smallest: {each[smallest]}"
+        few = few if len(each) > 4 else ", ".join(each)
+        yield entry.printable(f"{len(each):,} classes, pictures in each: {few}")
+    yield from map(entry.printable, classes_without(account))
+    if account.get("left_out"):
+        yield entry.printable(f"{left_out_words(account)}; named in {left_out_at}")
+
+
+def classes_without(account: dict[str, Any]) -> Iterator[str]:
+    """That there are classes of which no picture was taken, if so; --limit leaves many without."""
+    if account.get("beyond_limit"):
+        return
+    counts, names = account.get("class_counts", []), account.get("classes", [])
+    if none := [name for name, count in zip(names, counts, strict=False) if not count]:
+        more = ", ..." if len(none) > 5 else ""
+        which = f"{counted(len(none), 'class', 'es')}: {', '.join(none[:5])}{more}"
+        yield f"no picture could be taken of {which}"
+
+
+def left_out_words(account: dict[str, Any]) -> str:
+    """How many files were left out, by kind."""
+    kinds = [f"{count:,} {kind}" for kind, count in account["left_out"].items()]
+    more = f", and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else ""
+    return f"{account['skipped']:,} left out: {', '.join(kinds[:8])}{more}"
 
 
 def named(rejects: list[tuple[str, str]], rest: str) -> Iterator[str]:

@@ -32,8 +32,17 @@ from fastrot.data.files import (
     without_waiting,
 )
 from fastrot.data.sources.members import LONGEST_NAME, Member
-from fastrot.data.sources.records import LeftOut, Listing, Source, no_split
-from fastrot.data.sources.tree import COMPRESSED_TARS, Entry, Found, archives_in, tree_source
+from fastrot.data.sources.records import LeftOut, Listing, Source
+from fastrot.data.sources.tree import (
+    COMPRESSED_TARS,
+    Entry,
+    Found,
+    archives_in,
+    join,
+    seen_from,
+    split_folder,
+    tree_source,
+)
 
 PLACE = np.dtype(  # of a picture's bytes: `stored` of them from `offset` on in file number `file`
     [("file", "<i8"), ("offset", "<i8"), ("stored", "<i8"), ("length", "<i8"), ("crc", "<i8")]
@@ -216,21 +225,21 @@ class Members:
         self._by_bytes.append(picture and not member.fault)
         return len(self._verdicts) - 1
 
-    def enter(self, split: str, root: Path) -> None:
-        """Make a folder the root of all paths. Raises UsageError where there is none; `root` is for the sentence."""
-        self._top = _below("", split) or ""
-        if not self._is_folder(""):
-            there = (name for name, node in self._root.items() if isinstance(node, dict))
-            raise no_split(split, root, there)
-        top = f"{self._top}/"
+    def enter(self, folder: str) -> None:
+        """Make a folder the root of all paths."""
+        self._top, top = folder, f"{folder}/"
         below = [each for each in self.rejected if each[0].startswith(top)]
         self.rejected = [(path.removeprefix(top), reason) for path, reason in below]
 
-    def source(self, root: Path, labelled: bool, found: Found) -> Archives:
-        """A source that can read its pictures, and counts what lies beside the archives."""
-        source = tree_source(self, root, labelled)
-        source.rejected += [*found.unreadable, *self.rejected]
-        source.left_out += [LeftOut(path, NO_PICTURE.reason) for path in found.others]
+    def source(self, root: Path, how: Listing, found: Found, *, wrapped: bool = True) -> Archives:
+        """A source that can read its pictures, and counts what lies beside the archives. `wrapped`: see `tree_source`."""
+        source = tree_source(self, root, how, wrapped=wrapped)
+        inside = source.root.relative_to(root).as_posix().removeprefix(".")
+        self._top = join(self._top, inside)
+        rejected = [*found.unreadable, *self.rejected]
+        source.rejected += [(seen_from(inside, path), reason) for path, reason in rejected]
+        others = (seen_from(inside, path) for path in found.others)
+        source.left_out += [LeftOut(path, NO_PICTURE.reason) for path in others]
         numbers = [self._file(record.path) for record in source.records]
         places = np.frombuffer(self._places, PLACE)[numbers]
         return Archives(**vars(source), files=self._archives, places=places)
@@ -244,7 +253,7 @@ class Members:
         found = []
         for name, node in self._node(path).items():
             link = isinstance(node, str)
-            folder = self._is_folder(_join(path, name)) if link else isinstance(node, dict)
+            folder = self.is_folder(join(path, name)) if link else isinstance(node, dict)
             found.append(Entry(name, link, folder, isinstance(node, int)))
         return sorted(found)
 
@@ -266,7 +275,7 @@ class Members:
             return rejected("it is an archive in an archive, which is not entered: unpack that")
         return NO_PICTURE
 
-    def _is_folder(self, path: str) -> bool:
+    def is_folder(self, path: str) -> bool:
         try:
             return isinstance(self._node(path), dict)
         except OSError:
@@ -282,7 +291,7 @@ class Members:
     def _node(self, path: str) -> Any:
         """The folder, or number of the file, to which a path below the top leads. Raises OSError."""
         way: list[Any] = [self._root]
-        ahead, followed = _join(self._top, path).split("/")[::-1], 0
+        ahead, followed = join(self._top, path).split("/")[::-1], 0
         while ahead:
             name, inside = ahead.pop(), way[-1]
             node = inside.get(name) if isinstance(inside, dict) else None
@@ -308,10 +317,6 @@ def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder and name else folder or name
-
-
 def _below(folder: str, path: str) -> str | None:
     """A member's path below a folder, without what unpacking leaves out; None: it leads out of it."""
     if path[:1] in ("", "/", ".") or "//" in path or "/." in path or path[-1] == "/":
@@ -319,7 +324,7 @@ def _below(folder: str, path: str) -> str | None:
         if ".." in parts:
             return None
         path = "/".join(parts)
-    return _join(folder, path)
+    return join(folder, path)
 
 
 # ---- the layouts ----
@@ -337,10 +342,11 @@ def archives(
         if split is None or _meet(folder, split):
             tree.unpack(path, folder, members(path))
     if split is not None:
-        tree.enter(split, root)
-        others = [path for path in found.others if path.startswith(f"{split}/")]
-        found = found._replace(others=others)
-    return tree.source(root, how.labelled, found)
+        folder = split_folder(tree, root, join("", os.path.normpath(split)))
+        tree.enter(folder)
+        below = [path for path in found.others if path.startswith(f"{folder}/")]
+        found = found._replace(others=[seen_from(folder, path) for path in below])
+    return tree.source(root, how, found)
 
 
 def _meet(folder: str, split: str) -> bool:

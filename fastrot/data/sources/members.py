@@ -161,6 +161,8 @@ class _Tar:
         begins, header = at, b""
         while at < self.stop and not header:
             zeros = os.pread(self.file, min(2**16, self.stop - at), at)
+            if not zeros:
+                raise UsageError(f"{self.name} became shorter while it was listed: fetch it anew")
             behind = zeros.lstrip(b"\0")
             at += len(zeros) - len(behind)
             if behind:
@@ -253,7 +255,11 @@ def zip_members(path: Path) -> Iterator[Member]:
     with named(path), open(path, "rb", opener=without_waiting) as opened:
         file = opened.fileno()
         size = os.fstat(file).st_size
-        for info in _table(path, os.pread(file, 2**17, max(0, size - 2**17))):
+        infos = _table(path, os.pread(file, 2**17, max(0, size - 2**17)))
+        backslashes = bool(infos) and all(_WINDOWS.search(info.filename) for info in infos)
+        for info in infos:
+            if backslashes or info.create_system != _UNIX:  # on Unix a name may hold one
+                info.filename = info.filename.replace("\\", "/")
             yield _zip_member(file, size, info)
 
 
@@ -283,6 +289,7 @@ def _table(path: Path, tail: bytes) -> list[zipfile.ZipInfo]:
     return infos
 
 
+_WINDOWS = re.compile(r"^[^/]*\\[^/]*$")  # a name with the separators of Windows alone
 _LOCAL = struct.Struct("<4s22xHH")  # before a member: "PK34", lengths of its name and extra field
 _UNIX, _UTF8, _ENCRYPTED = 3, 0x800, 0x1 | 0x40 | 0x2000
 

@@ -1,6 +1,7 @@
 """The table of sources, by the names of their layouts: `open_source` is the one door to all of them."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastrot.config import UsageError
-from fastrot.data.files import shown
+from fastrot.data.files import counted, shown
 from fastrot.data.sources.archives import archives
 from fastrot.data.sources.cifar10 import cifar10
 from fastrot.data.sources.lists import text_list
@@ -58,6 +59,7 @@ def open_source(
     by_name: bool = False,
     image_column: str | None = None,
     label_column: str | None = None,
+    loose: bool = False,
 ) -> Source:
     """Open a source by the name of its layout, one of the table KINDS. Raises UsageError where it has no picture."""
     if kind not in KINDS:
@@ -70,14 +72,17 @@ def open_source(
     for name, column in {"--image-column": image_column, "--label-column": label_column}.items():
         if column is not None and not layout.columns:
             raise UsageError(f"{name} {column}: {layout.wants} has no columns; parquet has")
-    how = Listing(split, label_from == "folder", by_name, image_column, label_column)
+    how = Listing(split, label_from == "folder", by_name, image_column, label_column, loose)
     source = layout.open(Path(root), how)
     if source.records:
         return source
     where = source.root if os.path.isdir(root) else root
     if not source.seen:
         raise UsageError(f"{where} is empty: give a path with pictures in it")
-    why = [f" ({shown(path) or 'the root'}: {reason})" for path, reason in source.rejected[:1]]
+    why = [f"{shown(path) or 'the root'}: {reason}" for path, reason in source.rejected[:1]]
+    groups = Counter(each.group() for each in source.left_out).most_common(3)
+    why = why or [f"{count:,} {group}" for group, count in groups]
     raise UsageError(
-        f"{where} has {source.seen} file(s) and no picture among them{''.join(why)}: look at them, or at the path"
+        f"{where} has {counted(source.seen, 'file')} and no picture among them ({', '.join(why)}): look at "
+        "them, or at the path"
     )

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import NO_PICTURE, Verdict, picture_file, shown
+from fastrot.data.files import NO_PICTURE, SYSTEM_FILES, Verdict, picture_file, shown
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
@@ -26,6 +26,7 @@ class Listing(NamedTuple):
     by_name: bool = False  # a folder's or a list's files are known by their names: none is opened
     image_column: str | None = None  # of a table
     label_column: str | None = None
+    loose: bool = False  # pictures beside class folders are taken too: their label is -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,14 @@ class LeftOut(NamedTuple):
     mendable: bool = False  # see data/files.py
 
     def group(self) -> str:
-        """Under what it is counted: `.heic (no reader)`, `in @eaDir`, `.txt`, `Thumbs.db`."""
+        """Under what it is counted: `.heic (no reader)`, `in @eaDir`, `.txt`, `Thumbs.db`; there are few of these."""
+        name = self.path.rpartition("/")[2]
         if self.reason.startswith("in "):
             return self.reason
-        name = self.path.rpartition("/")[2]
-        stem, suffix = os.path.splitext(name)
-        kind = suffix.lower() if stem and len(suffix) > 1 else name
+        if name.lower() in SYSTEM_FILES:
+            return name
+        suffix = os.path.splitext(name)[1].lower()  # DICOM's names end with a long number
+        kind = suffix if 1 < len(suffix) < 12 and not suffix[1:].isdigit() else "without a suffix"
         return kind if self.reason == NO_PICTURE.reason else f"{kind} ({self.reason})"
 
 

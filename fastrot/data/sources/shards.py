@@ -21,9 +21,8 @@ from fastrot.data.files import PICTURE, Verdict, rejected
 from fastrot.data.sources.archives import Members
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, no_split, numbered
-from fastrot.data.sources.tree import Found, archives_in
+from fastrot.data.sources.tree import SPLITS, Found, archives_in
 
-SPLITS = {"train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval"}
 MOST_SHARDS = 2**20  # that a pattern may stand for
 MOST_JSON = 2**22  # bytes of a sample's .json
 
@@ -33,7 +32,7 @@ def webdataset(root: Path, how: Listing) -> Source:
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
-    source = tree.source(root, False, found)
+    source = tree.source(root, how._replace(labelled=False), found, wrapped=False)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
     labels = [int(tree.label(path)) for path in paths]
