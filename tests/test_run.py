@@ -223,6 +223,70 @@ def test_load_gives_the_features_of_each_stage(straight):
         trunk.features(images, stage="conv9")
 
 
+def test_pictures_come_in_every_layout(straight):
+    trunk = fastrot.load(straight / "checkpoints")
+    image = np.random.default_rng(3).integers(0, 256, (32, 32, 3), np.uint8)
+    right = trunk.features(torch.from_numpy(image)[None], "conv5")
+    chw = image.transpose(2, 0, 1)
+    for form in (image, chw, image[None], chw[None], torch.from_numpy(chw), Image.fromarray(image)):
+        assert torch.equal(trunk.features(form, "conv5"), right)
+    torch.testing.assert_close(trunk.features([image, image], "conv5")[1:], right)
+    holder = torch.nn.Sequential(trunk).train()
+    assert torch.equal(trunk.features(image, "conv5"), right)
+    larger = np.zeros((40, 40, 3), np.uint8)
+    assert trunk.features(larger, "conv2").shape[0] == 1
+    for dtype in (torch.float16, torch.bfloat16):
+        halved = holder.to(dtype)[0].features(image, "conv5")
+        assert halved.dtype == torch.float32
+        torch.testing.assert_close(halved, right, rtol=0.1, atol=0.1)
+
+
+PIXELS = np.zeros((32, 32, 3), np.uint8)
+NO_PICTURES = {
+    "floats": (PIXELS / 255.0, "got ndarray of float64: it wants square RGB pictures of uint8"),
+    "tensor-of-floats": (torch.zeros(3, 32, 32), r"got float32 \[3, 32, 32\]"),
+    "grey": (PIXELS[..., 0], r"got uint8 \[32, 32\]"),
+    "alpha": (np.zeros((32, 32, 4), np.uint8), r"got uint8 \[32, 32, 4\]"),
+    "not-square": (PIXELS[:20], r"got uint8 \[20, 32, 3\].*crop or resize others, to 32 x 32"),
+    "of-several-sizes": ([PIXELS, PIXELS[:20, :20]], "pictures of different sizes|object"),
+    "a-path": ("cat.jpg", "got str of"),
+    "none": (PIXELS[None][:0], r"got uint8 \[0, 32, 32, 3\]"),
+    "small": (PIXELS[:5, :5], "5 x 5 pixels do not fit conv5: give 32 x 32"),
+}
+
+
+@pytest.mark.parametrize(("images", "says"), NO_PICTURES.values(), ids=NO_PICTURES)
+def test_what_is_no_picture_for_the_net_gets_one_sentence(straight, images, says):
+    with pytest.raises(UsageError, match=says):
+        fastrot.load(straight).features(images, "conv5")
+
+
+def test_a_linear_stage_wants_the_size_of_training(straight):
+    with pytest.raises(UsageError, match="64 x 64 pixels do not fit fc_block: give 32 x 32"):
+        fastrot.load(straight).features(np.zeros((64, 64, 3), np.uint8), "fc_block")
+
+
+def test_a_run_is_loaded_by_any_of_its_names(straight, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(straight.parent))
+    monkeypatch.chdir(straight.parent)
+    last = straight / "checkpoints" / "last.pt"
+    for name in (str(straight), last, str(last), "straight", "~/straight", "straight/checkpoints/"):
+        assert fastrot.load(name).stages[0] == "conv1"
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "run" / "fold0").mkdir(parents=True)
+    (tmp_path / "run" / "fold0" / "config.yaml").touch()
+    wrong = {
+        "no/such": "there is no checkpoint no/such: name a run's folder",
+        str(tmp_path): rf"there is no checkpoint {tmp_path}/checkpoints/last\.pt: name a run",
+        str(tmp_path / "other.pth"): r"other\.pth is no checkpoint of a fastrot run: name a run",
+        __file__: "cut short, changed or no checkpoint",
+        str(tmp_path / "run"): "holds a run for each of its --folds: name one, as .*fold0",
+    }
+    for name, says in wrong.items():
+        with pytest.raises(UsageError, match=says):
+            fastrot.load(name)
+
+
 def test_best_and_numbered_checkpoints_are_kept_as_asked(pictures, tmp_path):
     go(pictures, tmp_path, "--max-steps", "9", "--keep-best", "--keep-every", "4")
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}

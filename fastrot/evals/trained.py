@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -43,21 +44,60 @@ class Trunk(nn.Module):
         self.config = cfg
 
     @torch.no_grad()
-    def features(self, images: UInt8[Tensor, "b s s 3"], stage: str) -> Float[Tensor, "b ..."]:
-        """Features of square uint8 pictures behind a named stage, in float32.
+    def features(self, images: Any, stage: str) -> Float[Tensor, "b ..."]:
+        """Features of square uint8 RGB pictures behind a named stage, in float32.
 
-        [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage. Raises
-        UsageError for a stage that the network has not.
+        images  [h, w, 3] or [3, h, w], or a batch of these, of torch or numpy; or a picture of PIL
+
+        [b, channels, h, w] behind a convolution or pool, [b, width] behind a linear stage; one picture is a batch of
+        one. A net in half precision or on another device computes there. Raises UsageError for a stage that the
+        network has not, and for pictures that it cannot take.
         """
         if stage not in self.stages:
             raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
-        images = images.to(next(self.net.parameters()).device)
-        views = rotated_views(images, (0,), self.mean, self.std, dtype=torch.float32)
-        return self.net.outputs(views, (stage,))[0].contiguous()
+        weights = next(self.net.parameters())
+        pictures = self._batch(images).to(weights.device)
+        views = rotated_views(pictures, (0,), self.mean, self.std, dtype=torch.float32)
+        self.net.eval()  # whatever the mode of a model that holds it
+        try:
+            found = self.net.outputs(views.to(weights.dtype), (stage,))[0]
+        except RuntimeError as error:
+            side = pictures.shape[1]
+            if side == self.size or isinstance(error, torch.OutOfMemoryError):
+                raise
+            told = f"pictures of {side} x {side} pixels do not fit {stage}"
+            way = f"give {self.size} x {self.size}, as in its training, or name an earlier stage"
+            raise UsageError(f"{told}: {way}") from error
+        return found.float().contiguous()
+
+    def _batch(self, images: Any) -> UInt8[Tensor, "b s s 3"]:
+        """What `features` takes, as one batch; refused where it is anything else."""
+        if hasattr(images, "convert"):  # PIL's
+            images = images.convert("RGB")
+        if not isinstance(images, Tensor):
+            try:
+                array = np.array(images)
+            except ValueError as error:  # a list
+                raise self._misfit("pictures of different sizes") from error
+            if array.dtype != np.uint8:
+                raise self._misfit(f"{type(images).__name__} of {array.dtype}")
+            images = torch.from_numpy(array)
+        batch = images[None] if images.ndim == 3 else images
+        if batch.ndim == 4 and batch.shape[3] != 3 and batch.shape[1] == 3:
+            batch = batch.permute(0, 2, 3, 1)
+        square = batch.ndim == 4 and len(batch) and batch.shape[1] == batch.shape[2]
+        if batch.dtype != torch.uint8 or not square or batch.shape[3] != 3:
+            raise self._misfit(f"{images.dtype} {list(images.shape)}")
+        return batch.contiguous()
+
+    def _misfit(self, got: str) -> UsageError:
+        wants = "square RGB pictures of uint8, 0 to 255: [h, w, 3], [3, h, w], or a batch of either"
+        side = f"crop or resize others, to {self.size} x {self.size} as in training"
+        return UsageError(f"features got {got.removeprefix('torch.')}: it wants {wants}; {side}")
 
 
 def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
-    """The trained backbone of a run folder or of a checkpoint: `load("runs/x").features(images, "conv5")`."""
+    """The trained backbone of a run's folder, its checkpoints/ or one of these: `load("runs/x").features(images, "conv5")`."""
     saved, weights = _read(run)
     trunk = assemble.backbone(saved.cfg.backbone, saved.cfg.method.crop.size)
     checkpoint.load_weights(trunk, checkpoint.trunk_weights(weights), str(run))

@@ -60,9 +60,12 @@ def _link(path: Path, other: Path) -> None:
 
 
 def of_run(source: str | Path) -> Path:
-    """The last checkpoint of a run's folder; a file is itself."""
-    path = Path(source)
-    return path / "checkpoints" / LAST if path.is_dir() else path
+    """The last checkpoint of a run's folder, or of its checkpoints/; a file is itself."""
+    path = Path(os.path.expanduser(source))
+    inside = path / "checkpoints"
+    if not path.is_dir():
+        return path
+    return (path if (path / LAST).exists() and not inside.exists() else inside) / LAST
 
 
 def folds_in(folder: Path) -> list[Path]:
@@ -78,19 +81,28 @@ def trunk_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint into host memory, each entry checked against its CRC first."""
     if not path.exists():
-        raise UsageError(f"there is no checkpoint {path}: name a run folder or a .pt file")
+        folder = path.parent.parent
+        if path.name == LAST and folder.is_dir() and (folds := folds_in(folder)):
+            raise UsageError(
+                f"{folder} holds a run for each of its --folds: name one, as {folds[0]}"
+            )
+        told = f"there is no checkpoint {path}"
+        raise UsageError(f"{told}: name a run's folder, such as runs/demo, or a .pt file of one")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise  # says nothing of the file
+    except (MemoryError, PermissionError):
+        raise  # says nothing of the file's bytes
     except Exception as error:  # damaged bytes make zipfile and the unpickler raise anything
         raise UsageError(
             f"{path} is cut short, changed or no checkpoint ({type(error).__name__})"
         ) from error
     found = state.get("version") if isinstance(state, dict) else None
+    if found is None:
+        way = "name a run's folder, such as runs/demo, or a .pt file of its checkpoints/"
+        raise UsageError(f"{path} is no checkpoint of a fastrot run: {way}")
     if found not in (VERSION - 1, VERSION):
         raise UsageError(
             f"{path} has version {found!r}, not {VERSION - 1} or {VERSION}: use the fastrot that wrote it"
