@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fastrot.config import PeerLost, RunError, UsageError
 
-WARNINGS = (signal.SIGTERM, signal.SIGUSR1)  # by which a cluster says that it will kill soon
+# by which a cluster says that it will kill soon, or somebody at a terminal that it is enough (Ctrl-C)
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
 met_others = False  # whether this process has joined others: see `status`
@@ -85,7 +86,8 @@ class PreemptionSignal:
     def __init__(self):
         self.got = 0  # number of the latest; 0: none yet
         able = threading.current_thread() is threading.main_thread()
-        self._before = {w: signal.signal(w, self._note) for w in WARNINGS if able}
+        heard = [w for w in WARNINGS if signal.getsignal(w) is not signal.SIG_IGN]  # as behind &
+        self._before = {w: signal.signal(w, self._note) for w in heard if able}
 
     def _note(self, number: int, frame: object) -> None:
         self.got = number

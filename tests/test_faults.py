@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -54,7 +54,8 @@ def warn(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "number"), [(1, signal.SIGTERM), (7, signal.SIGUSR1), (8, signal.SIGTERM)]
+    ("at", "number"),
+    [(1, signal.SIGTERM), (7, signal.SIGUSR1), (8, signal.SIGTERM), (9, signal.SIGINT)],
 )
 def test_a_warned_run_saves_at_once_and_goes_on(
     straight, pictures, tmp_path, monkeypatch, capsys, at, number
@@ -72,13 +73,27 @@ def test_a_warned_run_saves_at_once_and_goes_on(
     status = entry.status(lambda: train.main(args))
     assert status == 128 + number
     assert signal.getsignal(number) == before
+    name = "interrupted" if number == signal.SIGINT else number.name
     said = capsys.readouterr().out
-    assert f"{number.name}: saved at step {at} of {STEPS}; the same command goes on there" in said
+    assert f"{name}: saved at step {at} of {STEPS} to {tmp_path}; the same" in " ".join(
+        said.split()
+    )
     assert checkpoint.load(last(tmp_path))["step"] == at
     monkeypatch.undo()
     go(pictures, tmp_path)
     assert f"resumed at step {at}" in capsys.readouterr().out
     assert_same_run(straight, tmp_path)
+
+
+def test_what_a_shell_ignores_for_a_command_behind_an_ampersand_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with closing(entry.PreemptionSignal()) as preemption:
+            warn(signal.SIGINT)
+            assert preemption.got == 0
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("validation", [0, 1, 3], ids=["before-training", "first", "last"])

@@ -17,7 +17,9 @@ from test_run import TINY
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks" / "slurm").glob("*.sbatch"))
-LAST_WORDS = re.compile(r"SIGUSR1: saved at step (\d+) of 300; the same command goes on there")
+LAST_WORDS = re.compile(
+    r"SIGUSR1: saved at step (\d+) of 300 to .*; the same command goes on there"
+)
 
 SRUN = '''#!{python}
 """Starts the tasks of one node, each in a session of its own; one that fails takes the others with it."""
@@ -176,7 +178,7 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
 def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
     """Also where the start before it was warned, and this one fails before it says a word."""
     cluster.run.mkdir()
-    old = "SIGUSR1: saved at step 7 of 300; the same command goes on there\n"
+    old = "SIGUSR1: saved at step 7 of 300 to runs/x; the same command goes on there\n"
     (cluster.run / "log.txt").write_text(old)
     job = cluster.sbatch(file, *TINY, "--data", "no/such/place", tasks=1)
     told, _ = job.communicate(timeout=60)

@@ -212,7 +212,7 @@ def _begin_worker(_: int) -> None:
     assert parent is not None
 
     if not hasattr(signal, "sigwaitinfo"):  # macOS, where no cluster warns
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, entry.WARNINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
 
     def heed() -> None:

@@ -201,9 +201,11 @@ class _Fit:
             self.timer.stop()
             state.method.net.train()
             self.save()
-        where = f"saved at step {state.step}" if state.step else "ended before the first step"
-        name = signal.Signals(number).name
-        sentence = f"{name}: {where} of {state.schedule.steps}; the same command goes on there"
+        name = "interrupted" if number == signal.SIGINT else signal.Signals(number).name
+        where, steps = f"saved at step {state.step}", state.schedule.steps
+        sentence = f"{name}: {where} of {steps} to {self.s.folder}; the same command goes on there"
+        if not state.step:
+            sentence = f"{name}: ended before the first step of {steps}; the same command begins it"
         self.journal.say(sentence)
         raise Preempted(number, sentence)
 
