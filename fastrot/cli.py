@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import difflib
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastrot import entry
+from fastrot import entry, paths
 
 if TYPE_CHECKING:  # each parser imports tyro: a sentence says where it is missing
     from tyro.constructors import ConstructorRegistry
@@ -20,12 +20,12 @@ def first(metavar: str) -> dict[str, str]:
     return {"first": metavar}
 
 
-def parse(kind: type[T], argv: Sequence[str] | None, prog: str, **more: Any) -> T:
+def parse(kind: type[T], argv: list[str] | None, prog: str, **more: Any) -> T:
     """The options in `argv`. Raises SystemExit for --help and for what cannot be parsed, told once by rank 0."""
     import tyro
 
     with entry.told_once():
-        return tyro.cli(kind, args=argv, prog=prog, registry=rules(), **more)
+        return tyro.cli(kind, args=paths.words(argv), prog=prog, registry=rules(), **more)
 
 
 def choose(what: str, known: Collection[str], got: str) -> str:

@@ -198,6 +198,7 @@ class Config:
     epochs: int | None = None  # passes over the data; default: the schedule's
     max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
     budget: str | None = None  # time for the run, as 30min or 2h: 20 steps choose the epochs
+    extend: bool = free(False)  # go on with more epochs where steps done had the rates of fewer
     batch: int = 192  # pictures per process and step, each before its rotations
     lr: float | None = None  # scales the schedule to begin with this rate; default: its own
     seed: int = 0  # of order, crops and weights

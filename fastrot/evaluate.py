@@ -9,7 +9,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import importlib
 
-from fastrot import cli, entry
+from fastrot import cli, entry, paths
 from fastrot.config import UsageError, check_ranges
 from fastrot.evals import knobs
 
@@ -18,8 +18,8 @@ EVALUATIONS: dict[str, type] = {"rotation": knobs.Rotation}
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
     with entry.told_once():
+        words = paths.words(argv)
         if not words or not {"-h", "--help"}.isdisjoint(words[:2]):
             print("usage: fastrot evaluate RUN EVALUATION [any knob]\n")
             print("RUN is a run's folder, a checkpoint, or the folder of a run with --folds.\n")

@@ -1,5 +1,6 @@
 """Where a run happens: device, processor, versions, commit. They stand beside every figure."""
 
+import os
 import platform
 import re
 import subprocess
@@ -79,5 +80,6 @@ def environment(device: torch.device, ranks: int) -> dict[str, Any]:
         "native": native.why(),
         "commit": commit(),
         "command": sys.argv,
+        "folder": os.getcwd(),  # to which a command's paths are relative
         "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

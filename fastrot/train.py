@@ -8,14 +8,16 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
     sys.path[0] = str(HERE.parent)
 
 import argparse
+import dataclasses
+from typing import Any
 
-from fastrot import cli, config, entry
+from fastrot import cli, config, entry, paths
 from fastrot.config import Config, UsageError
 from fastrot.presets import PRESETS
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = command_line(sys.argv[1:] if argv is None else argv)
+    cfg = command_line(paths.words(argv))
     config.check(cfg)
     cfg = config.resolved(cfg)
     if cfg.data is None:
@@ -42,7 +44,8 @@ def command_line(argv: list[str]) -> Config:
                 way = f"leave {rest[0]!r} out"
                 raise UsageError(f"--config {file} takes the place of the preset: {way}")
             own = {"default": read_config(file), "config": (tyro.conf.AvoidSubcommands,)}
-            return cli.parse(Config, rest, "fastrot train --config FILE", **own)
+            cfg = cli.parse(Config, rest, "fastrot train --config FILE", **own)
+            return reached(cfg, paths.typed_in(file.parent))
         given = argv[0] if argv else "-"
         if given.startswith("-") and given not in ("-h", "--help"):
             known = ", ".join(PRESETS)
@@ -56,7 +59,7 @@ def command_line(argv: list[str]) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The config.yaml of a run, read back."""
+    """The config.yaml of a run, read back; where it lies in that run's folder, this one is its --out."""
     import yaml
 
     try:
@@ -65,7 +68,24 @@ def read_config(path: Path) -> Config:
         raise UsageError(
             f"--config {path} is no YAML that can be read: name the config.yaml of a run folder"
         ) from error
-    return config.from_plain(plain)
+    cfg = config.from_plain(plain)
+    own = (path.parent / "environment.json").exists()
+    return dataclasses.replace(cfg, out=str(path.parent)) if own else cfg
+
+
+def reached(cfg: Config, folder: str | None) -> Config:
+    """The config of a run whose command was typed in `folder`, with paths that lead to its files from here.
+
+    Raises UsageError where data leads nowhere; other weights and tables are asked for when they are read.
+    """
+
+    def seen(knobs: Any, name: str, knob: str | None = None) -> dict[str, str]:
+        path = getattr(knobs, name, None)
+        return {name: paths.seen_from_here(path, folder, knob)} if path else {}
+
+    method = dataclasses.replace(cfg.method, **seen(cfg.method, "pu_table"))
+    data = seen(cfg, "data", "--data") | seen(cfg, "val", "--val")
+    return dataclasses.replace(cfg, method=method, **data, **seen(cfg, "start_from"))
 
 
 if __name__ == "__main__":

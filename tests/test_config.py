@@ -176,7 +176,7 @@ def test_knobs_that_change_numbers_make_another_run():
     assert loose == {
         *("data", "val", "out", "max_steps", "workers", "log_every", "checkpoint_every"),
         *("keep_every", "keep_best", "validate_every", "loader", "placement", "tensorboard"),
-        *("profile", "threads"),
+        *("profile", "threads", "extend"),
         "on_bad_record",
     }
     other = Config(method=config.RotNet(crop=config.RandomResized(flip=False)))

@@ -489,6 +489,7 @@ def test_pu_from_is_scaled_too_and_as_published_is_not():
     schedule = PRESETS["decoupling-alexnet"]().schedule
     rates = LRSchedule(schedule, epochs=49, batches=1, steps=49)
     method = small(Decoupling(dim=5, pu_from=100))
+    method.weights = torch.ones(1, 4)
     method.set_schedule(49, rates.begins)
     assert method.pu_epoch == 20
     printed = dataclasses.replace(schedule, as_published=True)

@@ -15,7 +15,7 @@ HOUSE = Path(__file__).parents[1] / "fastrot"
 # a room is a folder or a file of fastrot/; a file of a folder may have a floor of its own
 FLOORS = [
     {"config", "arrays"},
-    {"core", "presets", "disk", "entry", "native"},
+    {"core", "presets", "disk", "entry", "paths", "native"},
     {"ops", "dist", "machine", "cli"},
     {"data", "backbones"},
     {"methods"},

@@ -29,6 +29,26 @@ def test_a_step_is_told_by_the_log_lines_but_for_the_first():
     assert seen.lines == 3
 
 
+@pytest.mark.parametrize(
+    ("lines", "enough"), [([30], False), ([3, 12], False), ([3, 13], True), ([3, 5, 13], True)]
+)
+def test_a_run_is_judged_by_ten_steps_behind_its_first_line(lines, enough):
+    seen = StepTimer(CPU)
+    for steps in lines:
+        while seen.steps < steps:
+            with seen.step():
+                pass
+        seen.line(10.0, 0.0)
+    assert seen.enough() == enough
+
+
+def test_a_run_that_is_too_short_has_no_verdict(tmp_path, capsys):
+    args = ["--hold-out", "0", "--max-steps", "6", "--log-every", "2"]
+    assert go("synthetic:64", tmp_path, *args) == 0
+    assert verdict_of(tmp_path) == (None, None)
+    assert "verdict" not in capsys.readouterr().out
+
+
 class Event:
     """As torch.cuda.Event, on the host's clock; a device that takes 50 ms longer than the host."""
 
@@ -83,11 +103,11 @@ def test_a_run_with_a_slow_loader_is_bound_by_decode(tmp_path, monkeypatch, caps
     at_once = Loader.request
 
     def throttled(self, index, epoch):
-        time.sleep(0.25)
+        time.sleep(0.1)
         return at_once(self, index, epoch)
 
     monkeypatch.setattr(Loader, "request", throttled)
-    args = ["--hold-out", "0", "--max-steps", "4", "--log-every", "2"]
+    args = ["--hold-out", "0", "--max-steps", "12", "--log-every", "2"]
     assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
     assert kind == "decode"
@@ -99,7 +119,7 @@ def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch):
     line = StepTimer.line  # it never waits for its data, whatever else this machine does
     monkeypatch.setattr(StepTimer, "line", lambda self, rate, _: line(self, rate, 0.0))
     monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
-    args = ["--max-steps", "4", "--log-every", "2", "--hold-out", "0"]
+    args = ["--max-steps", "12", "--log-every", "2", "--hold-out", "0"]
     assert go("synthetic:64", tmp_path, *args) == 0
     kind, said = verdict_of(tmp_path)
     assert kind == "arithmetic"

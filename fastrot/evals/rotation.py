@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastrot import assemble, dist, entry
+from fastrot import assemble, dist, entry, paths
 from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.keys import fold_of
@@ -38,7 +38,8 @@ def evaluate(run: str, knobs: Rotation) -> int:
             told = f"{net.source} predicts no rotations ({type(net.cfg.method).__name__})"
             raise UsageError(f"{told}: name a run of rotnet or decoupling")
     device = choose_device(knobs.device, dist.place())
-    name = knobs.data or nets[0].cfg.data or ""
+    told = str(nets[0].cfg.data), nets[0].identity.get("folder")
+    name = knobs.data or paths.seen_from_here(*told, "--data")
     data = assemble.open_data(name, knobs.loader)
     fold = _folds(nets, data, name)
     with dist.joined(device, "give the same command again"):

@@ -86,8 +86,10 @@ class Decoupling(Method):
         return dataclasses.replace(cfg, pu_table=None, bank="replicated")
 
     def set_schedule(self, epochs: int, begins: Callable[[int], int]) -> None:
+        if self.weights is None:
+            return
         self.pu_epoch = begins(self.cfg.pu_from)
-        if self.weights is not None and self.pu_epoch >= epochs:
+        if self.pu_epoch >= epochs:
             late = f"--method.pu-from {self.cfg.pu_from} is epoch {self.pu_epoch} of this run"
             raise UsageError(f"{late}, which ends before it: set a smaller one, or more --epochs")
 

@@ -14,6 +14,7 @@ from fastrot.speed.bounds import Measured
 
 WARM = 12  # steps of a start in which kernels are chosen and graphs captured
 KEPT = 100  # single steps that are timed
+ENOUGH = 10  # steps behind the first log line: of fewer nothing can be said
 
 
 class StepTimer:
@@ -24,6 +25,7 @@ class StepTimer:
     def __init__(self, device: torch.device):
         self.device = device
         self.steps = self.lines = 0  # so far
+        self._begun = 0  # steps up to the first line: workers start, kernels are compiled
         self._rates: list[tuple[float, float]] = []  # seconds a picture, share that was waited
         self._single: list[tuple[float, float]] = []  # a step's seconds: to issue, of the device
         self._under_way: tuple[float, torch.cuda.Event, torch.cuda.Event] | None = None
@@ -55,11 +57,16 @@ class StepTimer:
             self._single.append((issued, begin.elapsed_time(end) / 1e3))
             self._under_way = None
         self._rates.append((1 / images_per_s, wait_share))
+        self._begun = self._begun or self.steps
         self.lines += 1
         self._idle = self.device.type == "cuda"
 
+    def enough(self) -> bool:
+        """Whether a run was long enough to be judged: by ENOUGH steps behind its first log line."""
+        return self.lines > 1 and self.steps - self._begun >= ENOUGH
+
     def measured(self, images: int) -> Measured:
-        """A step of so many pictures, by the log lines but for the first, in which workers start and kernels are compiled.
+        """A step of so many pictures, by the log lines but for the first.
 
         There must be a line; where it is the only one, it counts.
         """

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -32,11 +33,63 @@ def schedule_of(cfg: Config, epochs: int, batches: int) -> LRSchedule:
 
 
 def set_length(s: Session) -> list[str]:
-    """With --budget: measure, choose the epochs, say so. A resumed run keeps those first chosen."""
+    """The run's length, told to its method; with --budget it is measured here. What is to be said of it."""
+    said, asked, state = _by_budget(s) if s.cfg.budget else [], set[int](), s.state
+    schedule, saved = state.schedule, s.saved or {}
+
+    def begins(published: int) -> int:
+        asked.add(published)
+        return schedule.begins(published)
+
+    state.method.set_schedule(schedule.epochs, begins)
+    before = saved.get("run_identity", {})
+    s.identity |= {"epochs": schedule.epochs, "steps": schedule.steps}
+    s.identity["extended"] = list(before.get("extended", ()))
+    if s.saved is None:
+        return said
+    was = dataclasses.replace(schedule, epochs=before["epochs"], steps=before["steps"])
+    return said if was == schedule else said + _other_length(s, was, asked)
+
+
+def _other_length(s: Session, was: LRSchedule, asked: set[int]) -> list[str]:
+    """A line on a resumed run whose length is another than before.
+
+    asked  the paper's epochs whose begin the method wanted to know
+
+    Refused where it is shorter than what is done, and unless --extend where done steps would have been others in it.
+    """
+    now, done, run = s.state.schedule, s.saved["step"] if s.saved else 0, s.folder
+    if now.steps < done:
+        told = f"{run} has done {done} steps, and would end at step {now.steps}"
+        raise UsageError(f"{told}: give it {_length(was)} as before or more, or use --out NEW")
+    if _same_so_far(was, now, asked, done):
+        return [f"{_length(was)} became {_length(now)}: the {done} steps done are the same in both"]
+    if not s.cfg.extend:
+        raise UsageError(
+            f"{run} was to have {_length(was)}, and in a run of {_length(now)} the {done} steps done would "
+            "have had other rates: add --extend to go on by the new schedule, or use --out NEW"
+        )
+    s.identity["extended"].append(
+        f"extended at step {done}: by the schedule of {_length(was)} up to there, of {_length(now)} behind"
+    )
+    return s.identity["extended"][-1:]
+
+
+def _same_so_far(was: LRSchedule, now: LRSchedule, asked: set[int], done: int) -> bool:
+    """Whether so many steps have the same rates in both, and see the asked epochs of the paper begin at the same step."""
+    begins = ([min(each.begins(e) * each.batches, done) for e in asked] for each in (was, now))
+    return all(was(k) == now(k) for k in range(done)) and next(begins) == next(begins)
+
+
+def _length(schedule: LRSchedule) -> str:
+    return f"{schedule.epochs} epoch(s) ({schedule.steps} steps)"
+
+
+def _by_budget(s: Session) -> list[str]:
+    """Measure, choose the epochs, say so. A resumed run keeps those first chosen for the same budget."""
     cfg, state, batches = s.cfg, s.state, len(s.loader)
-    if cfg.budget is None:
-        return []
-    if s.saved is not None:
+    assert cfg.budget is not None
+    if s.saved is not None and s.saved["config"].get("budget") == cfg.budget:
         state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
     seconds, epoch = seconds_of(cfg.budget), _epoch_seconds(s)

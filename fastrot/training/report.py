@@ -10,7 +10,6 @@ from fastrot import assemble, machine
 from fastrot.entry import table
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds
-from fastrot.speed.bounds import Measured
 from fastrot.speed.cost import step_cost
 from fastrot.training.graph import WARM_UP
 from fastrot.training.state import Session
@@ -86,6 +85,7 @@ def summary(s: Session) -> dict[str, Any]:
         "val_loss": progress.val.get("loss"),
         "val": progress.val,
         "chance": state.method.headline.chance,
+        "extended": s.identity["extended"],
         "method": state.method.describe(),
         "skipped_records": progress.skipped,
         "device": machine.device_name(state.device),
@@ -94,18 +94,17 @@ def summary(s: Session) -> dict[str, Any]:
     }
 
 
-def _bound(s: Session) -> dict[str, str]:
-    """What bound the run, and the sentence on it; of a run that had ended already, what was said then."""
-    state = s.state
-    if s.step_timer.lines:
-        m = s.step_timer.measured(s.cfg.batch)
-    else:  # no step was taken
-        path = s.folder / "summary.json"
+def _bound(s: Session) -> dict[str, str | None]:
+    """What bound the run, and the sentence on it: None where this start was too short to tell.
+
+    Of a run that had ended already, what was said then.
+    """
+    state, path = s.state, s.folder / "summary.json"
+    if not s.step_timer.enough():
         before = json.loads(path.read_text()) if path.exists() else {}
-        if before.get("steps") == state.step and {"bound", "verdict"} <= before.keys():
-            return {name: before[name] for name in ("bound", "verdict")}
-        step = state.progress.seconds / max(1, state.step)
-        m = Measured(step=step or 1.0, wait=step * state.progress.wait_share())
+        same = s.step_timer.steps == 0 and before.get("steps") == state.step
+        return {name: before.get(name) if same else None for name in ("bound", "verdict")}
+    m = s.step_timer.measured(s.cfg.batch)
     least = step_cost(state.method, s.loader.view, s.cfg, state.device)
     subject = bounds.subject_of(s.cfg, s.loader.data, state.device)
     m = bounds.with_floors(m, least, s.loader.view, subject)
@@ -124,7 +123,7 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
         (f"{score} on held-out pictures", f"{last} (before training {first}{chance})"),
         ("speed", speed),
         ("waiting for data", f"{summary['wait_share']:.1%}"),
-        ("verdict", summary["verdict"]),
+        *([("verdict", summary["verdict"])] if summary["verdict"] else ()),
         *(("method", line) for line in summary["method"]),
     ]
     if skipped := summary["skipped_records"]:

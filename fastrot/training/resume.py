@@ -1,12 +1,13 @@
 """What a run goes on from: its last checkpoint, and what must agree with it."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastrot import assemble, config, dist, machine
+from fastrot import assemble, config, dist, machine, paths
 from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
@@ -40,9 +41,14 @@ def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None
     if saved is None:
         return
     leave = {"batch"}  # the global batch is what counts
+    leave |= {"epochs", "budget", "schedule.steps"}  # see training/budget.py: what they come to
     if saved["config"]["statistics"] == "data":
         leave |= {"mean", "std"}  # will come again
     found = config.differences(saved["config"], config.to_plain(cfg))
+    folder = saved["run_identity"].get("folder")
+    for name in {"start_from", "method.pu_table"} & found.keys():
+        if all(found[name]) and paths.same_file(found[name][0], folder, found[name][1]):
+            leave.add(name)
     found = {config.knob(name): both for name, both in found.items() if name not in leave}
     before, now = saved["run_identity"]["global_batch"], cfg.batch * dist.world()
     if before != now:
@@ -122,4 +128,5 @@ def run_identity_of(cfg: Config, loader: Loader, info: DataInfo, method: Method)
         "data": f"{data.format} {cfg.data}",
         "method": method.resume_contract(),
         "classes": info.classes,
+        "folder": os.getcwd(),  # to which the config's paths are relative
     }

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from fastrot import assemble, config, dist, machine
 from fastrot.arrays import Numbers
-from fastrot.config import Config, UsageError
+from fastrot.config import Config, RunError, UsageError
 from fastrot.core import DTYPES, Batch, Data
 from fastrot.data.keys import fold_of, held_out
 from fastrot.data.loader import Loader
@@ -39,11 +40,17 @@ def train(cfg: Config) -> int:
     """
     cfg, device = choose(resume.with_trunk(cfg))
     runs = runs_of(cfg)
-    for folder, _ in runs:
-        _made(folder)
-    with contextlib.closing(PreemptionSignal()) as preemption, dist.joined(device):
-        for folder, each in runs:
-            _train_one(each, folder, device, preemption)
+    made = {path for folder, _ in runs for path in _made(folder)}
+    try:
+        with contextlib.closing(PreemptionSignal()) as preemption, dist.joined(device):
+            made.update(*dist.everyones(made))
+            for folder, each in runs:
+                _train_one(each, folder, device, preemption, fresh=folder in made)
+    except (UsageError, RunError, OSError):
+        for path in sorted(made, reverse=True):
+            with contextlib.suppress(OSError):
+                path.rmdir()  # what holds nothing: see _train_one
+        raise
     return 0
 
 
@@ -61,22 +68,26 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
     return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for path, fold in each]
 
 
-def _made(run: Path) -> None:
-    """The run's folder, which must be one that can be written."""
+def _made(run: Path) -> list[Path]:
+    """Make the run's folder, which must be one that can be written; those that were made for it."""
+    made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {run} cannot be made ({error.strerror}): name another") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise UsageError(f"--out {run} cannot be written: name a folder of your own")
+    return made
 
 
 def _train_one(
-    cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal
+    cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal, *, fresh: bool
 ) -> None:
+    """`fresh`: this start made the folder, and where it fails before the first step takes away what is in it."""
     refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
     with locked(folder, refusal) if dist.rank() == 0 else contextlib.nullcontext():
         begun, s = time.perf_counter(), None
+        fresh = fresh and dist.rank() == 0 and os.listdir(folder) == ["lock"]
         dist.barrier()  # all meet here: nobody writes while they read the checkpoint
         saved = resume.last_checkpoint(folder)
         resume.check_settings(saved, cfg, folder)
@@ -89,7 +100,9 @@ def _train_one(
                 _write_setting(s)
                 journal.say(*report.greeting(s), *said)
                 _trained(s, journal, preemption)
-        except RuntimeError as error:
+        except (UsageError, RuntimeError, OSError) as error:
+            if fresh and (s is None or s.state.step == 0):
+                shutil.rmtree(folder, ignore_errors=True)
             if not memory.is_full(error):
                 raise
             memory.forget(error)
@@ -127,8 +140,6 @@ def _begun_or_resumed(s: Session) -> list[str]:
     """The state as the first step wants it; what is to be said of the run's length."""
     state = s.state
     said = budget.set_length(s)
-    s.identity |= {"epochs": state.schedule.epochs, "steps": state.schedule.steps}
-    state.method.set_schedule(state.schedule.epochs, state.schedule.begins)
     warm_up_ddp(state, s.loader)
     if s.saved is not None:
         state.load_state_dict(s.saved)
@@ -144,9 +155,11 @@ def _write_setting(s: Session) -> None:
     plain = config.to_plain(s.cfg)
     if s.cfg.budget is not None:  # what it came to, so that a replay is the same run
         plain |= {"budget": None, "epochs": s.state.schedule.epochs}
-    replace_bytes(s.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-    environment = json.dumps(machine.environment(s.state.device, dist.world()), indent=1)
-    replace_bytes(s.folder / "environment.json", environment.encode())
+    text = "".join(f"# {line}\n" for line in s.identity["extended"])
+    text += yaml.safe_dump(plain, sort_keys=False)
+    replace_bytes(s.folder / "config.yaml", text.encode())
+    environment = machine.environment(s.state.device, dist.world())
+    replace_bytes(s.folder / "environment.json", json.dumps(environment, indent=1).encode())
 
 
 def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None:

@@ -1,0 +1,51 @@
+"""Paths as people type them: `~`, and those of a run whose command was typed in another folder. Standard library only."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from fastrot.config import UsageError
+
+
+def words(argv: list[str] | None = None) -> list[str]:
+    """A command line's words, the home folder in place of a `~` that the shell left: behind `=`. None may be empty."""
+    found, before = [], "the command line"
+    for word in sys.argv[1:] if argv is None else argv:
+        name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if not value and (sign or not name):
+            way = "leave it out, or give it a value (is a variable of the shell not set?)"
+            raise UsageError(f"{name or before} got an empty word: {way}")
+        found.append(name + sign + os.path.expanduser(value))
+        before = name or before
+    return found
+
+
+def typed_in(run: Path) -> str | None:
+    """The folder in which a run's last command was typed, to which its paths are relative; None: it is not known."""
+    try:
+        return json.loads((run / "environment.json").read_text(encoding="utf-8")).get("folder")
+    except (OSError, ValueError):
+        return None
+
+
+def seen_from_here(path: str, folder: str | None, knob: str | None = None) -> str:
+    """A path of a run's config, typed in `folder`: as it is, or where only that leads to a file, from there.
+
+    With a `knob` raises UsageError where neither does.
+    """
+    path = os.path.expanduser(path)
+    there = os.path.join(folder or "", path)
+    known = there in (path, os.path.join(os.getcwd(), path))
+    if known or os.path.exists(path) or path.partition(":")[0] == "synthetic":
+        return path
+    if knob is not None and not os.path.exists(there):
+        told = f"the run's {knob} {path} is neither in {os.getcwd()} nor in {folder}"
+        raise UsageError(f"{told}, where its command was typed: say where it is, by {knob}")
+    return there if os.path.exists(there) else path
+
+
+def same_file(typed: str, folder: str | None, now: str) -> bool:
+    """Whether a path typed in `folder` and one typed here lead to the same file."""
+    before = os.path.join(folder or "", os.path.expanduser(typed))
+    return os.path.realpath(before) == os.path.realpath(os.path.expanduser(now))
