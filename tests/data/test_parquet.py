@@ -288,6 +288,14 @@ def test_labels_of_all_types_are_read(tmp_path, kind):
     assert source.notes == ([told] if unread else [])
 
 
+def test_of_two_columns_of_one_name_the_first_is_read(tmp_path):
+    columns = [pa.array([JPEG]), pa.array([0]), pa.array(["x"]), pa.array([1])]
+    table = pa.Table.from_arrays(columns, ["image", "label", "image", "label"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert listed(tmp_path / "a.parquet") == ([0], ("0",))
+    assert open_source("parquet", tmp_path / "a.parquet").read(0) == JPEG
+
+
 def test_the_column_of_labels_is_chosen(tmp_path):
     path = written(tmp_path / "a.parquet", [(JPEG, 2)])
     columns = {

@@ -214,7 +214,7 @@ class _Listed:
 
     @property
     def holds(self) -> str:
-        return _holds(self.schema.field(self.pictures[0]).type) if self.pictures else ""
+        return _holds(_field(self.schema, self.pictures[0]).type) if self.pictures else ""
 
 
 def _listed(path: Path, name: str, how: Listing, known: str) -> _Listed:
@@ -233,7 +233,7 @@ def _listed(path: Path, name: str, how: Listing, known: str) -> _Listed:
                 raise ValueError(f"its column {label} ends early")
     names = features.get(label or "", {}).get("names")
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-        boolean = label is not None and str(schema.field(label).type) == "bool"
+        boolean = label is not None and str(_field(schema, label).type) == "bool"
         names = ["False", "True"] if boolean else None
     return _Listed(path, name, schema, pictures, label, names, groups, values)
 
@@ -274,6 +274,11 @@ def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _field(schema: Any, name: str) -> Any:
+    """The first column called so."""
+    return schema.field(schema.names.index(name))
+
+
 def _called(features: dict[str, dict[str, Any]], name: str) -> str | None:
     return features.get(name, {}).get("_type")
 
@@ -293,7 +298,7 @@ def _pictures(
     table: Table, groups: range, features: dict[str, dict], asked: str | None, known: str
 ) -> list[str]:
     """The columns that hold pictures: the one that is asked for; or those called so; or whose first values are so."""
-    holds = {field.name: _holds(field.type) for field in table.schema}
+    holds = {name: _holds(_field(table.schema, name).type) for name in table.schema.names}
     if asked is not None:
         return [name for name in (asked, asked.removesuffix(".bytes")) if holds.get(name)][:1]
     called = [name for name in holds if holds[name] and _called(features, name) == "Image"]

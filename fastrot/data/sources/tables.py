@@ -37,7 +37,8 @@ class ParquetTable:
     def arrays(self, column: str, groups: range, rows: int = ROWS_AT_ONCE) -> Iterator[Any]:
         """A column of some groups, so many rows at once: so memory does not grow with a group."""
         how = {"row_groups": list(groups), "columns": [column], "use_threads": False}
-        return (batch.column(column) for batch in self._file.iter_batches(rows, **how))
+        batches = self._file.iter_batches(rows, **how)
+        return (batch.column(batch.schema.names.index(column)) for batch in batches)
 
 
 class ArrowTable:
@@ -58,7 +59,7 @@ class ArrowTable:
 
     def arrays(self, column: str, groups: range, rows: int = ROWS_AT_ONCE) -> Iterator[Any]:
         """A column of some groups, group by group: it stays where it is mapped."""
-        batches = self._batches(groups.start, self.schema.get_field_index(column))
+        batches = self._batches(groups.start, self.schema.names.index(column))
         for batch in itertools.islice(batches, len(groups)):
             array = batch.column(0)
             array.validate(full=True)  # else damaged offsets lead out of the file
