@@ -9,6 +9,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import argparse
 import dataclasses
+import os
 from typing import Any
 
 from fastrot import cli, config, entry, paths
@@ -85,7 +86,8 @@ def reached(cfg: Config, folder: str | None) -> Config:
 
     method = dataclasses.replace(cfg.method, **seen(cfg.method, "pu_table"))
     data = seen(cfg, "data", "--data") | seen(cfg, "val", "--val")
-    return dataclasses.replace(cfg, method=method, **data, **seen(cfg, "start_from"))
+    out = cfg.out and os.path.expanduser(cfg.out)
+    return dataclasses.replace(cfg, out=out, method=method, **data, **seen(cfg, "start_from"))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def test_a_config_is_replayed_from_another_folder(moved, tmp_path, monkeypatch, 
     assert checkpoint.load(tmp_path / "elsewhere/checkpoints/last.pt")["step"] == 3
 
 
+def test_a_config_written_by_hand_may_name_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "own.yaml").write_text("type: Config\ndata: ~/pictures\nout: ~/runs/x\n")
+    cfg = train.command_line(["--config", str(tmp_path / "own.yaml")])
+    assert (cfg.data, cfg.out) == ("/home/me/pictures", "/home/me/runs/x")
+
+
 def test_todays_folder_goes_before_the_one_of_then(moved, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
