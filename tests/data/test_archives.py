@@ -784,7 +784,9 @@ def written_shards(folder: Path) -> Path:
 def test_shards_keep_their_order_and_labels(tmp_path):
     folder = written_shards(tmp_path / "shards")
     pattern = folder / "train-{000000..000002}.tar"
-    for root in (folder, pattern, folder / "train-00000{0,1,2}.tar"):
+    each = "::".join(str(folder / f"train-00000{i}.tar") for i in range(3))
+    stars = folder / "train-*.tar", folder / "tr?in-00000{0,1,2}.tar"
+    for root in (folder, pattern, folder / "train-00000{0,1,2}.tar", *stars, each):
         source = open_source("webdataset", root)
         assert [record.label for record in source.records] == [i % 3 for i in range(12)]
         assert [source.read(i) for i in range(12)] == [picture(i) for i in range(12)]
@@ -839,17 +841,127 @@ def test_strange_samples_have_one_fate_each(tmp_path):
     ]
     source = open_source("webdataset", tarred(tmp_path / "s.tar", made))
     labels = {record.path: record.label for record in source.records}
-    assert labels == {"s/a/0.jpg": 2, "s/e.jpg": -1, "s/f.jpg": 4, "s/i.jpg": -1}
-    assert dict(source.rejected) == {
-        "s/b.png": "its label in the .cls is no whole number from -1 on",
-        "s/c.jpg": "its .json cannot be read",
-        "s/d.jpg": "its first bytes are no picture's",
-        "s/g.jpg": "its label in the .json is no whole number from -1 on",
+    assert labels == {
+        **{"s/a/0.jpg": 2, "s/b.png": -1, "s/c.jpg": -1, "s/e.jpg": -1, "s/f.jpg": 4},
+        **{"s/g.jpg": -1, "s/i.jpg": -1},
     }
+    assert dict(source.rejected) == {"s/d.jpg": "its first bytes are no picture's"}
+    assert source.notes[0].startswith(
+        "3 label(s) could not be read, and their pictures have none: f"
+    )
+    assert "first cat of s/b.png" in source.notes[0]
     assert accounted(source)
     huge = tarred(tmp_path / "t.tar", [("a.jpg", JPEG), ("a.cls", b"99999999")])
     with pytest.raises(UsageError, match=r"label 99999999 \(t/a.jpg\): a label is below"):
         open_source("webdataset", huge)
+
+
+def samples(*kinds: tuple[str, list[bytes]]) -> list[tuple[str, bytes]]:
+    """Members KEY.kind of samples 0, 1 ...; an empty one is left out."""
+    count = len(kinds[0][1])
+    return [(f"{i}.{kind}", of[i]) for i in range(count) for kind, of in kinds if of[i]]
+
+
+J = [JPEG] * 6
+SAID = {  # members, labels, classes, what is said
+    "words": ([("jpg", J), ("cls", [b"dog", b"cat\r\n"] * 3)], [1, 0] * 3, "cat dog", "words"),
+    "json": (
+        [
+            ("jpg", J),
+            (
+                "json",
+                [
+                    *(b'{"label": 1}', b'{"label": "1"}', b'{"label": 1.0}', b'{"label": null}'),
+                    *(b'{"label": "cat"}', b'{"class_id": 2}'),
+                ],
+            ),
+        ],
+        [1, 1, 1, -1, -1, 2],
+        "0 1 2",
+        "1 label(s) could not be read, and their pictures have none: first cat of s/4.jpg",
+    ),
+    "names in json": (
+        [("jpg", J), ("json", [b'{"class_name": "b", "id": 9}', b'{"Category": "a"}'] * 3)],
+        [1, 0] * 3,
+        "a b",
+        "words",
+    ),
+    "the mark of UTF-8": (
+        [("png", J), ("cls", [b"\xef\xbb\xbf%d\n" % i for i in range(6)])],
+        [*range(6)],
+        "0 1 2 3 4 5",
+        "",
+    ),
+    "one-indexed": (
+        [("jpg", J), ("CLS", [b"%d" % i for i in range(1, 7)])],
+        [*range(1, 7)],
+        "0 1 2 3 4 5 6",
+        "labels begin at 1",
+    ),
+    "null": ([("jpg", J), ("cls", [b"null", b"0"] * 3)], [-1, 0] * 3, "0", ""),
+    "no number or word": (
+        [("jpg", J), ("cls", [b"\x93NUMPY\x01", b"1", b"x" * 300, b"-2", b"1.5", b"0"])],
+        [-1, 1, -1, -1, -1, 0],
+        "0 1",
+        "4 label(s) could not be read",
+    ),
+    "captions": ([("jpg", J), ("txt", [b"a dog"] * 6)], [-1] * 6, "", ""),
+    "another name": ([("jpg", J), ("label", [b"1", b"0"] * 3)], [1, 0] * 3, "0 1", ""),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_labels_of_samples_as_people_write_them(tmp_path, case):
+    kinds, labels, classes, said = SAID[case]
+    root = tarred(tmp_path / "s.tar", samples(*kinds))
+    source = open_source("webdataset", root)
+    assert [record.label for record in source.records] == labels
+    assert source.classes == tuple(classes.split())
+    assert said in "; ".join(source.notes)
+    assert bool(source.notes) == bool(said)
+    assert not source.rejected
+    unlabelled = open_source("webdataset", root, label_from="none")
+    assert [r.path for r in unlabelled.records] == [r.path for r in source.records]
+    assert {record.label for record in unlabelled.records} == {-1}
+
+
+FIELD, SECOND = "not its sample's picture", "its sample has another picture"
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "left"),
+    [
+        ("a.jpg a.png a.mask.png", "a.jpg", {"a.png": SECOND, "a.mask.png": FIELD}),
+        ("a.png a.JPEG", "a.JPEG", {"a.png": SECOND}),
+        ("a.jpg a.seg.png b.seg.png", "a.jpg", {"a.seg.png": FIELD, "b.seg.png": FIELD}),
+        ("s.v1.jpg s.v1.cls t.jpg t.cls", "s.v1.jpg=1 t.jpg=1", {}),
+        ("i_0.5_1.jpg i_0.5_2.jpg i_0.5_2.json", "i_0.5_1.jpg i_0.5_2.jpg=2", {}),
+        ("i.jpg i.5.jpg i.5.cls", "i.jpg i.5.jpg=1", {}),
+        ("a.input.jpg a.cls b.input.jpg", "a.input.jpg=1 b.input.jpg", {}),
+        ("a.5.png a.5.jpg", "a.5.jpg", {"a.5.png": SECOND}),
+        ("d.x/0001 d.x/0002.img", "d.x/0001 d.x/0002.img", {}),
+    ],
+)
+def test_one_picture_of_each_sample_is_taken(tmp_path, names, taken, left):
+    of = {"cls": b"1", "json": b'{"label": 2}'}
+    members = [(name, of.get(name.rpartition(".")[2], JPEG)) for name in names.split()]
+    source = open_source("webdataset", tarred(tmp_path / "s.tar", members))
+    found = [f"{r.path[2:]}={r.label}".removesuffix("=-1") for r in source.records]
+    assert found == taken.split()
+    other = {each.path[2:]: each.reason for each in source.left_out}
+    assert {path: why for path, why in other.items() if why != "no picture"} == left
+    dotted = any(path.split("/")[-1].count(".") > 1 for path in taken.replace("=", " ").split())
+    assert any("dots in their names" in note for note in source.notes) == dotted
+    assert accounted(source)
+
+
+def test_a_broken_picture_gives_way_to_another_of_its_sample(tmp_path):
+    made = [("a.jpg", b"text"), ("a.png", JPEG), ("b.png", JPEG), ("b.png", picture(1))]
+    source = open_source("webdataset", tarred(tmp_path / "s.tar", made))
+    assert [record.path for record in source.records] == ["s/a.png", "s/b.png"]
+    assert source.rejected == [("s/a.jpg", "its first bytes are no picture's")]
+    assert source.notes == ["1 picture(s) have the name of a later one, which is taken"]
+    assert source.read(1) == picture(1)
 
 
 def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
@@ -866,6 +978,8 @@ def test_patterns_and_splits_that_name_nothing_are_refused(tmp_path):
     assert len(open_source("webdataset", folder, split="train").records) == 12
     with pytest.raises(UsageError, match=r"--split test is none of .*there are: train, val"):
         open_source("webdataset", folder, split="test")
+    with pytest.raises(UsageError, match=r"none-\*.tar names no shard that is there"):
+        open_source("webdataset", folder / "none-*.tar")
     with pytest.raises(UsageError, match="give the path of WebDataset shards"):
         open_source("webdataset", tmp_path / "none")
     assert shards.expanded("a{08..10}b{x,yz}") == [

@@ -364,52 +364,6 @@ def test_a_source_goes_to_workers_and_reads_odd_names(tmp_path):
     assert len(set(path_keys(r.path for r in source.records).tolist())) == 4
 
 
-# ---- text lists ----
-
-LINES = {
-    "a.jpg 3": ("a.jpg", 3),
-    "with space.jpg 1": ("with space.jpg", 1),
-    "with space.jpg": ("with space.jpg", -1),
-    "comma,in.jpg,2": ("comma,in.jpg", 2),
-    "a.jpg, 0": ("a.jpg", 0),
-    "a.jpg\t7": ("a.jpg", 7),
-    "a.jpg -1": ("a.jpg", -1),
-    "sub/a.jpg\r": ("sub/a.jpg", -1),
-    "-1 2.jpg": ("-1 2.jpg", -1),
-}
-
-
-def test_lines_of_a_text_list(tmp_path):
-    tree(tmp_path, {path: JPEG for path, _ in LINES.values()})
-    file = tmp_path / "list.txt"
-    file.write_bytes("\n\n".join(["\ufeff", *LINES]).encode())
-    source = open_source("list", file)
-    assert [(r.path, r.label) for r in source.records] == list(LINES.values())
-    assert source.classes == tuple("01234567")
-    assert source.numbers is None
-    assert source.read(0) == JPEG
-    unlabelled = open_source("list", file, label_from="none")
-    assert {record.label for record in unlabelled.records} == {-1}
-
-
-def test_a_text_list_names_what_it_cannot_take(tmp_path):
-    tree(tmp_path, {"a.jpg": JPEG, "b.jpg": b"text", "c.txt": b"text"})
-    (tmp_path / "list.txt").write_text(
-        f"{tmp_path}/a.jpg 1\ngone.jpg 1\nb.jpg 1\nc.txt 1\na.jpg 1\n"
-    )
-    source = open_source("list", tmp_path / "list.txt")
-    assert [record.path for record in source.records] == ["a.jpg"]
-    assert [path for path, _ in source.rejected] == [
-        f"{tmp_path}/a.jpg",
-        "gone.jpg",
-        "b.jpg",
-        "c.txt",
-    ]
-    assert source.numbers is not None
-    assert source.numbers.tolist() == [4]
-    assert accounted(source)
-
-
 # ---- CIFAR-10 ----
 
 

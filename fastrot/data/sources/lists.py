@@ -1,56 +1,117 @@
-"""A text list: pictures named line by line."""
+"""A text list: pictures named line by line, or row by row of a table.
 
+Of the ways to read a list (_WAYS) that one is taken by which the most of some lines, spread evenly over it, name a
+file; of equal ways the one whose first line names its column of paths (PATHS), else the first. The first takes a
+line as a path but for a last number: so names may hold spaces, commas and quotes.
+
+A table's first line is a header where it names no file and has no dot in the place of the path: LABELS in it name
+the column of labels. Without a header they stand behind the path, else before it, unless these count the lines.
+How a table is read is noted.
+"""
+
+import csv
 import itertools
+import json
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fastrot.config import UsageError
-from fastrot.data.files import Verdict, look, rejected
-from fastrot.data.sources.records import Listing, Source, numbered, unless_counted
+from fastrot.data.files import Verdict, look, one_line, rejected, shown
+from fastrot.data.sources.labels import LABELS, rank, read_labels
+from fastrot.data.sources.records import Listing, Source, unless_counted
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
+PATHS = (
+    *("path", "file_path", "file_name", "file", "image_path", "img_path", "image_file", "img_file"),
+    *("image_name", "img_name", "image", "img", "picture", "photo"),
+)
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
+_TRIED = 16  # lines, at least, by which a way is chosen
 _LABEL = re.compile(r"(\d{1,9}|-1)$")
 _BEGINNING = 2**16  # bytes: an archive or a picture has a zero among them
 
 
 def text_list(root: Path, how: Listing) -> Source:
-    """Pictures named line by line: `path label`, `path,label` or `path`, relative to the list's folder.
+    """Pictures named in a list, by paths that are absolute or relative to the list's folder, as they are where they can.
 
-    Paths may hold spaces: what stands last is a label if it is a whole number. `numbers` count the lines that
-    are not blank, where one of them is rejected.
+    A line that begins with # and names no file is a comment. `numbers` count the lines that are neither blank, nor
+    a comment, nor a header, where one of them is rejected.
     """
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
-    lines = (line.strip() for line in _text(root).split("\n"))  # not at odd separators in names
-    named = [_path_and_label(line) for line in lines if line]
-    paths = [path for path, _ in named]
-    labels = [label if how.labelled else -1 for _, label in named]
-    classes = numbered(root, labels, lambda i: paths[i])
-
-    def verdict(path: str) -> Verdict:
-        if os.path.isabs(path):
-            return rejected("its path is absolute: name it relative to the list's folder")
-        at = os.path.join(root.parent, path)
-        if not os.path.lexists(at):
-            return rejected("there is no such file")
-        said = look(at, by_name=how.by_name)
-        return rejected("it is no picture") if said.kind == "left out" else said
-
-    blocks = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
+    folder, source = _Folder(os.path.abspath(root.parent), how.by_name), Source(root=root.parent)
+    named = _named(root, folder, source.notes)
+    blocks = [named[at : at + _BLOCK] for at in range(0, len(named), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        looked = pool.map(lambda block: [verdict(path) for path in block], blocks)
-        verdicts = itertools.chain.from_iterable(looked)
-        source = Source(root=root.parent, classes=classes)
-        taken = [source.take(*each) for each in zip(paths, labels, verdicts, strict=True)]
+        looked = pool.map(lambda block: [folder.look(*each) for each in block], blocks)
+        found = list(itertools.chain.from_iterable(looked))
+    paths, said = [path for path, _, _ in found], [label for _, label, _ in found]
+    labels, source.classes, notes = read_labels(root, said if how.labelled else [], paths)
+    labels = labels or [-1] * len(paths)
+    taken = [
+        source.take(path, label, verdict)
+        for (path, _, verdict), label in zip(found, labels, strict=True)
+    ]
+    source.notes += notes
+    if again := len(source.records) - len({record.path for record in source.records}):
+        source.notes.append(f"{again:,} line(s) name a picture once more: it is taken as often")
     source.numbers = unless_counted([number for number, was in enumerate(taken) if was])
     return source
 
 
+class _Folder(NamedTuple):
+    """Where a list lies."""
+
+    path: str  # absolute
+    by_name: bool
+
+    def find(self, path: str, there: Callable[[str], bool]) -> str | None:
+        """The first of a path's spellings that is there."""
+        spelt = _spellings(path)
+        return next((each for each in spelt if there(os.path.join(self.path, each))), None)
+
+    def has(self, path: str) -> bool:
+        return self.find(path.strip(), os.path.isfile) is not None
+
+    def look(self, path: str, said: Any) -> tuple[str, Any, Verdict]:
+        """What a line's picture is called, what is said of its label, and the verdict on it."""
+        found = self.find(path, os.path.lexists)
+        for separator in (None, ",", ";") if found is None and said == -1 else ():
+            first, *last = path.rsplit(separator, 1)  # a label that is no number
+            if last and (found := self.find(first, os.path.lexists)):
+                said = last[0]
+                break
+        if found is None:
+            return path, said, rejected("there is no such file")
+        verdict = look(os.path.join(self.path, found), by_name=self.by_name)
+        if verdict.kind == "left out":
+            verdict = rejected("it is no picture")
+        return found.removeprefix(f"{self.path}/").removeprefix("./"), said, verdict
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """A path as it stands; below a home; with Windows' separators; below the list's folder, although it begins with /."""
+    if path:
+        yield path
+    if path.startswith("~"):
+        yield os.path.expanduser(path)
+    if "\\" in path:
+        yield path.replace("\\", "/")
+    if path.startswith("/"):
+        yield path.lstrip("/") or path
+
+
+# ---- ways to read lines ----
+
+
 def _path_and_label(line: str) -> tuple[str, int]:
     """`path label`, `path,label` or `path`; -1 where there is no label. In one pass: a line may be long."""
+    line = line.strip()
     label = _LABEL.search(line)
     if label is None:
         return line, -1
@@ -59,12 +120,124 @@ def _path_and_label(line: str) -> tuple[str, int]:
     return (line, -1) if path == before else (path, int(label[1]))
 
 
+def _table(separator: str, lines: list[str]) -> list[list[str]]:
+    """Rows as the csv module reads them; where quotes do not close, they are characters like others."""
+    try:
+        return list(csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True))
+    except csv.Error:
+        return list(csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE))
+
+
+def _json_lines(lines: list[str]) -> list[list[str]]:
+    """The names in the first object, and what each object has under them."""
+    names = list(json.loads(lines[0]))
+    return [names, *(_values(line, names) for line in lines)]
+
+
+def _values(line: str, names: list[str]) -> list[str]:
+    try:
+        values = json.loads(line)
+        return ["" if values.get(name) is None else str(values[name]) for name in names]
+    except (ValueError, AttributeError, RecursionError):
+        return [line]  # which names no file
+
+
+_PLAIN = "paths with labels"
+_WAYS: dict[str, Callable[[list[str]], list[Any]]] = {
+    _PLAIN: lambda lines: [_path_and_label(line) for line in lines],
+    "a table, by commas": partial(_table, ","),
+    "a table, by tabs": partial(_table, "\t"),
+    "a table, by semicolons": partial(_table, ";"),
+    "a table, by bars": partial(_table, "|"),
+    "a table, by spaces": partial(_table, " "),
+    "labels before paths": lambda lines: [line.split(None, 1) for line in lines],
+    "JSON lines": _json_lines,
+}
+_UNREADABLE = (csv.Error, ValueError, RecursionError, TypeError)
+
+
+def _named(root: Path, folder: _Folder, notes: list[str]) -> list[tuple[str, Any]]:
+    """Each line's path, and what it says of the label."""
+    filled = [line for line in _text(root).split("\n") if line.strip()]  # not at odd separators
+    lines = [line for line in filled if line[0] != "#" or folder.has(_path_and_label(line)[0])]
+    if comments := len(filled) - len(lines):
+        notes.append(f"{comments:,} line(s) are comments: they begin with #, and name no file")
+    if not lines:
+        return []
+    way, column = _way(lines, folder)
+    try:
+        rows = _WAYS[way](lines)
+    except _UNREADABLE as e:
+        raise UsageError(f"{root} cannot be read as {way} ({one_line(e)}): mend it") from None
+    first, cell = rows[0], rows[0][column]
+    known = way != _PLAIN or any(rank(word, PATHS) for word in re.split(r"[\s,;|]+", cell))
+    header = known and not set("./\\") & set(cell) and not folder.has(cell)
+    rows = rows[header:]
+    if way == _PLAIN:
+        if header:
+            notes.append(f"the first line is taken for a header: {shown(lines[0])}")
+        return rows
+    said, labels = _columns(rows, column, first if header else [])
+    notes.append(shown(f"it is read as {way}: {said}"))
+    return [(_cell(row, column) or " ".join(row), _cell(row, labels)) for row in rows]
+
+
+def _cell(row: Sequence[Any], column: int | None) -> str:
+    return row[column].strip() if column is not None and column < len(row) else ""
+
+
+def _way(lines: list[str], folder: _Folder) -> tuple[str, int]:
+    """How lines are to be read, and in which column paths stand then."""
+    best, chosen = (-1, 0), (_PLAIN, 0)
+    for way, read in _WAYS.items():
+        try:
+            first, *rows = read([lines[0], *lines[1 :: max(1, len(lines) // _TRIED)]])
+        except _UNREADABLE:
+            continue
+        for column in range(1 if way == _PLAIN else len(first)):
+            there = sum(folder.has(_cell(row, column)) for row in rows or [first])
+            if (score := (there, rank(first[column], PATHS))) > best:
+                best, chosen = score, (way, column)
+    return chosen
+
+
+def _columns(rows: list[list[str]], path: int, header: list[str]) -> tuple[str, int | None]:
+    """What columns are read, in words, and in which labels stand; paths stand in `path`."""
+    filled = sorted({i for row in rows for i, cell in enumerate(row) if cell.strip() and i != path})
+    names = {i: f"column {i + 1}" for i in [path, *filled]}
+    names |= {i: name for i, name in enumerate(header) if name}
+    if header:
+        ranks = {i: rank(names[i], LABELS) for i in filled}
+        label = max(ranks, key=ranks.__getitem__, default=None)
+        label = label if label is not None and ranks[label] else None
+    else:
+        label = min((i for i in filled if i > path), default=max(filled, default=None))
+        said = [_cell(row, label) for row in rows] if label is not None and label < path else []
+        if len(said) > 2 and said in ([str(i + k) for i in range(len(said))] for k in (0, 1)):
+            label = None  # it counts the lines
+    other = ", ".join(names[i] for i in filled if i != label)
+    labels = (
+        "no labels, as no column is called label"
+        if label is None
+        else f"labels from {names[label]}"
+    )
+    return f"paths from {names[path]}, {labels}{other and f'; not read: {other}'}", label
+
+
+# ---- the text ----
+
+
 def _text(file: Path) -> str:
     """A text file's words, odd bytes as surrogates; what is no text is refused at its beginning."""
     with open(file, "rb") as lines:
         text = lines.read(_BEGINNING)
-        if b"\0" not in text:
+        wide = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # Excel's "Unicode text" is UTF-16
+        if wide or b"\0" not in text:
             text += lines.read()
-    if b"\0" in text:
+    if wide:
+        words = text.decode("utf-16", "replace")
+    elif b"\0" in text:
         raise UsageError(f"{file} is no text list: it holds zero bytes; write it as UTF-8")
-    return os.fsdecode(text.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+    else:
+        words = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+    return words if "\n" in words else words.replace("\r", "\n")  # old Macs' lines

@@ -1,6 +1,7 @@
 """The table of sources, by the names of their layouts: `open_source` is the one door to all of them."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def open_source(
     if kind not in KINDS:
         raise UsageError(f"the layout {kind!r} is not known: it is one of {', '.join(KINDS)}")
     layout = KINDS[kind]
-    if not os.path.exists(root) and not (layout.patterns and "{" in str(root)):
+    if not os.path.exists(root) and not (layout.patterns and re.search(r"[{*?]|::", str(root))):
         raise UsageError(f"{root} does not exist: give the path of {layout.wants}")
     if split is not None and not layout.splits:
         raise UsageError(f"--split {split}: {layout.wants} has no splits; name the file of one")

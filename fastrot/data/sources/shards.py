@@ -1,48 +1,59 @@
 """WebDataset shards as a Source: tars in which KEY.jpg lies beside KEY.cls or KEY.json.
 
-A picture's label is the whole number in KEY.cls, or `label` (or `cls`) in KEY.json; -1 where there is neither.
-KEY is a member's name up to the first dot behind its folder, as WebDataset has it. So KEY.jpg is a sample's
-picture, and KEY.mask.png is none: it is skipped. The order is that of the shards and of the members in each;
-a picture's path is its member's, below a folder of the shard's name without .tar.
+A picture's label is what KEY.cls says (or .label, .class ...: LABELS), else the field of one of these names in
+KEY.json: a number or a word. KEY is a member's name up to the first dot behind its folder, as WebDataset has it: so
+KEY.jpg is a sample's picture, and KEY.mask.png beside it is none. Where no KEY.jpg is, or a label's file of the same
+name, a picture with dots in its name is that of a sample named up to the last dot, and noted. Of several pictures
+of one sample the first by FIRST is taken. The order is that of the shards and of the members in each; a picture's
+path is its member's, below a folder of the shard's name without .tar.
 """
 
+import glob
 import itertools
 import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, Verdict, rejected
-from fastrot.data.sources.archives import Members
+from fastrot.data.files import PICTURE, SUFFIXES, Verdict, shown
+from fastrot.data.sources.archives import Archives, Members
+from fastrot.data.sources.labels import LABELS, rank, read_labels
 from fastrot.data.sources.members import Member, tar_members
-from fastrot.data.sources.records import Listing, Record, Source, no_split, numbered
+from fastrot.data.sources.records import Listing, Record, Source, no_split
 from fastrot.data.sources.tree import SPLITS, Found, archives_in
 
+FIRST = (".jpg", ".jpeg", ".png", ".webp")  # of several pictures of a sample
+LONGEST = 200  # bytes of a .cls
 MOST_SHARDS = 2**20  # that a pattern may stand for
 MOST_JSON = 2**22  # bytes of a sample's .json
 
 
 def webdataset(root: Path, how: Listing) -> Source:
-    """Pictures of a shard, of the shards in a folder, or of those that a pattern NAME-{000..146}.tar names."""
+    """Pictures of a shard, of the shards in a folder, or of those that a pattern names: see `expanded`."""
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
     source = tree.source(root, how._replace(labelled=False), found, wrapped=False)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
-    labels = [int(tree.label(path)) for path in paths]
+    labels, source.classes, notes = read_labels(root, [tree.label(path) for path in paths], paths)
     source.records = [*map(Record, paths, labels)]
-    source.classes = numbered(root, labels, lambda i: paths[i])
+    if tree.replaced:
+        again = f"{tree.replaced:,} picture(s) have the name of a later one, which is taken"
+        source.notes.append(again)
+    if dotted := [path for path in paths if os.path.splitext(path)[0] != _key_and_field(path)[0]]:
+        named = f"{len(dotted):,} picture(s) have dots in their names: first {shown(dotted[0])}"
+        source.notes.append(f"{named}; their samples are named up to the last dot")
+    source.notes += notes
     source.numbers = None
     return source
 
 
-# ---- labels ----
+# ---- samples ----
 
 
 class Samples(Members):
@@ -50,63 +61,92 @@ class Samples(Members):
 
     def __init__(self, labelled: bool):
         super().__init__()
-        self._labelled = labelled
-        # by samples' keys: a label, or why there is none
-        self._cls, self._json = dict[str, int | str](), dict[str, int | str]()
+        self._labelled, self.replaced = labelled, 0
+        # by members' names without suffix: what a label's file says, and the picture that is taken
+        self._cls, self._json = dict[str, str | bytes](), dict[str, str | bytes]()
+        self._pictures = dict[str, str]()
+        self._fields = set[str]()  # what lies beside samples' pictures: "mask.png"
 
     def add(self, folder: str, path: str, member: Member) -> str | None:
-        reason = super().add(folder, path, member)
-        if self._labelled and reason is None and member.kind == "file":
-            key, kind = _key_and_kind(path)
-            if kind == "cls":
-                self._cls[key] = _whole(member.head[:64].decode("ascii", "replace").strip(), "cls")
-            elif kind == "json":
-                self._json[key] = _said_in_json(member, self._archives[-1].path)
-        return reason
+        if reason := super().add(folder, path, member):
+            return reason
+        (stem, suffix), file = os.path.splitext(path), member.kind == "file"
+        if file and rank(suffix, LABELS):
+            self._cls[stem] = _in_cls(member) if self._labelled else ""
+        elif file and suffix.lower() == ".json":
+            said = _in_json(member, self._archives[-1].path) if self._labelled else ""
+            self._json[stem] = said
+        elif suffix.lower() in SUFFIXES or (file and self._by_bytes[-1]):
+            rival = self._pictures.get(stem, "")
+            self.replaced += rival == path
+            if not rival or self._order(path) < self._order(rival):
+                self._pictures[stem] = path
+        return None
 
-    def label(self, path: str) -> int | str:
-        """A picture's label, or why it has none that is right."""
-        key, _ = _key_and_kind(path)
-        return self._cls.get(key, self._json.get(key, -1))
+    def _order(self, path: str) -> tuple[bool, int]:
+        suffix = os.path.splitext(path)[1].lower()
+        place = FIRST.index(suffix) if suffix in FIRST else len(FIRST)
+        return super().look(path, True) != PICTURE, place
+
+    def source(self, root: Path, labelled: bool, found: Found) -> Archives:
+        pictures = [(path, *_key_and_field(path)) for path in self._pictures.values()]
+        self._fields = {field for path, key, field in pictures if self._is_field(path, key)}
+        return super().source(root, labelled, found)
+
+    def _is_field(self, path: str, key: str) -> bool:
+        """Whether a picture is another thing of a sample that has one, as its name and what lies beside it tell."""
+        stem = os.path.splitext(path)[0]
+        beside = stem in self._cls or stem in self._json
+        return stem != key and key in self._pictures and not beside
 
     def look(self, path: str, plain: bool) -> Verdict:
-        verdict, label = super().look(path, plain), self.label(path)
+        verdict, (key, field) = super().look(path, plain), _key_and_field(path)
         if verdict != PICTURE:
             return verdict
-        if "." in _key_and_kind(path)[1]:
+        if self._is_field(path, key) or field in self._fields:
             return Verdict("left out", "not its sample's picture")
-        return rejected(label) if isinstance(label, str) else PICTURE
+        taken = self._pictures.get(os.path.splitext(path)[0], path)
+        return PICTURE if path == taken else Verdict("left out", "its sample has another picture")
+
+    def label(self, path: str) -> str | bytes:
+        """What is said of a picture's label; "" where nothing is."""
+        for stem in (os.path.splitext(path)[0], _key_and_field(path)[0]):
+            if stem in self._cls or stem in self._json:
+                return self._cls.get(stem, self._json.get(stem, ""))
+        return ""
 
 
-def _key_and_kind(path: str) -> tuple[str, str]:
-    """What a member's sample is called, and what of the sample it is: ("a/0001", "seg.png")."""
+def _key_and_field(path: str) -> tuple[str, str]:
+    """What WebDataset calls a member's sample, and what of the sample it is: ("a/0001", "seg.png")."""
     folder, slash, name = path.rpartition("/")
-    key, _, kind = name.partition(".")
-    return folder + slash + key, kind.lower()
+    key, _, field = name.partition(".")
+    return folder + slash + key, field.lower()
 
 
-def _said_in_json(member: Member, shard: str) -> int | str:
-    """The label in a sample's .json, -1 where it has none; or what is wrong with it."""
-    if member.length > MOST_JSON:
-        return f"its .json has {member.length:,} bytes"
+def _in_cls(member: Member) -> str | bytes:
+    """The number or word in a label's file; bytes where it is none."""
+    try:
+        said = member.head.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return member.head[:40]
+    return said if member.length <= LONGEST and said.isprintable() else member.head[:40]
+
+
+def _in_json(member: Member, shard: str) -> str | bytes:
+    """What a sample's .json says of its label, "" where it says nothing; bytes where that is no number or word."""
     text = member.head
-    if len(text) < member.length:
+    if len(text) < member.length <= MOST_JSON:
         with open(shard, "rb") as file:
             text = os.pread(file.fileno(), member.length, member.offset)
     try:
-        words = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
-        return "its .json cannot be read"
-    words = words if isinstance(words, dict) else {}
-    return _whole(words.get("label", words.get("cls", -1)), "json")
-
-
-def _whole(said: Any, where: str) -> int | str:
-    if isinstance(said, str) and re.fullmatch(r"-1|\d{1,9}", said, re.ASCII):
-        return int(said)
-    if isinstance(said, int) and not isinstance(said, bool) and -1 <= said < 10**9:
-        return said
-    return f"its label in the .{where} is no whole number from -1 on"
+        return text[:40]
+    fields = fields if isinstance(fields, dict) else {}
+    names = sorted(fields, key=lambda name: rank(name, LABELS))
+    known = (fields[name] for name in reversed(names) if rank(name, LABELS))
+    said = next((value for value in known if value is not None), "")
+    return str(said) if isinstance(said, str | int | float) else json.dumps(said)[:40].encode()
 
 
 # ---- which shards ----
@@ -120,6 +160,8 @@ def _shards(root: Path, split: str | None) -> Found:
         raise UsageError(f"--split {split}: {root} names its shards; give those of the split")
     paths = [Path(path) for path in expanded(str(root))]
     missing = [path for path in paths if not path.is_file()]
+    if not paths:
+        raise UsageError(f"{root} names no shard that is there: look at the path")
     if missing:
         raise UsageError(
             f"{root} names {len(paths):,} shards, of which {len(missing):,} do not exist; first {missing[0]}"
@@ -156,7 +198,17 @@ def _words(name: str) -> set[str]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """The names that a pattern with {000..146} or {a,b} in it stands for."""
+    """The names that a pattern stands for: {000..146} or {a,b} in it, * and ? for what is there, :: between patterns."""
+    names = [name for each in pattern.split("::") for name in _braces(each)]
+    found = (
+        sorted(glob.glob(name.replace("[", "[[]"))) if "*" in name or "?" in name else [name]
+        for name in names
+    )
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Names with one of what stands between braces in the place of each."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = [_choices(piece, pattern) if i % 2 else [piece] for i, piece in enumerate(pieces)]
     if math.prod(map(len, choices)) > MOST_SHARDS:
