@@ -142,7 +142,7 @@ READ = {  # text, labels, classes, what is said
         lines('{p},"a {w},\n sitting"', head="file_name,text"),
         NONE,
         "",
-        "no labels, as no column is called label; not read: text",
+        "no labels (call their column label); not read: text",
     ),
     "a column of an unknown name": (
         lines("{p},{w}", head="where,breed"),

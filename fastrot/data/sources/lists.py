@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -71,9 +71,12 @@ class _Folder(NamedTuple):
     by_name: bool
 
     def find(self, path: str, there: Callable[[str], bool]) -> str | None:
-        """The first of a path's spellings that is there."""
-        spelt = _spellings(path)
-        return next((each for each in spelt if there(os.path.join(self.path, each))), None)
+        """The first spelling that is there: as it stands, of a home, of Windows, without the / that it begins with."""
+        spelt = path, os.path.expanduser(path), path.replace("\\", "/"), path.lstrip("/")
+        at = (
+            each for each in dict.fromkeys(spelt) if each and there(os.path.join(self.path, each))
+        )
+        return next(at, None)
 
     def has(self, path: str) -> bool:
         return self.find(path.strip(), os.path.isfile) is not None
@@ -92,18 +95,6 @@ class _Folder(NamedTuple):
         if verdict.kind == "left out":
             verdict = rejected("it is no picture")
         return found.removeprefix(f"{self.path}/").removeprefix("./"), said, verdict
-
-
-def _spellings(path: str) -> Iterator[str]:
-    """A path as it stands; below a home; with Windows' separators; below the list's folder, although it begins with /."""
-    if path:
-        yield path
-    if path.startswith("~"):
-        yield os.path.expanduser(path)
-    if "\\" in path:
-        yield path.replace("\\", "/")
-    if path.startswith("/"):
-        yield path.lstrip("/") or path
 
 
 # ---- ways to read lines ----
@@ -207,20 +198,15 @@ def _columns(rows: list[list[str]], path: int, header: list[str]) -> tuple[str, 
     names = {i: f"column {i + 1}" for i in [path, *filled]}
     names |= {i: name for i, name in enumerate(header) if name}
     if header:
-        ranks = {i: rank(names[i], LABELS) for i in filled}
-        label = max(ranks, key=ranks.__getitem__, default=None)
-        label = label if label is not None and ranks[label] else None
+        known = [i for i in filled if rank(names[i], LABELS)]
+        known.sort(key=lambda i: -rank(names[i], LABELS))
     else:
-        label = min((i for i in filled if i > path), default=max(filled, default=None))
-        said = [_cell(row, label) for row in rows] if label is not None and label < path else []
-        if len(said) > 2 and said in ([str(i + k) for i in range(len(said))] for k in (0, 1)):
-            label = None  # it counts the lines
+        counts = [[str(i + first) for i in range(len(rows))] for first in (0, 1)]
+        before = (i for i in filled if [_cell(row, i) for row in rows] not in counts)
+        known = [i for i in filled if i > path] or [*before]
+    label = next(iter(known), None)
+    labels = f"labels from {names[label]}" if known else "no labels (call their column label)"
     other = ", ".join(names[i] for i in filled if i != label)
-    labels = (
-        "no labels, as no column is called label"
-        if label is None
-        else f"labels from {names[label]}"
-    )
     return f"paths from {names[path]}, {labels}{other and f'; not read: {other}'}", label
 
 
@@ -234,10 +220,8 @@ def _text(file: Path) -> str:
         wide = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # Excel's "Unicode text" is UTF-16
         if wide or b"\0" not in text:
             text += lines.read()
-    if wide:
-        words = text.decode("utf-16", "replace")
-    elif b"\0" in text:
+    if b"\0" in text and not wide:
         raise UsageError(f"{file} is no text list: it holds zero bytes; write it as UTF-8")
-    else:
-        words = os.fsdecode(text.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark
+    mark = b"\xef\xbb\xbf"  # of UTF-8
+    words = text.decode("utf-16", "replace") if wide else os.fsdecode(text.removeprefix(mark))
     return words if "\n" in words else words.replace("\r", "\n")  # old Macs' lines
