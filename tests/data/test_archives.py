@@ -846,9 +846,7 @@ def test_strange_samples_have_one_fate_each(tmp_path):
         **{"s/g.jpg": -1, "s/i.jpg": -1},
     }
     assert dict(source.rejected) == {"s/d.jpg": "its first bytes are no picture's"}
-    assert source.notes[0].startswith(
-        "3 label(s) could not be read, and their pictures have none: f"
-    )
+    assert source.notes[0].startswith("3 labels could not be read, and the picture has none: f")
     assert "first cat of s/b.png" in source.notes[0]
     assert accounted(source)
     huge = tarred(tmp_path / "t.tar", [("a.jpg", JPEG), ("a.cls", b"99999999")])
@@ -878,7 +876,7 @@ SAID = {  # members, labels, classes, what is said
         ],
         [1, 1, 1, -1, -1, 2],
         "0 1 2",
-        "1 label(s) could not be read, and their pictures have none: first cat of s/4.jpg",
+        "1 label could not be read, and the picture has none: first cat of s/4.jpg",
     ),
     "names in json": (
         [("jpg", J), ("json", [b'{"class_name": "b", "id": 9}', b'{"Category": "a"}'] * 3)],
@@ -903,7 +901,7 @@ SAID = {  # members, labels, classes, what is said
         [("jpg", J), ("cls", [b"\x93NUMPY\x01", b"1", b"x" * 300, b"-2", b"1.5", b"0"])],
         [-1, 1, -1, -1, -1, 0],
         "0 1",
-        "4 label(s) could not be read",
+        "4 labels could not be read",
     ),
     "captions": ([("jpg", J), ("txt", [b"a dog"] * 6)], [-1] * 6, "", ""),
     "another name": ([("jpg", J), ("label", [b"1", b"0"] * 3)], [1, 0] * 3, "0 1", ""),
@@ -951,7 +949,7 @@ def test_one_picture_of_each_sample_is_taken(tmp_path, names, taken, left):
     other = {each.path[2:]: each.reason for each in source.left_out}
     assert {path: why for path, why in other.items() if why != "no picture"} == left
     dotted = any(path.split("/")[-1].count(".") > 1 for path in taken.replace("=", " ").split())
-    assert any("dots in their names" in note for note in source.notes) == dotted
+    assert any("dots in the name" in note for note in source.notes) == dotted
     assert accounted(source)
 
 
@@ -960,7 +958,7 @@ def test_a_broken_picture_gives_way_to_another_of_its_sample(tmp_path):
     source = open_source("webdataset", tarred(tmp_path / "s.tar", made))
     assert [record.path for record in source.records] == ["s/a.png", "s/b.png"]
     assert source.rejected == [("s/a.jpg", "its first bytes are no picture's")]
-    assert source.notes == ["1 picture(s) have the name of a later one, which is taken"]
+    assert source.notes == ["1 picture left for a later one of the same name"]
     assert source.read(1) == picture(1)
 
 

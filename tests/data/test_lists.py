@@ -99,10 +99,10 @@ READ = {  # text, labels, classes, what is said
         "".join(f"{p} {i - 3}\n" for i, p in enumerate(PICTURES)),
         [-1, -1, -1, 0, 1, 2],
         "0 1 2",
-        "2 label(s) could not be read, and their pictures have none: first -3 of im/q0.jpg",
+        "2 labels could not be read, and the picture has none: first -3 of im/q0.jpg",
     ),
     "label first": (lines("{m} {p}"), PARITY, "0 1", "paths from column 2, labels from column 1"),
-    "word first": (lines("{w} {p}"), WORDS, "cat dog", "labels are words: 2 class(es)"),
+    "word first": (lines("{w} {p}"), WORDS, "cat dog", "labels are words: 2 classes"),
     "lines end in CRLF": (lines("{p},{m}", head="path,label", end="\r\n"), PARITY, "0 1", ""),
     "lines end in CR": (lines("{p},{m}", head="path,label", end="\r"), PARITY, "0 1", ""),
     "blank lines": (
@@ -142,7 +142,7 @@ READ = {  # text, labels, classes, what is said
         lines('{p},"a {w},\n sitting"', head="file_name,text"),
         NONE,
         "",
-        "no labels (call their column label); not read: text",
+        "no labels (--label-column names theirs); not read: text",
     ),
     "a column of an unknown name": (
         lines("{p},{w}", head="where,breed"),
@@ -162,19 +162,19 @@ READ = {  # text, labels, classes, what is said
         "# by hand\n#5.jpg 1\n" + lines("{p} {m}"),
         [1, *PARITY],
         "0 1",
-        "1 line(s) are comments",
+        "1 comment: they begin with #",
     ),
     "some words": (
         lines("{p} {m}").replace("q2.jpg 0", "q2.jpg x"),
         [0, 1, -1, 1, 0, 1],
         "0 1",
-        "1 label(s) could not be read, and their pictures have none: first x of im/q2.jpg",
+        "1 label could not be read, and the picture has none: first x of im/q2.jpg",
     ),
     "twice": (
         lines("{p} {m}") + "\nim/q0.jpg 0",
         [*PARITY, 0],
         "0 1",
-        "1 line(s) name a picture once more",
+        "1 line with a picture of another line",
     ),
     "hexadecimal": (
         "".join(f"im/q{i % 6}.jpg,{i:x}\n" for i in range(16)),
@@ -254,7 +254,7 @@ def test_a_label_that_is_none_costs_no_picture_wherever_it_stands(folder):
     (folder / "long.txt").write_text(text)
     source = open_source("list", folder / "long.txt", by_name=True)
     assert [r.label for r in source.records] == [-1 if i == 777 else i % 2 for i in range(1000)]
-    assert "1 label(s) could not be read, and their pictures have none: first -7" in source.notes[0]
+    assert "1 label could not be read, and the picture has none: first -7" in source.notes[0]
 
 
 def test_an_absolute_path_elsewhere_stays_absolute(folder, tmp_path):
@@ -264,6 +264,19 @@ def test_an_absolute_path_elsewhere_stays_absolute(folder, tmp_path):
     assert source.rejected == [("../gone.jpg", "there is no such file")]
     assert source.classes == ("cat", "dog")
     assert source.read(0) == JPEG
+
+
+def test_columns_may_be_named(folder):
+    (folder / "named.csv").write_text(lines("gone.jpg,{p},{w},{m}", head="image,where,breed,label"))
+    how = {"image_column": "where", "label_column": "breed"}
+    source = open_source("list", folder / "named.csv", **how)
+    assert [record.path for record in source.records] == PICTURES
+    assert [record.label for record in source.records] == WORDS
+    assert source.classes == ("cat", "dog")
+    assert len(open_source("list", folder / "named.csv", image_column="where").classes) == 2
+    for option in ("image_column", "label_column"):
+        with pytest.raises(UsageError, match=r"named.csv has no column x: its first line is image,"):
+            open_source("list", folder / "named.csv", **{option: "x"})
 
 
 def test_lists_that_cannot_be_read_say_why(folder):

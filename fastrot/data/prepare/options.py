@@ -29,8 +29,8 @@ class Options(ABC):
     out: Path  # the prepared file, or folder
     split: str | None = None  # train, val, ...: which part of the source
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
-    image_column: str | None = None  # of a parquet source; default: the first with pictures
-    label_column: str | None = None  # of a parquet source; default: a ClassLabel, label, class...
+    image_column: str | None = None  # of parquet or a list; default: the first with pictures
+    label_column: str | None = None  # of parquet or a list; default: a ClassLabel, label, class...
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrot.data.files import shown
+from fastrot.data.files import counted, shown
 from fastrot.data.sources.records import numbered
 
 LABELS = (
@@ -45,9 +45,8 @@ def read_labels(
     if words * _WORDS > sum(counts[each] for each, value in meant.items() if value != -1):
         label_of = {value: label for label, value in enumerate(sorted(values, key=str))}
         classes = tuple(map(str, label_of))
-        notes.append(
-            f"labels are words: {len(classes):,} class(es), numbered in their sorted order"
-        )
+        each = counted(len(classes), "class", "es")
+        notes.append(f"labels are words: {each}, numbered in their sorted order")
     label_of[-1] = -1
     odd = {each for each, value in meant.items() if value not in label_of}
     labels = [label_of.get(meant[each], -1) for each in said]
@@ -55,9 +54,10 @@ def read_labels(
         path, first = next(
             (path, each) for path, each in zip(paths, said, strict=True) if each in odd
         )
+        each = counted(sum(counts[each] for each in odd), "label")
         notes.append(
-            f"{sum(counts[each] for each in odd):,} label(s) could not be read, and their pictures have none: first "
-            f"{shown(str(first))} of {shown(path)}; labels are whole numbers from 0 on, or words"
+            f"{each} could not be read, and the picture has none: first {shown(str(first))} of {shown(path)}; "
+            "labels are whole numbers from 0 on, or words"
         )
     lowest = min((label for label in labels if label >= 0), default=0)
     if lowest:

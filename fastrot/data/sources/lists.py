@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrot.config import UsageError
-from fastrot.data.files import Verdict, look, one_line, rejected, shown
+from fastrot.data.files import Verdict, counted, look, one_line, rejected, shown
 from fastrot.data.sources.labels import LABELS, rank, read_labels
 from fastrot.data.sources.records import Listing, Source, unless_counted
 from fastrot.data.sources.tree import OPENED_AT_ONCE
@@ -45,7 +45,7 @@ def text_list(root: Path, how: Listing) -> Source:
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
     folder, source = _Folder(os.path.abspath(root.parent), how.by_name), Source(root=root.parent)
-    named = _named(root, folder, source.notes)
+    named = _named(root, folder, how, source.notes)
     blocks = [named[at : at + _BLOCK] for at in range(0, len(named), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         looked = pool.map(lambda block: [folder.look(*each) for each in block], blocks)
@@ -59,7 +59,9 @@ def text_list(root: Path, how: Listing) -> Source:
     ]
     source.notes += notes
     if again := len(source.records) - len({record.path for record in source.records}):
-        source.notes.append(f"{again:,} line(s) name a picture once more: it is taken as often")
+        source.notes.append(
+            f"{counted(again, 'line')} with a picture of another line: it is taken as often"
+        )
     source.numbers = unless_counted([number for number, was in enumerate(taken) if was])
     return source
 
@@ -147,15 +149,15 @@ _WAYS: dict[str, Callable[[list[str]], list[Any]]] = {
 _UNREADABLE = (csv.Error, ValueError, RecursionError, TypeError)
 
 
-def _named(root: Path, folder: _Folder, notes: list[str]) -> list[tuple[str, Any]]:
+def _named(root: Path, folder: _Folder, how: Listing, notes: list[str]) -> list[tuple[str, Any]]:
     """Each line's path, and what it says of the label."""
     filled = [line for line in _text(root).split("\n") if line.strip()]  # not at odd separators
     lines = [line for line in filled if line[0] != "#" or folder.has(_path_and_label(line)[0])]
     if comments := len(filled) - len(lines):
-        notes.append(f"{comments:,} line(s) are comments: they begin with #, and name no file")
+        notes.append(f"{counted(comments, 'comment')}: they begin with # and name no file")
     if not lines:
         return []
-    way, column = _way(lines, folder)
+    way, column = _way(lines, folder, how.image_column)
     try:
         rows = _WAYS[way](lines)
     except _UNREADABLE as e:
@@ -163,12 +165,17 @@ def _named(root: Path, folder: _Folder, notes: list[str]) -> list[tuple[str, Any
     first, cell = rows[0], rows[0][column]
     known = way != _PLAIN or any(rank(word, PATHS) for word in re.split(r"[\s,;|]+", cell))
     header = known and not set("./\\") & set(cell) and not folder.has(cell)
+    for column_asked in filter(None, (how.image_column, how.label_column)):
+        if not header or not any(rank(str(name), (column_asked,)) for name in first):
+            raise UsageError(
+                f"{root} has no column {column_asked}: its first line is {shown(lines[0])}"
+            )
     rows = rows[header:]
     if way == _PLAIN:
         if header:
             notes.append(f"the first line is taken for a header: {shown(lines[0])}")
         return rows
-    said, labels = _columns(rows, column, first if header else [])
+    said, labels = _columns(rows, column, first if header else [], how.label_column)
     notes.append(shown(f"it is read as {way}: {said}"))
     return [(_cell(row, column) or " ".join(row), _cell(row, labels)) for row in rows]
 
@@ -177,9 +184,9 @@ def _cell(row: Sequence[Any], column: int | None) -> str:
     return row[column].strip() if column is not None and column < len(row) else ""
 
 
-def _way(lines: list[str], folder: _Folder) -> tuple[str, int]:
-    """How lines are to be read, and in which column paths stand then."""
-    best, chosen = (-1, 0), (_PLAIN, 0)
+def _way(lines: list[str], folder: _Folder, asked: str | None) -> tuple[str, int]:
+    """How lines are to be read, and in which column paths stand then. `asked`: its name, if it has to be that."""
+    best, chosen = (-1, 0, 0), (_PLAIN, 0)
     for way, read in _WAYS.items():
         try:
             first, *rows = read([lines[0], *lines[1 :: max(1, len(lines) // _TRIED)]])
@@ -187,25 +194,30 @@ def _way(lines: list[str], folder: _Folder) -> tuple[str, int]:
             continue
         for column in range(1 if way == _PLAIN else len(first)):
             there = sum(folder.has(_cell(row, column)) for row in rows or [first])
-            if (score := (there, rank(first[column], PATHS))) > best:
+            known = rank(first[column], (asked,) if asked else PATHS)
+            if (score := (known if asked else 0, there, known)) > best:
                 best, chosen = score, (way, column)
     return chosen
 
 
-def _columns(rows: list[list[str]], path: int, header: list[str]) -> tuple[str, int | None]:
-    """What columns are read, in words, and in which labels stand; paths stand in `path`."""
+def _columns(
+    rows: list[list[str]], path: int, header: list[str], asked: str | None
+) -> tuple[str, int | None]:
+    """What columns are read, in words, and in which labels stand; paths stand in `path`. `asked`: its name."""
     filled = sorted({i for row in rows for i, cell in enumerate(row) if cell.strip() and i != path})
     names = {i: f"column {i + 1}" for i in [path, *filled]}
     names |= {i: name for i, name in enumerate(header) if name}
     if header:
-        known = [i for i in filled if rank(names[i], LABELS)]
-        known.sort(key=lambda i: -rank(names[i], LABELS))
+        ranks = {i: rank(names[i], (asked,) if asked else LABELS) for i in filled}
+        known = sorted((i for i in filled if ranks[i]), key=lambda i: -ranks[i])
     else:
         counts = [[str(i + first) for i in range(len(rows))] for first in (0, 1)]
         before = (i for i in filled if [_cell(row, i) for row in rows] not in counts)
         known = [i for i in filled if i > path] or [*before]
-    label = next(iter(known), None)
-    labels = f"labels from {names[label]}" if known else "no labels (call their column label)"
+    label = known[0] if known else None
+    labels = (
+        f"labels from {names[known[0]]}" if known else "no labels (--label-column names theirs)"
+    )
     other = ", ".join(names[i] for i in filled if i != label)
     return f"paths from {names[path]}, {labels}{other and f'; not read: {other}'}", label
 

@@ -33,7 +33,7 @@ class Kind:
 
 KINDS = {
     "imagefolder": Kind(image_folder, "a folder of class folders, or of pictures"),
-    "list": Kind(text_list, "a text file that names pictures", splits=False),
+    "list": Kind(text_list, "a text file that names pictures", splits=False, columns=True),
     "cifar10": Kind(cifar10, "the folder cifar-10-batches-py"),
     "beton": Kind(beton_rows, "a .beton file, or the folder of its parts", splits=False),
     "tar": Kind(partial(archives, ".tar", tar_members), "a tar, or of a folder of tars"),

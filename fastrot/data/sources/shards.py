@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SUFFIXES, Verdict, shown
-from fastrot.data.sources.archives import Archives, Members
+from fastrot.data.files import PICTURE, SUFFIXES, Verdict, counted, shown
+from fastrot.data.sources.archives import Members
 from fastrot.data.sources.labels import LABELS, rank, read_labels
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, no_split
@@ -37,17 +37,18 @@ def webdataset(root: Path, how: Listing) -> Source:
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
+    tree.find_fields()
     source = tree.source(root, how._replace(labelled=False), found, wrapped=False)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
     labels, source.classes, notes = read_labels(root, [tree.label(path) for path in paths], paths)
     source.records = [*map(Record, paths, labels)]
     if tree.replaced:
-        again = f"{tree.replaced:,} picture(s) have the name of a later one, which is taken"
-        source.notes.append(again)
+        again = counted(tree.replaced, "picture")
+        source.notes.append(f"{again} left for a later one of the same name")
     if dotted := [path for path in paths if os.path.splitext(path)[0] != _key_and_field(path)[0]]:
-        named = f"{len(dotted):,} picture(s) have dots in their names: first {shown(dotted[0])}"
-        source.notes.append(f"{named}; their samples are named up to the last dot")
+        named = f"{counted(len(dotted), 'picture')} with dots in the name, first {shown(dotted[0])}"
+        source.notes.append(f"{named}: such a sample is named up to the last dot")
     source.notes += notes
     source.numbers = None
     return source
@@ -88,10 +89,10 @@ class Samples(Members):
         place = FIRST.index(suffix) if suffix in FIRST else len(FIRST)
         return super().look(path, True) != PICTURE, place
 
-    def source(self, root: Path, labelled: bool, found: Found) -> Archives:
+    def find_fields(self) -> None:
+        """Once all are unpacked: learn what lies beside pictures."""
         pictures = [(path, *_key_and_field(path)) for path in self._pictures.values()]
         self._fields = {field for path, key, field in pictures if self._is_field(path, key)}
-        return super().source(root, labelled, found)
 
     def _is_field(self, path: str, key: str) -> bool:
         """Whether a picture is another thing of a sample that has one, as its name and what lies beside it tell."""
