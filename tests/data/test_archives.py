@@ -931,7 +931,7 @@ FIELD, SECOND = "not its sample's picture", "its sample has another picture"
     [
         ("a.jpg a.png a.mask.png", "a.jpg", {"a.png": SECOND, "a.mask.png": FIELD}),
         ("a.png a.JPEG", "a.JPEG", {"a.png": SECOND}),
-        ("a.jpg a.seg.png b.seg.png", "a.jpg", {"a.seg.png": FIELD, "b.seg.png": FIELD}),
+        ("a.jpg a.seg.png a.seg.json", "a.jpg", {"a.seg.png": FIELD}),
         ("s.v1.jpg s.v1.cls t.jpg t.cls", "s.v1.jpg=1 t.jpg=1", {}),
         ("i_0.5_1.jpg i_0.5_2.jpg i_0.5_2.json", "i_0.5_1.jpg i_0.5_2.jpg=2", {}),
         ("i.jpg i.5.jpg i.5.cls", "i.jpg i.5.jpg=1", {}),
@@ -941,8 +941,10 @@ FIELD, SECOND = "not its sample's picture", "its sample has another picture"
     ],
 )
 def test_one_picture_of_each_sample_is_taken(tmp_path, names, taken, left):
-    of = {"cls": b"1", "json": b'{"label": 2}'}
-    members = [(name, of.get(name.rpartition(".")[2], JPEG)) for name in names.split()]
+    of = {"cls": b"1", "json": b'{"label": 2}', "seg.json": b'{"area": 2}'}
+    members = [
+        (each, of.get(each[2:], of.get(each[-4:].strip("."), JPEG))) for each in names.split()
+    ]
     source = open_source("webdataset", tarred(tmp_path / "s.tar", members))
     found = [f"{r.path[2:]}={r.label}".removesuffix("=-1") for r in source.records]
     assert found == taken.split()

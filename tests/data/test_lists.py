@@ -275,7 +275,9 @@ def test_columns_may_be_named(folder):
     assert source.classes == ("cat", "dog")
     assert len(open_source("list", folder / "named.csv", image_column="where").classes) == 2
     for option in ("image_column", "label_column"):
-        with pytest.raises(UsageError, match=r"named.csv has no column x: its first line is image,"):
+        with pytest.raises(
+            UsageError, match=r"named.csv has no column x: its first line is image,"
+        ):
             open_source("list", folder / "named.csv", **{option: "x"})
 
 

@@ -37,16 +37,14 @@ def webdataset(root: Path, how: Listing) -> Source:
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
-    tree.find_fields()
     source = tree.source(root, how._replace(labelled=False), found, wrapped=False)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
     labels, source.classes, notes = read_labels(root, [tree.label(path) for path in paths], paths)
     source.records = [*map(Record, paths, labels)]
-    if tree.replaced:
-        again = counted(tree.replaced, "picture")
-        source.notes.append(f"{again} left for a later one of the same name")
-    if dotted := [path for path in paths if os.path.splitext(path)[0] != _key_and_field(path)[0]]:
+    if again := tree.replaced:
+        source.notes.append(f"{counted(again, 'picture')} left for a later one of the same name")
+    if dotted := [path for path in paths if os.path.splitext(path)[0] != _key(path)]:
         named = f"{counted(len(dotted), 'picture')} with dots in the name, first {shown(dotted[0])}"
         source.notes.append(f"{named}: such a sample is named up to the last dot")
     source.notes += notes
@@ -63,20 +61,17 @@ class Samples(Members):
     def __init__(self, labelled: bool):
         super().__init__()
         self._labelled, self.replaced = labelled, 0
-        # by members' names without suffix: what a label's file says, and the picture that is taken
-        self._cls, self._json = dict[str, str | bytes](), dict[str, str | bytes]()
-        self._pictures = dict[str, str]()
-        self._fields = set[str]()  # what lies beside samples' pictures: "mask.png"
+        # by members' names without suffix: what is said of the label, and the picture that is taken
+        self._said, self._pictures = dict[str, str | bytes](), dict[str, str]()
 
     def add(self, folder: str, path: str, member: Member) -> str | None:
         if reason := super().add(folder, path, member):
             return reason
         (stem, suffix), file = os.path.splitext(path), member.kind == "file"
         if file and rank(suffix, LABELS):
-            self._cls[stem] = _in_cls(member) if self._labelled else ""
+            self._said[stem] = _in_cls(member)
         elif file and suffix.lower() == ".json":
-            said = _in_json(member, self._archives[-1].path) if self._labelled else ""
-            self._json[stem] = said
+            self._said[stem] = self._said.get(stem) or _in_json(member, self._archives[-1].path)
         elif suffix.lower() in SUFFIXES or (file and self._by_bytes[-1]):
             rival = self._pictures.get(stem, "")
             self.replaced += rival == path
@@ -89,48 +84,34 @@ class Samples(Members):
         place = FIRST.index(suffix) if suffix in FIRST else len(FIRST)
         return super().look(path, True) != PICTURE, place
 
-    def find_fields(self) -> None:
-        """Once all are unpacked: learn what lies beside pictures."""
-        pictures = [(path, *_key_and_field(path)) for path in self._pictures.values()]
-        self._fields = {field for path, key, field in pictures if self._is_field(path, key)}
-
-    def _is_field(self, path: str, key: str) -> bool:
-        """Whether a picture is another thing of a sample that has one, as its name and what lies beside it tell."""
-        stem = os.path.splitext(path)[0]
-        beside = stem in self._cls or stem in self._json
-        return stem != key and key in self._pictures and not beside
-
     def look(self, path: str, plain: bool) -> Verdict:
-        verdict, (key, field) = super().look(path, plain), _key_and_field(path)
+        verdict, (stem, _), key = super().look(path, plain), os.path.splitext(path), _key(path)
         if verdict != PICTURE:
             return verdict
-        if self._is_field(path, key) or field in self._fields:
+        if stem != key and key in self._pictures and not self._said.get(stem):
             return Verdict("left out", "not its sample's picture")
-        taken = self._pictures.get(os.path.splitext(path)[0], path)
-        return PICTURE if path == taken else Verdict("left out", "its sample has another picture")
+        if path != self._pictures.get(stem, path):
+            return Verdict("left out", "its sample has another picture")
+        return PICTURE
 
     def label(self, path: str) -> str | bytes:
         """What is said of a picture's label; "" where nothing is."""
-        for stem in (os.path.splitext(path)[0], _key_and_field(path)[0]):
-            if stem in self._cls or stem in self._json:
-                return self._cls.get(stem, self._json.get(stem, ""))
-        return ""
+        stem = os.path.splitext(path)[0]
+        said = self._said.get(stem) or self._said.get(_key(path), "")
+        return said if self._labelled else ""
 
 
-def _key_and_field(path: str) -> tuple[str, str]:
-    """What WebDataset calls a member's sample, and what of the sample it is: ("a/0001", "seg.png")."""
+def _key(path: str) -> str:
+    """What WebDataset calls a member's sample."""
     folder, slash, name = path.rpartition("/")
-    key, _, field = name.partition(".")
-    return folder + slash + key, field.lower()
+    return folder + slash + name.partition(".")[0]
 
 
 def _in_cls(member: Member) -> str | bytes:
     """The number or word in a label's file; bytes where it is none."""
-    try:
-        said = member.head.decode("utf-8-sig").strip()
-    except UnicodeDecodeError:
-        return member.head[:40]
-    return said if member.length <= LONGEST and said.isprintable() else member.head[:40]
+    said = member.head[:LONGEST].decode("utf-8-sig", "replace").strip()
+    word = member.length <= LONGEST and said.isprintable() and "\ufffd" not in said
+    return said if word else member.head[:40]
 
 
 def _in_json(member: Member, shard: str) -> str | bytes:
