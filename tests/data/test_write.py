@@ -29,6 +29,7 @@ from fastrot.data.prepare import encode
 from fastrot.data.prepare.convert import convert
 from fastrot.data.prepare.encode import Chunk, EncodeSpec, encode_chunk, spread
 from fastrot.data.prepare.options import NOT_IN_PLAN
+from fastrot.data.prepare.parts import PartStats
 from fastrot.data.sources.open import open_source
 from fastrot.data.sources.records import InMemory
 
@@ -583,6 +584,17 @@ def test_statistics_of_a_large_picture_are_those_of_its_pixels():
     sums, squares = encode._channel_sums(picture)
     assert sums == tuple(wide.sum((0, 1)).tolist())
     assert squares == tuple((wide**2).sum((0, 1)).tolist())
+
+
+def test_mean_and_std_are_rounded_alike_on_every_processor():
+    """A square root is, everywhere; a power is not."""
+    draw = np.random.default_rng(0)
+    for sums in draw.integers(10**6, 2 * 10**6, (4000, 3)).tolist():
+        squares = [s * s // 10**4 + 10**7 for s in sums]
+        mean, std = PartStats(pixels=10**4, sums=sums, squares=squares).mean_and_std()
+        exact = [10**4 * q - s * s for s, q in zip(sums, squares, strict=True)]
+        assert std == (np.sqrt([v / 10**8 for v in exact]) / 255).tolist()
+        assert mean == [s / 2_550_000 for s in sums]
 
 
 def test_options_that_change_no_byte_are_named():
