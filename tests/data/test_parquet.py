@@ -402,7 +402,10 @@ def test_arrow_files_of_all_kinds_convert_as_folders_do(tmp_path, how):
 def test_no_damaged_arrow_file_is_short_without_a_word(tmp_path, indexed):
     path = saved(tmp_path / "a.arrow", [picture(i) for i in range(12)], indexed)
     data, draw = path.read_bytes(), random.Random(2)
-    for cut in {draw.randrange(len(data)) for _ in range(30)}:
+    for cut in {
+        len(data) - 8,
+        *(draw.randrange(len(data)) for _ in range(30)),
+    }:  # behind the last batch
         path.write_bytes(data[:cut])
         with pytest.raises(UsageError, match="is no parquet or Arrow file, or cut short"):
             open_source("parquet", path)

@@ -298,7 +298,9 @@ def _pictures(
     table: Table, groups: range, features: dict[str, dict], asked: str | None, known: str
 ) -> list[str]:
     """The columns that hold pictures: the one that is asked for; or those called so; or whose first values are so."""
-    holds = {name: _holds(_field(table.schema, name).type) for name in table.schema.names}
+    holds = dict[str, str]()
+    for field in table.schema:
+        holds.setdefault(field.name, _holds(field.type))
     if asked is not None:
         return [name for name in (asked, asked.removesuffix(".bytes")) if holds.get(name)][:1]
     called = [name for name in holds if holds[name] and _called(features, name) == "Image"]
