@@ -3,8 +3,9 @@
 import contextlib
 import os
 import re
+import socket
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,34 +14,12 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from fastrot import entry
-from fastrot.config import PeerLost, RunError
-from fastrot.entry import Preempted
+from fastrot.config import PeerLost, RunError, UsageError
+from fastrot.entry import Place, Preempted, number, place
 
 # how gloo and NCCL say that another rank is gone
+HINT = 10  # seconds of waiting for the others until it is said
 LOST = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among all."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0  # rank on this machine: which GPU
-    local_world: int = 1
-
-
-def place() -> Place:
-    """Of this process; one alone needs no launcher."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), local, local_world)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in env:
-        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
-        local = int(env.get("SLURM_LOCALID", 0))
-        return Place(int(env["SLURM_PROCID"]), tasks, local, tasks // nodes)
-    return Place()
 
 
 _patient: Any = None  # the group in which `everyones` waits; None: torch's own
@@ -54,12 +33,23 @@ def start(here: Place, device: torch.device, *, patience: timedelta | None = Non
     global _patient
     if here.world == 1:
         return
-    if "MASTER_ADDR" not in os.environ:  # srun: the first node, a port that follows from the job
-        os.environ["MASTER_ADDR"] = _first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
-        os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
+    where = _meeting_place(here)
     entry.met_others = True
     backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    distributed.init_process_group(backend, rank=here.rank, world_size=here.world, device_id=gpu)
+    waits = f"rank {here.rank} of {here.world} waits for the others at {where}"
+    hint = threading.Timer(HINT, entry.say, [f"{waits}: {entry.ALONE}"])
+    hint.daemon = True
+    hint.start()
+    try:
+        distributed.init_process_group(
+            backend, rank=here.rank, world_size=here.world, device_id=gpu
+        )
+    except (distributed.DistNetworkError, distributed.DistStoreError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UsageError(f"MASTER_PORT: {where} is taken: choose another port") from None
+        raise RunError(f"{waits}, who did not come: {entry.ALONE}") from error
+    finally:
+        hint.cancel()
     if patience is not None:
         _patient = distributed.new_group(backend="gloo", timeout=patience)
 
@@ -160,6 +150,27 @@ def everyones(value: Any) -> list[Any]:
     if world() > 1:
         distributed.all_gather_object(values, value, group=_patient)
     return values
+
+
+def _meeting_place(here: Place) -> str:
+    """Of all processes, ADDRESS:PORT; srun names none: the first node, a port that follows from job and step."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env:
+        env.setdefault("MASTER_ADDR", _first_node(env["SLURM_STEP_NODELIST"]))
+        step = number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID", 0)
+        env.setdefault("MASTER_PORT", str(20000 + step % 20000))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise UsageError(f"{here.world} processes, but {name} is not set: {entry.ALONE}")
+    address, port = env["MASTER_ADDR"], number("MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise UsageError(f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:
+        why = f"MASTER_ADDR={address} is not known here ({error})"
+        raise UsageError(f"{why}: name the machine of rank 0") from None
+    return f"{address}:{port}"
 
 
 def _first_node(nodes: str) -> str:

@@ -1,18 +1,22 @@
 """What all commands share at the door: errors for people in one sentence, the status, and said once.
 
-0 done; 1 stopped, or pictures rejected; 2 wrong use; 130 interrupted; 128 + N: saved, then ended, by the
-warning signal N. FASTROT_TRACEBACK=1 shows where an error came from. Standard library only.
+0 done; 1 stopped, or pictures rejected; 2 wrong use; 128 + N: ended by the signal N, saved before where a run
+had something to save. FASTROT_TRACEBACK=1 shows where an error came from. Standard library only.
 """
 
 import contextlib
 import errno
 import io
+import multiprocessing.connection
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from fastrot.config import PeerLost, RunError, UsageError
 
@@ -20,12 +24,58 @@ from fastrot.config import PeerLost, RunError, UsageError
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
+ALONE = "unset RANK and WORLD_SIZE to run alone, or start all processes with torchrun or srun"
+
 met_others = False  # whether this process has joined others: see `status`
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that a launcher started."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # rank on this machine: which GPU
+    local_world: int = 1
+
+
+def place() -> Place:
+    """Of this process; one alone needs no launcher. Raises UsageError for variables that make no sense."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        known = (number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK", 0))
+        here = Place(*known, number("LOCAL_WORLD_SIZE", 1))
+    elif "SLURM_STEP_ID" in env and number("SLURM_STEP_NUM_TASKS", 1) > 1:
+        # the step's: in a shell within an allocation the job's own still count all tasks
+        told = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        tasks = [int(n) for n, nodes in told for _ in range(int(nodes or 1))]  # 2(x3),1
+        world, node = number("SLURM_STEP_NUM_TASKS"), number("SLURM_NODEID", 0)
+        local_world = tasks[node] if node < len(tasks) else world
+        here = Place(number("SLURM_PROCID"), world, number("SLURM_LOCALID", 0), local_world)
+    elif "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
+        known, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        raise UsageError(f"{known}={env[known]} is set, but {lacking} is not: {ALONE}")
+    else:
+        return Place()
+    if here.rank >= here.world:
+        raise UsageError(f"rank {here.rank} of {here.world}: ranks count from 0; {ALONE}")
+    return here
+
+
+def number(name: str, default: int | None = None) -> int:
+    """A whole number out of the environment. Raises UsageError."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{name}={text} should be a whole number: {ALONE}")
+    return int(text)
+
+
 def rank() -> int:
-    """This process among those that a launcher started, before anything else is known."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    """This process among those that a launcher started; 0 where that cannot be told."""
+    try:
+        return place().rank
+    except UsageError:
+        return 0
 
 
 def cores() -> int:
@@ -41,25 +91,31 @@ def share_of_cores(processes: int) -> int:
 
 def status(main: Callable[[], int | None]) -> int:
     """Run a command's main function; the status to leave with."""
+    with contextlib.closing(PreemptionSignal((signal.SIGINT,))):
+        code = _status(main)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if met_others:
+            # threads of gloo and DDP may call a Python that is on its way out, which aborts it
+            os._exit(code)
+    return code
+
+
+def _status(main: Callable[[], int | None]) -> int:
     try:
-        code = main() or 0
+        return main() or 0
     except (UsageError, RunError, OSError) as error:
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
         complain(describe(error), last=isinstance(error, PeerLost))
-        code = 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except Preempted as warned:  # who saved has said so
-        code = 128 + warned.args[0]
-    except KeyboardInterrupt:
-        complain("interrupted; the same command goes on from what was saved")
-        code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if (
-        met_others
-    ):  # threads of gloo and DDP may call a Python that is on its way out, which aborts it
-        os._exit(code)
-    return code
+        return 128 + warned.args[0]
+    except KeyboardInterrupt as stop:
+        got = stop.args[0] if stop.args else signal.SIGINT
+        name = "interrupted" if got == signal.SIGINT else f"ended by {signal.Signals(got).name}"
+        complain(f"{name}; the same command goes on from what was saved")
+        return 128 + got
 
 
 def describe(error: Exception) -> str:
@@ -80,22 +136,90 @@ class Preempted(Exception):
     """A warning was answered, all is saved: its number, and a sentence."""
 
 
+PATIENCE = 20  # seconds without a step until a warning ends all; clusters kill after 30
+WAITS = {"/fastrot/dist.py": "other processes", "/fastrot/data/": "data"}  # by the code that waits
+
+
 class PreemptionSignal:
-    """Notes the warnings that reach this process from now on; only the main thread of a process can."""
+    """Notes the warnings that reach this process from now on; only the main thread of a process can.
 
-    def __init__(self):
+    A loop answers them between its steps. Before its first step nothing could be saved: they raise KeyboardInterrupt.
+    Where main does not come to either, as it waits in C or for what never comes, a thread ends the process; a second
+    Ctrl-C does too.
+    """
+
+    def __init__(self, warnings: Iterable[int] = WARNINGS):
         self.got = 0  # number of the latest; 0: none yet
+        self.answered = False  # it is being saved: nothing hurries that
+        self._steps, self._alive, self._longest = False, 0.0, 0.0
         able = threading.current_thread() is threading.main_thread()
-        heard = [w for w in WARNINGS if signal.getsignal(w) is not signal.SIG_IGN]  # as behind &
+        heard = [w for w in warnings if signal.getsignal(w) is not signal.SIG_IGN]  # as behind &
         self._before = {w: signal.signal(w, self._note) for w in heard if able}
+        if self._before:
+            told, self._tell = socket.socketpair()  # by which C tells the thread while main is busy
+            self._tell.setblocking(False)
+            self._told_before = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(told,), daemon=True).start()
 
-    def _note(self, number: int, frame: object) -> None:
-        self.got = number
+    def alive(self, *, steps: bool) -> None:
+        """Called between batches; `steps`: there is something to save, which the caller does if warned."""
+        now = time.monotonic()
+        if self._steps:
+            self._longest = max(self._longest, now - self._alive)
+        self._steps, self._alive = steps, now
 
     def close(self) -> None:
         """As it was before."""
         for warning, before in self._before.items():
             signal.signal(warning, before)
+        if self._before:
+            signal.set_wakeup_fd(self._told_before)
+            self._tell.close()
+            self._before = {}
+
+    def _note(self, number: int, frame: object) -> None:
+        first, self.got = not self.got, number
+        if first and not self._steps:
+            raise KeyboardInterrupt(number)
+
+    def _watch(self, told: socket.socket) -> None:
+        number, since = 0, 0.0
+        while True:
+            told.settimeout(0.2 if number else None)
+            try:
+                numbers = told.recv(64)
+            except TimeoutError:
+                numbers = b"\0"
+            if not numbers or not self._before:  # closed
+                return told.close()
+            now = time.monotonic()
+            # torchrun passes a Ctrl-C on that has reached all: it comes twice within a second
+            if number and now > since + 1 and signal.SIGINT in numbers:
+                _end(number)
+            if not number and (came := [n for n in numbers if n in self._before]):
+                number, since = came[0], now
+            if number and now > max(since, self._alive) + self._patience():
+                _end(number)
+
+    def _patience(self) -> int | float:
+        if self.answered:
+            return float("inf")
+        if self._steps:
+            return max(PATIENCE, 2 * self._longest)
+        return 10 if self.got else 1  # main has heard, and tidies up; or it hears nothing
+
+
+def _end(number: int) -> None:
+    """Of this process, whose main thread may hear nothing; says what that waits for."""
+    frame, what = sys._current_frames().get(threading.main_thread().ident or 0), "a step"
+    while frame is not None and what == "a step":
+        file = frame.f_code.co_filename
+        what = next((WAITS[part] for part in WAITS if part in file), what)
+        frame = frame.f_back
+    name = signal.Signals(number).name
+    say(f"{name}: ended unsaved, waiting for {what}; the same command goes on from what was saved")
+    sys.stderr.flush()
+    os._exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -106,6 +230,33 @@ def warnings_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- processes that work for this one ----
+
+
+def check_locks(workers: int) -> None:
+    """Raises RunError where there is no room for the locks that this process and so many workers share."""
+    locks = []
+    try:
+        for _ in range(16 + 4 * workers):
+            locks.append(multiprocessing.Lock())
+    except OSError as error:
+        raise RunError(
+            f"/dev/shm, where processes keep their locks, cannot be used ({error.strerror}): "
+            "give the container --shm-size 64m, or use --workers 0"
+        ) from None
+
+
+def end_with_parent() -> None:
+    """In a thread of a worker: a killed parent ends nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+# ---- what is said ----
 
 
 @contextlib.contextmanager
@@ -123,9 +274,14 @@ def complain(sentence: str, *, last: bool = False) -> None:
     """
     if rank() or last:
         time.sleep(8 if last else 5)  # rank 0 met the same, or torchrun ends this process
+    say(sentence)
+
+
+def say(sentence: str) -> None:
+    """One sentence on stderr."""
     if rank():
         sentence = f"rank {rank()}: {sentence}"
-    print(f"fastrot: {printable(sentence)}", file=sys.stderr)
+    print(f"fastrot: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,8 @@
 In this process, at chosen moments; tests/test_kills.py kills whole processes at random ones.
 """
 
+import contextlib
+import ctypes
 import itertools
 import json
 import math
@@ -14,17 +16,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import forked
 from test_run import TINY, assert_same_bits, go, told
 
 from fastrot import disk, entry, train
-from fastrot.config import RunError, UsageError
+from fastrot.config import RunError, UsageError, Whole
+from fastrot.core import View
+from fastrot.data import folder
 from fastrot.data.loader import Loader
-from fastrot.entry import Preempted
+from fastrot.entry import Preempted, PreemptionSignal
 from fastrot.methods.rotnet import RotNet
 from fastrot.training import budget, checkpoint, journal, loop
 
@@ -110,7 +118,8 @@ def test_a_run_warned_in_a_validation_goes_on_with_that_validation(
         return score(*args)
 
     monkeypatch.setattr(loop, "validate", warned)
-    with pytest.raises(Preempted):
+    # before the first step there is nothing to save: at once
+    with pytest.raises(Preempted if validation else KeyboardInterrupt):
         go(pictures, tmp_path)
     assert len(seen) == validation + 1
     assert last(tmp_path).exists() == bool(validation)
@@ -247,6 +256,139 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path
     monkeypatch.setattr(loop, "train_step", deadly)
     with pytest.raises(RunError, match="want of memory"):
         go(pictures, tmp_path)
+
+
+# ---- what never comes ----
+
+
+def stuck() -> None:
+    """Python's main thread waits, and hears of signals between two naps."""
+    while True:
+        time.sleep(0.05)
+
+
+def deaf() -> None:
+    """Main waits in C, for a lock that it holds."""
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+
+def of_data(wait: Callable[[], None]) -> Callable[[], None]:
+    """The same, within a file that reads data."""
+    room: dict[str, Any] = {"wait": wait}
+    exec(compile("def read():\n    wait()", "/x/fastrot/data/folder.py", "exec"), room)
+    return room["read"]
+
+
+ENDS = {  # where main waits, whether after a step, signals and the seconds between them; status, what is said
+    "opening": (stuck, False, [signal.SIGTERM], 143, "ended by SIGTERM; the same command"),
+    "opening-deaf": (
+        deaf,
+        False,
+        [signal.SIGINT],
+        130,
+        "SIGINT: ended unsaved, waiting for a step",
+    ),
+    "warned": (stuck, True, [signal.SIGUSR1], 138, "SIGUSR1: ended unsaved, waiting for a step"),
+    "data": (
+        of_data(stuck),
+        True,
+        [signal.SIGTERM],
+        143,
+        "SIGTERM: ended unsaved, waiting for data",
+    ),
+    "deaf": (
+        of_data(deaf),
+        True,
+        [signal.SIGTERM],
+        143,
+        "SIGTERM: ended unsaved, waiting for data",
+    ),
+}
+
+
+@pytest.mark.parametrize(("wait", "steps", "signals", "status", "told"), ENDS.values(), ids=ENDS)
+def test_a_signal_ends_what_waits_for_what_never_comes(
+    wait, steps, signals, status, told, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(entry, "PATIENCE", 0.5)
+
+    def main():
+        with contextlib.closing(PreemptionSignal()) as preemption:
+            preemption.alive(steps=steps)
+            entry.say("begun")
+            wait()
+
+    with forked(main, tmp_path / "said") as child:
+        child.until("begun")
+        for number in signals:
+            os.kill(child.pid, number)
+        assert child.status() == status
+        assert told in child.said()
+        assert child.said().count("\n") == 2
+
+
+@pytest.mark.parametrize("ctrl_c", [1, 2])
+def test_a_warning_waits_for_a_run_that_saves_and_a_second_ctrl_c_does_not(
+    ctrl_c, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(entry, "PATIENCE", 0.3)
+
+    def main():
+        with contextlib.closing(PreemptionSignal()) as preemption:
+            entry.say("begun")
+            while not preemption.got:  # steps
+                preemption.alive(steps=True)
+                time.sleep(0.01)
+            preemption.answered = True
+            time.sleep(2)  # saves
+            raise Preempted(preemption.got)
+
+    with forked(main, tmp_path / "said") as child:
+        child.until("begun")
+        time.sleep(0.1)
+        for _ in range(3):  # by a terminal and by torchrun, at nearly the same time
+            os.kill(child.pid, signal.SIGINT)
+        if ctrl_c == 2:
+            time.sleep(1.2)
+            os.kill(child.pid, signal.SIGINT)
+        assert child.status() == 130
+        assert ("SIGINT: ended unsaved" in child.said()) == (ctrl_c == 2)
+
+
+def test_data_that_does_not_come_ends_by_a_warning_and_leaves_no_worker(
+    pictures, tmp_path, monkeypatch
+):
+    note = tmp_path / "worker"
+
+    def sticks(decode, request, out, places):
+        if 30 in request.rows[0][:, 0]:
+            note.write_text(str(os.getpid()))
+            stuck()
+        return []
+
+    monkeypatch.setattr(folder, "fill_decoded", sticks)
+    monkeypatch.setattr(entry, "PATIENCE", 0.5)
+    data = folder.Folder(pictures)
+
+    def main():
+        with contextlib.closing(PreemptionSignal()) as preemption:
+            loader = Loader(data, View(crops=(Whole(size=8),)), batch=4, workers=2)
+            for _ in loader.epoch(0):
+                preemption.alive(steps=True)
+
+    with forked(main, tmp_path / "said") as child:
+        end = time.monotonic() + 30
+        while not (note.exists() and note.read_text()):
+            assert time.monotonic() < end, child.said()
+            time.sleep(0.05)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.status() == 143
+        assert "SIGTERM: ended unsaved, waiting for data; the same command" in child.said()
+        while Path(f"/proc/{note.read_text()}").exists():
+            assert time.monotonic() < end, "a worker is left behind"
+            time.sleep(0.05)
 
 
 # ---- one run a folder ----

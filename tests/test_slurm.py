@@ -31,6 +31,8 @@ while words[0].startswith("--"):
 tasks = []
 for task in range(int(os.environ["SLURM_NTASKS"])):
     known = dict(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_STEP_ID="0")
+    count = os.environ["SLURM_NTASKS"]
+    known |= dict(SLURM_STEP_NUM_TASKS=count, SLURM_STEP_TASKS_PER_NODE=count, SLURM_NODEID="0")
     env = os.environ | known | dict(SLURM_STEP_NODELIST="localhost")
     tasks.append(subprocess.Popen(words, env=env, start_new_session=True))
 with open("{folder}/tasks", "w") as file:

@@ -7,6 +7,8 @@ kept in a cache, with each file's length and time of change, by which a changed 
 import hashlib
 import io
 import logging
+import math
+import mmap
 import multiprocessing
 import os
 import signal
@@ -15,7 +17,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from dataclasses import dataclass
+from multiprocessing import reduction, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +138,7 @@ class _FolderReader(Reader):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else its seed is drawn from torch's global state
         )
-        self._done: Iterator[Decoded] | None = None
+        self._done: Iterator[_Cropped] | None = None
 
     def begin(self, request: CropRequest) -> Pending:
         index = request.rows[0][:, 0]
@@ -148,14 +151,62 @@ class _FolderReader(Reader):
 
     def _next(self) -> Decoded:
         if self._done is None:
+            if self._workers:
+                entry.check_locks(self._workers)
             # workers inherit it: one that died of a warning would end the run
             with entry.warnings_held_back():
                 self._done = iter(self._loader)
-        cropped, errors = next(self._done)
-        return Decoded(tuple(cropped), [(place, why) for place, why in errors])
+        done = next(self._done)
+        return Decoded(tuple(torch.as_tensor(crop) for crop in done.crops), done.errors)
 
     def close(self) -> None:
         self._done = None  # ends the workers
+
+
+@dataclass
+class _Cropped:
+    """What a worker sends: crops as arrays, and what cannot be read."""
+
+    crops: tuple[np.ndarray | Tensor, ...]
+    errors: list[tuple[int, str]]
+
+    def pin_memory(self) -> "_Cropped":
+        """Called by the DataLoader's own thread where there is a GPU, which copies from pinned tensors alone."""
+        pinned = tuple(torch.as_tensor(crop).pin_memory() for crop in self.crops)
+        return _Cropped(pinned, self.errors)
+
+
+class _Shared(np.ndarray):
+    """An array whose memory another process may map, without a name in /dev/shm: a container has 64 MB there."""
+
+    fd = -1
+
+    def __reduce__(self):
+        return _mapped, (reduction.DupFd(self.fd), self.shape)
+
+    def __del__(self):
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _mapped(duplicate: Any, shape: tuple[int, ...]) -> np.ndarray:
+    fd = duplicate.detach()
+    try:
+        return np.ndarray(shape, np.uint8, mmap.mmap(fd, math.prod(shape)))
+    finally:
+        os.close(fd)
+
+
+def _crops(shape: tuple[int, ...]) -> np.ndarray:
+    """Room for crops; what cannot be shared (macOS, no memory) goes through a pipe, which costs a fifth of the speed."""
+    try:
+        fd = os.memfd_create("crops")
+        os.ftruncate(fd, math.prod(shape))
+        made = _Shared(shape, np.uint8, mmap.mmap(fd, math.prod(shape)))
+    except (AttributeError, OSError):
+        return np.empty(shape, np.uint8)
+    made.fd = fd
+    return made
 
 
 class _Worker:
@@ -164,7 +215,7 @@ class _Worker:
     def __init__(self, root: str):
         self.root, self.at = root, ""
 
-    def __getitem__(self, job: _Job) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
+    def __getitem__(self, job: _Job) -> _Cropped:
         request, paths, sizes = job
         rows = request.rows[0][:, 0]
 
@@ -174,9 +225,12 @@ class _Worker:
             return _picture(self.root, path, row, sizes[place].tolist())
 
         shapes = ((len(paths), size, size, 3) for size in request.sizes)
-        out = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+        out = tuple(map(_crops, shapes))
         try:
-            return out, fill_decoded(decode, request, out, range(len(paths)))
+            errors = fill_decoded(
+                decode, request, tuple(map(torch.from_numpy, out)), range(len(paths))
+            )
+            return _Cropped(out, errors)
         except Exception as error:
             raise RuntimeError(f"{self.at}, cannot be cropped: {error}") from error
 
@@ -210,7 +264,8 @@ def _begin_worker(_: int) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
-
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=entry.end_with_parent, daemon=True).start()
     if not hasattr(signal, "sigwaitinfo"):  # macOS, where no cluster warns
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return

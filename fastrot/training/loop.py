@@ -106,6 +106,7 @@ class _Fit:
 
     def whole(self) -> None:
         state, end = self.state, self.s.end
+        self.preemption.alive(steps=state.step > 0)
         if self.s.val_loader is not None and state.step == 0:
             state.progress.val_first = self.validated({"step": 0, "epoch": 0})
         self.at_epoch()
@@ -137,6 +138,7 @@ class _Fit:
 
     def step(self, batch: Batch) -> None:
         state = self.state
+        self.preemption.alive(steps=True)
         try:
             with self.s.step_timer.step():
                 losses = train_step(state, batch)
@@ -194,9 +196,11 @@ class _Fit:
 
     def save_if_warned(self, *, saved: bool = False) -> None:
         """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
+        self.preemption.alive(steps=self.state.step > 0)
         number, state = dist.highest(self.preemption.got), self.state
         if not number:
             return
+        self.preemption.answered = True
         if state.step and not saved:
             self.timer.stop()
             state.method.net.train()

@@ -1,11 +1,16 @@
 """A folder as Data: rows, sizes and their cache, crops out of worker processes."""
 
+import errno
 import logging
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +20,13 @@ from PIL import Image
 from truth import photo
 
 from fastrot import assemble, core
-from fastrot.config import RandomResized, Shifted, UsageError, Whole
+from fastrot.config import RandomResized, RunError, Shifted, UsageError, Whole
 from fastrot.core import CropRequest, View
 from fastrot.data import folder
 from fastrot.data import pictures as decoder
 from fastrot.data.keys import order_fingerprint
 from fastrot.data.loader import Loader
+from fastrot.data.prepare.encode import spread
 from fastrot.data.sources.open import open_source
 from fastrot.ops.resample import resample
 
@@ -271,3 +277,72 @@ def test_a_bug_in_a_worker_names_the_picture(pictures, monkeypatch):
     words = rf"row 2, '{data.name(2)}', cannot be cropped: in a bug"
     with pytest.raises(RuntimeError, match=words):
         asked(data, [request(data, [0, 2], Whole(size=8))], 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="wants Linux")
+def test_crops_of_workers_need_no_file_in_shared_memory(pictures, monkeypatch):
+    """A container has 64 MB of them; where memory cannot be shared either, a pipe carries the same crops."""
+    data = folder.Folder(pictures)
+    loader = Loader(data, View(crops=(Whole(size=96),)), batch=37, workers=1)
+    (batch,) = loader.epoch(0)
+    mapped = Path("/proc/self/maps").read_text()
+    assert "/memfd:crops" in mapped
+    assert "/dev/shm/torch" not in mapped
+    del batch
+    (batch,) = loader.epoch(0)
+    monkeypatch.delattr(os, "memfd_create")
+    (piped,) = loader.epoch(0)
+    assert torch.equal(batch.images, piped.images)
+
+
+def test_crops_are_pinned_where_a_gpu_asks(pictures, monkeypatch):
+    """By torch's own thread, which takes what has a pin_memory; the parent hands on what it gets."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or self)
+    crops = np.zeros((2, 4, 4, 3), np.uint8)
+    done = torch.utils.data._utils.pin_memory.pin_memory(folder._Cropped((crops,), [(0, "why")]))
+    assert pinned == [1]
+    assert isinstance(done.crops[0], torch.Tensor)
+    assert done.errors == [(0, "why")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EROFS])
+def test_no_room_for_locks_is_said_in_a_sentence(pictures, monkeypatch, number):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("_multiprocessing.SemLock", none)
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", none)
+    told = f"/dev/shm, where .* cannot be used .{os.strerror(number)}.*--shm-size 64m"
+    with pytest.raises(RunError, match=told):
+        next(
+            Loader(folder.Folder(pictures), View(crops=(Whole(size=8),)), batch=2, workers=1).epoch(
+                0
+            )
+        )
+    with pytest.raises(RunError, match=told):
+        next(spread(abs, [1], 1))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["size=1m", "size=4k", "ro"])
+def test_a_small_shared_memory_holds_nothing_up(pictures, tmp_path, how):
+    """Of a whole run, with more crops under way than it could hold; without room for locks, a sentence."""
+    words = ["demo", "--data", pictures, "--out", tmp_path / "run", "--batch", 32, "--workers", 2]
+    words += ["--enlarge", "--image-size", 128, "--max-steps", 3, "--backbone.width", 0.1]
+    train = shlex.join([sys.executable, "fastrot/train.py", *map(str, words)])
+    mount = f"mount -t tmpfs -o {how} tmpfs /dev/shm || exit 77"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount}; exec {train}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("mounting a small /dev/shm is not allowed here")
+    if how == "size=1m":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1, done.stderr
+        assert "fastrot: /dev/shm, where processes keep their locks" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -5,8 +5,6 @@ Statistics are sums of whole numbers, so they do not depend on order, workers, p
 
 import errno
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
 import threading
 import time
@@ -173,6 +171,7 @@ def spread(task: Callable, items: Iterable, workers: int) -> Generator[Any, None
         yield from map(task, items)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of running threads
+    entry.check_locks(workers)
     stop, waiting = spawn.Event(), deque()
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker, (stop,))
     try:
@@ -195,14 +194,7 @@ def _begin_worker(stop: Any) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=entry.end_with_parent, daemon=True).start()
     import cv2
 
     cv2.setNumThreads(1)  # one process a core is enough
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # a killed parent ends nobody

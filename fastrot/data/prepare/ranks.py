@@ -5,7 +5,6 @@ which tells the others, while a file that does not come tells nothing, and may b
 """
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -68,14 +67,14 @@ ALONE = Ranks()
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """The processes that the launcher started, met; they part where the work under it is done."""
-    if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+    here = entry.place()
+    if here.world == 1:
         yield ALONE  # without torch, which takes seconds
         return
     import torch
 
     from fastrot import dist
 
-    here = dist.place()
     # a rank may be done with its share days before another
     dist.start(here, torch.device("cpu"), patience=timedelta(days=100))
     finished = False
