@@ -1,5 +1,6 @@
 """What a file is, by its name and first bytes: a picture, to be left out, or to be rejected; the latter with a reason."""
 
+import functools
 import io
 import os
 import re
@@ -9,7 +10,23 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 TORCHVISION = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SUFFIXES = (*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm")  # named like a picture
+SUFFIXES = (  # named like a picture
+    *(*TORCHVISION, ".gif", ".jpe", ".jfif", ".pbm", ".pnm", ".apng", ".avif", ".heic", ".heif"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+)
+RAW = (  # of cameras: begins as a TIFF, in which Pillow would find a thumbnail
+    *(".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".raf", ".orf", ".rw2"),
+    *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".mrw", ".x3f"),
+)
+UNREAD = (  # pictures too, for which nothing here has a reader
+    *(".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pfm", ".dcm", ".jxl", ".jxr"),
+    *(".bpg", ".qoi", ".ico", ".icns", ".pcx", ".dds"),
+)
+EXTRAS = {  # kinds that not everyone has a reader for
+    "heif": "no reader: pip install pillow-heif",
+    "avif": "no reader: Pillow 11.3 has one",
+    "jpeg2000": "no reader in this Pillow",
+}
 HEAD = 32  # bytes that `sniff` wants
 MOST_BYTES = 2**31  # of a file: the largest picture that is decoded has 1.4 GB as 16-bit RGBA
 
@@ -30,6 +47,10 @@ _FIRST_BYTES = {
     "bmp": re.compile(rb"BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}", re.DOTALL),
     "tiff": re.compile(rb"II[*+]\0|MM\0[*+]"),
     "ppm": re.compile(rb"P[1-6]\s+[#0-9]"),
+    # "mif1" and "msf1" name none: one of the brands that follow does
+    "avif": re.compile(rb".{4}ftyp(avi[fs]|m[is]f1.{4}(.{4})*?avi[fs])", re.DOTALL),
+    "heif": re.compile(rb".{4}ftyp(he[iv][cmsx]|m[is]f1)", re.DOTALL),
+    "jpeg2000": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
 }
 
 
@@ -43,6 +64,7 @@ class Verdict(NamedTuple):
 
 PICTURE = Verdict("picture")
 NO_PICTURE = Verdict("left out", "no picture")  # counted by suffix
+NO_READER = Verdict("left out", "no reader", mendable=True)
 
 
 def rejected(reason: str) -> Verdict:
@@ -51,6 +73,10 @@ def rejected(reason: str) -> Verdict:
 
 class BadPicture(ValueError):
     """A picture that cannot be decoded: the reason in one short phrase."""
+
+
+class CutShort(BadPicture):
+    """A picture that lacks pixels: `pictures.decode_truncated` takes it."""
 
 
 def hidden(name: str) -> bool:
@@ -63,7 +89,7 @@ def hidden(name: str) -> bool:
 def look(path: str, *, by_name: bool, plain: bool = False) -> Verdict:
     """The verdict on a file of a disk. `by_name`: its suffix is trusted; `plain`: it is known to be no link or pipe."""
     named = path.lower().endswith(SUFFIXES)
-    taken = PICTURE if named else NO_PICTURE
+    taken = PICTURE if named else judged_by_name(path, NO_PICTURE)
     if by_name and plain:
         return taken
     try:
@@ -77,18 +103,44 @@ def look(path: str, *, by_name: bool, plain: bool = False) -> Verdict:
     except OSError as e:
         what = "it is a broken link" if os.path.islink(path) else "it cannot be read"
         return Verdict("rejected" if named else "left out", f"{what} ({e.strerror})")
-    return judged(named, head, found.st_size)
+    return judged_by_name(path, judged(named, head, found.st_size))
 
 
 def judged(named: bool, head: bytes, length: int) -> Verdict:
     """The verdict on a file of so many bytes that begins so. `named`: its name ends as a picture's."""
-    if sniff(head):
+    if kind := sniff(head):
+        if not has_reader(kind):
+            return Verdict("left out", EXTRAS[kind], mendable=True)
         return rejected(reason) if (reason := too_long(length)) else PICTURE
     if head.startswith(_APPLEDOUBLE):
         return Verdict("left out", "AppleDouble")
     if not named:
         return NO_PICTURE
     return rejected("its first bytes are no picture's" if head else "it is empty")
+
+
+def judged_by_name(path: str, by_bytes: Verdict) -> Verdict:
+    """The verdict on a file, of which its first bytes told something: some pictures only their names tell."""
+    unread = path.lower().endswith(RAW if by_bytes.kind == "picture" else (*RAW, *UNREAD))
+    return NO_READER if unread else by_bytes
+
+
+@functools.cache
+def has_reader(kind: str) -> bool:
+    """Whether a picture of that kind (`sniff`) can be read here."""
+    if kind == "heif":
+        try:
+            import pillow_heif  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return False
+        pillow_heif.register_heif_opener()
+    elif kind in EXTRAS:
+        from PIL import features
+
+        name = {"jpeg2000": "jpg_2000"}.get(kind, kind)
+        known = {*features.modules, *features.codecs}  # Pillow warns of other names
+        return name in known and bool(features.check(name))
+    return True
 
 
 def too_long(length: int) -> str:

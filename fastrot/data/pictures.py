@@ -1,7 +1,7 @@
 """Encoded bytes to pixels, upright: what a picture is, how large, and RGB out of every odd kind of it.
 
 Pillow reads every header, and decodes the odd ones: CMYK and YCCK, palettes, 16 bits. Alpha is dropped, as
-torchvision's ImageFolder does; of 16 bits the upper 8 are kept; of an animation the first frame. Plain JPEGs go
+torchvision's ImageFolder does; 8 bits are kept (data/depth.py); of an animation the first frame. Plain JPEGs go
 through simplejpeg, which gives the same bits in under two thirds of the time. Where it has a doubt, Pillow decides.
 """
 
@@ -9,17 +9,31 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin
 
 from fastrot.arrays import Bytes, Picture
-from fastrot.data.files import HEAD, BadPicture, one_line, picture_file, sniff
+from fastrot.data.depth import grey_of, is_deep, refuse_dim, tags_of
+from fastrot.data.files import (
+    EXTRAS,
+    HEAD,
+    BadPicture,
+    CutShort,
+    has_reader,
+    one_line,
+    picture_file,
+    sniff,
+)
+from fastrot.data.mend import EOI, lacks_only_its_end, without_metadata
+
+_Read = TypeVar("_Read")
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
@@ -42,22 +56,66 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def decode(data: bytes) -> Picture:
-    """The first frame as RGB pixels, EXIF orientation applied. Raises BadPicture."""
-    with _opened(io.BytesIO(data)) as image:
-        turn = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF by itself
-        pixels = _plain_jpeg(data, image)
-        if pixels is None:
-            pixels = _by_pillow(image)
-        return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
+    """The first frame as RGB pixels, EXIF orientation applied. Raises BadPicture; CutShort where it lacks pixels."""
+    return _sound(_decoded, io.BytesIO(data))
+
+
+def decode_truncated(data: bytes) -> Picture:
+    """`decode`, of what lacks pixels too: whatever its decoder gives stands for these, JPEG's grey, others' black.
+
+    For where one thread decodes: Pillow's switch is the process's.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return decode(data)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def size_of(picture: bytes | str | os.PathLike) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone. Raises BadPicture, or OSError of a path."""
     opened = io.BytesIO(picture) if isinstance(picture, bytes) else picture_file(picture)
-    with opened as file, _opened(file) as image:
+    with opened as file:
+        return _sound(_size, file)
+
+
+def _sound(read: Callable[[Any], _Read], file: io.BytesIO | io.BufferedReader) -> _Read:
+    """What `read` makes of a picture; where that is refused, of its bytes without metadata. Raises BadPicture."""
+    try:
+        return read(file)
+    except BadPicture as e:
+        refused = e
+    for bare in without_metadata(file):
+        try:
+            return read(io.BytesIO(bare))
+        except CutShort as e:
+            refused = e
+        except BadPicture:
+            pass
+    raise refused
+
+
+def _decoded(file: io.BytesIO) -> Picture:
+    data = file.getvalue()
+    with _opened(file) as image:
+        turn = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF by itself
+        pixels = _plain_jpeg(data, image)
+        if pixels is None:
+            try:
+                pixels = _by_pillow(image)
+            except CutShort:
+                jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+                if not (jpeg and lacks_only_its_end(data, image.mode)):
+                    raise
+                return _decoded(io.BytesIO(data + EOI))
+        return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
+
+
+def _size(file: io.BytesIO | io.BufferedReader) -> tuple[int, int]:
+    with _opened(file) as image:
         width, height = image.size
-        if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows swap its sides already
-            width, height = image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+        if tags := tags_of(image):  # some Pillows swap its sides already
+            width, height = tags[_WIDTH], tags[_HEIGHT]
         return (width, height) if _orientation(image) in _LYING else (height, width)
 
 
@@ -76,11 +134,11 @@ def is_upright_jpeg(data: Bytes, height: int, width: int) -> bool:
 
 
 def _has_exif(jpeg: memoryview) -> bool:
-    """Whether an EXIF segment stands before the pixels; so too where the segments cannot be followed."""
+    """Whether a segment of EXIF, or of XMP, stands before the pixels; so too where the segments cannot be followed."""
     at = 2
     while at + 8 <= len(jpeg) and jpeg[at] == 0xFF:
         marker, length = jpeg[at + 1], jpeg[at + 2] << 8 | jpeg[at + 3]
-        if marker == _PIXELS or (marker == _APP1 and jpeg[at + 4 : at + 8] == b"Exif"):
+        if marker == _PIXELS or (marker == _APP1 and jpeg[at + 4 : at + 8] in (b"Exif", b"http")):
             return marker == _APP1
         at += 2 + length
     return True
@@ -119,6 +177,8 @@ def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFil
     kind = sniff(head)
     if kind is None:
         raise BadPicture("it is empty" if not head else "its first bytes are no picture's")
+    if not has_reader(kind):
+        raise BadPicture(EXTRAS[kind])
     try:
         # its plug-in of that name, never its others, one of which starts Ghostscript
         with Image.open(file, formats=[kind.upper()]) as image:
@@ -130,7 +190,8 @@ def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFil
     except Image.DecompressionBombError as e:
         raise BadPicture(f"it claims more than {MOST_PIXELS // 10**6} megapixels") from e
     except Image.UnidentifiedImageError as e:
-        raise BadPicture(f"its {kind} header is damaged") from e
+        odd = ", or of pixels that Pillow does not know" if kind == "tiff" else ""
+        raise BadPicture(f"its {kind} header is damaged{odd}") from e
     except Exception as e:  # Pillow's decoders raise nearly every type there is
         raise BadPicture(f"its {kind} data is damaged ({one_line(e)})") from e
 
@@ -159,10 +220,16 @@ def _plain_jpeg(data: bytes, image: ImageFile.ImageFile) -> Picture | None:
 
 def _by_pillow(image: ImageFile.ImageFile) -> Picture:
     """The pixels as stored, decoded by Pillow."""
-    image.load()
-    if image.mode == "F":
-        raise BadPicture("its pixels are floating-point numbers")  # their white is not known
-    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: convert("RGB") would clip at 255
-        grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
+    deep = is_deep(image)
+    try:
+        image.load()
+    except OSError as e:
+        if "truncated" in str(e).lower():
+            raise CutShort(f"its {str(image.format).lower()} data is cut short") from e
+        raise
+    if (grey := grey_of(image)) is not None:
         return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    picture = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if deep:
+        refuse_dim(picture)
+    return picture

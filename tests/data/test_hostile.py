@@ -25,7 +25,8 @@ from PIL import Image
 from truth import DATA, photo
 
 from fastrot.data.beton.read import Beton
-from fastrot.data.files import MOST_BYTES, SUFFIXES
+from fastrot.data.files import MOST_BYTES, SUFFIXES, has_reader
+from fastrot.data.pictures import decode_truncated
 from fastrot.data.sources.cifar10 import CIFAR_SPLITS
 
 CHECKOUT = Path(__file__).parents[2]
@@ -105,9 +106,12 @@ def lines_of(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
 
+def ordered(root: Path, out: Path, *args) -> list:
+    return ["--source", "imagefolder", "--root", root, "--out", out, "--workers", 0, *args]
+
+
 def convert(root: Path, out: Path, *args) -> Made:
-    given = ["--source", "imagefolder", "--root", root, "--out", out, "--workers", 0, *args]
-    return Made(out, script("to_ffcv")([str(arg) for arg in given]))
+    return Made(out, script("to_ffcv")([str(arg) for arg in ordered(root, out, *args)]))
 
 
 # ---- pictures that are odd, or broken ----
@@ -148,11 +152,10 @@ BOMBS = {
 TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80_000_000), 1))  # 80 MB of words
 SMALL = png(4, 4, 8, 0, b"\0abcd" * 4)
 BROKEN = {
-    "cut.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "cut.png": (encoded(PHOTO, "PNG")[:3000], "truncated"),
+    "cut.jpg": (JPEG[: len(JPEG) // 2], "jpeg data is cut short (--allow-truncated takes it)"),
+    "cut.png": (encoded(PHOTO, "PNG")[:3000], "png data is cut short (--allow-truncated takes it)"),
     "empty.jpg": (b"", "it is empty"),
     "text.jpg": (b"<!DOCTYPE html>404", "first bytes are no picture's"),
-    "no_end.jpg": (JPEG[:-2], "truncated"),
 }
 RGB = np.asarray(PHOTO)
 SIXTEEN = np.zeros((48, 1 + 64 * 6), np.uint8)
@@ -168,6 +171,9 @@ ODD = {  # file -> bytes, pixels, mean difference that its encoding may cost
     "rgb_16.png": (png(64, 48, 16, 2, SIXTEEN.tobytes()), RGB, 0),
     "png_named.JPEG": (encoded(PHOTO.convert("RGBA"), "PNG"), RGB, 0),
     "no_suffix": (encoded(PHOTO, "BMP"), RGB, 0),
+    "no_end.jpg": (JPEG[:-2], RGB, 5),
+    "jpeg2000.jp2": (encoded(PHOTO, "JPEG2000"), RGB, 0),
+    "jpeg2000_named.jpg": (encoded(PHOTO, "JPEG2000", no_jp2=True), RGB, 0),
     "palette.png": (encoded(PHOTO.quantize(256), "PNG", transparency=3), RGB, 6),
     **{
         f"turned_{o}.jpg": (turned(o), np.asarray(PHOTO.transpose(how)), 5)
@@ -233,9 +239,9 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason=
 def test_bombs_are_rejected_unread(tmp_path):
     good = {f"a/{i}.jpg": JPEG for i in range(4)}
     bombs = {f"b/{name}": data for name, data in BOMBS.items()}
-    bombs |= {"b/words.png": SMALL[:33] + TEXT + SMALL[33:]}
+    words = {"b/words.png": SMALL[:33] + TEXT + SMALL[33:]}  # is read, its words are not
     told = []
-    for name, files in ("plain", good), ("bombs", good | bombs):
+    for name, files in ("plain", good), ("bombs", good | bombs | words):
         root = tree(tmp_path / name, files)
         with open(root / "a" / "long.jpg", "wb") as file:
             file.write(JPEG)
@@ -248,8 +254,66 @@ def test_bombs_are_rejected_unread(tmp_path):
     assert most - least < 40_000  # kB; the smallest of the bombs holds 80 MB
     made = Made(tmp_path / "bombs.beton", status)
     assert made.rejects.keys() == {*bombs, "a/long.jpg"}
+    assert made.rows.keys() == {*good, *words}
     assert all("178 megapixels" in made.rejects[f"b/{name}"] for name in BOMBS)
     assert "2,147,483,649 bytes" in made.rejects["a/long.jpg"]
+
+
+def test_truncated_pictures_are_taken_where_that_is_asked_for_and_counted(tmp_path, capsys):
+    cut = {f"a/{name}": data for name, (data, _) in BROKEN.items() if name.startswith("cut")}
+    root = tree(tmp_path / "root", {"a/whole.jpg": JPEG, **cut})
+    out = tmp_path / "a.beton"
+    refused = convert(root, out, "--encoding", "raw")
+    assert (refused.status, refused.rows.keys()) == (1, {"a/whole.jpg"})
+    assert "cut short (--allow-truncated)" not in capsys.readouterr().out
+    taken = "--encoding", "raw", "--allow-truncated"
+    assert script("to_ffcv")([*map(str, ordered(root, out, *taken))]) == 2  # another plan
+    assert "made without --allow-truncated: add --overwrite" in capsys.readouterr().err
+    made = convert(root, out, *taken, "--overwrite")
+    assert (made.status, made.facts["truncated"]) == (0, 2)
+    assert "2 of those written were cut short (--allow-truncated)" in capsys.readouterr().out
+    np.testing.assert_array_equal(made.picture("a/cut.png")[:10], RGB[:10])
+    assert "allow_truncated" not in {
+        k for k, v in refused.facts["options"].items() if v is not None
+    }
+
+
+def test_shards_hold_a_truncated_picture_so_that_any_reader_takes_it(tmp_path):
+    from fastrot.data.tars.read import Tars
+
+    files = {"a/cut.jpg": BROKEN["cut.jpg"][0], "a/no_end.jpg": JPEG[:-2], "a/whole.jpg": JPEG}
+    given = ordered(tree(tmp_path / "root", files), tmp_path / "out", "--allow-truncated")
+    assert script("to_dali")([*map(str, given)]) == 0
+    data = Tars(tmp_path / "out")
+    kept = [data.record(row).tobytes() == each for row, each in enumerate(files.values())]
+    assert kept == [False, True, True]
+    np.testing.assert_array_equal(data.picture(0), decode_truncated(files["a/cut.jpg"]))
+    np.testing.assert_array_equal(data.picture(1), data.picture(2))
+
+
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(99)
+WITHOUT_READER = {
+    "a/phone.heic": (HEIC, "no reader: pip install pillow-heif"),
+    "a/phone.jpg": (HEIC, "no reader: pip install pillow-heif"),
+    "a/drawn.tga": (b"\0\0\2" + bytes(99), "no reader"),
+    "a/camera.NEF": (encoded(PHOTO, "TIFF"), "no reader"),  # its first picture is a thumbnail
+}
+
+
+def test_pictures_without_a_reader_are_counted_and_can_be_mended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    has_reader.cache_clear()
+    files = {path: data for path, (data, _) in WITHOUT_READER.items()}
+    files |= {"a/0.jpg": JPEG, "a/png_named.tga": encoded(PHOTO, "PNG"), "a/words.txt": b"words"}
+    made = convert(tree(tmp_path / "root", files), tmp_path / "a.beton")
+    has_reader.cache_clear()
+    assert (made.status, made.rejects) == (1, {})
+    assert made.rows.keys() == {"a/0.jpg", "a/png_named.tga"}
+    left = {line["path"]: line["reason"] for line in lines_of(tmp_path / "a.beton", "skipped")}
+    assert left == {path: why for path, (_, why) in WITHOUT_READER.items()} | {
+        "a/words.txt": "no picture"
+    }
+    assert "1 .heic (no reader: pip install pillow-heif)" in capsys.readouterr().out
 
 
 def test_sides_that_no_format_holds_are_rejected(tmp_path):

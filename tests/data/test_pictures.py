@@ -79,6 +79,50 @@ ODD = {
 }
 
 
+def modern(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "HEIF"])
+def test_newer_formats_are_read_upright(kind, mode):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    if not files.has_reader(kind.lower()):
+        pytest.skip(f"this Pillow has no {kind}")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned_too = {} if kind == "JPEG2000" else {"exif": exif.tobytes()}
+    data = modern(ODD_SIDES.convert(mode), kind, quality_mode="rates", **turned_too)
+    assert files.sniff(data[: files.HEAD]) == kind.lower()
+    truth = np.asarray(ODD_SIDES.convert(mode).convert("RGB"))
+    truth = np.rot90(truth, -1) if turned_too else truth
+    picture = pictures.decode(data)
+    assert picture.shape == truth.shape == (*pictures.size_of(data), 3)
+    assert np.abs(picture.astype(int) - truth).mean() < 12
+
+
+def test_a_brand_that_names_no_coding_is_known_by_those_that_follow():
+    box = b"\0\0\0\x20ftypmif1\0\0\0\0"
+    assert files.sniff(box + b"miafavifMA1B" + bytes(4)) == "avif"
+    assert files.sniff(box + b"miafheicMA1B" + bytes(4)) == "heif"
+    assert files.sniff(b"\0\0\0\x20ftypisom\0\0\0\0avif" + bytes(12)) is None  # a video
+
+
+def test_a_jpeg_turned_by_xmp_is_not_taken_for_upright():
+    words = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="3"/>'
+    data = (
+        PLAIN["420"][:2]
+        + struct.pack(">BBH", 0xFF, 0xE1, len(words) + 2)
+        + words
+        + PLAIN["420"][2:]
+    )
+    np.testing.assert_array_equal(pictures.decode(data), pillows(PLAIN["420"])[::-1, ::-1])
+    assert not pictures.is_upright_jpeg(np.frombuffer(data, np.uint8), 48, 64)
+
+
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_jpegs_are_left_to_pillow(kind):
     np.testing.assert_array_equal(pictures.decode(ODD[kind]), pillows(ODD[kind]))

@@ -183,7 +183,8 @@ class BetonWriter(FormatWriter):
     @property
     def encode_spec(self) -> EncodeSpec:
         o = self.options
-        return EncodeSpec(Coder(o.encoding, o.quality), o.short_side, o.max_side)
+        coder = Coder(o.encoding, o.quality)
+        return EncodeSpec(coder, o.short_side, o.max_side, o.allow_truncated)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         """A .beton of its own from a part's pictures; `index` counts from 0 in it."""

@@ -177,7 +177,8 @@ class PackWriter(FolderWriter):
     @property
     def encode_spec(self) -> EncodeSpec:
         o = self.options
-        return EncodeSpec(Coder(o.encoding), o.short_side, o.max_side, center_crop=o.center_crop)
+        sizes = o.short_side, o.max_side
+        return EncodeSpec(Coder(o.encoding), *sizes, o.allow_truncated, o.center_crop)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         write_atomically(path, lambda file: file.writelines(p.data for p in pictures))

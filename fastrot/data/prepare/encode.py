@@ -21,7 +21,7 @@ import numpy as np
 
 from fastrot import entry
 from fastrot.config import RunError
-from fastrot.data.files import BadPicture, shown
+from fastrot.data.files import BadPicture, CutShort, shown
 from fastrot.data.sources.records import Source
 
 AHEAD = 3  # chunks a worker that may be under way or waiting to be written: bounds the memory
@@ -48,6 +48,7 @@ class EncodeSpec:
     coder: Coder
     short_side: int | None = None
     max_side: int | None = None
+    allow_truncated: bool = False  # what lacks pixels is taken with what is there
     center_crop: bool = False  # keep the centre square, after shrinking
     keep_bytes: bool = False  # a file's bytes stay as they are; only pixels are coded
     measure_loss: bool = False  # also measure what the coder loses
@@ -66,6 +67,7 @@ class EncodedPicture(NamedTuple):
     squares: tuple[int, ...]
     loss: int | None  # sum of squared differences to what the coder gives back, where measured
     seconds: float
+    truncated: bool  # it lacked pixels, and was taken all the same
 
 
 class Reject(NamedTuple):
@@ -110,17 +112,18 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[Result]:
 
 def _encode(spec: EncodeSpec, chunk: Chunk, i: int) -> EncodedPicture:
     """Record i of a chunk. Raises BadPicture."""
-    from fastrot.data.pictures import centre_square, decode, shrink
+    from fastrot.data.pictures import centre_square, shrink
 
     start = time.perf_counter()
     read = chunk.source.read(i)  # a file's bytes, or pixels
-    picture = decode(read) if isinstance(read, bytes) else read
+    picture, truncated = _pixels(spec, read)
     picture = shrink(picture, spec.short_side, spec.max_side)
     picture = np.ascontiguousarray(centre_square(picture) if spec.center_crop else picture)
     height, width = picture.shape[:2]
     if max(height, width) > 65_535:
         raise BadPicture(f"{width}x{height} pixels: a side may have 65,535")
-    data = read if spec.keep_bytes and isinstance(read, bytes) else spec.coder.encode(picture)
+    keep = spec.keep_bytes and not truncated
+    data = read if keep and isinstance(read, bytes) else spec.coder.encode(picture)
     loss = None
     if spec.measure_loss:
         apart = picture.astype(np.int32) - spec.coder.decode(data, height, width)
@@ -128,7 +131,23 @@ def _encode(spec: EncodeSpec, chunk: Chunk, i: int) -> EncodedPicture:
     sums, squares = _channel_sums(picture)
     number, label, crc = chunk.first + i, chunk.source.records[i].label, zlib.crc32(data)
     seconds = time.perf_counter() - start
-    return EncodedPicture(number, label, height, width, data, crc, sums, squares, loss, seconds)
+    return EncodedPicture(
+        number, label, height, width, data, crc, sums, squares, loss, seconds, truncated
+    )
+
+
+def _pixels(spec: EncodeSpec, read: bytes | np.ndarray) -> tuple[np.ndarray, bool]:
+    """A picture's pixels, and whether some are lacking. Raises BadPicture."""
+    from fastrot.data.pictures import decode, decode_truncated
+
+    if not isinstance(read, bytes):
+        return read, False
+    try:
+        return decode(read), False
+    except CutShort as e:
+        if not spec.allow_truncated:
+            raise BadPicture(f"{e} (--allow-truncated takes it)") from None
+        return decode_truncated(read), True
 
 
 _kept = threading.local()  # planes: the page faults of fresh ones would cost more than the sums

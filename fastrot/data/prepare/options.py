@@ -35,6 +35,7 @@ class Options(ABC):
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only
     shuffle: int | None = None  # a seed: write the pictures in random order, for --order blocks
+    allow_truncated: bool = False  # take pictures that are cut short, with what is there of them
     workers: int | None = None  # processes of a rank; 0: only itself; default: the cores at hand
     allow_rejects: bool = False  # exit with status 0 even if pictures were rejected or left out
     overwrite: bool = False  # replace a finished --out, and parts made with other options
@@ -70,6 +71,7 @@ def plan_of(options: Options, source: Source) -> dict[str, Any]:
     for record in source.records[: options.limit]:
         listing.update(os.fsencode(record.path) + b"\0%d\n" % record.label)
     knobs = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_IN_PLAN}
+    knobs["allow_truncated"] = options.allow_truncated or None  # as before it was an option
     return {**knobs, "listing": listing.hexdigest()}
 
 
@@ -86,6 +88,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         if ours.get(name) != theirs.get(name):
             if name == "listing":
                 return "from other pictures or labels than the source lists now"
+            if theirs.get(name) is None and ours[name] is True:
+                return f"without {knob(name)}"
             return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
     return None
 

@@ -41,6 +41,7 @@ class PartStats:
     sums: list[int] = field(default_factory=lambda: [0, 0, 0])
     squares: list[int] = field(default_factory=lambda: [0, 0, 0])
     largest: list[int] = field(default_factory=lambda: [0, 0])  # height, width
+    truncated: int = 0  # pictures that lacked pixels
 
     def kept(self, results: Iterable[Result]) -> Iterator[EncodedPicture]:
         """Hand the pictures on, count them, and keep the rejects."""
@@ -50,7 +51,8 @@ class PartStats:
                 continue
             h, w = result.height, result.width
             sums, squares = [*result.sums], [*result.squares]
-            self.add(PartStats([result.crc], [result.record], [], h * w, sums, squares, [h, w]))
+            pixels = h * w, sums, squares, [h, w], int(result.truncated)
+            self.add(PartStats([result.crc], [result.record], [], *pixels))
             yield result
 
     def add(self, more: "PartStats") -> None:
@@ -58,6 +60,7 @@ class PartStats:
         self.records += more.records
         self.rejects += more.rejects
         self.pixels += more.pixels
+        self.truncated += more.truncated
         self.sums = [a + b for a, b in zip(self.sums, more.sums, strict=True)]
         self.squares = [a + b for a, b in zip(self.squares, more.squares, strict=True)]
         self.largest = [max(a, b) for a, b in zip(self.largest, more.largest, strict=True)]

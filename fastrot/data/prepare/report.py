@@ -35,6 +35,8 @@ class Summary:
             f"= {counted(told['seen'], 'file')} seen"
         )
         yield from listed(told, self.beside("skipped.jsonl"))
+        if truncated := told.get("truncated"):
+            yield f"{truncated:,} of those written were cut short (--allow-truncated)"
         if self.already:
             return
         yield (

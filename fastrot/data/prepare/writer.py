@@ -86,6 +86,7 @@ class Converted:
             "max_height": self.stats.largest[0],
             "max_width": self.stats.largest[1],
             "pixels": self.stats.pixels,
+            "truncated": self.stats.truncated,
             "rejected": len(self.rejects),
             "beyond_limit": len(self.source.records) - len(self.source.records[:limit]),
             "options": self.plan,

@@ -26,6 +26,7 @@ from fastrot.data.files import (
     BadPicture,
     Verdict,
     judged,
+    judged_by_name,
     rejected,
     shown,
     sniff,
@@ -270,10 +271,10 @@ class Members:
         if number == _SPECIAL:
             return Verdict("left out", "no file")
         if named or self._by_bytes[number]:
-            return self._verdicts[number]
+            return judged_by_name(path, self._verdicts[number])
         if path.lower().endswith((".tar", ".zip", *COMPRESSED_TARS)):
             return rejected("it is an archive in an archive, which is not entered: unpack that")
-        return NO_PICTURE
+        return judged_by_name(path, NO_PICTURE)
 
     def is_folder(self, path: str) -> bool:
         try:

@@ -28,7 +28,7 @@ ROW = np.dtype(
         ("shard", "<u4"),
     ]
 )
-ENDINGS = {"jpeg": "jpg", "tiff": "tif"}  # of what `files.sniff` says; others are their own
+ENDINGS = {"jpeg": "jpg", "tiff": "tif", "jpeg2000": "jp2", "heif": "heic"}  # others are their own
 INDEX_VERSION = "v1.2"  # of the .idx files
 VERSION = 1  # of all that lies beside them
 AGAIN = "copy it again, or prepare the pictures again with fastrot shards"

@@ -83,7 +83,8 @@ class TarsWriter(FolderWriter):
         o, quality = self.options, self.options.quality
         if quality is None and (o.short_side is not None or o.max_side is not None):
             quality = QUALITY
-        return EncodeSpec(Coder(quality), o.short_side, o.max_side, keep_bytes=quality is None)
+        sizes, kept = (o.short_side, o.max_side), quality is None
+        return EncodeSpec(Coder(quality), *sizes, o.allow_truncated, keep_bytes=kept)
 
     def write_part(self, path: Path, pictures: Iterable[EncodedPicture], room: int) -> None:
         """The shard, and beside it its rows (.npy) and DALI's index (.idx)."""
