@@ -253,7 +253,7 @@ def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
                     unreadable.append((path, f"the folder cannot be read ({e.strerror})"))
                 continue
             names = {entry.name for entry in entries}
-            run = _RUN if names >= _OF_RUN else ""
+            run = _RUN if names >= _OF_RUN or names == {"lock"} else ""  # or one that begins
             why = why or (run if path else "")  # pictures lie beside a run that is the root
             files = [
                 (entry.name, entry.plain, why or _why(entry.name, names))
