@@ -374,9 +374,10 @@ def test_what_could_not_be_unpacked_is_rejected_by_name(tmp_path):
         ("a/deep/1.jpg", JPEG),
         ("a/deep", JPEG),
         ("a/inner.tar.gz", b"\x1f\x8b" + bytes(50)),
+        ("b/2.jpg", JPEG),
     ]
     source = open_source("tar", tarred(tmp_path / "a.tar", made, tarfile.PAX_FORMAT))
-    assert [record.path for record in source.records] == ["a/0.jpg", "a/deep/1.jpg"]
+    assert [record.path for record in source.records] == ["a/0.jpg", "a/deep/1.jpg", "b/2.jpg"]
     reasons = dict(source.rejected)
     assert reasons["../out.jpg"] == "its name leads out of the archive"
     assert reasons["a/../../out.jpg"] == "its name leads out of the archive"
