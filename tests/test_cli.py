@@ -1,14 +1,21 @@
 """The commands: what each says of itself, of its knobs, and of a word that it does not know."""
 
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
 import fastrot
 from fastrot import __main__ as command
 from fastrot.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
 
 
 def fastrot_says(monkeypatch, capsys, *words) -> tuple[int, str, str]:
@@ -126,3 +133,26 @@ def test_pictures_are_prepared_and_looked_at(name, suffix, pictures, tmp_path, m
     assert code == 0
     assert "37 pictures" in said
     assert "all whole" in said
+
+
+def test_the_package_is_found_from_the_folder_above_an_editable_clone(tmp_path):
+    """Where `fastrot` is the clone's folder, which Python takes for a package without __init__.py."""
+    pytest.importorskip("setuptools")
+    clone = tmp_path / "fastrot"
+    (clone / "fastrot" / "native").mkdir(parents=True)
+    for name in ("pyproject.toml", "setup.py", "README.md", "fastrot/__init__.py"):
+        shutil.copy(ROOT / name, clone / name)
+    made = tmp_path / "site"
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(made)!r})"
+    env = {**os.environ, "CC": "false", "CXX": "false"}  # without the extension: that is quick
+    made.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=clone, env=env, check=True, capture_output=True
+    )
+    zipfile.ZipFile(next(made.glob("*.whl"))).extractall(made)
+    env.pop("PYTHONPATH", None)
+    code = f"import site; site.addsitedir({str(made)!r}); import fastrot; print(fastrot.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=env, capture_output=True
+    )
+    assert done.stdout.decode().strip() == str(clone / "fastrot" / "__init__.py"), done.stderr
