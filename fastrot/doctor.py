@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     how: dict[str, Any] = {"labelled": assemble.wants_labels(cfg)}
     data = assemble.open_data(cfg.data or "", cfg.loader, **how)
     val = None if cfg.val is None else assemble.open_data(cfg.val, knob="--val", **how)
-    with Console(stderr=True).status("opening") as status:  # on a terminal alone
+    with Console(stderr=True).status("opening", spinner="line") as status:  # on a terminal alone
         found = probe.measure(cfg, data, val, device, wanted.seconds, status.update)
     subject = bounds.subject_of(cfg, data, device)
     print("\n".join(entry.printable(line) for line in advice.describe(found, subject)))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from fastrot import door
 from fastrot.config import PeerLost, RunError, UsageError
 
 # by which a cluster says that it will kill soon, or somebody at a terminal that it is enough (Ctrl-C)
@@ -103,8 +104,11 @@ def status(main: Callable[[], int | None]) -> int:
 
 def _status(main: Callable[[], int | None]) -> int:
     try:
+        door.open_up()
         return main() or 0
-    except (UsageError, RunError, OSError) as error:
+    except (UsageError, RunError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and door.unread():
+            return 128 + signal.SIGPIPE
         if os.environ.get("FASTROT_TRACEBACK") == "1":
             raise
         complain(describe(error), last=isinstance(error, PeerLost))
@@ -120,6 +124,8 @@ def _status(main: Callable[[], int | None]) -> int:
 
 def describe(error: Exception) -> str:
     """One sentence for people."""
+    if isinstance(error, ImportError):
+        return door.missing(error)
     if not isinstance(error, OSError):
         return str(error)
     where = "" if error.filename is None else f"{error.filename}: "
@@ -286,7 +292,7 @@ def say(sentence: str) -> None:
 
 def printable(text: str) -> str:
     """Text that any terminal takes: odd bytes and control characters of file names as escapes."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -1,11 +1,15 @@
 """The commands: what each says of itself, of its knobs, and of a word that it does not know."""
 
+import getpass
 import importlib
+import io
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 
 import fastrot
 from fastrot import __main__ as command
+from fastrot import entry
 from fastrot.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +161,72 @@ def test_the_package_is_found_from_the_folder_above_an_editable_clone(tmp_path):
         [sys.executable, "-S", "-c", code], cwd=tmp_path, env=env, capture_output=True
     )
     assert done.stdout.decode().strip() == str(clone / "fastrot" / "__init__.py"), done.stderr
+
+
+# ---- where a command starts ----
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [
+        ("torch", ["train", "demo", "--data", "x"]),
+        ("tyro", ["train", "demo", "--data", "x"]),
+        ("tyro", ["doctor", "synthetic"]),
+        ("tyro", ["convert"]),
+        ("tyro", ["look", "x"]),
+    ],
+    ids=str,
+)
+def test_a_missing_package_is_one_sentence(package, words, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "fastrot.training.session", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, said = fastrot_says(monkeypatch, capsys, *words)
+    assert code == 1
+    assert said.startswith(f"fastrot: {package} is not installed for {sys.executable}: ")
+    assert said.endswith(f"{sys.executable} -m pip install -e {ROOT}\n")
+    assert said.count("\n") == 1
+
+
+def test_a_package_that_fails_to_load_is_named_and_our_own_is_a_mistake():
+    said = entry.describe(ImportError("libGL.so.1: cannot open", name="cv2"))
+    assert said.startswith(f"cv2 (libGL.so.1: cannot open) fails in {sys.executable}: ")
+    with pytest.raises(ImportError):
+        entry.describe(ImportError("cannot import name 'x'", name="fastrot.core"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_any_terminal_will_do(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, write_through=True))
+    assert entry.status(lambda: print("90° ██ ─ 日 \udcff")) == 0
+    drawn = {"ascii": "90 degrees ## -", "utf-8": "90° ██ ─"}.get(encoding, "90° ## -")
+    japanese = "日" if encoding == "utf-8" else r"\u65e5"
+    assert raw.getvalue().decode(encoding) == rf"{drawn} {japanese} \udcff" + "\n"
+
+
+def test_odd_names_are_printable_wherever_file_names_are_ascii(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert entry.printable("é\udcff\n") == r"é\xff\n"
+
+
+def test_a_user_without_account_and_home_gets_caches_and_no_folder_named_tilde(
+    tmp_path, monkeypatch
+):
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    entry.status(lambda: 0)
+    assert getpass.getuser() == f"uid{os.getuid()}"
+    assert Path(os.path.expanduser("~/x")).parent.parent == tmp_path
+    assert Path(os.environ["MPLCONFIGDIR"]).is_dir()
+    assert os.environ["XDG_CACHE_HOME"] == os.environ["HOME"]
+
+
+def test_nobody_reading_is_no_error(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", open(write, "w"))  # noqa: SIM115
+    assert entry.status(lambda: print("x" * 100_000)) == 128 + 13
+    assert capsys.readouterr().err == ""

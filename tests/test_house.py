@@ -14,7 +14,7 @@ from fastrot.presets import PRESETS
 HOUSE = Path(__file__).parents[1] / "fastrot"
 # a room is a folder or a file of fastrot/; a file of a folder may have a floor of its own
 FLOORS = [
-    {"config", "arrays"},
+    {"config", "arrays", "door"},
     {"core", "presets", "disk", "entry", "paths", "native"},
     {"ops", "dist", "machine", "cli"},
     {"data", "backbones"},

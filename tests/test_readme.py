@@ -8,17 +8,19 @@ import pytest
 import tyro
 
 from fastrot import evaluate, train
+from fastrot.__main__ import COMMANDS as COMMANDS_OF_FASTROT
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.prepare.convert import convert
 from fastrot.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DATAPREP = (ROOT / "dataprep" / "README.md").read_text()
 METHODS = (ROOT / "fastrot" / "methods" / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
     line.split("#")[0].strip().removesuffix(" &&")
-    for block in re.findall(r"```sh\n(.*?)```", README + METHODS, re.S)
+    for block in re.findall(r"```sh\n(.*?)```", README + METHODS + DATAPREP, re.S)
     for line in block.splitlines()
 ]
 
@@ -65,6 +67,11 @@ def test_commands_parse(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
+        return
+    if words[0] == "fastrot":
+        assert words[1] in COMMANDS_OF_FASTROT
+        if words[1] == "convert":
+            assert tyro.cli(BetonOptions, args=words[2:])
         return
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).exists()

@@ -71,7 +71,7 @@ class Journal:
             self._metrics = self._log = open(os.devnull, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             return
         self._metrics = _cut_back(run / "metrics.jsonl", step, validated_step)
-        self._log = (run / "log.txt").open("a", encoding="utf-8")
+        self._log = (run / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # 1 s: only where it is wanted
 

@@ -101,7 +101,7 @@ def _bound(s: Session) -> dict[str, str | None]:
     """
     state, path = s.state, s.folder / "summary.json"
     if not s.step_timer.enough():
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         same = s.step_timer.steps == 0 and before.get("steps") == state.step
         return {name: before.get(name) if same else None for name in ("bound", "verdict")}
     m = s.step_timer.measured(s.cfg.batch)

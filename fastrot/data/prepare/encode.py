@@ -105,6 +105,8 @@ def encode_chunk(spec: EncodeSpec, chunk: Chunk) -> list[Result]:
             results.append(Reject(number, reason))
         except MemoryError:
             raise RunError(f"{named} took more memory than there is: use fewer --workers") from None
+        except ImportError:
+            raise
         except Exception as e:
             raise RuntimeError(f"converting {record.path!r} failed: {e!r}") from e
     return results

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,7 @@ def plan_of(options: Options, source: Source) -> dict[str, Any]:
     """What decides the bytes of a conversion: parts and finished files made from another plan are not ours."""
     listing = hashlib.blake2b(digest_size=16)
     for record in source.records[: options.limit]:
-        listing.update(os.fsencode(record.path) + b"\0%d\n" % record.label)
+        listing.update(record.path.encode("utf-8", "surrogateescape") + b"\0%d\n" % record.label)
     knobs = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_IN_PLAN}
     knobs["allow_truncated"] = options.allow_truncated or None  # as before it was an option
     return {**knobs, "listing": listing.hexdigest()}
