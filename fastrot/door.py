@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import getpass
+import io
 import os
 import select
 import sys
@@ -17,7 +18,7 @@ def open_up() -> None:
     """Any terminal and any user will do: no character ends a command, no library complains of the home."""
     codecs.register_error("fastrot", _spelt)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="fastrot")
     try:
         getpass.getuser()
