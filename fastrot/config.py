@@ -194,9 +194,7 @@ class Config:
 
     data: str | None = free(None)  # a .beton, a .pack, a folder of tars or pictures, or synthetic
     val: str | None = free(None)  # validation pictures; without them --hold-out sets some aside
-    out: str | None = free(
-        None
-    )  # the run's folder; default: runs/PRESET, or where --config's FILE lies
+    out: str | None = free(None)  # the run's folder; default: runs/PRESET, or --config's own
     epochs: int | None = None  # passes over the data; default: the schedule's
     max_steps: int | None = free(None)  # stop after this many steps; the schedule stays as it is
     budget: str | None = None  # time for the run, as 30min or 2h: 20 steps choose the epochs
