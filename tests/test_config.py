@@ -127,6 +127,7 @@ def test_a_length_takes_the_place_of_the_presets_steps(args):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_only_rank_0_complains(rank, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train.command_line(["demo", "--bacth", "3"])
     said = capsys.readouterr()
