@@ -85,7 +85,7 @@ def facts(data: "Data", path: Path, opened: float) -> Iterator[tuple[str, str]]:
         if values is not None:
             yield name, " ".join(f"{v:.4f}" for v in values) + "  (red, green, blue; 0 to 1)"
     if rejected := data.rejected:
-        yield "left out", f"{len(rejected):,}, the first {rejected[0][0]!r}: {rejected[0][1]}"
+        yield "rejected", f"{len(rejected):,}, the first {rejected[0][0]!r}: {rejected[0][1]}"
     yield from of_labels(data)
     yield "fingerprint", data.fingerprint
 
@@ -131,8 +131,8 @@ def made(facts: dict) -> Iterator[tuple[str, str]]:
     chosen = {k: v for k, v in facts["options"].items() if k != "listing" and v is not None}
     yield "made with", ", ".join(f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
     yield "by", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
-    counts = ("seen", "rejected", "skipped")
-    yield "source", ", ".join(f"{facts[k]:,} {k}" for k in counts) + f", {facts['rows']:,} written"
+    counts = {"seen": "seen", "rejected": "rejected", "skipped": "left out", "rows": "written"}
+    yield "source", ", ".join(f"{facts[k]:,} {words}" for k, words in counts.items())
     if "beside" in facts:
         yield "by row", ", ".join(facts["beside"])
 

@@ -5,7 +5,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -18,9 +18,9 @@ RAW = (  # of cameras: begins as a TIFF, in which Pillow would find a thumbnail
     *(".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".raf", ".orf", ".rw2"),
     *(".pef", ".srw", ".3fr", ".iiq", ".erf", ".kdc", ".mrw", ".x3f"),
 )
-UNREAD = (  # pictures too, for which nothing here has a reader
-    *(".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pfm", ".dcm", ".jxl", ".jxr"),
-    *(".bpg", ".qoi", ".ico", ".icns", ".pcx", ".dds"),
+UNREAD = (  # pictures too, for which nothing here has a reader; drawings and icons are no data
+    *(".tga", ".psd", ".xcf", ".exr", ".pfm", ".dcm", ".jxl", ".jxr", ".bpg", ".qoi", ".pcx"),
+    ".dds",
 )
 EXTRAS = {  # kinds that not everyone has a reader for
     "heif": "no reader: pip install pillow-heif",
@@ -172,6 +172,12 @@ def picture_file(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
 def counted(count: int, noun: str, ending: str = "s") -> str:
     """`1 picture`, `2 pictures`."""
     return f"{count:,} {noun}{ending if count != 1 else ''}"
+
+
+def some(words: Sequence[str], most: int) -> str:
+    """The first words, and how many more there are."""
+    more = f", and {len(words) - most:,} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def one_line(error: object) -> str:

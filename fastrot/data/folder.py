@@ -32,7 +32,7 @@ from fastrot.arrays import Bytes, Picture, Rows, RowSizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending, Reader
 from fastrot.data import pictures
-from fastrot.data.files import BadPicture, picture_file
+from fastrot.data.files import BadPicture, picture_file, some
 from fastrot.data.keys import order_fingerprint, path_keys
 from fastrot.data.prepare.report import classes_without, left_out_words
 from fastrot.data.reader import fill_decoded
@@ -70,7 +70,8 @@ class Folder(Data):
         self.rows, self.keys, self.numbers = len(kept), keys, source.numbers
         self.labels = np.array([record.label for record in source.records], np.int64)
         self.fingerprint = order_fingerprint(self.keys, self.labels)
-        if told := list(_told(source.account(self.labels), self.rejected, seen)):
+        told = list(_told(source.account(self.labels), self.rejected, seen))
+        if told and entry.rank() == 0:
             log = logging.getLogger("fastrot")
             log.warning("%s: %s", root, entry.printable("; ".join(told)))
         self._paths = [record.path for record in source.records]
@@ -101,9 +102,8 @@ def _told(account: dict[str, Any], rejected: list[tuple[str, str]], seen: int) -
     if account["left_out"]:
         yield left_out_words(account)
     if rejected:
-        few = ", ".join(f"{path!r}: {reason}" for path, reason in rejected[:3])
-        more = f", and {len(rejected) - 3:,} more" if len(rejected) > 3 else ""
-        yield f"{len(rejected):,} of {seen:,} files cannot be used ({few}{more})"
+        few = some([f"{path!r}: {reason}" for path, reason in rejected], 3)
+        yield f"{len(rejected):,} of {seen:,} files cannot be used ({few})"
 
 
 # What workers get for a batch, so that they hold no listing: the paths and listed sizes of its pictures.

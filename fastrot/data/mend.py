@@ -12,10 +12,7 @@ import simplejpeg
 from fastrot.data.files import HEAD, sniff
 
 EOI = b"\xff\xd9"  # a JPEG's end marker
-_EXIF = (
-    b"Exif\0\0",
-    b"http://ns.adobe.com/xap/1.0/\0",
-)  # how segments of JPEG begin that may turn it
+_EXIF = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # of segments that may turn a JPEG
 _TURNING = (b"eXIf", b"iTXtXML:com.adobe.xmp\0", b"tEXtRaw profile type", b"zTXtRaw profile type")
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
 # JFIF's and Adobe's segments, where libjpeg finds them long enough to tell colours

@@ -256,7 +256,7 @@ def test_an_archive_of_splits_is_refused(tmp_path, name, kind):
     made = {"tar": tarred, "zip": zipped}[kind](
         tmp_path / f"a.{kind}", {f: content(f) for f in files}
     )
-    said = f"{made}{inside} has the splits {splits}: name one with --split {way}$"
+    said = f"{made}{inside} has the splits {splits}: name one with --split {way}; --label-from none takes all$"
     with pytest.raises(UsageError, match=said):
         open_source(kind, made)
     first = open_source(kind, made, split=way)

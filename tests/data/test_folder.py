@@ -117,6 +117,23 @@ def test_what_is_left_out_and_gone_through_is_said(pictures, tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_0_alone_tells_of_a_folder(pictures, tmp_path, caplog, monkeypatch, rank):
+    shutil.copytree(pictures, tmp_path / "root" / "data")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with caplog.at_level(logging.WARNING):
+        folder.Folder(tmp_path / "root")
+    assert len(caplog.messages) == (rank == "0")
+
+
+def test_a_root_of_splits_is_refused_in_a_run(pictures, tmp_path):
+    for name in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / name)
+    with pytest.raises(UsageError, match=f"in a run: --data {tmp_path}/train --val {tmp_path}/val"):
+        assemble.open_data(tmp_path)
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_loose_pictures_are_rows_unless_labels_are_wanted(pictures, tmp_path, caplog, labelled):
     root = tmp_path / "root"

@@ -171,7 +171,7 @@ def test_a_pack_is_told_and_drawn(look, pack, capsys):
         "20 pictures",
         f"of ycc: {sum(8 * -(-(70 + i) // 8) for i in range(20)):,} tiles of 8x8 pixels",
         "encoding ycc",
-        "20 seen, 0 rejected",
+        "20 seen, 0 rejected, 0 left out, 20 written",
         "fox",
         "all whole",
     ):

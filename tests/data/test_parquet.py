@@ -493,7 +493,7 @@ def test_the_script_takes_it(tmp_path, capsys):
     assert main(*again) == 2
     assert "neither whole numbers nor words" in capsys.readouterr().err
     assert main(*given, "--split", "train", "--image-column", "image") == 2
-    assert "with --image-column None, not image" in capsys.readouterr().err
+    assert "without --image-column" in capsys.readouterr().err
 
 
 def test_other_sources_have_no_columns(tmp_path):

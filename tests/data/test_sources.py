@@ -13,7 +13,7 @@ from truth import DATA, photo
 
 from fastrot.config import UsageError
 from fastrot.data import pictures
-from fastrot.data.files import HEAD, BadPicture, sniff
+from fastrot.data.files import HEAD, BadPicture, sniff, some
 from fastrot.data.keys import held_out, order_fingerprint, path_key, path_keys
 from fastrot.data.sources.cifar10 import CIFAR_SPLITS
 from fastrot.data.sources.open import open_source
@@ -265,6 +265,20 @@ TREES = {  # files -> the folder that was gone through, classes, pictures and la
         {".png (a sheet of fastrot look)": 2, ".beton": 1},
         ["went through data/"],
     ),
+    "icons": (
+        [
+            "a/1.jpg",
+            "b/2.jpg",
+            "favicon.ico",
+            "docs/logo.svg",
+            "docs/a.eps",
+            "docs/b.icns",
+            "env.hdr",
+        ],
+        *("", "a b", {"a/1.jpg": 0, "b/2.jpg": 1}),
+        {".ico": 1, ".hdr": 1, ".eps": 1, ".icns": 1, ".svg": 1},
+        ["1 folder without pictures makes no class: docs"],
+    ),
     "no-sheet": (["new.png", "new-look.png"], "", "", {"new-look.png": -1, "new.png": -1}, {}, []),
 }
 
@@ -280,6 +294,8 @@ def as_expected(source: Source, root, name: str) -> None:
     assert {record.path: record.label for record in source.records} == records
     told = source.account(np.array([record.label for record in source.records], np.int64))
     assert told["left_out"] == groups
+    beside = (count for group, count in groups.items() if "beside the class" in group)
+    assert told["mendable"] == sum(beside)
     assert told["notes"] == notes
     assert (
         source.numbers is None or not inside
@@ -312,6 +328,12 @@ SPLIT_ROOTS = {
     ),
     "flat": (["Train/1.jpg", "Test/2.jpg"], "", "Test, Train", "Train"),
     "words": (["train2017/1.jpg", "val2017/1.jpg"], "", "train2017, val2017", "train2017"),
+    "and-another": (
+        ["train/a/1.jpg", "Val/a/2.jpg", "samples/3.jpg", "test_tube/4.jpg"],
+        "",
+        "Val, train",
+        "train",
+    ),
     "wrapped": (["d/e/train/a/1.jpg", "d/e/val/a/2.jpg"], "/d/e", "train, val", "d/e/train"),
 }
 
@@ -321,12 +343,38 @@ def test_a_root_of_splits_is_refused(tmp_path, name):
     files, inside, splits, way = SPLIT_ROOTS[name]
     tree(tmp_path, {file: content(file) for file in files})
     said = f"{tmp_path}{inside} has the splits {splits}: name one with --split {way} .in a run: --data {tmp_path}/{way}"
-    with pytest.raises(UsageError, match=said):
-        open_source("imagefolder", tmp_path)
+    for run in ({}, {"by_name": True, "loose": True}):
+        with pytest.raises(UsageError, match=said):
+            open_source("imagefolder", tmp_path, **run)
+    whole = open_source("imagefolder", tmp_path, label_from="none")  # no name becomes a label
+    assert {record.label for record in whole.records} == {-1}
+    assert len(whole.records) == sum(file.endswith(".jpg") for file in files)
     first = open_source("imagefolder", tmp_path, split=way)
     assert [record.path.rpartition("/")[2] for record in first.records] == ["1.jpg"]
     if inside:  # the folder that wraps it need not be named
         assert open_source("imagefolder", tmp_path, split="train").records == first.records
+
+
+WRAPPED = ["cat/c.jpg", "dog/x.jpg", "dog/sub/y.jpg", "dog bed/z.jpg", "dog/sub-b/v.jpg"]
+
+
+@pytest.mark.parametrize("label_from", ["folder", "none"])
+@pytest.mark.parametrize("wrapping", ["w", "w/v"])
+def test_a_wrapping_folder_changes_no_order(tmp_path, wrapping, label_from):
+    root = tree(tmp_path / wrapping / "data", dict.fromkeys(WRAPPED, JPEG))
+    (root / "cat" / "c.jpg").write_bytes(b"text")
+    for known in (open_source("imagefolder", at, label_from=label_from) for at in (root, tmp_path)):
+        listed = torchvision_lists(root)
+        numbers = [i for i, (path, _) in enumerate(listed) if path != "cat/c.jpg"]
+        assert [record.path for record in known.records] == [listed[i][0] for i in numbers]
+        labels = [listed[i][1] if label_from == "folder" else -1 for i in numbers]
+        assert [record.label for record in known.records] == labels
+        assert numbers_of(known) == numbers
+
+
+def test_of_many_names_the_first_are_told():
+    assert some(["a", "b", "c"], 3) == "a, b, c"
+    assert some(["a", "b", "c"], 2) == "a, b, and 1 more"
 
 
 def test_classes_that_are_called_like_a_split_among_others_are_classes(tmp_path):

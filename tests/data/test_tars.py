@@ -296,7 +296,7 @@ def test_wrong_options_are_refused(odd, tmp_path, more, words):
 
 
 def test_what_is_there_is_not_overwritten_unasked(odd, copied):
-    with pytest.raises(UsageError, match=r"made with --quality None, not 50: add --overwrite"):
+    with pytest.raises(UsageError, match=r"made without --quality: add --overwrite"):
         convert(options(odd, copied, shard=7, quality=50))
     (copied / "mine.txt").write_text("keep")
     for overwrite in (False, True):

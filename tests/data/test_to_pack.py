@@ -80,7 +80,7 @@ def unbroken(mixed, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("unbroken") / "a.pack"
     packed(mixed, out, part=100)
     assert [p.name for p in out.parent.iterdir()] == ["a.pack"]
-    assert {*files(out)} == write.NAMES - {"pixels.npy"}
+    assert {*files(out)} == write.NAMES - {"pixels.npy", "skipped.jsonl"}
     return files(out)
 
 
@@ -380,7 +380,7 @@ def test_overwrite_replaces_a_pack_and_nothing_else_does(pictures, tmp_path, cap
     assert "made with --encoding raw, not ycc: add --overwrite" in capsys.readouterr().err
     assert files(out) == before
     assert main(*command(pictures, out, "--overwrite")) == 0
-    assert {*files(out)} == write.NAMES - {"pixels.npy", "rejects.jsonl"}
+    assert {*files(out)} == write.NAMES - {"pixels.npy", "rejects.jsonl", "skipped.jsonl"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.pack"]
 
 

@@ -155,8 +155,10 @@ def test_an_order_depends_on_its_seed_and_on_nothing_else(pictures, tmp_path):
     assert a == b
     with pytest.raises(UsageError, match="made with --shuffle 3, not 4"):
         convert(options(pictures, tmp_path / "a.beton", shuffle=4))
-    with pytest.raises(UsageError, match="made with --shuffle 3, not None"):
+    with pytest.raises(UsageError, match="made with --shuffle 3, not without"):
         convert(options(pictures, tmp_path / "a.beton"))
+    with pytest.raises(UsageError, match="made without --limit: add"):
+        convert(options(pictures, tmp_path / "a.beton", shuffle=3, limit=5))
 
 
 def test_what_lies_beside_describes_the_file(pictures, tmp_path):
@@ -329,23 +331,23 @@ ACCOUNT = {  # files of a root -> status, what is printed of it
     ("cat/1.jpg", "dog/2.jpg", "dog/@eaDir/2.jpg"): (
         0,
         "2 pictures + 0 rejected + 1 left out = 3 files seen; nothing was converted",
-        "2 classes, pictures in each: cat 1, dog 1",
-        "1 left out: 1 in @eaDir; named in {out}.skipped.jsonl",
+        "2 classes, pictures in each: cat: 1, dog: 1",
+        "1 left out: 1 in @eaDir; named in {at}.skipped.jsonl",
     ),
     ("0.jpg", "x/2.jpg"): (
         1,
         "1 picture + 0 rejected + 1 left out = 2 files seen; nothing was converted",
         "1 picture lies beside the class folders, without a label: --label-from none takes all pictures, as do "
         "methods that need no labels",
-        "1 class for all pictures: x 1 (none with --label-from none)",
-        "1 left out: 1 .jpg (beside the class folders); named in {out}.skipped.jsonl",
+        "1 class for all pictures: x: 1 (none with --label-from none)",
+        "1 left out: 1 .jpg (beside the class folders); named in {at}.skipped.jsonl",
         "status 1, since pictures are missing: mend that, or --allow-rejects accepts it",
     ),
     ("d/a/1.jpg", "d/b/1.jpg", "d/b/2.jpg", "d/c/1.jpg", "d/e/1.jpg", "d/f/1.jpg", "d/f/2.jpg"): (
         0,
         "7 pictures + 0 rejected + 0 left out = 7 files seen; nothing was converted",
         "went through d/",
-        "5 classes, pictures in each: a 1, b 2, ..., f 2; smallest: a 1",
+        "5 classes, pictures in each: a: 1, b: 2, ..., f: 2; smallest: a: 1",
     ),
     ("1.jpg",): (0, "1 picture + 0 rejected + 0 left out = 1 file seen; nothing was converted"),
 }
@@ -360,11 +362,26 @@ def test_the_account_is_plain(tmp_path, capsys, pictures, files):
     out = tmp_path / "a.beton"
     assert main(*command(tmp_path / "root", out, "--dry-run")) == status
     first, *lines = capsys.readouterr().out.splitlines()
-    assert [first.partition(": ")[2], *lines] == [line.format(out=out) for line in said]
+    assert [first.partition(": ")[2], *lines] == [line.format(at=f"{out}.dry-run") for line in said]
     assert not out.exists()
     assert main(*command(tmp_path / "root", out)) == status  # and the conversion tells the same
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in said[1:] if line.format(out=out) not in lines] == []
+    assert [line for line in said[1:] if line.format(at=out) not in lines] == []
+
+
+def test_a_dry_run_changes_nothing_of_a_finished_file(damaged, tmp_path, capsys):
+    out, new = tmp_path / "a.beton", tmp_path / "new" / "b.beton"
+    main(*command(damaged, out))
+    before = {file: file.read_bytes() for file in tmp_path.glob("a.beton*")}
+    (damaged / "a" / "Thumbs.db").touch()
+    for each in (out, new):  # of which one's folder is not there
+        capsys.readouterr()
+        assert main(*command(damaged, each, "--dry-run")) == 1
+        named = each.with_name(f"{each.name}.dry-run.skipped.jsonl")
+        assert f"2 left out: 1 Thumbs.db, 1 .txt; named in {named}" in capsys.readouterr().out
+        left = [json.loads(line)["path"] for line in named.read_text().splitlines()]
+        assert left == ["a/Thumbs.db", "a/notes.txt"]
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_a_part_of_rejects_alone(damaged, tmp_path):

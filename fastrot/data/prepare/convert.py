@@ -158,13 +158,12 @@ def results_of(
 
 def dry_run(writer: FormatWriter, source: Source) -> DryRun:
     """What would be taken, and what not; the latter is named in a file beside --out."""
-    at = side(writer.options.out, SKIPPED)
+    at = side(writer.options.out, f"dry-run.{SKIPPED}")  # that of a finished file stays
     if source.left_out:
+        at.parent.mkdir(parents=True, exist_ok=True)
         write_left_out(at, source)
-    labels = np.array([record.label for record in source.records], np.int64)
-    return DryRun(
-        root=source.root, account=source.account(labels), rejects=source.rejected, left_out_at=at
-    )
+    told = source.account(np.array([record.label for record in source.records], np.int64))
+    return DryRun(root=source.root, manifest=told, rejects=source.rejected, left_out_at=at)
 
 
 def estimate(writer: FormatWriter, source: Source, workers: int, world: int) -> Estimate:

@@ -58,8 +58,8 @@ class Options(ABC):
 
     def open_source(self) -> Source:
         """The source, in the order in which it is to be written."""
-        columns = {"image_column": self.image_column, "label_column": self.label_column}
-        how = {"split": self.split, "label_from": self.label_from, **columns}
+        names = ("split", "label_from", "image_column", "label_column")
+        how = {name: getattr(self, name) for name in names}
         source = open_source(self.source, self.root, **how)
         return source if self.shuffle is None else source.shuffled(self.shuffle)
 
@@ -84,12 +84,14 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """The first thing in which two plans differ, as words: what theirs has, and ours."""
     names = sorted(ours.keys() | theirs.keys(), key=lambda name: (name == "listing", name))
     for name in names:  # another split lists other pictures: the split is what to tell
-        if ours.get(name) != theirs.get(name):
+        was, now = theirs.get(name), ours.get(name)
+        if was != now:
             if name == "listing":
                 return "from other pictures or labels than the source lists now"
-            if theirs.get(name) is None and ours[name] is True:
+            if was is None:
                 return f"without {knob(name)}"
-            return f"with {knob(name)} {theirs.get(name)}, not {ours.get(name)}"
+            value = "" if was is True else f" {was}"
+            return f"with {knob(name)}{value}, not {'without' if now is None else now}"
     return None
 
 

@@ -8,16 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from fastrot import entry
-from fastrot.data.files import counted, shown
+from fastrot.data.files import counted, shown, some
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class _Account:
+    """What became of all files."""
+
+    manifest: dict[str, Any]  # or, of a dry run, `Source.account`
+    rejects: list[tuple[str, str]]  # path, reason
+
+    def total(self, taken: str) -> str:
+        told = self.manifest
+        cut = f" + {cut:,} beyond --limit" if (cut := told.get("beyond_limit")) else ""
+        left = f"{len(self.rejects):,} rejected + {told['skipped']:,} left out{cut}"
+        return f"{taken} + {left} = {counted(told['seen'], 'file')} seen"
+
+    @property
+    def wanting(self) -> bool:
+        """Whether pictures are missing for a reason that their owner can mend."""
+        return bool(self.rejects or self.manifest.get("mendable"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(_Account):
     """What a conversion did."""
 
     out: Path
-    manifest: dict[str, Any]
-    rejects: list[tuple[str, str]]  # path, reason
     beside: Callable[[str], Path]  # where rejects.jsonl and skipped.jsonl name them all
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -29,11 +46,7 @@ class Summary:
         told = self.manifest
         if self.already:
             yield f"{self.out} is already there, made with the same options: nothing to do"
-        cut = f" + {told['beyond_limit']:,} beyond --limit" if told["beyond_limit"] else ""
-        yield (
-            f"{told['rows']:,} written + {len(self.rejects):,} rejected + {told['skipped']:,} left out{cut} "
-            f"= {counted(told['seen'], 'file')} seen"
-        )
+        yield self.total(f"{told['rows']:,} written")
         yield from listed(told, self.beside("skipped.jsonl"))
         if truncated := told.get("truncated"):
             yield f"{truncated:,} of those written were cut short (--allow-truncated)"
@@ -50,41 +63,27 @@ class Summary:
             yield f"{self.out} is a folder of parts that is read as one file: --data {self.out}"
         yield from named(self.rejects, f"see {self.beside('rejects.jsonl')}")
 
-    @property
-    def wanting(self) -> bool:
-        """Whether pictures are missing for a reason that their owner can mend."""
-        return bool(self.rejects or self.manifest.get("mendable"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class DryRun:
+class DryRun(_Account):
     """What a conversion would find."""
 
     root: Path
-    account: dict[str, Any]  # of `Source.account`
-    rejects: list[tuple[str, str]]
     left_out_at: Path  # the file that names what would be left out
 
     def lines(self) -> Iterator[str]:
-        told = self.account
-        taken = told["seen"] - len(self.rejects) - told["skipped"]
-        yield (
-            f"{self.root}: {counted(taken, 'picture')} + {len(self.rejects):,} rejected + {told['skipped']:,} left out "
-            f"= {counted(told['seen'], 'file')} seen; nothing was converted"
-        )
+        told = self.manifest
+        taken = counted(told["seen"] - len(self.rejects) - told["skipped"], "picture")
+        yield self.total(f"{self.root}: {taken}") + "; nothing was converted"
         yield from listed(told, self.left_out_at)
         yield from named(self.rejects, "a conversion names them all")
-
-    @property
-    def wanting(self) -> bool:
-        return bool(self.rejects or self.account["mendable"])
 
 
 def listed(account: dict[str, Any], left_out_at: Path) -> Iterator[str]:
     """How a source was read, its classes and what was left out, in words; old manifests do not tell."""
     yield from map(entry.printable, account.get("notes", []))
     counts, names = account.get("class_counts", []), account.get("classes", [])
-    each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=False)]
+    each = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=False)]
     if len(each) == 1:
         yield entry.printable(f"1 class for all pictures: {each[0]} (none with --label-from none)")
     elif each:
@@ -103,16 +102,13 @@ def classes_without(account: dict[str, Any]) -> Iterator[str]:
         return
     counts, names = account.get("class_counts", []), account.get("classes", [])
     if none := [name for name, count in zip(names, counts, strict=False) if not count]:
-        more = ", ..." if len(none) > 5 else ""
-        which = f"{counted(len(none), 'class', 'es')}: {', '.join(none[:5])}{more}"
-        yield f"no picture could be taken of {which}"
+        yield f"no picture could be taken of {counted(len(none), 'class', 'es')}: {some(none, 5)}"
 
 
 def left_out_words(account: dict[str, Any]) -> str:
     """How many files were left out, by kind."""
     kinds = [f"{count:,} {kind}" for kind, count in account["left_out"].items()]
-    more = f", and {len(kinds) - 8:,} more kinds" if len(kinds) > 8 else ""
-    return f"{account['skipped']:,} left out: {', '.join(kinds[:8])}{more}"
+    return f"{account['skipped']:,} left out: {some(kinds, 8)}"
 
 
 def named(rejects: list[tuple[str, str]], rest: str) -> Iterator[str]:

@@ -237,10 +237,10 @@ class Members:
         source = tree_source(self, root, how, wrapped=wrapped)
         inside = source.root.relative_to(root).as_posix().removeprefix(".")
         self._top = join(self._top, inside)
-        rejected = [*found.unreadable, *self.rejected]
-        source.rejected += [(seen_from(inside, path), reason) for path, reason in rejected]
-        others = (seen_from(inside, path) for path in found.others)
-        source.left_out += [LeftOut(path, NO_PICTURE.reason) for path in others]
+        for path, reason in (*found.unreadable, *self.rejected):
+            source.rejected.append((seen_from(inside, path), reason))
+        for path in found.others:
+            source.left_out.append(LeftOut(seen_from(inside, path), NO_PICTURE.reason))
         numbers = [self._file(record.path) for record in source.records]
         places = np.frombuffer(self._places, PLACE)[numbers]
         return Archives(**vars(source), files=self._archives, places=places)

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import NO_PICTURE, SYSTEM_FILES, Verdict, picture_file, shown
+from fastrot.data.files import NO_PICTURE, SYSTEM_FILES, Verdict, picture_file, shown, some
 from fastrot.data.sampler import ShuffledSampler
 
 MOST_LABELS = 2**20  # a number in a text list that counts further is no label
@@ -153,9 +153,7 @@ class InMemory(Source):
 
 def no_split(split: str, root: Path, there: Iterable[str]) -> UsageError:
     """What is said of a split that is none of those in `there`."""
-    names = sorted(there)
-    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    listed = ", ".join(names[:10]) + more or "none"
+    listed = some(sorted(there), 10) or "none"
     return UsageError(f"--split {split} is none of {root}; there are: {listed}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, TORCHVISION, Verdict, counted, hidden, look
+from fastrot.data.files import PICTURE, TORCHVISION, Verdict, counted, hidden, look, some
 from fastrot.data.sources.records import Listing, Source, no_split, unless_counted
 
 SPLITS = {"train", "training", "validation", "valid", "val", "test", "testing", "dev", "eval"}
@@ -28,8 +28,8 @@ def image_folder(root: Path, how: Listing) -> Source:
 
     Where all pictures are in one folder, and there in folders, that one is the root: as if it had been named. One
     that holds pictures alone is their one class, as in torchvision. A folder in which nothing claims to
-    be a picture is no class; one whose pictures cannot be read is. Folders that are called as splits are (train
-    and val) are refused. A folder without pictures in folders is flat: labels are -1, as with `not
+    be a picture is no class; one whose pictures cannot be read is. Labels of folders that are called as splits are
+    (train and val) are refused. A folder without pictures in folders is flat: labels are -1, as with `not
     how.labelled`. Symbolic links are followed, each folder is entered once, by its real place first. `numbers`
     are the indices in torchvision's ImageFolder, where these differ from 0 ... n - 1; -1 where it would not
     list the file.
@@ -107,29 +107,29 @@ def split_folder(tree: Tree, root: Path, split: str | None) -> str:
 
 def tree_source(tree: Tree, root: Path, how: Listing, *, wrapped: bool = True) -> Source:
     """The pictures of a tree, as `image_folder` says; perhaps none. `wrapped`: its root may be one folder in it."""
-    folders, unreadable, entered_twice = walk(tree)
+    folders, entered_twice = walk(tree)
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-        verdicts = list(pool.map(lambda folder: folder.look(tree), folders))
-    claiming = {path for path, _ in unreadable}  # folders in which something claims to be a picture
-    for folder, each in zip(folders, verdicts, strict=True):
-        if any(verdict.kind != "left out" or verdict.mendable for verdict in each):
-            claiming.add(folder.path)
+        looked = list(pool.map(lambda folder: (folder, folder.look(tree)), folders))
+    claiming = {  # folders in which something claims to be a picture
+        folder.path
+        for folder, each in looked
+        if folder.fault or any(verdict.kind != "left out" or verdict.mendable for verdict in each)
+    }
     wrapping = _wrapping(claiming) if wrapped else ""
     root, notes = root / wrapping, [f"went through {wrapping}/"] if wrapping else []
     for folder in folders:
         folder.path = seen_from(wrapping, folder.path)
-    unreadable = [(seen_from(wrapping, path), reason) for path, reason in unreadable]
-    claiming = {seen_from(wrapping, path) for path in claiming}
-
-    looked = list(zip(folders, verdicts, strict=True))
+    looked.sort(key=lambda each: each[0].order)
+    tops = sorted({_top(seen_from(wrapping, path)) for path in claiming} - {""})
     labelled = how.labelled and any(PICTURE in each for folder, each in looked if folder.top)
-    tops = sorted({_top(path) for path in claiming if path})
-    if wrapped:
+    if wrapped and how.labelled:
         _refuse_splits(root, tops, join(how.split or "", wrapping), isinstance(tree, Disk))
     label_of = {name: label for label, name in enumerate(tops)} if labelled else {}
-    source = Source(root=root, classes=tuple(label_of), rejected=unreadable, notes=notes)
+    source = Source(root=root, classes=tuple(label_of), notes=notes)
     numbers, number, beside = [], 0, 0
     for folder, each in looked:
+        if folder.fault:
+            source.rejected.append((folder.path, folder.fault))
         stray = labelled and not folder.top  # beside the class folders
         for (name, _, _), verdict in zip(folder.files, each, strict=True):
             listed = not stray and folder.top != ".." and name.lower().endswith(TORCHVISION)
@@ -167,13 +167,20 @@ def seen_from(folder: str, path: str) -> str:
 
 
 def _refuse_splits(root: Path, tops: list[str], inside: str, on_disk: bool) -> None:
-    """Raises UsageError where all folders with pictures are splits: their names would be classes. `inside`: of --root."""
-    if len(tops) < 2 or not all(set(re.split(r"[^a-z]+", top.lower())) & SPLITS for top in tops):
+    """Raises UsageError where folders with pictures are splits: their names would be classes. `inside`: of --root.
+
+    They are where all hold a split's name, as train2017, or where two are so named, whatever lies beside them.
+    """
+    splits = [top for top in tops if set(re.split(r"[^a-z]+", top.lower())) & SPLITS]
+    if len(splits) < len(tops):
+        splits = [top for top in splits if top.lower() in SPLITS]
+    if len(splits) < 2:
         return
-    train, val = sorted(tops, key=lambda top: "train" not in top.lower())[:2]
+    train, val = sorted(splits, key=lambda top: "train" not in top.lower())[:2]
     runs = f" (in a run: --data {root / train} --val {root / val})" if on_disk else ""
     raise UsageError(
-        f"{root} has the splits {', '.join(tops)}: name one with --split {join(inside, train)}{runs}"
+        f"{root} has the splits {', '.join(splits)}: name one with --split {join(inside, train)}{runs}; "
+        "--label-from none takes all"
     )
 
 
@@ -182,9 +189,8 @@ def _about_classes(folders: list["Folder"], tops: list[str], beside: int) -> Ite
     runs = {folder.top for folder in folders if folder.why == _RUN}
     others = {folder.top for folder in folders if not folder.why} - {*tops, *runs, "", ".."}
     if none := sorted(others):
-        more = ", ..." if len(none) > 5 else ""
         make = "makes no class" if len(none) == 1 else "make no class"
-        yield f"{counted(len(none), 'folder')} without pictures {make}: {', '.join(none[:5])}{more}"
+        yield f"{counted(len(none), 'folder')} without pictures {make}: {some(none, 5)}"
     if beside:
         lie = "picture lies" if beside == 1 else "pictures lie"
         yield (
@@ -198,14 +204,18 @@ class Folder:
     """A folder that was walked through."""
 
     path: str  # relative to the root; "" is the root
-    files: list[
-        tuple[str, bool, str]
-    ]  # all that is no folder: name, whether it is a plain file, and `why`
+    files: list[tuple[str, bool, str]]  # what is no folder: name, whether a plain file, and `why`
     why: str  # it is left out; "" where it is not
+    fault: str = ""  # why it cannot be read
 
     @property
     def top(self) -> str:
         return _top(self.path)
+
+    @property
+    def order(self) -> tuple[str, str]:
+        """What torchvision's order sorts by: that of sorted(os.walk(class folder))."""
+        return self.top, self.path
 
     def inside(self, name: str) -> str:
         """The path of what it holds under a name."""
@@ -229,13 +239,13 @@ def _top(path: str) -> str:
     return path.split("/", 1)[0]
 
 
-def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
-    """Folders in torchvision's order; folders that cannot be read; whether one was met a second time.
+def walk(tree: Tree) -> tuple[list[Folder], bool]:
+    """All folders; whether one was met a second time.
 
     Links to folders wait until all real folders are entered, hidden folders until all others are: else a
     link could stand for a class, or a hidden folder hide what a class links to.
     """
-    folders, unreadable, entered_twice = [], [], False
+    folders, entered_twice = [], False
     entered, linked, concealed = set(), [("", "")], []
     while linked or concealed:
         within = [(linked or concealed).pop(0)]
@@ -250,7 +260,8 @@ def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
                 entries = tree.entries(path)
             except OSError as e:
                 if not why:
-                    unreadable.append((path, f"the folder cannot be read ({e.strerror})"))
+                    fault = f"the folder cannot be read ({e.strerror})"
+                    folders.append(Folder(path, [], why, fault))
                 continue
             names = {entry.name for entry in entries}
             run = _RUN if names >= _OF_RUN or names == {"lock"} else ""  # or one that begins
@@ -268,8 +279,7 @@ def walk(tree: Tree) -> tuple[list[Folder], list[tuple[str, str]], bool]:
                     unhidden = linked if entry.link else within
                     later = concealed if below else unhidden
                     later.append((folder.inside(entry.name), below))
-    folders.sort(key=lambda folder: (folder.top, folder.path))  # as sorted(os.walk(class folder))
-    return folders, unreadable, entered_twice
+    return folders, entered_twice
 
 
 def _why(name: str, names: set[str]) -> str:
@@ -295,9 +305,9 @@ def archives_in(root: Path, suffix: str | tuple[str, ...]) -> Found:
     """A file, whatever its name; or all files of a folder, and of those in it, that are so named."""
     if root.is_file():
         return Found([(root, "")], [], [])
-    folders, unreadable, _ = walk(Disk(str(root)))
-    found = Found([], [], unreadable)
-    for folder in folders:
+    folders, _ = walk(Disk(str(root)))
+    found = Found([], [], [(each.path, each.fault) for each in folders if each.fault])
+    for folder in sorted(folders, key=lambda folder: folder.order):
         for name, _, why in folder.files:
             path, lower = folder.inside(name), name.lower()
             taken = not why and os.path.isfile(root / path)
