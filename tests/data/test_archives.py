@@ -793,7 +793,7 @@ def test_shards_keep_their_order_and_labels(tmp_path):
         assert [source.read(i) for i in range(12)] == [picture(i) for i in range(12)]
         assert source.records[5].path == "train-000001/0094.jpg"
         assert source.classes == ("0", "1", "2")
-        assert (source.seen, len(source.left_out), source.rejected) == (24, 12, [])
+        assert (source.seen, source.left_out, source.rejected) == (12, [], [])  # labels are read
         assert source.numbers is None
     one = open_source("webdataset", folder / "train-000001.tar")
     assert one.records == source.records[4:8]
@@ -851,8 +851,12 @@ def test_strange_samples_have_one_fate_each(tmp_path):
     assert "first cat of s/b.png" in source.notes[0]
     assert accounted(source)
     huge = tarred(tmp_path / "t.tar", [("a.jpg", JPEG), ("a.cls", b"99999999")])
-    with pytest.raises(UsageError, match=r"label 99999999 \(t/a.jpg\): a label is below"):
-        open_source("webdataset", huge)
+    source = open_source("webdataset", huge)
+    assert (source.records[0].label, source.classes) == (-1, ())
+    assert (
+        "first 99999999 of t/a.jpg; labels are whole numbers from 0 on, below 1,048,576"
+        in (source.notes[0])
+    )
 
 
 def samples(*kinds: tuple[str, list[bytes]]) -> list[tuple[str, bytes]]:
@@ -895,7 +899,7 @@ SAID = {  # members, labels, classes, what is said
         [("jpg", J), ("CLS", [b"%d" % i for i in range(1, 7)])],
         [*range(1, 7)],
         "0 1 2 3 4 5 6",
-        "labels begin at 1",
+        "",
     ),
     "null": ([("jpg", J), ("cls", [b"null", b"0"] * 3)], [-1, 0] * 3, "0", ""),
     "no number or word": (
@@ -924,20 +928,24 @@ def test_labels_of_samples_as_people_write_them(tmp_path, case):
     assert {record.label for record in unlabelled.records} == {-1}
 
 
-FIELD, SECOND = "not its sample's picture", "its sample has another picture"
+SECOND = "its sample has another picture"
 
 
 @pytest.mark.parametrize(
     ("names", "taken", "left"),
     [
-        ("a.jpg a.png a.mask.png", "a.jpg", {"a.png": SECOND, "a.mask.png": FIELD}),
+        ("a.jpg a.png a.mask.png", "a.jpg", {"a.png": SECOND, "a.mask.png": SECOND}),
         ("a.png a.JPEG", "a.JPEG", {"a.png": SECOND}),
-        ("a.jpg a.seg.png a.seg.json", "a.jpg", {"a.seg.png": FIELD}),
+        ("a.jpg a.seg.png a.seg.json", "a.jpg", {"a.seg.png": SECOND}),
         ("s.v1.jpg s.v1.cls t.jpg t.cls", "s.v1.jpg=1 t.jpg=1", {}),
         ("i_0.5_1.jpg i_0.5_2.jpg i_0.5_2.json", "i_0.5_1.jpg i_0.5_2.jpg=2", {}),
         ("i.jpg i.5.jpg i.5.cls", "i.jpg i.5.jpg=1", {}),
         ("a.input.jpg a.cls b.input.jpg", "a.input.jpg=1 b.input.jpg", {}),
         ("a.5.png a.5.jpg", "a.5.jpg", {"a.5.png": SECOND}),
+        ("a.depth.jpg a.rgb.png a.cls", "a.rgb.png=1", {"a.depth.jpg": SECOND}),
+        ("a.depth.png a.left.jpg a.json", "a.left.jpg=2", {"a.depth.png": SECOND}),
+        ("a.rgb.jpg a.depth.png", "a.rgb.jpg a.depth.png", {}),
+        ("i_0.5_1.jpg i_0.5_2.jpg i_0.5_2.cls", "i_0.5_1.jpg i_0.5_2.jpg=1", {}),
         ("d.x/0001 d.x/0002.img", "d.x/0001 d.x/0002.img", {}),
     ],
 )
@@ -951,16 +959,47 @@ def test_one_picture_of_each_sample_is_taken(tmp_path, names, taken, left):
     assert found == taken.split()
     other = {each.path[2:]: each.reason for each in source.left_out}
     assert {path: why for path, why in other.items() if why != "no picture"} == left
-    dotted = any(path.split("/")[-1].count(".") > 1 for path in taken.replace("=", " ").split())
-    assert any("dots in the name" in note for note in source.notes) == dotted
+    dotted = [path.split("=")[0] for path in taken.split() if path.split("/")[-1].count(".") > 1]
+    dotted = [
+        path for path in dotted if not {f"{path[0]}.cls", f"{path[0]}.json"} & {*names.split()}
+    ]
+    assert any("dots in the name" in note for note in source.notes) == bool(dotted)
     assert accounted(source)
+    none = open_source("webdataset", tmp_path / "s.tar", label_from="none")
+    assert [each.path for each in none.records] == [each.path for each in source.records]
+
+
+def test_kinds_of_pictures_without_a_label_are_named(tmp_path):
+    members = [(f"{i}.{kind}", JPEG) for i in range(3) for kind in ("depth.png", "rgb.jpg")]
+    source = open_source("webdataset", tarred(tmp_path / "s.tar", members))
+    assert len(source.records) == 6
+    assert source.notes[0].endswith("up to the last dot; names end in .depth.png, .rgb.jpg")
+
+
+def test_labels_are_read_where_they_are_wanted_and_a_shard_is_opened_once(tmp_path, monkeypatch):
+    said = json.dumps({"words": "x" * 2000, "label": [3]}).encode()
+    made = [(f"{i}.{kind}", of) for i in range(5) for kind, of in (("jpg", JPEG), ("json", said))]
+    shard = tarred(tmp_path / "s.tar", made)
+    read, opened = [], []
+    monkeypatch.setattr(os, "pread", lambda *a, of=os.pread: read.append(a[1]) or of(*a))
+    opens = lambda *a, **how: opened.append(a) or open(*a, **how)  # noqa: E731, SIM115
+    monkeypatch.setattr(shards, "open", opens, raising=False)
+    none = open_source("webdataset", shard, label_from="none")
+    assert len(said) not in read
+    source = open_source("webdataset", shard)
+    assert (read.count(len(said)), len(opened)) == (5, 2)
+    assert [each.label for each in source.records] == [3] * 5
+    assert (source.left_out, none.left_out) == ([], [])
+    assert [each.path for each in none.records] == [each.path for each in source.records]
 
 
 def test_a_broken_picture_gives_way_to_another_of_its_sample(tmp_path):
     made = [("a.jpg", b"text"), ("a.png", JPEG), ("b.png", JPEG), ("b.png", picture(1))]
+    made += [("c.jpg", b"text"), ("c.mask.png", JPEG)]  # but to no mask
     source = open_source("webdataset", tarred(tmp_path / "s.tar", made))
     assert [record.path for record in source.records] == ["s/a.png", "s/b.png"]
-    assert source.rejected == [("s/a.jpg", "its first bytes are no picture's")]
+    no_picture = "its first bytes are no picture's"
+    assert source.rejected == [("s/a.jpg", no_picture), ("s/c.jpg", no_picture)]
     assert source.notes == ["1 picture left for a later one of the same name"]
     assert source.read(1) == picture(1)
 

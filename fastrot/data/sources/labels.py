@@ -2,20 +2,23 @@
 
 import functools
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastrot.data.files import counted, shown
-from fastrot.data.sources.records import numbered
 
 LABELS = (
-    *("label", "class", "cls", "category", "target", "label_id", "class_id", "category_id"),
-    *("label_idx", "class_idx", "label_index", "class_index", "label_name", "class_name"),
-    *("category_name", "fine_label"),
+    *("label", "fine_label", "cls", "class", "target", "category", "label_id", "class_id"),
+    *("category_id", "label_idx", "class_idx", "label_index", "class_index", "label_name"),
+    *("class_name", "category_name"),
 )
+MOST_LABELS = 2**20  # a number that counts further is no label
+LONGEST = 200  # characters of a word
 _WORDS = 4  # one label of so many, at the least, is a word where words are classes
+_WHOLE = re.compile(r"[+-]?(\d{1,99})(\.0*)?", re.ASCII)
+_FRACTION = re.compile(r"[+-]?\d*\.?\d+(e[+-]\d+)?", re.ASCII | re.IGNORECASE)
 
 
 @functools.lru_cache(2**10)
@@ -29,51 +32,58 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold().rstrip("s")
 
 
+def said_of(value: Any) -> str:
+    """A value of a table or of JSON, as `read_labels` takes it."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return "" if value is None else sys.intern(str(value))
+
+
 def read_labels(
-    root: Path, said: Sequence[int | str | bytes], paths: Sequence[str]
+    said: Sequence[int | str], paths: Sequence[str]
 ) -> tuple[list[int], tuple[str, ...], list[str]]:
     """Labels, class names and notes, of what is said of each picture: a number, a word; "", null or nan is no label.
 
     Words are classes in their sorted order, numbers among them too. Where few are words these cannot be read, as
-    bytes, fractions and numbers below -1 never can: such a label is -1, and noted.
+    fractions, lists and numbers below -1 or from MOST_LABELS on never can: such a label is -1, and noted.
     """
     counts = Counter(said)
     meant = {each: _meant(each) for each in counts}
-    words = sum(counts[each] for each, value in meant.items() if isinstance(value, str))
-    notes, classes, values = list[str](), (), set(meant.values()) - {-1, None}
-    label_of: dict[Any, int] = {value: value for value in values if isinstance(value, int)}
+    known = {each: value for each, value in meant.items() if value not in (-1, None)}
+    words = sum(counts[each] for each, value in known.items() if isinstance(value, str))
+    notes, classes = list[str](), ()
     if words * _WORDS > sum(counts[each] for each, value in meant.items() if value != -1):
-        label_of = {value: label for label, value in enumerate(sorted(values, key=str))}
-        classes = tuple(map(str, label_of))
+        text = {each: str(each).strip() for each in known}
+        number = {word: label for label, word in enumerate(sorted(set(text.values())))}
+        label_of, classes = {each: number[word] for each, word in text.items()}, tuple(number)
         each = counted(len(classes), "class", "es")
         notes.append(f"labels are words: {each}, numbered in their sorted order")
-    label_of[-1] = -1
-    odd = {each for each, value in meant.items() if value not in label_of}
-    labels = [label_of.get(meant[each], -1) for each in said]
-    if odd:
+    else:
+        label_of = {
+            each: value
+            for each, value in known.items()
+            if isinstance(value, int) and value < MOST_LABELS
+        }
+    labels = [label_of.get(each, -1) for each in said]
+    if odd := {each for each, value in meant.items() if value != -1} - label_of.keys():
         path, first = next(
             (path, each) for path, each in zip(paths, said, strict=True) if each in odd
         )
         each = counted(sum(counts[each] for each in odd), "label")
         notes.append(
-            f"{each} could not be read, and the picture has none: first {shown(str(first))} of {shown(path)}; "
-            "labels are whole numbers from 0 on, or words"
+            f"{each} could not be read, and the picture has none: first {shown(str(first)[:40])} of {shown(path)}; "
+            f"labels are whole numbers from 0 on, below {MOST_LABELS:,}, or words"
         )
-    lowest = min((label for label in labels if label >= 0), default=0)
-    if lowest:
-        notes.append(f"labels begin at {lowest}: no picture is of a class below")
-    return labels, classes or numbered(root, labels, lambda i: paths[i]), notes
+    return labels, classes or tuple(map(str, range(max(labels, default=-1) + 1))), notes
 
 
-def _meant(said: int | str | bytes) -> int | str | None:
+def _meant(said: int | str) -> int | str | None:
     """A number from -1 on, -1 where there is no label, or a word; None: nothing that could be a label."""
-    if isinstance(said, bytes):
-        return None
     text = str(said).strip()
     if text.casefold() in ("", "null", "nan"):
         return -1
-    try:
-        number = float(text.replace("_", "x"))
-    except ValueError:
-        return text
-    return int(number) if number >= -1 and number.is_integer() else None
+    if whole := _WHOLE.fullmatch(text):
+        number = -int(whole[1]) if text[0] == "-" else int(whole[1])
+        return number if number >= -1 else None
+    odd = text[0] in "[{" or min(text) < " " or "\ufffd" in text or len(text) > LONGEST
+    return None if odd or _FRACTION.fullmatch(text) else text

@@ -20,9 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastrot.config import UsageError
 from fastrot.data.files import Verdict, counted, look, one_line, rejected, shown
-from fastrot.data.sources.labels import LABELS, rank, read_labels
+from fastrot.data.keys import path_keys
+from fastrot.data.sources.labels import LABELS, rank, read_labels, said_of
 from fastrot.data.sources.records import Listing, Source, unless_counted
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
@@ -32,6 +35,7 @@ PATHS = (
 )
 _BLOCK = 256  # lines a task: one task a line would hold 2 kB of each at once
 _TRIED = 16  # lines, at least, by which a way is chosen
+_NUMBER = re.compile(r"[-+.\d]+")
 _LABEL = re.compile(r"(\d{1,9}|-1)$")
 _BEGINNING = 2**16  # bytes: an archive or a picture has a zero among them
 
@@ -50,15 +54,17 @@ def text_list(root: Path, how: Listing) -> Source:
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         looked = pool.map(lambda block: [folder.look(*each) for each in block], blocks)
         found = list(itertools.chain.from_iterable(looked))
-    paths, said = [path for path, _, _ in found], [label for _, label, _ in found]
-    labels, source.classes, notes = read_labels(root, said if how.labelled else [], paths)
-    labels = labels or [-1] * len(paths)
+    del named, blocks  # a list may be longer than half of the memory
+    said = [label if how.labelled else "" for _, label, _ in found]
+    labels, source.classes, notes = read_labels(said, [path for path, _, _ in found])
     taken = [
         source.take(path, label, verdict)
         for (path, _, verdict), label in zip(found, labels, strict=True)
     ]
+    del found, said, labels
     source.notes += notes
-    if again := len(source.records) - len({record.path for record in source.records}):
+    source.keys = path_keys(record.path for record in source.records)
+    if again := len(source.records) - len(np.unique(source.keys)):
         source.notes.append(
             f"{counted(again, 'line')} with a picture of another line: it is taken as often"
         )
@@ -86,7 +92,7 @@ class _Folder(NamedTuple):
     def look(self, path: str, said: Any) -> tuple[str, Any, Verdict]:
         """What a line's picture is called, what is said of its label, and the verdict on it."""
         found = self.find(path, os.path.lexists)
-        for separator in (None, ",", ";") if found is None and said == -1 else ():
+        for separator in (None, ",", ";") if found is None and said == "" else ():
             first, *last = path.rsplit(separator, 1)  # a label that is no number
             if last and (found := self.find(first, os.path.lexists)):
                 said = last[0]
@@ -102,15 +108,13 @@ class _Folder(NamedTuple):
 # ---- ways to read lines ----
 
 
-def _path_and_label(line: str) -> tuple[str, int]:
-    """`path label`, `path,label` or `path`; -1 where there is no label. In one pass: a line may be long."""
+def _path_and_label(line: str) -> tuple[str, int | str]:
+    """`path label`, `path,label` or `path`; "" where there is no label. In one pass: a line may be long."""
     line = line.strip()
     label = _LABEL.search(line)
-    if label is None:
-        return line, -1
-    before = line[: label.start()]
+    before = line[: label.start()] if label else line
     path = before.rstrip().removesuffix(",").rstrip()
-    return (line, -1) if path == before else (path, int(label[1]))
+    return (path, int(label[1])) if label and path != before else (line, "")
 
 
 def _table(separator: str, lines: list[str]) -> list[list[str]]:
@@ -130,7 +134,7 @@ def _json_lines(lines: list[str]) -> list[list[str]]:
 def _values(line: str, names: list[str]) -> list[str]:
     try:
         values = json.loads(line)
-        return ["" if values.get(name) is None else str(values[name]) for name in names]
+        return [said_of(values.get(name)) for name in names]
     except (ValueError, AttributeError, RecursionError):
         return [line]  # which names no file
 
@@ -151,9 +155,10 @@ _UNREADABLE = (csv.Error, ValueError, RecursionError, TypeError)
 
 def _named(root: Path, folder: _Folder, how: Listing, notes: list[str]) -> list[tuple[str, Any]]:
     """Each line's path, and what it says of the label."""
-    filled = [line for line in _text(root).split("\n") if line.strip()]  # not at odd separators
-    lines = [line for line in filled if line[0] != "#" or folder.has(_path_and_label(line)[0])]
-    if comments := len(filled) - len(lines):
+    lines = [line for line in _text(root).split("\n") if line.strip()]  # not at odd separators
+    filled = len(lines)
+    lines = [line for line in lines if line[0] != "#" or folder.has(_path_and_label(line)[0])]
+    if comments := filled - len(lines):
         notes.append(f"{counted(comments, 'comment')}: they begin with # and name no file")
     if not lines:
         return []
@@ -193,7 +198,10 @@ def _way(lines: list[str], folder: _Folder, asked: str | None) -> tuple[str, int
         except _UNREADABLE:
             continue
         for column in range(1 if way == _PLAIN else len(first)):
-            there = sum(folder.has(_cell(row, column)) for row in rows or [first])
+            cells = [_cell(row, column) for row in rows or [first]]
+            if _NUMBER.fullmatch(cells[0]) and not folder.has(cells[0]):
+                cells = []  # of numbers there may be thousands of columns
+            there = sum(map(folder.has, cells))
             known = rank(first[column], (asked,) if asked else PATHS)
             if (score := (known if asked else 0, there, known)) > best:
                 best, chosen = score, (way, column)
@@ -211,9 +219,13 @@ def _columns(
         ranks = {i: rank(names[i], (asked,) if asked else LABELS) for i in filled}
         known = sorted((i for i in filled if ranks[i]), key=lambda i: -ranks[i])
     else:
-        counts = [[str(i + first) for i in range(len(rows))] for first in (0, 1)]
-        before = (i for i in filled if [_cell(row, i) for row in rows] not in counts)
-        known = [i for i in filled if i > path] or [*before]
+        known = [i for i in filled if i > path] or [
+            i
+            for i in filled
+            if not any(
+                all(_cell(row, i) == str(n) for n, row in enumerate(rows, k)) for k in (0, 1)
+            )
+        ]
     label = known[0] if known else None
     labels = (
         f"labels from {names[known[0]]}" if known else "no labels (--label-column names theirs)"

@@ -3,7 +3,7 @@
 The column of pictures is the one that the schema's Hugging Face metadata calls an Image, else the first whose first
 values are pictures' bytes, or a struct with such a field `bytes`; else the first of pictures' paths. A row without
 bytes, but with a path, stands for the file there: beside the table, or in the root. Labels are the column called a
-ClassLabel there, else one of the names LABELS; class names are ClassLabel's, else the words in the column, else
+ClassLabel there, else one of the names LABELS; class names are the words in the column, else ClassLabel's, else
 numbers. Only labels and a few first rows are read when a folder is opened: every row counts as a picture until it is
 read. Its path is its file's, without .parquet, and its row in that file.
 """
@@ -15,7 +15,6 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ from fastrot.data.files import (
     too_long,
 )
 from fastrot.data.sources.archives import Archive, InFiles
-from fastrot.data.sources.records import LeftOut, Listing, Record, Source, numbered
+from fastrot.data.sources.labels import LABELS, rank, read_labels, said_of
+from fastrot.data.sources.records import LeftOut, Listing, Record, Source
 from fastrot.data.sources.shards import SPLITS, of_split
 from fastrot.data.sources.tables import (
     ARROW,
@@ -47,7 +47,6 @@ from fastrot.data.sources.tables import (
 )
 
 PLACE = np.dtype([("file", "<i8"), ("group", "<i8"), ("row", "<i8")])  # row: in the group
-LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
 _LABELS_AT_ONCE = 2**16
 _LOOKED_AT = 64  # values of a column that are there
 _BYTES = re.compile(r"(large_)?binary(_view)?$|fixed_size_binary")  # types, in pyarrow's words
@@ -163,7 +162,7 @@ def _one_configuration(root: Path, names: list[str]) -> None:
 
 
 def _inside(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix()
+    return path.name if path == root else path.relative_to(root).as_posix()
 
 
 # ---- listing ----
@@ -175,8 +174,9 @@ def parquet_files(root: Path, how: Listing) -> Source:
     listed = list[_Listed]()
     for path, name in files:
         known = next((each.pictures[0] for each in listed if each.holds == "bytes"), "")
-        one = _listed(path, name, how, known)
-        listed += [one] if sum(one.groups) else []
+        listed.append(_listed(path, name, how, known))
+    left += [LeftOut(_inside(root, one.path), "no rows") for one in listed if not sum(one.groups)]
+    listed = [one for one in listed if sum(one.groups)]
     taken = _of_one_set(listed, how) if listed else []
     places = [np.empty(0, PLACE)]
     for number, each in enumerate(taken):
@@ -184,8 +184,9 @@ def parquet_files(root: Path, how: Listing) -> Source:
             places.append(place := np.empty(rows, PLACE))
             place["file"], place["group"], place["row"] = number, group, np.arange(rows)
     paths = [f"{each.name}/{row}" for each in taken for row in range(sum(each.groups))]
-    labels, classes, notes = _labels(taken, root, paths)
-    others = [each.path for each in listed if each not in taken]
+    labels, classes, notes = _labels(taken, how, paths)
+    chosen = set(taken)
+    others = [each.path for each in listed if each not in chosen]
     return Parquet(
         root=root,
         records=[*map(Record, paths, labels)],
@@ -210,7 +211,7 @@ class _Listed:
     label: str | None
     names: list[str] | None  # of classes
     groups: list[int]  # rows of each
-    values: list[Any]  # labels, as they stand there
+    values: list[str]  # what is said of each row's label, where there is a column
 
     @property
     def holds(self) -> str:
@@ -226,14 +227,15 @@ def _listed(path: Path, name: str, how: Listing, known: str) -> _Listed:
         groups = table.groups()
         rows = range(len(groups))
         pictures = _pictures(table, rows, features, how.image_column, known)
+        boolean = label is not None and str(_field(schema, label).type) == "bool"
         if label is not None:
             arrays = table.arrays(label, rows, _LABELS_AT_ONCE)
-            values = [value for array in arrays for value in array.to_pylist()]
+            arrays = (array.cast("int8") if boolean else array for array in arrays)
+            values = [said_of(value) for array in arrays for value in array.to_pylist()]
             if len(values) != sum(groups):
                 raise ValueError(f"its column {label} ends early")
     names = features.get(label or "", {}).get("names")
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-        boolean = label is not None and str(_field(schema, label).type) == "bool"
         names = ["False", "True"] if boolean else None
     return _Listed(path, name, schema, pictures, label, names, groups, values)
 
@@ -330,31 +332,15 @@ def _begins_so(arrays: Iterator[Any]) -> bool:
 def _label(schema: Any, features: dict[str, dict[str, Any]], asked: str | None) -> str | None:
     """The column of labels."""
 
-    def rank(name: str) -> tuple[bool, int]:
-        named = LABELS.index(name) if name in LABELS else len(LABELS)
-        return _called(features, name) != "ClassLabel", named
+    def ranks(name: str) -> tuple[bool, int]:
+        return _called(features, name) == "ClassLabel", rank(name, LABELS)
 
-    label = min(schema.names, key=rank, default="") if asked is None else asked
-    known = label in schema.names if asked else rank(label) < (True, len(LABELS))
-    return label if known else None
-
-
-_UNREAD = object()
-
-
-def _read(value: Any) -> Any:
-    """A label as a whole number, a word, or None where there is none; _UNREAD where it cannot be told."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float | Decimal) and value % 1 == 0:
-        return int(value)
-    return None if value != value else _UNREAD  # NaN is pandas' None
+    label = max(schema.names, key=ranks, default="") if asked is None else asked
+    return label if label in schema.names and (asked or any(ranks(label))) else None
 
 
 def _labels(
-    taken: list[_Listed], root: Path, paths: list[str]
+    taken: list[_Listed], how: Listing, paths: list[str]
 ) -> tuple[list[int], tuple[str, ...], list[str]]:
     """Labels, class names, and what is to be said of the columns taken."""
     notes = [
@@ -365,33 +351,24 @@ def _labels(
     ]
     labelled = [each for each in taken if each.label is not None]
     if not labelled:
+        if taken and how.labelled:
+            columns = shown(", ".join(taken[0].schema.names))
+            notes.append(f"no labels: columns are {columns} (--label-column names theirs)")
         return [-1] * len(paths), (), notes
-    column, names = labelled[0].label, labelled[0].names
+    first = labelled[0]
     if few := len(taken) - len(labelled):
         notes.append(
-            f"{few:,} of {len(taken):,} files have no column {column}: their labels are -1"
+            f"{few:,} of {len(taken):,} files have no column {first.label}: their labels are -1"
         )
-    values = [_read(value) for each in taken for value in each.values or [None] * sum(each.groups)]
-    if unread := sum(value is _UNREAD for value in values):
-        values = [None if value is _UNREAD else value for value in values]
-        if not any(value is not None for value in values):
+    said = [value for each in taken for value in each.values or [""] * sum(each.groups)]
+    labels, classes, about = read_labels(said, paths)
+    if how.label_column is not None and about and max(labels) < 0:
+        raise UsageError(f"{first.path}: --label-column {first.label}: {about[0]}")
+    if first.names is not None and classes == tuple(map(str, range(len(classes)))):  # no words
+        if len(classes) > len(first.names):
             raise UsageError(
-                f"{labelled[0].path}: its column {column} holds neither whole numbers nor words; "
-                "--label-column names another, --label-from none ignores it"
+                f"{first.path} has the label {len(classes) - 1}, but {len(first.names)} classes; "
+                "--label-from none ignores it"
             )
-        notes.append(
-            f"column {column} has {unread:,} neither whole numbers nor words: these labels are -1"
-        )
-    words = sorted({value for value in values if isinstance(value, str)})
-    if words:
-        label_of = {None: -1} | {word: label for label, word in enumerate(words)}
-        if not set(values) <= label_of.keys():
-            raise UsageError(f"{root}: its column {column} holds numbers and words")
-        return [label_of[value] for value in values], tuple(words), notes
-    labels = [-1 if value is None else value for value in values]
-    classes = numbered(root, labels, lambda i: paths[i])
-    if names is not None and len(classes) > len(names):
-        raise UsageError(
-            f"{root} has the label {len(classes) - 1}, but {len(names)} classes; --label-from none ignores it"
-        )
-    return labels, classes if names is None else tuple(names), notes
+        classes = tuple(first.names)
+    return labels, classes, notes + about

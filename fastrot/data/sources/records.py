@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,8 @@ from jaxtyping import UInt8
 
 from fastrot.arrays import Keys, Numbers, Picture
 from fastrot.config import UsageError
-from fastrot.data.files import NO_PICTURE, SYSTEM_FILES, Verdict, picture_file, shown, some
+from fastrot.data.files import NO_PICTURE, SYSTEM_FILES, Verdict, picture_file, some
 from fastrot.data.sampler import ShuffledSampler
-
-MOST_LABELS = 2**20  # a number in a text list that counts further is no label
 
 
 class Listing(NamedTuple):
@@ -161,15 +159,3 @@ def unless_counted(numbers: list[int]) -> Numbers | None:
     """Numbers as an array; None where they are 0 ... n - 1."""
     array = np.array(numbers, np.int64)
     return None if (array == np.arange(len(array))).all() else array
-
-
-def numbered(root: Path, labels: list[int], name: Callable[[int], str]) -> tuple[str, ...]:
-    """Class names where there are numbers alone: these. `name(i)`: the picture of label i, for people."""
-    lowest, highest = min(labels, default=-1), max(labels, default=-1)
-    for label in (lowest, highest):
-        if not -1 <= label < MOST_LABELS:
-            raise UsageError(
-                f"{root} has the label {label} ({shown(name(labels.index(label)))}): a label is below "
-                f"{MOST_LABELS:,}, and -1 where there is none; --label-from none ignores all labels"
-            )
-    return tuple(map(str, range(highest + 1)))

@@ -2,10 +2,11 @@
 
 A picture's label is what KEY.cls says (or .label, .class ...: LABELS), else the field of one of these names in
 KEY.json: a number or a word. KEY is a member's name up to the first dot behind its folder, as WebDataset has it: so
-KEY.jpg is a sample's picture, and KEY.mask.png beside it is none. Where no KEY.jpg is, or a label's file of the same
-name, a picture with dots in its name is that of a sample named up to the last dot, and noted. Of several pictures
-of one sample the first by FIRST is taken. The order is that of the shards and of the members in each; a picture's
-path is its member's, below a folder of the shard's name without .tar.
+KEY.jpg is a sample's picture, and KEY.mask.png beside it is none. Where neither a KEY.jpg is nor KEY.cls or
+KEY.json, or a label's file of the same name, a picture with dots in its name is that of a sample named up to the
+last dot, and noted. Of several pictures of one sample the first by KINDS and FIRST is taken. The order is that of
+the shards and of the members in each; a picture's path is its member's, below a folder of the shard's name without
+.tar.
 """
 
 import glob
@@ -14,20 +15,23 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastrot.config import UsageError
-from fastrot.data.files import PICTURE, SUFFIXES, Verdict, counted, shown
+from fastrot.data.files import PICTURE, SUFFIXES, Verdict, counted, shown, without_waiting
 from fastrot.data.sources.archives import Members
-from fastrot.data.sources.labels import LABELS, rank, read_labels
+from fastrot.data.sources.labels import LABELS, rank, read_labels, said_of
 from fastrot.data.sources.members import Member, tar_members
 from fastrot.data.sources.records import Listing, Record, Source, no_split
-from fastrot.data.sources.tree import SPLITS, Found, archives_in
+from fastrot.data.sources.tree import SPLITS, Entry, Found, archives_in, join
+from fastrot.disk import named
 
+# KEY.rgb.png before KEY.depth.png
+KINDS = ("rgb", "color", "image", "img", "picture", "photo", "input")
 FIRST = (".jpg", ".jpeg", ".png", ".webp")  # of several pictures of a sample
-LONGEST = 200  # bytes of a .cls
 MOST_SHARDS = 2**20  # that a pattern may stand for
 MOST_JSON = 2**22  # bytes of a sample's .json
 
@@ -37,16 +41,20 @@ def webdataset(root: Path, how: Listing) -> Source:
     tree, found = Samples(how.labelled), _shards(root, how.split)
     for shard, folder in found.archives:
         tree.unpack(shard, folder, tar_members(shard, nested=False))
+    tree.choose()
     source = tree.source(root, how._replace(labelled=False), found, wrapped=False)
     source = source.taken(np.lexsort((source.places["offset"], source.places["file"])))
     paths = [record.path for record in source.records]
-    labels, source.classes, notes = read_labels(root, [tree.label(path) for path in paths], paths)
+    labels, source.classes, notes = read_labels([tree.label(path) for path in paths], paths)
     source.records = [*map(Record, paths, labels)]
     if again := tree.replaced:
         source.notes.append(f"{counted(again, 'picture')} left for a later one of the same name")
-    if dotted := [path for path in paths if os.path.splitext(path)[0] != _key(path)]:
-        named = f"{counted(len(dotted), 'picture')} with dots in the name, first {shown(dotted[0])}"
-        source.notes.append(f"{named}: such a sample is named up to the last dot")
+    if dotted := [path for path in paths if tree.sample(path) != _key(path)]:
+        kinds = list(dict.fromkeys(path.removeprefix(_key(path)) for path in dotted))
+        source.notes.append(
+            f"{counted(len(dotted), 'picture')} with dots in the name, first {shown(dotted[0])}: "
+            f"such a sample is named up to the last dot; names end in {shown(', '.join(kinds[:4]))}"
+        )
     source.notes += notes
     source.numbers = None
     return source
@@ -61,43 +69,65 @@ class Samples(Members):
     def __init__(self, labelled: bool):
         super().__init__()
         self._labelled, self.replaced = labelled, 0
-        # by members' names without suffix: what is said of the label, and the picture that is taken
-        self._said, self._pictures = dict[str, str | bytes](), dict[str, str]()
+        # what is said of the label, by members' names without suffix; samples by their pictures, and the other way
+        self._said, self._samples, self._taken = dict[str, str](), {}, {}
+
+    def unpack(self, archive: Path, folder: str, members: Iterator[Member]) -> None:
+        with named(archive), open(archive, "rb", opener=without_waiting) as self._shard:
+            super().unpack(archive, folder, members)
 
     def add(self, folder: str, path: str, member: Member) -> str | None:
         if reason := super().add(folder, path, member):
             return reason
         (stem, suffix), file = os.path.splitext(path), member.kind == "file"
         if file and rank(suffix, LABELS):
-            self._said[stem] = _in_cls(member)
+            self._said[stem] = member.head.decode("utf-8-sig", "replace").strip()
         elif file and suffix.lower() == ".json":
-            self._said[stem] = self._said.get(stem) or _in_json(member, self._archives[-1].path)
+            wanted = self._labelled or stem != _key(path)  # whose sample a picture is
+            said = _in_json(member, self._shard.fileno()) if wanted else ""
+            self._said[stem] = self._said.get(stem) or said
         elif suffix.lower() in SUFFIXES or (file and self._by_bytes[-1]):
-            rival = self._pictures.get(stem, "")
-            self.replaced += rival == path
-            if not rival or self._order(path) < self._order(rival):
-                self._pictures[stem] = path
+            self.replaced += path in self._samples
+            self._samples[path] = stem
         return None
 
-    def _order(self, path: str) -> tuple[bool, int]:
-        suffix = os.path.splitext(path)[1].lower()
+    def choose(self) -> None:
+        """Find each picture's sample, and the picture of each, once all members are there."""
+        keys = self._said.keys() | set(self._samples.values())
+        for path, stem in self._samples.items():
+            shared = not self._said.get(stem) and _key(path) in keys
+            self._samples[path] = sample = _key(path) if shared else stem
+            rival = self._taken.setdefault(sample, path)
+            if rival != path and self._order(path) < self._order(rival):
+                self._taken[sample] = path
+
+    def _order(self, path: str) -> tuple[bool, int, bool, int]:
+        (stem, suffix), key = os.path.splitext(path), _key(path)
+        suffix, kind = suffix.lower(), rank(stem.removeprefix(key), KINDS)
         place = FIRST.index(suffix) if suffix in FIRST else len(FIRST)
-        return super().look(path, True) != PICTURE, place
+        return stem != self.sample(path), -kind, super().look(path, True) != PICTURE, place
+
+    def entries(self, path: str) -> list[Entry]:
+        """Without what tells the labels of pictures."""
+        return [each for each in super().entries(path) if not self._tells(join(path, each.name))]
+
+    def _tells(self, path: str) -> bool:
+        stem, suffix = os.path.splitext(path)
+        label = suffix.lower() == ".json" or rank(suffix, LABELS)
+        return bool(label) and stem in self._said and stem in self._taken
 
     def look(self, path: str, plain: bool) -> Verdict:
-        verdict, (stem, _), key = super().look(path, plain), os.path.splitext(path), _key(path)
-        if verdict != PICTURE:
+        verdict = super().look(path, plain)
+        if verdict != PICTURE or self._taken.get(self.sample(path), path) == path:
             return verdict
-        if stem != key and key in self._pictures and not self._said.get(stem):
-            return Verdict("left out", "not its sample's picture")
-        if path != self._pictures.get(stem, path):
-            return Verdict("left out", "its sample has another picture")
-        return PICTURE
+        return Verdict("left out", "its sample has another picture")
 
-    def label(self, path: str) -> str | bytes:
+    def sample(self, path: str) -> str:
+        return self._samples.get(path, path)
+
+    def label(self, path: str) -> str:
         """What is said of a picture's label; "" where nothing is."""
-        stem = os.path.splitext(path)[0]
-        said = self._said.get(stem) or self._said.get(_key(path), "")
+        said = self._said.get(os.path.splitext(path)[0]) or self._said.get(self.sample(path), "")
         return said if self._labelled else ""
 
 
@@ -107,28 +137,19 @@ def _key(path: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _in_cls(member: Member) -> str | bytes:
-    """The number or word in a label's file; bytes where it is none."""
-    said = member.head[:LONGEST].decode("utf-8-sig", "replace").strip()
-    word = member.length <= LONGEST and said.isprintable() and "\ufffd" not in said
-    return said if word else member.head[:40]
-
-
-def _in_json(member: Member, shard: str) -> str | bytes:
-    """What a sample's .json says of its label, "" where it says nothing; bytes where that is no number or word."""
+def _in_json(member: Member, shard: int) -> str:
+    """What a sample's .json says of its label, "" where it says nothing."""
     text = member.head
     if len(text) < member.length <= MOST_JSON:
-        with open(shard, "rb") as file:
-            text = os.pread(file.fileno(), member.length, member.offset)
+        text = os.pread(shard, member.length, member.offset)
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
-        return text[:40]
+        return "{damaged JSON}"
     fields = fields if isinstance(fields, dict) else {}
     names = sorted(fields, key=lambda name: rank(name, LABELS))
     known = (fields[name] for name in reversed(names) if rank(name, LABELS))
-    said = next((value for value in known if value is not None), "")
-    return str(said) if isinstance(said, str | int | float) else json.dumps(said)[:40].encode()
+    return said_of(next((value for value in known if value is not None), None))
 
 
 # ---- which shards ----
