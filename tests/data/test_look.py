@@ -59,6 +59,10 @@ def test_a_folder_is_told_and_drawn(look, pictures, tmp_path, capsys, monkeypatc
     assert "37 pictures" in said
     assert "class0" in said
     assert (tmp_path / "new" / "a.png").exists()
+    shutil.copytree(pictures, tmp_path / "root")
+    (tmp_path / "root" / "class0" / "bad.jpg").write_bytes(b"text")
+    assert look.main([str(tmp_path / "root"), "--out", str(tmp_path / "b.png")]) == 0
+    assert "rejected    1, the first 'class0/bad.jpg'" in capsys.readouterr().out
 
 
 def test_the_sheet_turns_counter_clockwise(look, tmp_path):

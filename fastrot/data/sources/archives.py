@@ -265,9 +265,8 @@ class Members:
         except LeadsOut:
             return rejected("it is a link that leads out of the archive")
         except OSError as e:
-            return Verdict(
-                "rejected" if named else "left out", f"it is a broken link ({e.strerror})"
-            )
+            kind = "rejected" if named else "left out"
+            return Verdict(kind, f"it is a broken link ({e.strerror})")
         if number == _SPECIAL:
             return Verdict("left out", "no file")
         if named or self._by_bytes[number]:

@@ -335,9 +335,7 @@ def _beginning(file: int, size: int, info: zipfile.ZipInfo) -> tuple[int, bytes]
         return first, raw
     try:
         head = zlib.decompressobj(-15).decompress(raw, BLOCK)
-        if (
-            len(head) < BLOCK and len(raw) < stored
-        ):  # behind a large table of codes, or empty blocks
+        if len(head) < BLOCK and len(raw) < stored:  # behind a large table, or empty blocks
             raw = os.pread(file, min(stored, 2**16), first)
             head = zlib.decompressobj(-15).decompress(raw, BLOCK)
     except zlib.error:

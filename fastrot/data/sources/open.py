@@ -39,9 +39,7 @@ KINDS = {
     "tar": Kind(partial(archives, ".tar", tar_members), "a tar, or of a folder of tars"),
     "zip": Kind(partial(archives, ".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
-    "parquet": Kind(
-        parquet_files, "a folder of parquet or Arrow files with pictures", columns=True
-    ),
+    "parquet": Kind(parquet_files, "a folder of parquet or Arrow files", columns=True),
 }
 
 

@@ -119,7 +119,7 @@ def tree_source(tree: Tree, root: Path, how: Listing, *, wrapped: bool = True) -
     root, notes = root / wrapping, [f"went through {wrapping}/"] if wrapping else []
     for folder in folders:
         folder.path = seen_from(wrapping, folder.path)
-    looked.sort(key=lambda each: each[0].order)
+    looked.sort(key=lambda each: (each[0].top, each[0].path))  # as sorted(os.walk(class folder))
     tops = sorted({_top(seen_from(wrapping, path)) for path in claiming} - {""})
     labelled = how.labelled and any(PICTURE in each for folder, each in looked if folder.top)
     if wrapped and how.labelled:
@@ -212,11 +212,6 @@ class Folder:
     def top(self) -> str:
         return _top(self.path)
 
-    @property
-    def order(self) -> tuple[str, str]:
-        """What torchvision's order sorts by: that of sorted(os.walk(class folder))."""
-        return self.top, self.path
-
     def inside(self, name: str) -> str:
         """The path of what it holds under a name."""
         return join(self.path, name)
@@ -307,7 +302,7 @@ def archives_in(root: Path, suffix: str | tuple[str, ...]) -> Found:
         return Found([(root, "")], [], [])
     folders, _ = walk(Disk(str(root)))
     found = Found([], [], [(each.path, each.fault) for each in folders if each.fault])
-    for folder in sorted(folders, key=lambda folder: folder.order):
+    for folder in sorted(folders, key=lambda folder: (folder.top, folder.path)):
         for name, _, why in folder.files:
             path, lower = folder.inside(name), name.lower()
             taken = not why and os.path.isfile(root / path)
