@@ -101,7 +101,7 @@ class _Folder(NamedTuple):
             return path, said, rejected("there is no such file")
         verdict = look(os.path.join(self.path, found), by_name=self.by_name)
         if verdict.kind == "left out":
-            verdict = rejected("it is no picture")
+            verdict = rejected(verdict.reason if verdict.mendable else "it is no picture")
         return found.removeprefix(f"{self.path}/").removeprefix("./"), said, verdict
 
 
