@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,8 +18,9 @@ from fastrot import entry
 from fastrot.config import PeerLost, RunError, UsageError
 from fastrot.entry import Place, Preempted, number, place
 
-# how gloo and NCCL say that another rank is gone
 HINT = 10  # seconds of waiting for the others until it is said
+NAMED = 60  # seconds in which rank 0's machine gets its name, on Kubernetes as its pod comes up
+# how gloo and NCCL say that another rank is gone
 LOST = ("by peer", "by remote peer", "Broken pipe", "remote process", "was aborted")
 
 
@@ -165,12 +167,16 @@ def _meeting_place(here: Place) -> str:
     address, port = env["MASTER_ADDR"], number("MASTER_PORT")
     if not 0 < port < 2**16:
         raise UsageError(f"MASTER_PORT={port} is no port: choose one from 1024 to 65535")
-    try:
-        socket.getaddrinfo(address, port)
-    except (OSError, UnicodeError) as error:
-        why = f"MASTER_ADDR={address} is not known here ({error})"
-        raise UsageError(f"{why}: name the machine of rank 0") from None
-    return f"{address}:{port}"
+    end = time.monotonic() + (NAMED if here.rank else 0)
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+            return f"{address}:{port}"
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                why = f"MASTER_ADDR={address} is not known here ({error})"
+                raise UsageError(f"{why}: name the machine of rank 0") from None
+        time.sleep(1)
 
 
 def _first_node(nodes: str) -> str:

@@ -25,7 +25,10 @@ from fastrot.config import PeerLost, RunError, UsageError
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, quota or size limit says
 
-ALONE = "unset RANK and WORLD_SIZE to run alone, or start all processes with torchrun or srun"
+ALONE = (
+    "unset RANK, WORLD_SIZE and SLURM_STEP_ID to run alone, "
+    "or start all processes with torchrun or srun"
+)
 
 met_others = False  # whether this process has joined others: see `status`
 
@@ -54,8 +57,7 @@ def place() -> Place:
         local_world = tasks[node] if node < len(tasks) else world
         here = Place(number("SLURM_PROCID"), world, number("SLURM_LOCALID", 0), local_world)
     elif "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
-        known, lacking = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        raise UsageError(f"{known}={env[known]} is set, but {lacking} is not: {ALONE}")
+        raise UsageError(f"set RANK and WORLD_SIZE both, or neither: {ALONE}")
     else:
         return Place()
     if here.rank >= here.world:
@@ -92,7 +94,7 @@ def share_of_cores(processes: int) -> int:
 
 def status(main: Callable[[], int | None]) -> int:
     """Run a command's main function; the status to leave with."""
-    with contextlib.closing(PreemptionSignal((signal.SIGINT,))):
+    with contextlib.closing(PreemptionSignal((signal.SIGINT,), "")):
         code = _status(main)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -116,9 +118,8 @@ def _status(main: Callable[[], int | None]) -> int:
     except Preempted as warned:  # who saved has said so
         return 128 + warned.args[0]
     except KeyboardInterrupt as stop:
-        got = stop.args[0] if stop.args else signal.SIGINT
-        name = "interrupted" if got == signal.SIGINT else f"ended by {signal.Signals(got).name}"
-        complain(f"{name}; the same command goes on from what was saved")
+        got, words = stop.args or (signal.SIGINT, "")
+        complain(": ".join(filter(None, [named(got), words])))
         return 128 + got
 
 
@@ -142,7 +143,9 @@ class Preempted(Exception):
     """A warning was answered, all is saved: its number, and a sentence."""
 
 
-PATIENCE = 20  # seconds without a step until a warning ends all; clusters kill after 30
+PATIENCE = 20  # seconds without a step until SIGTERM or Ctrl-C ends all; clusters kill after 30
+BEFORE_STEPS = "ended before the first step; the same command begins it"
+UNSAVED = "ended unsaved; the same command goes on from what was saved"
 WAITS = {"/fastrot/dist.py": "other processes", "/fastrot/data/": "data"}  # by the code that waits
 
 
@@ -151,28 +154,41 @@ class PreemptionSignal:
 
     A loop answers them between its steps. Before its first step nothing could be saved: they raise KeyboardInterrupt.
     Where main does not come to either, as it waits in C or for what never comes, a thread ends the process; a second
-    Ctrl-C does too.
+    Ctrl-C does too. SIGUSR1 comes minutes before the end, and SIGTERM after it: once there are steps it hurries nothing.
     """
 
-    def __init__(self, warnings: Iterable[int] = WARNINGS):
-        self.got = 0  # number of the latest; 0: none yet
+    def __init__(self, warnings: Iterable[int] = WARNINGS, before_steps: str = BEFORE_STEPS):
+        """`before_steps`: what to say where there was none."""
+        self.got, self._words = 0, before_steps  # number of the latest; 0: none yet
         self.answered = False  # it is being saved: nothing hurries that
         self._steps, self._alive, self._longest = False, 0.0, 0.0
         able = threading.current_thread() is threading.main_thread()
-        heard = [w for w in warnings if signal.getsignal(w) is not signal.SIG_IGN]  # as behind &
-        self._before = {w: signal.signal(w, self._note) for w in heard if able}
-        if self._before:
+        heard = [
+            w for w in warnings if able and signal.getsignal(w) is not signal.SIG_IGN
+        ]  # as behind &
+        self._before = {}
+        if heard:
             told, self._tell = socket.socketpair()  # by which C tells the thread while main is busy
             self._tell.setblocking(False)
+            self._before = {w: signal.signal(w, self._note) for w in heard}
             self._told_before = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(told,), daemon=True).start()
 
     def alive(self, *, steps: bool) -> None:
         """Called between batches; `steps`: there is something to save, which the caller does if warned."""
         now = time.monotonic()
-        if self._steps:
+        if self._steps and steps:
             self._longest = max(self._longest, now - self._alive)
         self._steps, self._alive = steps, now
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """A checkpoint is written in here, and takes its time."""
+        before, self.answered = self.answered, True
+        try:
+            yield
+        finally:
+            self._alive, self.answered = time.monotonic(), before
 
     def close(self) -> None:
         """As it was before."""
@@ -180,13 +196,14 @@ class PreemptionSignal:
             signal.signal(warning, before)
         if self._before:
             signal.set_wakeup_fd(self._told_before)
+            self._tell.shutdown(socket.SHUT_RDWR)  # closed alone, it stays open in a forked worker
             self._tell.close()
             self._before = {}
 
     def _note(self, number: int, frame: object) -> None:
         first, self.got = not self.got, number
         if first and not self._steps:
-            raise KeyboardInterrupt(number)
+            raise KeyboardInterrupt(number, self._words)
 
     def _watch(self, told: socket.socket) -> None:
         number, since = 0, 0.0
@@ -201,11 +218,12 @@ class PreemptionSignal:
             now = time.monotonic()
             # torchrun passes a Ctrl-C on that has reached all: it comes twice within a second
             if number and now > since + 1 and signal.SIGINT in numbers:
-                _end(number)
-            if not number and (came := [n for n in numbers if n in self._before]):
+                self._end(number)
+            early = {signal.SIGUSR1} if self._steps else set()
+            if not number and (came := [n for n in numbers if n in self._before.keys() - early]):
                 number, since = came[0], now
             if number and now > max(since, self._alive) + self._patience():
-                _end(number)
+                self._end(number)
 
     def _patience(self) -> int | float:
         if self.answered:
@@ -214,18 +232,26 @@ class PreemptionSignal:
             return max(PATIENCE, 2 * self._longest)
         return 10 if self.got else 1  # main has heard, and tidies up; or it hears nothing
 
+    def _end(self, number: int) -> None:
+        """Of this process, whose main thread may hear nothing; says what that waits for."""
+        try:
+            frame, what = sys._current_frames().get(threading.main_thread().ident or 0), ""
+            while frame is not None and not what:
+                file = frame.f_code.co_filename
+                what = next((f" while waiting for {WAITS[p]}" for p in WAITS if p in file), "")
+                frame = frame.f_back
+            words = UNSAVED if self._steps else self._words
+            sentence = ": ".join(filter(None, [named(number) + what, words]))
+            said = threading.Thread(target=say, args=[sentence], daemon=True)
+            said.start()  # by another: stderr may be a pipe that nobody reads, or that is closed
+            said.join(2)
+        finally:
+            os._exit(128 + number)
 
-def _end(number: int) -> None:
-    """Of this process, whose main thread may hear nothing; says what that waits for."""
-    frame, what = sys._current_frames().get(threading.main_thread().ident or 0), "a step"
-    while frame is not None and what == "a step":
-        file = frame.f_code.co_filename
-        what = next((WAITS[part] for part in WAITS if part in file), what)
-        frame = frame.f_back
-    name = signal.Signals(number).name
-    say(f"{name}: ended unsaved, waiting for {what}; the same command goes on from what was saved")
-    sys.stderr.flush()
-    os._exit(128 + number)
+
+def named(number: int) -> str:
+    """`SIGTERM`; Ctrl-C in a word."""
+    return "interrupted" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextlib.contextmanager

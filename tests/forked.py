@@ -28,6 +28,13 @@ class Child:
             assert time.monotonic() < end, self.said()
             time.sleep(0.02)
 
+    def until_there(self, file: Path) -> None:
+        """Wait until it has made the file."""
+        end = time.monotonic() + 30
+        while not file.exists():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
     def status(self) -> int:
         """Wait for its end, and not for ever."""
         end = time.monotonic() + 30

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -42,9 +43,9 @@ LAUNCHERS = {
     "world-of-one": ({"WORLD_SIZE": "1"}, Place()),
 }
 REFUSED = {
-    "RANK=": "RANK= is set, but WORLD_SIZE is not",
-    "RANK=0": "RANK=0 is set, but WORLD_SIZE is not",
-    "WORLD_SIZE=4": "WORLD_SIZE=4 is set, but RANK is not",
+    "RANK=": "set RANK and WORLD_SIZE both, or neither: unset RANK, WORLD_SIZE and SLURM_STEP_ID to",
+    "RANK=0": "set RANK and WORLD_SIZE both, or neither",
+    "WORLD_SIZE=4": "set RANK and WORLD_SIZE both, or neither",
     "RANK= WORLD_SIZE=2": "RANK= should be a whole number",
     "RANK=1 WORLD_SIZE=two": "WORLD_SIZE=two should be a whole number",
     "RANK=-1 WORLD_SIZE=2": "RANK=-1 should be a whole number",
@@ -73,6 +74,35 @@ def test_place_is_what_the_launcher_says(variables, place, environment):
         environment.setenv(name, value)
     assert dist.place() == place
     assert entry.rank() == place.rank
+
+
+@pytest.mark.parametrize("variables", [SRUN, SRUN | TORCHRUN])
+def test_the_way_out_that_is_named_is_one(variables, environment):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    way_out, _ = entry.ALONE.split(" to run alone")
+    for name in way_out.removeprefix("unset ").replace(" and", ",").split(", "):
+        environment.delenv(name, raising=False)
+    assert entry.place() == Place()
+
+
+@pytest.mark.parametrize(("rank", "tries"), [(0, 1), (1, 3)])
+def test_others_wait_for_the_name_of_rank_0s_machine(rank, tries, environment):
+    """On Kubernetes it is known once its pod is up."""
+    asked = []
+
+    def lookup(name, port):
+        asked.append(name)
+        if len(asked) < 3:
+            raise socket.gaierror("Name or service not known")
+
+    environment.setattr(dist.socket, "getaddrinfo", lookup)
+    environment.setattr(dist.time, "sleep", lambda _: None)
+    environment.setenv("MASTER_ADDR", "job-0.job")
+    environment.setenv("MASTER_PORT", "2000")
+    with pytest.raises(UsageError, match="not known here") if rank == 0 else nullcontext():
+        assert dist._meeting_place(Place(rank, 2)) == "job-0.job:2000"
+    assert len(asked) == tries
 
 
 @pytest.mark.parametrize(("variables", "told"), REFUSED.items(), ids=REFUSED)
@@ -109,9 +139,7 @@ def test_a_port_that_is_taken_is_named(environment):
 def test_waiting_for_ranks_that_never_come_says_so_and_ends_by_a_signal(
     number, rank, environment, tmp_path
 ):
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2}.items():
         environment.setenv(name, str(value))
     environment.setenv("MASTER_ADDR", "localhost")
     environment.setattr(dist, "HINT", 0.1)
@@ -120,13 +148,20 @@ def test_waiting_for_ranks_that_never_come_says_so_and_ends_by_a_signal(
         with contextlib.closing(entry.PreemptionSignal()), dist.joined(torch.device("cpu")):
             pass
 
-    with forked(join, tmp_path / "said") as child:
-        waits = f"rank {rank} of 2 waits for the others at localhost:{port}: unset RANK"
-        child.until(waits)
-        os.kill(child.pid, number)
-        assert child.status() == 128 + number
+    for last in (False, True):  # another may take the port that was free
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        environment.setenv("MASTER_PORT", str(port))
+        with forked(join, tmp_path / f"said{last}") as child:
+            child.until(f"localhost:{port}")
+            if "is taken" in child.said() and not last:
+                continue
+            assert f"rank {rank} of 2 waits for the others at localhost:{port}: un" in child.said()
+            os.kill(child.pid, number)
+            assert child.status() == 128 + number
+        break
     if number == signal.SIGTERM:
-        assert "SIGTERM: ended unsaved, waiting for other processes" in child.said()
+        assert "SIGTERM while waiting for other processes: ended before the fi" in child.said()
 
 
 @pytest.mark.parametrize(

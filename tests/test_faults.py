@@ -5,6 +5,7 @@ In this process, at chosen moments; tests/test_kills.py kills whole processes at
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
@@ -27,14 +29,16 @@ import torch
 from forked import forked
 from test_run import TINY, assert_same_bits, go, told
 
-from fastrot import disk, entry, train
+from fastrot import disk, dist, entry, train
 from fastrot.config import RunError, UsageError, Whole
 from fastrot.core import View
 from fastrot.data import folder
 from fastrot.data.loader import Loader
+from fastrot.data.pack.write import PackOptions
+from fastrot.data.prepare import convert
 from fastrot.entry import Preempted, PreemptionSignal
 from fastrot.methods.rotnet import RotNet
-from fastrot.training import budget, checkpoint, journal, loop
+from fastrot.training import budget, checkpoint, journal, loop, session
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 STEPS = 20  # of TINY: epochs of 8 or 9 steps
@@ -220,7 +224,8 @@ def test_a_run_killed_between_two_checkpoints_makes_both_again(pictures, tmp_pat
 
 def test_ranks_that_read_different_checkpoints_are_refused(pictures, tmp_path, monkeypatch):
     """As where --out lies on each machine's own disk."""
-    monkeypatch.setattr("fastrot.dist.everyones", lambda mine: [(60, 60), mine])
+    known = lambda mine: [mine] if isinstance(mine, set) else [(60, 60), mine]  # noqa: E731
+    monkeypatch.setattr("fastrot.dist.everyones", known)
     with pytest.raises(UsageError, match=r"--out .* is not the same folder for all ranks"):
         go(pictures, tmp_path)
 
@@ -282,28 +287,40 @@ def of_data(wait: Callable[[], None]) -> Callable[[], None]:
 
 
 ENDS = {  # where main waits, whether after a step, signals and the seconds between them; status, what is said
-    "opening": (stuck, False, [signal.SIGTERM], 143, "ended by SIGTERM; the same command"),
+    "opening": (
+        stuck,
+        False,
+        [signal.SIGTERM],
+        143,
+        "SIGTERM: ended before the first step; the same command begins it",
+    ),
     "opening-deaf": (
         deaf,
         False,
         [signal.SIGINT],
         130,
-        "SIGINT: ended unsaved, waiting for a step",
+        "interrupted: ended before the first step; the same command begins it",
     ),
-    "warned": (stuck, True, [signal.SIGUSR1], 138, "SIGUSR1: ended unsaved, waiting for a step"),
+    "warned": (
+        stuck,
+        True,
+        [signal.SIGUSR1, signal.SIGTERM],  # as SLURM: minutes before, and at the end
+        143,
+        "SIGTERM: ended unsaved; the same command goes on from what was saved",
+    ),
     "data": (
         of_data(stuck),
         True,
         [signal.SIGTERM],
         143,
-        "SIGTERM: ended unsaved, waiting for data",
+        "SIGTERM while waiting for data: ended unsaved; the same command",
     ),
     "deaf": (
         of_data(deaf),
         True,
         [signal.SIGTERM],
         143,
-        "SIGTERM: ended unsaved, waiting for data",
+        "SIGTERM while waiting for data: ended unsaved; the same command",
     ),
 }
 
@@ -324,6 +341,7 @@ def test_a_signal_ends_what_waits_for_what_never_comes(
         child.until("begun")
         for number in signals:
             os.kill(child.pid, number)
+            time.sleep(0.05)  # two at once come in the order of their numbers
         assert child.status() == status
         assert told in child.said()
         assert child.said().count("\n") == 2
@@ -333,7 +351,7 @@ def test_a_signal_ends_what_waits_for_what_never_comes(
 def test_a_warning_waits_for_a_run_that_saves_and_a_second_ctrl_c_does_not(
     ctrl_c, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(entry, "PATIENCE", 0.3)
+    monkeypatch.setattr(entry, "PATIENCE", 1.5)
 
     def main():
         with contextlib.closing(PreemptionSignal()) as preemption:
@@ -341,8 +359,8 @@ def test_a_warning_waits_for_a_run_that_saves_and_a_second_ctrl_c_does_not(
             while not preemption.got:  # steps
                 preemption.alive(steps=True)
                 time.sleep(0.01)
-            preemption.answered = True
-            time.sleep(2)  # saves
+            with preemption.unhurried():
+                time.sleep(3)  # saves
             raise Preempted(preemption.got)
 
     with forked(main, tmp_path / "said") as child:
@@ -354,9 +372,160 @@ def test_a_warning_waits_for_a_run_that_saves_and_a_second_ctrl_c_does_not(
             time.sleep(1.2)
             os.kill(child.pid, signal.SIGINT)
         assert child.status() == 130
-        assert ("SIGINT: ended unsaved" in child.said()) == (ctrl_c == 2)
+        assert ("interrupted: ended unsaved" in child.said()) == (ctrl_c == 2)
 
 
+@pytest.mark.parametrize("broken", ["closed", "full"])
+def test_a_signal_ends_a_process_whose_stderr_nobody_reads(broken, tmp_path):
+    note = tmp_path / "begun"
+
+    def main():
+        read, write = os.pipe()
+        if broken == "closed":
+            os.close(read)
+        else:
+            os.set_blocking(write, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(write, bytes(4096))
+            os.set_blocking(write, True)
+        sys.stderr = open(write, "w")  # noqa: SIM115
+        note.touch()
+        deaf()
+
+    with forked(main, tmp_path / "said") as child:
+        child.until_there(note)
+        os.kill(child.pid, signal.SIGINT)
+        assert child.status() == 130
+
+
+def test_sigusr1_alone_ends_no_run_that_waits(tmp_path, monkeypatch):
+    """The cluster gave it minutes."""
+    monkeypatch.setattr(entry, "PATIENCE", 0.1)
+
+    def main():
+        with contextlib.closing(PreemptionSignal()) as preemption:
+            preemption.alive(steps=True)
+            warn(signal.SIGUSR1)
+            time.sleep(1)  # data stalls
+            raise Preempted(preemption.got)
+
+    with forked(main, tmp_path / "said") as child:
+        assert child.status() == 138
+    assert child.said() == ""
+
+
+def test_how_long_steps_take_is_told_by_steps_and_hurries_no_checkpoint(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(entry.time, "monotonic", lambda: now[0])
+    with closing(PreemptionSignal(())) as preemption:
+        for seconds, steps in [(0, True), (30, True), (900, False), (900, True), (40, True)]:
+            now[0] += seconds
+            preemption.alive(steps=steps)
+        assert preemption._patience() == 80
+        with preemption.unhurried():
+            now[0] += 900
+            assert preemption._patience() == math.inf
+        preemption.alive(steps=True)
+        assert preemption._patience() == 80
+
+
+def test_each_checkpoint_takes_its_time(pictures, tmp_path, monkeypatch):
+    save, patience = checkpoint.save, []
+
+    def noting(*args, **more):
+        patience.append(signals[0]._patience())
+        return save(*args, **more)
+
+    signals, begin = [], PreemptionSignal.__init__
+    monkeypatch.setattr(
+        PreemptionSignal, "__init__", lambda self: (signals.append(self), begin(self))[1]
+    )
+    monkeypatch.setattr(checkpoint, "save", noting)
+    go(pictures, tmp_path, "--max-steps", "9")
+    assert len(patience) >= 2
+    assert set(patience) == {math.inf}
+    assert signals[0]._patience() < math.inf
+
+
+def test_a_validation_is_alive_with_each_batch(pictures, tmp_path, monkeypatch):
+    """Between two questions to all ranks many may go by."""
+    validate, seen = loop.validate, []
+
+    def noting(state, loader, asked, alive):
+        with pytest.MonkeyPatch.context() as two:
+            two.setattr(dist, "world", lambda: 2)
+            two.setattr(dist, "broadcast_", lambda tensors: None)
+            two.setattr(dist, "everyones", lambda mine: [mine])
+            two.setattr(dist, "sum_over_ranks", lambda mine: mine)
+            asked = functools.partial(seen.append, "asked")
+            return validate(state, loader, asked, lambda: (alive(), seen.append("alive")))
+
+    monkeypatch.setattr(loop, "validate", noting)
+    go(pictures, tmp_path, "--max-steps", "1", "--hold-out", "0.5", "--batch", "4")
+    assert seen.count("asked") == 2  # once in each of two validations
+    assert seen.count("alive") >= 4
+
+
+def test_a_fold_begins_without_a_step(pictures, tmp_path, monkeypatch):
+    built, steps = session._built, []
+
+    def noting(*args):
+        steps.append(signals[0]._steps)
+        return built(*args)
+
+    signals, begin = [], PreemptionSignal.__init__
+    monkeypatch.setattr(
+        PreemptionSignal, "__init__", lambda self: (signals.append(self), begin(self))[1]
+    )
+    monkeypatch.setattr(session, "_built", noting)
+    go(pictures, tmp_path, "--folds", "2", "--max-steps", "1")
+    assert steps == [False, False]
+
+
+def test_a_closed_preemption_signal_leaves_no_thread_though_a_worker_holds_its_socket():
+    before = set(threading.enumerate())
+    preemption = PreemptionSignal()
+    [watcher] = set(threading.enumerate()) - before
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        preemption.close()
+        watcher.join(5)
+        assert not watcher.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_no_socket_leaves_the_handlers_as_they_were(monkeypatch):
+    def full():
+        raise OSError("too many open files")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(entry.socket, "socketpair", full)
+    with pytest.raises(OSError, match="too many"):
+        PreemptionSignal()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("command", ["look", "convert"])
+def test_ctrl_c_says_what_is_true_of_the_command(command, pictures, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **more):
+        warn(signal.SIGINT)
+        time.sleep(1)
+
+    monkeypatch.setattr(convert, "convert", interrupted)
+    options = PackOptions(source="imagefolder", root=pictures, out=tmp_path / "x.pack")
+    main = interrupted if command == "look" else lambda: convert.run(options)
+    assert entry.status(main) == 130
+    goes_on = {"look": "", "convert": ": the same command goes on"}[command]
+    assert capsys.readouterr().err == f"fastrot: interrupted{goes_on}\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for its workers in /proc")
 def test_data_that_does_not_come_ends_by_a_warning_and_leaves_no_worker(
     pictures, tmp_path, monkeypatch
 ):
@@ -364,7 +533,7 @@ def test_data_that_does_not_come_ends_by_a_warning_and_leaves_no_worker(
 
     def sticks(decode, request, out, places):
         if 30 in request.rows[0][:, 0]:
-            note.write_text(str(os.getpid()))
+            disk.replace_bytes(note, str(os.getpid()).encode())
             stuck()
         return []
 
@@ -379,13 +548,11 @@ def test_data_that_does_not_come_ends_by_a_warning_and_leaves_no_worker(
                 preemption.alive(steps=True)
 
     with forked(main, tmp_path / "said") as child:
-        end = time.monotonic() + 30
-        while not (note.exists() and note.read_text()):
-            assert time.monotonic() < end, child.said()
-            time.sleep(0.05)
+        child.until_there(note)
         os.kill(child.pid, signal.SIGTERM)
         assert child.status() == 143
-        assert "SIGTERM: ended unsaved, waiting for data; the same command" in child.said()
+        assert "SIGTERM while waiting for data: ended unsaved; the same comman" in child.said()
+        end = time.monotonic() + 30
         while Path(f"/proc/{note.read_text()}").exists():
             assert time.monotonic() < end, "a worker is left behind"
             time.sleep(0.05)

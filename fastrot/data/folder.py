@@ -176,17 +176,16 @@ class _Cropped:
         return _Cropped(pinned, self.errors)
 
 
+_sharing = True  # until it fails in this process
+
+
 class _Shared(np.ndarray):
     """An array whose memory another process may map, without a name in /dev/shm: a container has 64 MB there."""
 
-    fd = -1
+    duplicate: Any = None  # of its file, for the one who asks for it
 
     def __reduce__(self):
-        return _mapped, (reduction.DupFd(self.fd), self.shape)
-
-    def __del__(self):
-        if self.fd >= 0:
-            os.close(self.fd)
+        return _mapped, (self.duplicate, self.shape)
 
 
 def _mapped(duplicate: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -198,15 +197,23 @@ def _mapped(duplicate: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _crops(shape: tuple[int, ...]) -> np.ndarray:
-    """Room for crops; what cannot be shared (macOS, no memory) goes through a pipe, which costs a fifth of the speed."""
-    try:
-        fd = os.memfd_create("crops")
-        os.ftruncate(fd, math.prod(shape))
-        made = _Shared(shape, np.uint8, mmap.mmap(fd, math.prod(shape)))
-    except (AttributeError, OSError):
-        return np.empty(shape, np.uint8)
-    made.fd = fd
-    return made
+    """Room for crops; what cannot be shared (macOS, no memory, a TMPDIR that holds no socket) goes through a pipe,
+    which costs a fifth of the speed.
+    """
+    global _sharing
+    if _sharing and math.prod(shape) and multiprocessing.parent_process() is not None:
+        try:
+            fd = os.memfd_create("crops")
+            try:
+                os.ftruncate(fd, math.prod(shape))
+                made = _Shared(shape, np.uint8, mmap.mmap(fd, math.prod(shape)))
+                made.duplicate = reduction.DupFd(fd)
+                return made
+            finally:
+                os.close(fd)
+        except (AttributeError, OSError):
+            _sharing = False  # a DupFd that fails leaves a descriptor open
+    return np.empty(shape, np.uint8)
 
 
 class _Worker:
@@ -282,7 +289,9 @@ def _context() -> str:
     """How workers are started: beside other ranks from a server without threads, never by a plain fork.
 
     DDP's and gloo's threads call Python; one that does so while this process forks can leave its child
-    waiting for ever for the interpreter's lock (seen once in Python 3.11, three gloo ranks).
+    waiting for ever for the interpreter's lock (seen once in Python 3.11, three gloo ranks). The thread of
+    PreemptionSignal, which an old worker's end may wake, was made by Python: the child makes the locks anew that
+    such a thread may hold without the interpreter's (none hung in 6,000 forks beside one that woke).
     """
     if dist.world() == 1:
         return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import gc
 import math
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from fastrot import dist
 from fastrot.config import NotFinite, RunError
 from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
-from fastrot.entry import Preempted, PreemptionSignal
+from fastrot.entry import Preempted, PreemptionSignal, named
 from fastrot.machine import wait_for
 from fastrot.training import checkpoint
 from fastrot.training.journal import Journal
@@ -51,10 +50,16 @@ def _step(state: TrainState, batch: Batch) -> Losses:
 
 
 @torch.no_grad()
-def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> dict[str, float]:
+def validate(
+    state: TrainState,
+    loader: Loader,
+    asked: Hook = lambda: None,
+    alive: Hook = lambda: None,
+) -> dict[str, float]:
     """The method's scores over a whole view: sums and counts over all ranks, divided once.
 
-    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. All ranks call `asked` together, now and then.
+    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. All ranks call `asked` together, now and then;
+    each calls `alive` with each batch.
     """
     net = state.method.net
     dist.broadcast_([b for b in net.buffers() if b.is_floating_point()])
@@ -64,6 +69,7 @@ def validate(state: TrainState, loader: Loader, asked: Hook = lambda: None) -> d
     often = 1 if dist.world() == 1 else AGREE
     questions = -(-loader.min_batches // often)  # on each rank, though one may skip whole batches
     for k, batch in enumerate(loader.epoch(0)):
+        alive()
         with state.autocast():
             outputs = net(state.method.views(batch))
             scores = state.method.score(outputs, batch)
@@ -106,7 +112,7 @@ class _Fit:
 
     def whole(self) -> None:
         state, end = self.state, self.s.end
-        self.preemption.alive(steps=state.step > 0)
+        self.alive()
         if self.s.val_loader is not None and state.step == 0:
             state.progress.val_first = self.validated({"step": 0, "epoch": 0})
         self.at_epoch()
@@ -190,13 +196,16 @@ class _Fit:
 
     def validated(self, line: dict[str, Any]) -> dict[str, float]:
         assert self.s.val_loader is not None
-        scores = validate(self.state, self.s.val_loader, self.save_if_warned)
+        scores = validate(self.state, self.s.val_loader, self.save_if_warned, self.alive)
         self.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
         return scores
 
+    def alive(self) -> None:
+        self.preemption.alive(steps=self.state.step > 0)
+
     def save_if_warned(self, *, saved: bool = False) -> None:
         """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
-        self.preemption.alive(steps=self.state.step > 0)
+        self.alive()
         number, state = dist.highest(self.preemption.got), self.state
         if not number:
             return
@@ -205,8 +214,7 @@ class _Fit:
             self.timer.stop()
             state.method.net.train()
             self.save()
-        name = "interrupted" if number == signal.SIGINT else signal.Signals(number).name
-        where, steps = f"saved at step {state.step}", state.schedule.steps
+        name, where, steps = named(number), f"saved at step {state.step}", state.schedule.steps
         sentence = f"{name}: {where} of {steps} to {self.s.folder}; the same command goes on there"
         if not state.step:
             sentence = f"{name}: ended before the first step of {steps}; the same command begins it"
@@ -226,11 +234,12 @@ class _Fit:
             kept.append(state.meter.sums[:1])  # the loss, over all steps since the last log line
         if dist.highest(int(not checkpoint.all_finite(kept))):
             raise self.not_finite()
-        if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
-            self.s.save(f"step_{state.step}.pt", parts)
-        if best and self.cfg.keep_best:
-            self.s.save("best.pt", parts)
-        self.s.save("last.pt", parts)
+        with self.preemption.unhurried():
+            if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
+                self.s.save(f"step_{state.step}.pt", parts)
+            if best and self.cfg.keep_best:
+                self.s.save("best.pt", parts)
+            self.s.save("last.pt", parts)
 
     def save_if_due(self) -> None:
         if any(self.state.step % every == 0 for every in self.saved_every):

@@ -84,6 +84,7 @@ def _train_one(
     cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal, *, fresh: bool
 ) -> None:
     """`fresh`: this start made the folder, and where it fails before the first step takes away what is in it."""
+    preemption.alive(steps=False)  # of this fold
     refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
     with locked(folder, refusal) if dist.rank() == 0 else contextlib.nullcontext():
         begun, s = time.perf_counter(), None

@@ -296,6 +296,10 @@ def test_a_bug_in_a_worker_names_the_picture(pictures, monkeypatch):
         asked(data, [request(data, [0, 2], Whole(size=8))], 0)
 
 
+def broken(*_):
+    raise OSError("AF_UNIX path too long")
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="wants Linux")
 def test_crops_of_workers_need_no_file_in_shared_memory(pictures, monkeypatch):
     """A container has 64 MB of them; where memory cannot be shared either, a pipe carries the same crops."""
@@ -307,9 +311,27 @@ def test_crops_of_workers_need_no_file_in_shared_memory(pictures, monkeypatch):
     assert "/dev/shm/torch" not in mapped
     del batch
     (batch,) = loader.epoch(0)
-    monkeypatch.delattr(os, "memfd_create")
-    (piped,) = loader.epoch(0)
-    assert torch.equal(batch.images, piped.images)
+    for module, name in ((folder.reduction, "DupFd"), (os, "ftruncate"), (os, "memfd_create")):
+        with monkeypatch.context() as lacking:
+            lacking.setattr(module, name, broken)  # in the worker, which is forked from here
+            (piped,) = loader.epoch(0)
+            assert torch.equal(batch.images, piped.images)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="wants Linux")
+def test_crops_that_cannot_be_shared_leave_nothing_open(monkeypatch):
+    monkeypatch.setattr(folder, "_sharing", True)
+    before = os.listdir("/proc/self/fd")
+    assert type(folder._crops((2, 4, 4, 3))) is np.ndarray  # no worker
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: 1)
+    assert folder._crops((0, 4, 4, 3)).shape == (0, 4, 4, 3)
+    for module, name in ((os, "ftruncate"), (folder.mmap, "mmap"), (folder.reduction, "DupFd")):
+        with monkeypatch.context() as lacking:
+            lacking.setattr(folder, "_sharing", True)
+            lacking.setattr(module, name, broken)
+            assert type(folder._crops((2, 4, 4, 3))) is np.ndarray
+            assert not folder._sharing
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_crops_are_pinned_where_a_gpu_asks(pictures, monkeypatch):

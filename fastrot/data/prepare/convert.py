@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,13 +29,15 @@ from fastrot.data.prepare.ranks import ALONE, Ranks, appears, await_shared, join
 from fastrot.data.prepare.report import DryRun, Estimate, Summary
 from fastrot.data.prepare.writer import SKIPPED, Converted, FormatWriter, write_left_out
 from fastrot.data.sources.records import Source
+from fastrot.entry import PreemptionSignal
 
 TRIED = 200  # pictures that --estimate converts
 
 
 def run(options: Options, *, part: int | None = None) -> int:
     """Convert, tell it, and give the exit status, the same on all ranks: 1 where pictures are missing."""
-    with joined_ranks() as ranks:
+    again = PreemptionSignal((signal.SIGINT,), "the same command goes on")
+    with contextlib.closing(again), joined_ranks() as ranks:
         done = convert(options, ranks, part=part)
     wanting = not isinstance(done, Estimate) and done.wanting and not options.allow_rejects
     if ranks.rank == 0:
