@@ -462,7 +462,8 @@ def test_a_validation_is_alive_with_each_batch(pictures, tmp_path, monkeypatch):
             return validate(state, loader, asked, lambda: (alive(), seen.append("alive")))
 
     monkeypatch.setattr(loop, "validate", noting)
-    go(pictures, tmp_path, "--max-steps", "1", "--hold-out", "0.5", "--batch", "4")
+    more = ["--hold-out", "0.5", "--batch", "4", "--workers", "0"]
+    go(pictures, tmp_path, "--max-steps", "1", *more)
     assert seen.count("asked") == 2  # once in each of two validations
     assert seen.count("alive") >= 4
 
