@@ -4,6 +4,7 @@ A new method, backbone or data format is a new file, one line in a union of conf
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,6 @@ def method(cfg: Config, info: DataInfo) -> Method:
     return METHODS[type(cfg.method)](cfg.method, backbone(cfg.backbone, info.size), info)
 
 
-def wants_labels(cfg: Config) -> bool:
-    return METHODS[type(cfg.method)].wants_labels
-
-
 # ---- data ----
 
 
@@ -53,7 +50,18 @@ class Format(NamedTuple):
     """A form of prepared pictures."""
 
     holds: Callable[[Path], bool]  # whether a path looks like it, by itself
-    open: Callable[[Path], Data]
+    open: Callable[[Path, Placement, bool], Data]  # placement and labelled as in open_data
+
+
+def data_of(cfg: Config) -> tuple[Data, Data | None]:
+    """A run's --data, and its --val: where it is of another format, --loader is not for it."""
+    labelled = METHODS[type(cfg.method)].wants_labels
+    how: dict[str, Any] = {"placement": cfg.placement, "labelled": labelled}
+    data = open_data(cfg.data or "", cfg.loader, **how)
+    if cfg.val is None:
+        return data, None
+    kinds = {(each.suffix, format_of(each)) for each in map(Path, (cfg.data or "", cfg.val))}
+    return data, open_data(cfg.val, cfg.loader if len(kinds) == 1 else "auto", knob="--val", **how)
 
 
 def open_data(
@@ -69,11 +77,10 @@ def open_data(
     The format picks the reader; `loader` overrides. `placement`: of a pack, see data/pack/read.py. `labelled`:
     of a folder, see data/folder.py. Raises UsageError, naming `knob`, for what is no known format.
     """
-    named, path = f"{knob} {path}", Path(path)
+    named, path = f"{knob} {path}", Path(os.path.expanduser(path))
     if loader == "dali":
-        return _through_dali(
-            open_data(path, knob=knob, placement=placement, labelled=labelled), named
-        )
+        opened = open_data(path, knob=knob, placement=placement, labelled=labelled)
+        return _through_dali(opened, named)
     if str(path).split(":")[0] == "synthetic":
         return _synthetic(str(path), knob)
     if not path.exists():
@@ -84,9 +91,7 @@ def open_data(
     if kind in ("beton", "ffcv") and path.is_file():  # whatever its suffix
         return Beton(path) if kind == "beton" else _referee("ffcv", "beton.ffcv").FfcvBeton(path)
     if kind in FORMATS and FORMATS[kind].holds(path):
-        if kind == "folder":
-            return _folder(path, labelled)
-        return Pack(path, placement) if kind == "pack" else FORMATS[kind].open(path)
+        return FORMATS[kind].open(path, placement, labelled)
     if path.suffix in ARCHIVES:
         way = f"fastrot convert --source {ARCHIVES[path.suffix]} --root {path}"
         raise UsageError(f"{named} is an archive: prepare its pictures first, by {way}")
@@ -101,7 +106,7 @@ def _synthetic(name: str, knob: str) -> Data:
     return Synthetic(int(count))
 
 
-def _folder(path: Path, labelled: bool = False) -> Data:
+def _folder(path: Path, _: Placement, labelled: bool) -> Data:
     if next(path.glob("*.tar"), None) and not any(each.is_dir() for each in path.iterdir()):
         way = f"fastrot shards --source webdataset --root {path} writes shards that have one"
         raise UsageError(f"{path} holds tars without an index of ours: {way}")
@@ -127,9 +132,9 @@ CHOICES = (
 )
 ARCHIVES = {".tar": "tar", ".zip": "zip", ".parquet": "parquet"}  # sources, by their suffixes
 FORMATS = {  # by the word of --loader, in the order in which a path is tried
-    "beton": Format(_holds_beton, Beton),
-    "pack": Format(_holds_pack, Pack),
-    "tars": Format(lambda path: (path / "shards.json").exists(), Tars),
+    "beton": Format(_holds_beton, lambda path, *_: Beton(path)),
+    "pack": Format(_holds_pack, lambda path, placement, _: Pack(path, placement)),
+    "tars": Format(lambda path: (path / "shards.json").exists(), lambda path, *_: Tars(path)),
     "folder": Format(Path.is_dir, _folder),
 }
 
@@ -196,16 +201,18 @@ def data_info(
     """What the method may know, from the training loader. Refuses data that the method cannot learn from."""
     data = loader.data
     val = data if val_loader is None else val_loader.data
-    if wants_labels(cfg):
+    if METHODS[type(cfg.method)].wants_labels:
         for knob, each in (("--data", data), ("--val", val)):
             if missing := int((each.labels < 0).sum()):
                 few = f"{missing} of {each.rows} pictures of {knob} have none"
                 way = "prepare them with --label-from folder, or choose rotnet-alexnet"
                 raise UsageError(f"{cfg.preset} learns from labels, but {few}: {way}")
         if val.classes != data.classes:
-            only = sorted({*val.classes} ^ {*data.classes})[:3]
-            told = f"({len(val.classes)} and {len(data.classes)}; not in both: {', '.join(only)})"
-            way = "both need the same class folders, with a picture in each"
+            told, way = "the same names in another order", "prepare both from the same list"
+            if only := sorted({*val.classes} ^ {*data.classes}):
+                told = f"not in both: {', '.join(only[:3])}{', ...' if only[3:] else ''}"
+                way = "both need the same class folders, with a picture in each"
+            told = f"({len(val.classes)} and {len(data.classes)}; {told})"
             raise UsageError(f"--val has other classes than --data {told}: {way}")
     return DataInfo(
         images=loader.images,

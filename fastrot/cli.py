@@ -1,8 +1,8 @@
 """Words of a command line into a dataclass of options, by tyro; what its help says of each knob."""
 
-import contextlib
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from fastrot import entry, paths
 
 if TYPE_CHECKING:  # each parser imports tyro: a sentence says where it is missing
-    from tyro.constructors import ConstructorRegistry
+    from tyro import constructors
 
 T = TypeVar("T")
 
@@ -35,56 +35,53 @@ def choose(what: str, known: Collection[str], got: str) -> str:
     return f"{what} {got!r}: {way}"
 
 
-def rules() -> "ConstructorRegistry":
+def rules() -> "constructors.ConstructorRegistry":
     """As tyro's own, but a knob that may be None reads `--knob INT`; its comment says what None means.
 
     `--knob None` takes back what a preset or a config.yaml set.
     """
-    import tyro
-    from tyro.constructors import (
-        ConstructorRegistry,
-        PrimitiveConstructorSpec,
-        PrimitiveTypeInfo,
-        StructConstructorSpec,
-        StructTypeInfo,
+    from tyro import constructors
+
+    ours = constructors.ConstructorRegistry()
+    ours.primitive_rule(_optional)
+    ours.struct_rule(functools.partial(_options, asked=[]))
+    return ours
+
+
+def _optional(info: "constructors.PrimitiveTypeInfo") -> Any:
+    from tyro import constructors
+
+    kinds = typing.get_args(info.type)
+    if len(kinds) != 2 or kinds[1] is not type(None):
+        return None
+    inner = constructors.PrimitiveTypeInfo.make(kinds[0], info.markers)
+    spec: Any = constructors.ConstructorRegistry.get_primitive_spec(inner)
+    return dataclasses.replace(
+        spec,
+        instance_from_str=lambda w: None if w == ["None"] else spec.instance_from_str(w),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
     )
 
-    ours = ConstructorRegistry()
-    asked: list[StructTypeInfo] = []  # of tyro's own rules, which stand behind ours
 
-    @ours.primitive_rule
-    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        kinds = typing.get_args(info.type)
-        if len(kinds) != 2 or kinds[1] is not type(None):
-            return None
-        spec: Any = ConstructorRegistry.get_primitive_spec(
-            PrimitiveTypeInfo.make(kinds[0], info.markers)
-        )
-        return dataclasses.replace(
-            spec,
-            instance_from_str=lambda w: None if w == ["None"] else spec.instance_from_str(w),
-            is_instance=lambda value: value is None or spec.is_instance(value),
-            str_from_instance=lambda v: ["None"] if v is None else spec.str_from_instance(v),
-        )
+def _options(info: "constructors.StructTypeInfo", asked: list[Any]) -> Any:
+    """`asked`: not empty while tyro's own rules are asked, which stand behind ours."""
+    import tyro
 
-    @ours.struct_rule
-    def options(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if asked or not dataclasses.is_dataclass(info.type):
-            return None
-        asked.append(info)
-        with contextlib.ExitStack() as stack:
-            stack.callback(asked.clear)
-            spec: Any = ConstructorRegistry.get_struct_spec(info)
-        named = {field.name: field.metadata for field in dataclasses.fields(info.type)}
-        fields = []
-        for field in spec.fields:
-            kind, metavar = field.type, named[field.name].get("first")
-            hint = "" if field.default is None else None
-            if metavar or hint is not None:
-                kind = Annotated[kind, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
-            if metavar:
-                kind = tyro.conf.Positional[kind]
-            fields.append(dataclasses.replace(field, type=kind))
-        return dataclasses.replace(spec, fields=tuple(fields))
-
-    return ours
+    if asked or not dataclasses.is_dataclass(info.type):
+        return None
+    asked.append(info)
+    try:
+        spec: Any = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+    finally:
+        asked.clear()
+    named = {field.name: field.metadata for field in dataclasses.fields(info.type)}
+    fields = []
+    for field in spec.fields:
+        kind, metavar = field.type, named[field.name].get("first")
+        how = {"metavar": metavar} | ({"help_behavior_hint": ""} if field.default is None else {})
+        kind = Annotated[kind, tyro.conf.arg(**how)]
+        if metavar:
+            kind = tyro.conf.Positional[kind]
+        fields.append(dataclasses.replace(field, type=kind))
+    return dataclasses.replace(spec, fields=tuple(fields))

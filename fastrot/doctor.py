@@ -10,7 +10,7 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 import dataclasses
 import json
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from fastrot import cli, config, entry
 from fastrot.config import Config, LoaderName, Precision, UsageError
@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     device = choose_device(cfg.device, place())
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
-    how: dict[str, Any] = {"labelled": assemble.wants_labels(cfg)}
-    data = assemble.open_data(cfg.data or "", cfg.loader, **how)
-    val = None if cfg.val is None else assemble.open_data(cfg.val, knob="--val", **how)
+    data, val = assemble.data_of(cfg)
     with Console(stderr=True).status("opening", spinner="line") as status:  # on a terminal alone
         found = probe.measure(cfg, data, val, device, wanted.seconds, status.update)
     subject = bounds.subject_of(cfg, data, device)

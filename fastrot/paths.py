@@ -24,25 +24,29 @@ def words(argv: list[str] | None = None) -> list[str]:
 def typed_in(run: Path) -> str | None:
     """The folder in which a run's last command was typed, to which its paths are relative; None: it is not known."""
     try:
-        return json.loads((run / "environment.json").read_text(encoding="utf-8")).get("folder")
-    except (OSError, ValueError):
+        folder = json.loads((run / "environment.json").read_text(encoding="utf-8"))["folder"]
+    except (OSError, ValueError, LookupError, TypeError):  # TypeError: it holds no object
         return None
+    return folder if isinstance(folder, str) else None
 
 
-def seen_from_here(path: str, folder: str | None, knob: str | None = None) -> str:
+def seen_from_here(path: str, folder: str | None, knob: str) -> str:
     """A path of a run's config, typed in `folder`: as it is, or where only that leads to a file, from there.
 
-    With a `knob` raises UsageError where neither does.
+    Raises UsageError where they lead to two files, and where data leads to none.
     """
     path = os.path.expanduser(path)
-    there = os.path.join(folder or "", path)
-    known = there in (path, os.path.join(os.getcwd(), path))
-    if known or os.path.exists(path) or path.partition(":")[0] == "synthetic":
+    if path.partition(":")[0] == "synthetic":
         return path
-    if knob is not None and not os.path.exists(there):
+    here, there = os.path.abspath(path), os.path.abspath(os.path.join(folder or "", path))
+    found = [each for each in (here, there) if os.path.exists(each)]
+    if len(found) == 2 and not os.path.samefile(*found):
+        way = f"say which is meant, by {knob} {there} or {knob} {here}"
+        raise UsageError(f"the run's {knob} {path} is here and where its command was typed: {way}")
+    if knob in ("--data", "--val") and not found and here != there:
         told = f"the run's {knob} {path} is neither in {os.getcwd()} nor in {folder}"
         raise UsageError(f"{told}, where its command was typed: say where it is, by {knob}")
-    return there if os.path.exists(there) else path
+    return there if found == [there] else path
 
 
 def same_file(typed: str, folder: str | None, now: str) -> bool:

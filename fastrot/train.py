@@ -16,6 +16,8 @@ from fastrot import cli, config, entry, paths
 from fastrot.config import Config, UsageError
 from fastrot.presets import PRESETS
 
+PATHS = ("data", "val", "start_from", "pu_table")  # knobs of a run or its method that name files
+
 
 def main(argv: list[str] | None = None) -> int:
     cfg = command_line(paths.words(argv))
@@ -44,9 +46,10 @@ def command_line(argv: list[str]) -> Config:
             if rest and rest[0] in PRESETS:
                 way = f"leave {rest[0]!r} out"
                 raise UsageError(f"--config {file} takes the place of the preset: {way}")
-            own = {"default": read_config(file), "config": (tyro.conf.AvoidSubcommands,)}
+            before = read_config(file)
+            own = {"default": before, "config": (tyro.conf.AvoidSubcommands,)}
             cfg = cli.parse(Config, rest, "fastrot train --config FILE", **own)
-            return reached(cfg, paths.typed_in(file.parent))
+            return reached(cfg, before, paths.typed_in(file.parent))
         given = argv[0] if argv else "-"
         if given.startswith("-") and given not in ("-h", "--help"):
             known = ", ".join(PRESETS)
@@ -74,20 +77,20 @@ def read_config(path: Path) -> Config:
     return dataclasses.replace(cfg, out=str(path.parent)) if own else cfg
 
 
-def reached(cfg: Config, folder: str | None) -> Config:
-    """The config of a run whose command was typed in `folder`, with paths that lead to its files from here.
+def reached(cfg: Config, before: Config, folder: str | None) -> Config:
+    """The config with the paths that it has from a run `before`, typed in `folder`, leading to its files from here.
 
-    Raises UsageError where data leads nowhere; other weights and tables are asked for when they are read.
+    What is typed now is meant as it is. Raises UsageError where data leads nowhere, or a path to two files.
     """
 
-    def seen(knobs: Any, name: str, knob: str | None = None) -> dict[str, str]:
-        path = getattr(knobs, name, None)
-        return {name: paths.seen_from_here(path, folder, knob)} if path else {}
+    def seen(part: Any, old: Any, at: str = "") -> dict[str, str]:
+        found = {name: getattr(part, name, None) for name in PATHS}
+        found = {n: path for n, path in found.items() if path and path == getattr(old, n, None)}
+        return {n: paths.seen_from_here(p, folder, config.knob(at + n)) for n, p in found.items()}
 
-    method = dataclasses.replace(cfg.method, **seen(cfg.method, "pu_table"))
-    data = seen(cfg, "data", "--data") | seen(cfg, "val", "--val")
+    method = dataclasses.replace(cfg.method, **seen(cfg.method, before.method, "method."))
     out = cfg.out and os.path.expanduser(cfg.out)
-    return dataclasses.replace(cfg, out=out, method=method, **data, **seen(cfg, "start_from"))
+    return dataclasses.replace(cfg, out=out, method=method, **seen(cfg, before))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import yaml
 from test_run import go
 
+from fastrot import train
 from fastrot.config import Schedule, UsageError
 from fastrot.training import budget, checkpoint
 from fastrot.training.optim import LRSchedule
@@ -71,10 +72,27 @@ def test_a_budget_and_the_epochs_that_it_came_to_are_the_same_length(
     epochs = saved(tmp_path)["run_identity"]["epochs"]
     batches = len(np.load(tmp_path / "rows-train.npy")) // 4
     assert epochs == int(2 / (0.1 * batches + 0.1))
+    monkeypatch.setattr(
+        budget, "_seconds_each", lambda *_: 0.05
+    )  # measured anew it would be longer
     go(pictures, tmp_path, "--epochs", str(epochs), "--max-steps", "2")
-    monkeypatch.setattr(budget, "_seconds_each", lambda *_: 0.05)
-    with pytest.raises(UsageError, match=f"in a run of {2 * epochs} epoch.*--extend"):
-        go(pictures, tmp_path, "--schedule.steps", "None", "--budget", "2s", "--max-steps", "3")
+    train.main(["--config", str(tmp_path / "config.yaml"), "--max-steps", "3"])
+    for steps in ("4", "5"):
+        go(pictures, tmp_path, "--schedule.steps", "None", "--budget", "2s", "--max-steps", steps)
+    identity = saved(tmp_path)["run_identity"]
+    assert (identity["epochs"], identity["budget"], saved(tmp_path)["step"]) == (epochs, "2s", 5)
+    with pytest.raises(UsageError, match=r"in a run of .*--extend"):
+        go(pictures, tmp_path, "--schedule.steps", "None", "--budget", "3s", "--max-steps", "6")
+
+
+def test_a_budget_whose_epochs_were_changed_is_measured_anew(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_seconds_each", lambda *_: 0.1)
+    rate = ["--schedule.kind", "constant", "--schedule.steps", "None"]
+    go(pictures, tmp_path, *rate, "--budget", "2s", "--max-steps", "1")
+    first = saved(tmp_path)["run_identity"]["epochs"]
+    go(pictures, tmp_path, *rate, "--epochs", str(first + 2), "--max-steps", "2")
+    go(pictures, tmp_path, *rate, "--budget", "2s", "--max-steps", "3")
+    assert saved(tmp_path)["run_identity"]["epochs"] == first
 
 
 PAPER = {"table": ((10, 0.1), (20, 0.01)), "epochs": 20}

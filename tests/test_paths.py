@@ -1,13 +1,17 @@
 """Paths as people type them, a run's from another folder, and a start that fails: it leaves nothing."""
 
+import errno
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from test_run import TINY, go
 
+import fastrot
 from fastrot import entry, evaluate, paths, train
 from fastrot.config import RunError, UsageError
 from fastrot.evals import rotation
@@ -70,10 +74,38 @@ def test_a_config_written_by_hand_may_name_the_home_folder(tmp_path, monkeypatch
     assert (cfg.data, cfg.out) == ("/home/me/pictures", "/home/me/runs/x")
 
 
-def test_todays_folder_goes_before_the_one_of_then(moved, tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
+def test_data_that_is_in_both_folders_is_asked_about(moved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.command_line(["--config", str(moved / "runs/x/config.yaml")]).data == "pictures"
+    replay, here, there = ["--config", str(moved / "runs/x/config.yaml")], tmp_path, moved
+    (here / "pictures").mkdir()
+    both = f"by --data {there / 'pictures'} or --data {here / 'pictures'}"
+    with pytest.raises(UsageError, match=re.escape(both)):
+        train.command_line(replay)
+    for folder in (here, there):
+        named = ["--data", str(folder / "pictures")]
+        assert train.command_line([*replay, *named]).data == named[1]
+    (here / "pictures").rmdir()
+    (here / "pictures").symlink_to(there / "pictures")
+    assert train.command_line(replay).data == "pictures"  # the same
+
+
+def test_what_is_typed_at_a_replay_is_meant_from_here(moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    replay = ["--config", str(moved / "runs/x/config.yaml"), "--data", "runs"]
+    assert train.command_line(replay).data == "runs"  # which is there too
+    (tmp_path / "runs").mkdir()
+    assert train.command_line(replay).data == "runs"
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '{"folder": 3}', "{}", '"folder"', "{"])
+def test_an_environment_that_does_not_tell_the_folder(tmp_path, text):
+    (tmp_path / "environment.json").write_text(text)
+    assert paths.typed_in(tmp_path) is None
+
+
+def test_data_in_the_home_folder_opens_in_a_notebook(tmp_path, monkeypatch, pictures):
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    assert fastrot.open_data(f"~/{pictures.name}").rows == 37
 
 
 def test_data_that_is_in_neither_folder_is_named_with_both(moved, tmp_path, monkeypatch):
@@ -127,6 +159,54 @@ def test_a_start_that_failed_leaves_nothing(pictures, tmp_path, args):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("folds", [(), ("--folds", "2")])
+def test_a_folder_that_cannot_be_made_leaves_no_parent_of_it(
+    pictures, tmp_path, monkeypatch, folds
+):
+    make, name = Path.mkdir, "fold1" if folds else "x" * 300
+
+    def failing(path, *mode, **how):
+        if path.name == "fold1":
+            raise OSError(errno.EACCES, "Permission denied")
+        make(path, *mode, **how)
+
+    monkeypatch.setattr(Path, "mkdir", failing)
+    out = tmp_path / "new" if folds else tmp_path / "new" / name
+    with pytest.raises(UsageError, match=f"{name} cannot be made"):
+        go(pictures, out, *folds)
+    assert list(tmp_path.iterdir()) == []
+
+
+ERRORS = {"_built": (KeyboardInterrupt, RuntimeError), "Journal": (ImportError, ValueError)}
+
+
+@pytest.mark.parametrize(("part", "error"), [(k, e) for k, v in ERRORS.items() for e in v])
+def test_a_start_that_failed_by_anything_leaves_nothing(
+    pictures, tmp_path, monkeypatch, part, error
+):
+    def failing(*_, **__):
+        raise error("enough")
+
+    monkeypatch.setattr(session, part, failing)
+    with pytest.raises(error, match="enough"):
+        go(pictures, tmp_path / "runs" / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_start_is_never_taken_away(pictures, tmp_path, monkeypatch):
+    """Where the file system has no locks."""
+
+    def failing(cfg, folder, *_):
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "last.pt").touch()
+        raise RunError("enough")
+
+    monkeypatch.setattr(session, "_built", failing)
+    with pytest.raises(RunError, match="enough"):
+        go(pictures, tmp_path / "x")
+    assert (tmp_path / "x" / "checkpoints" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_run_that_failed_in_its_first_step_leaves_nothing_and_later_what_it_has(
     pictures, tmp_path, monkeypatch, step
@@ -163,15 +243,13 @@ def test_folders_that_were_there_stay(pictures, tmp_path, monkeypatch):
 
 
 def test_what_is_there_before_the_lock_is_taken_is_anothers(pictures, tmp_path, monkeypatch):
-    made = session._made
+    make = session._make
 
-    def late(run):
-        try:
-            return made(run)
-        finally:
-            (run / "log.txt").touch()
+    def late(run, made):
+        make(run, made)
+        (run / "log.txt").touch()
 
-    monkeypatch.setattr(session, "_made", late)
+    monkeypatch.setattr(session, "_make", late)
     status = entry.status(
         lambda: train.main([*TINY, "--data", "no/such", "--out", str(tmp_path / "x")])
     )

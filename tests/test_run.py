@@ -22,9 +22,10 @@ from fastrot.core import View
 from fastrot.data import crops
 from fastrot.data.beton.read import Beton
 from fastrot.data.beton.write import BetonOptions
+from fastrot.data.loader import Loader
 from fastrot.data.prepare.convert import convert
 from fastrot.presets import PRESETS
-from fastrot.training import budget, checkpoint, loop, resume, session
+from fastrot.training import budget, checkpoint, loop, resume
 from fastrot.training.device import choose_threads
 from fastrot.training.state import Progress
 
@@ -405,18 +406,33 @@ def test_supervised_takes_what_has_a_label(pictures, tmp_path):
     assert saved["run_identity"]["images"] == 37
 
 
-def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        (("kind0", "kind1"), r"\(2 and 3; not in both: class0, class1, class2, ...\): both need"),
+        (("class0", "class1"), r"\(2 and 3; not in both: class2\): both need"),
+    ],
+)
+def test_supervised_refuses_labels_of_another_kind_in_val(pictures, tmp_path, kinds, says):
     other = tmp_path / "other"
     for i, path in enumerate(sorted(pictures.rglob("*.jpg"))):
-        (other / f"kind{i % 2}").mkdir(parents=True, exist_ok=True)
-        (other / f"kind{i % 2}" / f"{i}.jpg").write_bytes(path.read_bytes())
+        (other / kinds[i % 2]).mkdir(parents=True, exist_ok=True)
+        (other / kinds[i % 2] / f"{i}.jpg").write_bytes(path.read_bytes())
     args = ["supervised-alexnet", "--image-size", "64", "--enlarge", "--batch", "4"]
     args += ["--data", str(pictures), "--val", str(other), "--out", str(tmp_path / "run")]
-    with pytest.raises(
-        UsageError,
-        match=r"--val has other classes than --data \(2 and 3; not in both: class0, class1, class2\)",
-    ):
+    with pytest.raises(UsageError, match=f"--val has other classes than --data {says}"):
         train.main([*args, "--device", "cpu"])
+
+
+def test_classes_in_another_order_are_other_classes(pictures):
+    cfg = PRESETS["supervised-alexnet"]()
+    data, val = (assemble.open_data(pictures) for _ in "ab")
+    val.classes = data.classes[::-1]
+    view = assemble.evaluation_view(cfg)
+    pair = [Loader(x, view, batch=4, workers=0, enlarge=True) for x in (data, val)]
+    says = r"\(3 and 3; the same names in another order\): prepare both from the same list"
+    with pytest.raises(UsageError, match=says):
+        assemble.data_info(cfg, *pair, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
@@ -517,9 +533,9 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     """Folders of shards and of pictures have no suffix to tell them apart."""
     asked = []
 
-    def opened(path, loader="auto", *, placement="auto", **_):
-        asked.append((loader, placement))
-        raise RunError("enough")
+    def opened(path, loader="auto", *, knob="--data", placement="auto", **_):
+        asked.append((knob, loader, placement))
+        return data
 
     for name in ("shards", "pictures", "more"):
         (tmp_path / name).mkdir()
@@ -529,10 +545,9 @@ def test_val_of_another_format_is_opened_by_its_own_loader(pictures, tmp_path, m
     monkeypatch.setattr(assemble, "open_data", opened)
     for val in ("pictures", "more"):
         named = {"data": str(tmp_path / "shards"), "val": str(tmp_path / val), "loader": "tars"}
-        cfg = dataclasses.replace(PRESETS["demo"](), placement="pinned", **named)
-        with pytest.raises(RunError):
-            session._loaders(cfg, data, tmp_path, None, torch.device("cpu"))
-    assert asked == [("auto", "pinned"), ("tars", "pinned")]
+        assemble.data_of(dataclasses.replace(PRESETS["demo"](), placement="pinned", **named))
+    first = ("--data", "tars", "pinned")
+    assert asked == [first, ("--val", "auto", "pinned"), first, ("--val", "tars", "pinned")]
 
 
 @pytest.mark.parametrize("val", ["same", "other"])

@@ -23,7 +23,7 @@ FULL = (  # what says so without torch's class for it: a CPU's allocator, the dr
 )
 
 
-def is_full(error: Exception) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether the error says that a device's memory is full. cuDNN's words have other causes too, rarely."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
 

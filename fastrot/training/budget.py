@@ -34,16 +34,19 @@ def schedule_of(cfg: Config, epochs: int, batches: int) -> LRSchedule:
 
 def set_length(s: Session) -> list[str]:
     """The run's length, told to its method; with --budget it is measured here. What is to be said of it."""
-    said, asked, state = _by_budget(s) if s.cfg.budget else [], set[int](), s.state
-    schedule, saved = state.schedule, s.saved or {}
+    saved, asked, state = s.saved or {}, set[int](), s.state
+    before = saved.get("run_identity", {})
+    first = before.get("budget") or saved.get("config", {}).get("budget")
+    said = _by_budget(s, first) if s.cfg.budget else []
+    schedule = state.schedule
 
     def begins(published: int) -> int:
         asked.add(published)
         return schedule.begins(published)
 
     state.method.set_schedule(schedule.epochs, begins)
-    before = saved.get("run_identity", {})
     s.identity |= {"epochs": schedule.epochs, "steps": schedule.steps}
+    s.identity["budget"] = s.cfg.budget or first  # a replay names the epochs that it came to
     s.identity["extended"] = list(before.get("extended", ()))
     if s.saved is None:
         return said
@@ -62,6 +65,7 @@ def _other_length(s: Session, was: LRSchedule, asked: set[int]) -> list[str]:
     if now.steps < done:
         told = f"{run} has done {done} steps, and would end at step {now.steps}"
         raise UsageError(f"{told}: give it {_length(was)} as before or more, or use --out NEW")
+    s.identity["budget"] = s.cfg.budget
     if _same_so_far(was, now, asked, done):
         return [f"{_length(was)} became {_length(now)}: the {done} steps done are the same in both"]
     if not s.cfg.extend:
@@ -77,19 +81,22 @@ def _other_length(s: Session, was: LRSchedule, asked: set[int]) -> list[str]:
 
 def _same_so_far(was: LRSchedule, now: LRSchedule, asked: set[int], done: int) -> bool:
     """Whether so many steps have the same rates in both, and see the asked epochs of the paper begin at the same step."""
-    begins = ([min(each.begins(e) * each.batches, done) for e in asked] for each in (was, now))
-    return all(was(k) == now(k) for k in range(done)) and next(begins) == next(begins)
+
+    def begun(each: LRSchedule) -> list[int]:
+        return [min(each.begins(e) * each.batches, done) for e in asked]
+
+    return all(was(k) == now(k) for k in range(done)) and begun(was) == begun(now)
 
 
 def _length(schedule: LRSchedule) -> str:
     return f"{schedule.epochs} epoch(s) ({schedule.steps} steps)"
 
 
-def _by_budget(s: Session) -> list[str]:
-    """Measure, choose the epochs, say so. A resumed run keeps those first chosen for the same budget."""
+def _by_budget(s: Session, first: str | None) -> list[str]:
+    """Measure, choose the epochs, say so. A resumed run keeps those chosen for its `first` budget where this is the same."""
     cfg, state, batches = s.cfg, s.state, len(s.loader)
     assert cfg.budget is not None
-    if s.saved is not None and s.saved["config"].get("budget") == cfg.budget:
+    if s.saved is not None and first == cfg.budget:
         state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
     seconds, epoch = seconds_of(cfg.budget), _epoch_seconds(s)

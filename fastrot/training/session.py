@@ -15,7 +15,7 @@ import yaml
 
 from fastrot import assemble, config, dist, machine
 from fastrot.arrays import Numbers
-from fastrot.config import Config, RunError, UsageError
+from fastrot.config import Config, UsageError
 from fastrot.core import DTYPES, Batch, Data
 from fastrot.data.keys import fold_of, held_out
 from fastrot.data.loader import Loader
@@ -39,14 +39,15 @@ def train(cfg: Config) -> int:
     Raises Preempted when a warning signal reached a rank and all is saved.
     """
     cfg, device = choose(resume.with_trunk(cfg))
-    runs = runs_of(cfg)
-    made = {path for folder, _ in runs for path in _made(folder)}
+    runs, made = runs_of(cfg), set[Path]()
     try:
+        for folder, _ in runs:
+            _make(folder, made)
         with contextlib.closing(PreemptionSignal()) as preemption, dist.joined(device):
             made.update(*dist.everyones(made))
             for folder, each in runs:
                 _train_one(each, folder, device, preemption, fresh=folder in made)
-    except (UsageError, RunError, OSError):
+    except BaseException:
         for path in sorted(made, reverse=True):
             with contextlib.suppress(OSError):
                 path.rmdir()  # what holds nothing: see _train_one
@@ -68,31 +69,30 @@ def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
     return [(path, dataclasses.replace(cfg, fold=fold, out=str(path))) for path, fold in each]
 
 
-def _made(run: Path) -> list[Path]:
-    """Make the run's folder, which must be one that can be written; those that were made for it."""
-    made = [path for path in (run, *run.parents) if not path.exists()]
+def _make(run: Path, made: set[Path]) -> None:
+    """Make the run's folder, which must be one that can be written; `made` gets it and its parents that were not there."""
+    made.update(path for path in (run, *run.parents) if not os.path.exists(path))
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {run} cannot be made ({error.strerror}): name another") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise UsageError(f"--out {run} cannot be written: name a folder of your own")
-    return made
 
 
 def _train_one(
     cfg: Config, folder: Path, device: torch.device, preemption: PreemptionSignal, *, fresh: bool
 ) -> None:
-    """`fresh`: this start made the folder, and where it fails before the first step takes away what is in it."""
+    """`fresh`: this start made the folder, and where it fails before the first step takes away what is in it; no checkpoint."""
     preemption.alive(steps=False)  # of this fold
     refusal = f"another run writes into {folder}: wait for it, end it, or use --out NEW"
     with locked(folder, refusal) if dist.rank() == 0 else contextlib.nullcontext():
         begun, s = time.perf_counter(), None
         fresh = fresh and dist.rank() == 0 and os.listdir(folder) == ["lock"]
-        dist.barrier()  # all meet here: nobody writes while they read the checkpoint
-        saved = resume.last_checkpoint(folder)
-        resume.check_settings(saved, cfg, folder)
         try:
+            dist.barrier()  # all meet here: nobody writes while they read the checkpoint
+            saved = resume.last_checkpoint(folder)
+            resume.check_settings(saved, cfg, folder)
             s = _built(cfg, folder, saved, begun, device)
             said = _begun_or_resumed(s)
             at = {"step": s.state.step, "validated_step": s.state.validated_step, "steps": s.end}
@@ -101,8 +101,8 @@ def _train_one(
                 _write_setting(s)
                 journal.say(*report.greeting(s), *said)
                 _trained(s, journal, preemption)
-        except (UsageError, RuntimeError, OSError) as error:
-            if fresh and (s is None or s.state.step == 0):
+        except BaseException as error:
+            if fresh and not (s and s.state.step) and not checkpoint.of_run(folder).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             if not memory.is_full(error):
                 raise
@@ -115,15 +115,14 @@ def _built(
     cfg: Config, folder: Path, saved: dict[str, Any] | None, begun: float, device: torch.device
 ) -> Session:
     """The parts of a run; refused where they are not those that were saved."""
-    opened: dict[str, Any] = {"placement": cfg.placement, "labelled": assemble.wants_labels(cfg)}
-    data = assemble.open_data(cfg.data or "", cfg.loader, **opened)
+    data, val = assemble.data_of(cfg)
     if cfg.statistics == "data":
         if data.mean is None or data.std is None:
             raise UsageError(
                 f"--statistics data, but {cfg.data} carries none: use --statistics preset"
             )
         cfg = dataclasses.replace(cfg, mean=tuple(data.mean), std=tuple(data.std))
-    loader, val_loader = _loaders(cfg, data, folder, saved, device)
+    loader, val_loader = _loaders(cfg, data, val, folder, saved, device)
     if saved is not None:
         resume.check_pictures(saved["run_identity"], cfg, loader, folder)
     info = assemble.data_info(cfg, loader, val_loader, device, DTYPES[cfg.precision])
@@ -181,23 +180,13 @@ def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None
 
 
 def _loaders(
-    cfg: Config, data: Data, run: Path, saved: dict[str, Any] | None, device: torch.device
+    cfg: Config, data: Data, val: Data | None, run: Path, saved: dict[str, Any] | None, device: Any
 ) -> tuple[Loader, Loader | None]:
     """The training loader, and what the run is judged on: --val, or the pictures set aside."""
     here = dist.place()
     how = {name: getattr(cfg, name) for name in ("batch", "seed", "enlarge", "on_bad_record")}
     how |= {"rank": here.rank, "world": here.world, "device": device}
     how["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
-    val_data = None if cfg.hold_out == 0 else data
-    if cfg.val is not None:
-        paths = Path(cfg.data or ""), Path(cfg.val)
-        kinds = {(path.suffix, assemble.format_of(path)) for path in paths}
-        reader = cfg.loader if len(kinds) == 1 else "auto"
-        opened: dict[str, Any] = {
-            "placement": cfg.placement,
-            "labelled": assemble.wants_labels(cfg),
-        }
-        val_data = assemble.open_data(cfg.val, reader, knob="--val", **opened)
     files = {}
     for name, rows in _chosen(cfg, data.keys).items():
         path = files[name] = run / f"rows-{name}.npy"
@@ -210,9 +199,9 @@ def _loaders(
             _save_rows(path, rows)
     dist.barrier()
     loader = Loader(data, assemble.training_view(cfg, files.get("train")), **how)
-    if val_data is None:
+    if val is None and cfg.hold_out == 0:
         return loader, None
-    return loader, Loader(val_data, assemble.evaluation_view(cfg, files.get("val")), **how)
+    return loader, Loader(val or data, assemble.evaluation_view(cfg, files.get("val")), **how)
 
 
 def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
