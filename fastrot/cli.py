@@ -79,8 +79,8 @@ def _options(info: "constructors.StructTypeInfo", asked: list[Any]) -> Any:
     fields = []
     for field in spec.fields:
         kind, metavar = field.type, named[field.name].get("first")
-        how = {"metavar": metavar} | ({"help_behavior_hint": ""} if field.default is None else {})
-        kind = Annotated[kind, tyro.conf.arg(**how)]
+        hint = "" if field.default is None else None
+        kind = Annotated[kind, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
         if metavar:
             kind = tyro.conf.Positional[kind]
         fields.append(dataclasses.replace(field, type=kind))
