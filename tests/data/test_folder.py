@@ -112,7 +112,7 @@ def test_what_is_left_out_and_gone_through_is_said(pictures, tmp_path, caplog):
     assert data.classes == ("class0", "class1", "class2", "dark")
     assert caplog.messages == [
         f"{tmp_path / 'root'}: went through data/; 1 folder without pictures makes no class: notes; no picture "
-        "could be taken of 1 class: dark; 4 left out: 2 in @eaDir, 1 Thumbs.db, 1 .txt; 1 of 42 files cannot be "
+        "is of 1 class: dark; 4 left out: 2 in @eaDir, 1 Thumbs.db, 1 .txt; 1 of 42 files cannot be "
         "used ('dark/x.jpg': its first bytes are no picture's)"
     ]
 

@@ -102,7 +102,7 @@ def classes_without(account: dict[str, Any]) -> Iterator[str]:
         return
     counts, names = account.get("class_counts", []), account.get("classes", [])
     if none := [name for name, count in zip(names, counts, strict=False) if not count]:
-        yield f"no picture could be taken of {counted(len(none), 'class', 'es')}: {some(none, 5)}"
+        yield f"no picture is of {counted(len(none), 'class', 'es')}: {some(none, 5)}"
 
 
 def left_out_words(account: dict[str, Any]) -> str:
