@@ -470,6 +470,8 @@ def test_ctrl_c_and_kill_leave_whole_parts(pictures, tmp_path):
     program = (
         "import signal, sys, time; from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell's & has them ignore
+        "if __name__ == '__mp_main__':\n"  # a worker that begins: Ctrl-C would end it with a traceback
+        "    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
         "from fastrot import entry; from fastrot.data.beton import write; from fastrot.data.prepare import convert, parts\n"
         "made = parts.Part.make\n"
         "def slow(*args):\n"  # in naps: a signal in the moment before a sleep begins does not end it

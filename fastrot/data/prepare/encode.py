@@ -197,7 +197,8 @@ def spread(task: Callable, items: Iterable, workers: int) -> Generator[Any, None
     pool = ProcessPoolExecutor(workers, spawn, _begin_worker, (stop,))
     try:
         for item in items:
-            waiting.append(pool.submit(task, item))
+            with entry.warnings_held_back():  # Ctrl-C would end a worker that begins
+                waiting.append(pool.submit(task, item))
             if len(waiting) == AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -215,6 +216,7 @@ def _begin_worker(stop: Any) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, entry.WARNINGS)
     threading.Thread(target=entry.end_with_parent, daemon=True).start()
     import cv2
 
