@@ -1,6 +1,7 @@
 """Shared by all tests: kernels run in Triton's interpreter where there is no GPU; nothing is downloaded."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a process
 import pytest
 from PIL import Image
 from truth import photo
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # which a shell's & has its commands ignore
 
 if sys.version_info < (3, 11):
     # Triton wants kernels bare: they are marked no_type_check, which the last jaxtyping for Python 3.10 does not look at
