@@ -757,10 +757,10 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence(pictures, small_disk,
 
     def start():
         return subprocess.run(
-            [*args, "--out", str(out)], capture_output=True, text=True, timeout=120, env=env
+            [*args, "--out", str(out)], capture_output=True, text=True, timeout=600, env=env
         )
 
-    begun = subprocess.run([*args, "--out", str(out), "--max-steps", "7"], env=env, timeout=120)
+    begun = subprocess.run([*args, "--out", str(out), "--max-steps", "7"], env=env, timeout=600)
     assert begun.returncode == 0
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):

@@ -128,7 +128,7 @@ def asked_of(copy: Path, tmp_path: Path, part: str) -> list[tuple[int, list[str]
     (tools / "timeout").chmod(0o755)
     env = ENV | {"COMMIT": "abc", "DIRTY": "1", "PATH": f"{tools}:{ENV['PATH']}"}
     script = ["sh", str(copy / "benchmarks" / "gpu.sh"), "true", str(tmp_path), "cuda", part]
-    subprocess.run(script, env=env, check=True, capture_output=True, timeout=60)
+    subprocess.run(script, env=env, check=True, capture_output=True, timeout=300)
     lines = [line.split() for line in told.read_text().splitlines()]
     return [(int(limit), rest) for limit, _, *rest in lines]
 

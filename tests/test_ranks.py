@@ -43,7 +43,7 @@ def test_a_damaged_record_of_one_rank_is_told_without_a_traceback(pictures, tmp_
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode != 0
     name = "rank 1: " if rank else ""

@@ -156,14 +156,14 @@ def test_a_warned_job_saves_is_queued_again_and_goes_on(cluster, file):
     job = cluster.sbatch(file, *words, tasks=tasks)
     cluster.until_logged(job)
     cluster.warn()
-    told, _ = job.communicate(timeout=120)
+    told, _ = job.communicate(timeout=600)
     assert job.returncode == (138 if tasks == 2 else 1), told
     assert cluster.requeued() == [f"requeue {cluster.job}"], told
     said = LAST_WORDS.fullmatch((cluster.run / "log.txt").read_text().splitlines()[-1])
     assert said, told
 
     job = cluster.sbatch(file, *words, tasks=tasks)
-    told, _ = job.communicate(timeout=120)
+    told, _ = job.communicate(timeout=600)
     assert job.returncode == 0, told
     assert f"resumed at step {said[1]}" in told
     assert "is done after 300 steps" in told
@@ -183,7 +183,7 @@ def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
     old = "SIGUSR1: saved at step 7 of 300 to runs/x; the same command goes on there\n"
     (cluster.run / "log.txt").write_text(old)
     job = cluster.sbatch(file, *TINY, "--data", "no/such/place", tasks=1)
-    told, _ = job.communicate(timeout=60)
+    told, _ = job.communicate(timeout=300)
     assert job.returncode == status, told
     assert "--data no/such/place does not exist" in told
     assert not cluster.requeued()
@@ -193,12 +193,12 @@ def test_a_job_that_fails_is_not_queued_again(cluster, file, status):
 def test_a_probe_begins_with_the_trunk(cluster, tmp_path):
     words = ["--data", "synthetic:40", *TINY[1:], "--image-size", "64", "--schedule.steps", "1"]
     job = cluster.sbatch("probe.sbatch", *words, tasks=1, TRUNK="no/such/run")
-    told, _ = job.communicate(timeout=60)
+    told, _ = job.communicate(timeout=300)
     assert job.returncode == 2
     assert "--start-from: there is no checkpoint no/such/run" in told
     for variables in ({}, {"TRUNK": str(cluster.run), "RUN": str(tmp_path / "tuned")}):
         job = cluster.sbatch("probe.sbatch", *words, tasks=1, **variables)
-        told, _ = job.communicate(timeout=60)
+        told, _ = job.communicate(timeout=300)
         assert job.returncode == 0, told
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
     assert (summary["preset"], summary["steps"]) == ("supervised-alexnet", 1)

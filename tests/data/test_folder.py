@@ -375,7 +375,7 @@ def test_a_small_shared_memory_holds_nothing_up(pictures, tmp_path, how):
         ["unshare", "-m", "sh", "-c", f"{mount}; exec {train}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     if done.returncode == 77 or "unshare:" in done.stderr:
         pytest.skip("mounting a small /dev/shm is not allowed here")

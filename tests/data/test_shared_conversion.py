@@ -80,7 +80,7 @@ def start(*args) -> subprocess.Popen:
 
 
 def run(*args) -> subprocess.CompletedProcess:
-    return subprocess.run(args, env=ENV, capture_output=True, text=True, timeout=120)
+    return subprocess.run(args, env=ENV, capture_output=True, text=True, timeout=600)
 
 
 # ---- killed ----
@@ -400,7 +400,7 @@ def test_ranks_without_torchrun_learn_that_one_has_died(mixed, tmp_path):
         for rank in (0, 1)
     ]
     assert processes[1].wait(60) == -signal.SIGKILL
-    _, said = processes[0].communicate(timeout=60)
+    _, said = processes[0].communicate(timeout=300)
     assert processes[0].returncode == 1
     assert "another process of this conversion has ended: run the same command again" in said
     assert "Traceback" not in said
