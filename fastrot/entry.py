@@ -32,6 +32,10 @@ ALONE = (
 
 met_others = False  # whether this process has joined others: see `status`
 
+# times that a thread of OpenMP looks for work before it sleeps. libgomp's own 300,000 keep a core from the thread that is
+# waited for where other processes compute too, and 0 costs a quiet machine a fifth: benchmarks/reports/neighbours.md
+SPINS = 2000
+
 
 @dataclass(frozen=True)
 class Place:
@@ -92,8 +96,15 @@ def share_of_cores(processes: int) -> int:
     return max(1, cores() if bound else cores() // processes)
 
 
+def spin_briefly() -> None:
+    """Where the user has not said how threads of OpenMP wait; libgomp reads it as torch is imported, which is to come."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
 def status(main: Callable[[], int | None]) -> int:
     """Run a command's main function; the status to leave with."""
+    spin_briefly()
     with contextlib.closing(PreemptionSignal((signal.SIGINT,), "")):
         code = _status(main)
         sys.stdout.flush()

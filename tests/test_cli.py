@@ -1,7 +1,7 @@
 """The commands: what each says of itself, of its knobs, and of a word that it does not know."""
 
 import getpass
-import importlib
+import importlib.util
 import io
 import os
 import pwd
@@ -202,6 +202,31 @@ def test_any_terminal_will_do(encoding, monkeypatch):
     drawn = {"ascii": "90 degrees ## -", "utf-8": "90° ██ ─"}.get(encoding, "90° ## -")
     japanese = "日" if encoding == "utf-8" else r"\u65e5"
     assert raw.getvalue().decode(encoding) == rf"{drawn} {japanese} \udcff" + "\n"
+
+
+@pytest.mark.parametrize(
+    ("told", "spins"),
+    [
+        ({}, str(entry.SPINS)),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+    ids=["untold", "spins", "policy"],
+)
+def test_threads_of_openmp_spin_briefly_unless_the_user_says_how(told, spins):
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    openmp = [*torch.glob("lib/libgomp*"), *torch.parent.glob("torch.libs/libgomp*")]
+    if not openmp:
+        pytest.skip("this torch has another OpenMP than libgomp, or the system's")
+    untold = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    loads = f"import ctypes; from fastrot import entry; entry.status(lambda: ctypes.CDLL({str(openmp[0])!r}) and 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", loads],
+        capture_output=True,
+        text=True,
+        env=untold | {"OMP_DISPLAY_ENV": "VERBOSE"} | told,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_odd_names_are_printable_wherever_file_names_are_ascii(monkeypatch):
