@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -56,6 +57,7 @@ class Loader:
         on_bad_record: Literal["stop", "skip"] = "stop",
     ):
         self.on_bad_record, self.skipped = on_bad_record, set[str]()
+        self._coming: tuple[int, Future[sampler.Sampler]] | None = None  # the next epoch's order
         self.data, self.view, self.batch, self.seed = data, view, batch, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.device = torch.device(device)
@@ -116,6 +118,8 @@ class Loader:
                 request = self.request(rows[self._places(k)], number)
                 request = replace(request, prefetch=self._prefetch(rows, k, start))
                 pending.append((k, request, reader.begin(request)))
+                if k == len(self) - 1 and self.view.shuffled:  # .3 s for ImageNet
+                    self._coming = (number + 1, _beside(self._sampler, number + 1))
             if not pending:
                 return
             yield from self._batch(number, *pending.popleft())
@@ -164,6 +168,11 @@ class Loader:
         return sound[np.searchsorted(sound, places, side="right") - 1]  # -1: the last one
 
     def _order(self, epoch: int) -> sampler.Sampler:
+        """An epoch's order: built already where the last batches of the epoch before were asked for."""
+        (number, order), self._coming = self._coming or (None, None), None
+        return self._sampler(epoch) if order is None or number != epoch else order.result()
+
+    def _sampler(self, epoch: int) -> sampler.Sampler:
         of = self._share if self._share is not None else self.data.rows
         if not self.view.shuffled:
             return sampler.Sampler(of)
@@ -179,6 +188,15 @@ class Loader:
     def _places(self, k: int) -> np.ndarray:
         how = {"batch": self.batch, "number": k, **self._shared_by}
         return sampler.places(self._own, **how, ragged=not self.view.shuffled)
+
+
+def _beside(work: Callable[[int], sampler.Sampler], epoch: int) -> Future[sampler.Sampler]:
+    """What `work` gives, computed by a thread that ends with it."""
+    thread = ThreadPoolExecutor(1, "order")
+    try:
+        return thread.submit(work, epoch)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _read_rows(path: Path, rows: int) -> np.ndarray:
@@ -203,26 +221,22 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Each batch copied to the GPU on a side stream while the one before is used.
 
-    It is drawn there too: what a `Data` makes on the device itself is made beside the training, and the step that
-    uses a batch waits for that batch alone. Pinned host memory comes from torch's caching allocator, which keeps a
-    block until its copy is done.
+    It is handed out as soon as it is drawn, and its step waits on the device for it alone: the host is ahead of the
+    device, so that the copy goes beside the step before. It is drawn on the side stream too, where a `Data` may make it
+    on the device itself. Pinned host memory comes from torch's caching allocator, which keeps a block until its copy is
+    done.
     """
     side = _side_stream(device)
-
-    def copied() -> tuple | None:  # a batch, and the event of its copy
+    while True:
         with torch.cuda.stream(side):
-            host = next(batches, None)
-            return None if host is None else (_to(host, device), side.record_event())
-
-    ahead = copied()
-    while ahead is not None:
-        (batch, event), ahead = ahead, copied()
+            if (host := next(batches, None)) is None:
+                return
+            batch, there = _to(host, device), side.record_event()
         main = torch.cuda.current_stream(device)
-        main.wait_event(event)
+        main.wait_event(there)
         for tensor in (*batch.crops, batch.index, batch.label, batch.epoch_step):
-            tensor.record_stream(
-                main
-            )  # its memory is not handed out again before main is done with it
+            tensor.record_stream(main)  # whose memory is handed out again when main is done with it
+        del host  # its memory is used again when the copy is done
         yield batch
 
 

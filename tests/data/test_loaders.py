@@ -1,5 +1,6 @@
 """What holds for every loader: a new format is covered by a line in FORMATS."""
 
+import contextlib
 import importlib.util
 import multiprocessing
 import sys
@@ -16,7 +17,9 @@ from truth import photo
 from fastrot.assemble import open_data, open_loader
 from fastrot.config import RandomResized, Shifted, UsageError, Whole, Within
 from fastrot.core import Data, View
+from fastrot.data import loader as loader_module
 from fastrot.data.beton.write import BetonOptions
+from fastrot.data.loader import Loader
 from fastrot.data.pack import write as pack
 from fastrot.data.pack.layout import Encoding
 from fastrot.data.prepare.convert import convert
@@ -361,6 +364,80 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(data):
             assert not apart.any() if same_pixels else apart.mean() < 3
             assert torch.equal(a.index, b.index.cpu())
             assert torch.equal(a.epoch_step, b.epoch_step.cpu())
+
+
+class Stream:
+    """A GPU's, that notes what is asked of it."""
+
+    def __init__(self, name: str, told: list[str]):
+        self.name, self.told = name, told
+
+    def record_event(self) -> str:
+        self.told.append(f"{self.name} notes")
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.told.append(f"{self.name} waits for {event}")
+
+
+def test_a_batch_on_its_way_to_a_gpu_is_handed_out_before_the_next_is_drawn(monkeypatch):
+    told: list[str] = []
+    main, side = Stream("main", told), Stream("side", told)
+    current = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def drawn():
+        for k, batch in enumerate(open_loader("synthetic:31", TRAINING, batch=BATCH).epoch(0)):
+            told.append(f"{k} drawn on {current[-1].name}")
+            yield batch
+
+    def kept(tensor, stream):
+        told.append(f"kept for {stream.name}")
+
+    monkeypatch.setattr(loader_module, "_side_stream", lambda _: side)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    monkeypatch.setattr(loader_module, "_to", lambda batch, _: told.append("copied") or batch)
+    for k, _ in enumerate(loader_module._copied_ahead(drawn(), torch.device("cuda", 0))):
+        told.append(f"{k} used on {current[-1].name}")
+    ways = ["copied", "side notes", "main waits for side", *["kept for main"] * 4]
+    each = [[f"{k} drawn on side", *ways, f"{k} used on main"] for k in range(6)]
+    assert told == sum(each, [])
+
+
+@pytest.mark.parametrize("view", [TRAINING, BLOCKS], ids=["shuffled", "blocks"])
+def test_the_next_epochs_order_is_built_beside_the_end_of_this_one(view, monkeypatch):
+    built, made = [], Loader._sampler
+
+    def noted(self, number):
+        built.append((number, threading.current_thread() is threading.main_thread()))
+        return made(self, number)
+
+    monkeypatch.setattr(Loader, "_sampler", noted)
+    loader = open_loader("synthetic:31", view, batch=BATCH)
+    next(loader.epoch(0))
+    assert built == [(0, True)]  # its last batches are not asked for yet
+    for number, start in ((0, 0), (1, 0), (5, 4)):
+        mine = list(loader.epoch(number, start))
+        assert same(mine, epoch("synthetic:31", view, number, start))
+    own = [(0, True), (1, False), (2, False), (5, True), (6, False)]  # 2 is not asked for
+    alone = [(0, True), (1, False), (1, True), (2, False), (5, True), (6, False)]
+    assert sorted(built) == sorted([(0, True), *own, *alone])
+    for thread in threading.enumerate():
+        if thread.name.startswith("order"):
+            thread.join(1)
+            assert not thread.is_alive()
+
+
+def test_data_in_order_has_no_order_to_build(monkeypatch):
+    monkeypatch.setattr(loader_module, "_beside", None)
+    assert len(epoch("synthetic:31", EVALUATION)) == 7
 
 
 def test_the_plain_device_is_the_current_one(monkeypatch):
