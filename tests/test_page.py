@@ -7,12 +7,14 @@ import time
 
 import numpy as np
 import pytest
+import test_methods
 import torch
 from PIL import Image
 from test_run import go
 from torch import nn
 from truth import photo
 
+from fastrot import config
 from fastrot.evals import page, picture
 from fastrot.evals.page import RunLog
 from fastrot.evals.picture import first_filters, rotated_sheet
@@ -165,6 +167,27 @@ def test_long_runs_are_thinned_and_keep_their_shape(tmp_path):
     begun = time.process_time()
     draw(run, images=photos(8, 64), guesses=sure_of([[0, 1, 2, 3]] * 8))
     assert time.process_time() - begun < 3  # 0.6 s on a free core
+
+
+@pytest.mark.parametrize("epoch_s", [10.0, 60.0, 1000.0])
+def test_a_live_page_takes_a_hundredth_of_the_time_at_most(tmp_path, monkeypatch, epoch_s):
+    clock, drawn = [0.0], []
+
+    def costly(*_, **__):
+        drawn.append(clock[0])
+        clock[0] += 3.0
+
+    monkeypatch.setattr(page, "draw", costly)
+    monkeypatch.setattr(page.time, "perf_counter", lambda: clock[0])
+    live = page.LivePage(tmp_path, test_methods.build(config.RotNet), None)
+    live.at_epoch()
+    for _ in range(100):
+        clock[0] += epoch_s
+        live.at_epoch()
+    assert 3.0 * (len(drawn) - 1) <= clock[0] / 100
+    assert len(drawn) == 1 + 100 // -(-301 // epoch_s)  # at the next epoch's end behind 300 s
+    live.draw()  # as a run ends, whenever it was drawn last
+    assert drawn[-1] == clock[0] - 3.0
 
 
 @pytest.mark.parametrize("rotation", range(4))

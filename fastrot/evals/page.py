@@ -64,14 +64,14 @@ def draw(
 
 
 class LivePage:
-    """The page of a run that goes on: drawn by rank 0, unless it were to cost more than a twentieth of the time."""
+    """The page of a run that goes on: drawn by rank 0, unless it were to cost more than a hundredth of the time."""
 
     def __init__(self, run: Path, method: Method, shown: Batch | None):
         self.run, self.method, self.shown = run, method, shown  # held-out pictures
         self.drawn, self.cost = -math.inf, 0.0  # when it was last drawn; the seconds that it took
 
     def at_epoch(self) -> None:
-        if dist.rank() == 0 and time.perf_counter() - self.drawn > 20 * self.cost:
+        if dist.rank() == 0 and time.perf_counter() - self.drawn > 100 * self.cost:
             self.draw()
 
     def draw(self) -> None:
