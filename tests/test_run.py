@@ -26,6 +26,7 @@ from fastrot.data.loader import Loader
 from fastrot.data.prepare.convert import convert
 from fastrot.presets import PRESETS
 from fastrot.training import budget, checkpoint, loop, resume
+from fastrot.training import device as devices
 from fastrot.training.device import choose_threads
 from fastrot.training.state import Progress
 
@@ -453,14 +454,14 @@ def test_each_step_runs_at_its_own_rate_and_logs_it(pictures, tmp_path, monkeypa
 
     def spied(state, batch):
         losses = step(state, batch)
-        used.append(state.optimizer.param_groups[0]["lr"])
+        used.append(float(state.optimizer.param_groups[0]["lr"]))
         return losses
 
     monkeypatch.setattr(loop, "train_step", spied)
     more = ["--schedule.kind", "linear", "--lr", "0.02", "--log-every", "1", "--max-steps", "5"]
     go(pictures, tmp_path, *more)
     assert used == pytest.approx([0.02 * (1 - k / 20) for k in range(5)])
-    assert [line["lr"] for line in told(tmp_path) if "lr" in line] == used
+    assert [line["lr"] for line in told(tmp_path) if "lr" in line] == pytest.approx(used)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -587,6 +588,17 @@ def test_processes_on_a_cpu_share_its_cores(env, wish, processes, device, thread
     monkeypatch.setattr("fastrot.training.device.share_of_cores", lambda processes: 8 // processes)
     here = dist.Place(world=processes, local_world=processes)
     assert choose_threads(wish, here, torch.device(device)) == threads
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cuda:0", 0), ("cpu", 10)])
+def test_a_gpu_tries_all_of_cudnns_plans(device, limit, monkeypatch):
+    """By itself it tries ten, and the fastest of a convolution may not be among them."""
+    monkeypatch.setattr(devices, "choose_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", 10)
+    devices.choose(config.Config(precision="fp32"))
+    assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark_limit == limit
 
 
 def test_a_run_says_how_it_shares_the_cores(pictures, tmp_path, capsys, monkeypatch):

@@ -24,6 +24,8 @@ def choose(cfg: Config) -> tuple[Config, torch.device]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark_limit = 0  # among all of them: by itself it tries ten
     return cfg, device
 
 
