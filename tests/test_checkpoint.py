@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from truth import GOLDEN
 from fastrot import config, train
 from fastrot.config import UsageError
 from fastrot.training import checkpoint
+from fastrot.training.optim import sgd
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -105,8 +107,15 @@ def test_random_numbers_go_on_where_they_were():
     assert torch.equal(torch.rand(3), first)
 
 
-def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it(tmp_path):
-    """Two of one run, by the last code that wrote that version, at steps 3 and 6: tiny decoupling, bank and all."""
+@pytest.mark.parametrize("fused", [False, None], ids=["as-then", "as-now"])
+def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it(
+    tmp_path, fused, monkeypatch
+):
+    """Two of one run, by the last code that wrote that version, at steps 3 and 6: tiny decoupling, bank and all.
+
+    That code's SGD was the plain one; to rounding today's goes on from it too.
+    """
+    monkeypatch.setattr("fastrot.training.state.sgd", functools.partial(sgd, fused=fused))
     kept, last = GOLDEN / "checkpoint_v2", tmp_path / "checkpoints" / "last.pt"
     args = ["decoupling-alexnet", "--image-size", "32", "--enlarge", "--batch", "4", "--workers"]
     args += ["0", "--backbone.width", "0.0098", "--backbone.kernel", "5", "--backbone.stride", "2"]
@@ -122,7 +131,7 @@ def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it
         ("device", "torch", "threads"),
     )
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"  # as on the processor that wrote it
-    if wide and all(then[name] == now[name] for name in alike):
+    if fused is not None and wide and all(then[name] == now[name] for name in alike):
         for state in (mine, theirs):
             state["config"] = config.to_plain(config.from_plain(state["config"]))  # knobs' names
             state["run_identity"] |= {"folder": "", "budget": None}  # not known then

@@ -226,12 +226,9 @@ def test_what_a_graph_cannot_hold_is_refused(kind, words):
 
 @pytest.fixture
 def on_tape(monkeypatch):
-    """--graph on a CPU, through the stand-in; rates on the device in all runs."""
+    """--graph on a CPU, through the stand-in."""
     monkeypatch.setattr("fastrot.training.state.Cuda", TapeRecorder)
     monkeypatch.setattr(devices, "check_fast_forms", lambda *_: None)
-    monkeypatch.setattr(
-        "fastrot.training.state.sgd", lambda net, cfg, rate: sgd(net, cfg, rate, fused=True)
-    )
 
 
 DECOUPLING = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]

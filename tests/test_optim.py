@@ -118,7 +118,7 @@ def test_a_fused_step_reads_its_rate_from_a_tensor(decay_norms):
     """One that is written in place: a captured graph reads it anew; to rounding the plain steps."""
     cfg = Sgd(decay_norms=decay_norms)
     plain, fused = a_net(), a_net()
-    slow, fast = sgd(plain, cfg, 0.0), sgd(fused, cfg, 0.0, fused=True)
+    slow, fast = sgd(plain, cfg, 0.0, fused=False), sgd(fused, cfg, 0.0)  # by default
     rates = [group["lr"] for group in fast.param_groups]
     for step, rate in enumerate([0.01, 0.01, 0.005, 0.002]):
         descend(plain, slow, rate, step)
@@ -156,13 +156,74 @@ def test_states_of_older_versions_load():
     old = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9, nesterov=True, fused=True)
     net(torch.ones(2, 3)).sum().backward()
     old.step()
-    mine = sgd(net, Sgd(), 0.0)
+    mine = sgd(net, Sgd(), 0.0, fused=False)
     load_state(mine, old.state_dict())
     assert not mine.param_groups[0]["fused"]
     assert mine.param_groups[0]["lr"] == 0.3
     assert torch.equal(
         mine.state[net[0].weight]["momentum_buffer"], old.state[net[0].weight]["momentum_buffer"]
     )
+
+
+# ---- momenta, which are there before the first step ----
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_momenta_that_begin_at_zero_are_torchs_own(fused):
+    mine, torchs = a_net(), a_net()
+    own = sgd(mine, Sgd(), 0.1, fused=fused)
+    rule = {k: v for k, v in own.param_groups[0].items() if k != "params"}
+    made = torch.optim.SGD(torchs.parameters(), **rule)
+    for step in range(3):
+        descend(mine, own, 0.1, step)
+        descend(torchs, made, 0.1, step)
+    for one, two in zip(mine.parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(own.state[one]["momentum_buffer"], made.state[two]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_overflow_in_the_first_step_leaves_momenta_at_zero(loaded):
+    """float16's: torch's fused kernel makes momenta of any content, and writes none where a gradient is not finite."""
+    net = a_net()
+    optimizer, scaler = sgd(net, Sgd(), 0.1, fused=True), torch.amp.GradScaler("cpu")
+    if loaded:  # of a run that was saved before its first step that did not overflow
+        state = state_of(optimizer)
+        state["state"] = {}
+        load_state(optimizer, state)
+    before = copy.deepcopy(net.state_dict())
+    scaler.scale(net(torch.full((8, 3), torch.inf)).sum()).backward()
+    scaler.step(optimizer)
+    assert not any(momentum.any() for momentum in momenta(optimizer))
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_a_fused_kernel_finds_loaded_momenta_in_their_places():
+    """It goes through memory: weights lie with their channels last, in whatever layout momenta were saved."""
+    net = nn.Conv2d(3, 4, 5).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = sgd(net, Sgd(), 0.1)
+    for momentum in momenta(optimizer):
+        momentum.copy_(torch.arange(momentum.numel()).view(momentum.shape))
+    state = copy.deepcopy(state_of(optimizer))
+    for each in state["state"].values():
+        each["momentum_buffer"] = each["momentum_buffer"].contiguous()
+    load_state(optimizer, state)
+    for p, momentum in zip(net.parameters(), momenta(optimizer), strict=True):
+        assert momentum.stride() == p.stride()
+        assert torch.equal(momentum, torch.arange(float(p.numel())).view(p.shape))
+
+
+def test_no_momentum_is_none():
+    net = a_net()
+    optimizer = sgd(net, Sgd(momentum=0.0), 0.1)
+    load_state(optimizer, state_of(optimizer))
+    descend(net, optimizer, 0.1, 0)
+    assert not any(optimizer.state.values())
+
+
+def momenta(optimizer) -> list[torch.Tensor]:
+    return [optimizer.state[p]["momentum_buffer"] for p in optimizer.param_groups[0]["params"]]
 
 
 # ---- apex ----
@@ -192,7 +253,8 @@ def test_apex_is_used_where_it_is(monkeypatch):
     installed(monkeypatch, FusedSGD=Told)
     mine, others = a_net(), a_net()
     cfg = Sgd(kernel="apex", momentum=0.8, weight_decay=0.01, decay_norms=False)
-    apex, plain = sgd(mine, cfg, 0.1), sgd(others, Sgd(momentum=0.8, weight_decay=0.01, decay_norms=False), 0.1)  # fmt: skip
+    plain = Sgd(momentum=0.8, weight_decay=0.01, decay_norms=False)
+    apex, plain = sgd(mine, cfg, 0.1), sgd(others, plain, 0.1, fused=False)
     assert isinstance(apex, Told)
     assert apex.told == {"lr": 0.1, "momentum": 0.8, "nesterov": True}
     assert [g["weight_decay"] for g in apex.param_groups] == [0.01, 0.0]

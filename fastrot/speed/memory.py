@@ -107,14 +107,13 @@ def _fits(state: TrainState, view: View, images: int) -> bool:
 
 
 def _try_step(state: TrainState, view: View, images: int) -> None:
-    """A step's forward and backward, beside what later steps hold: momentum, and the gradients of the step before.
+    """A step's forward and backward, beside what later steps hold: the gradients of the step before.
 
     The network as it stands, neither compiled nor under DDP, which need less or little more; the mean of its outputs
     as loss, since a loss takes next to nothing beside it.
     """
     net, device, was_training = state.method.net, state.device, state.method.net.training
     trained = [p for p in net.parameters() if p.requires_grad]
-    momentum = [torch.empty_like(p) for p in trained if not state.optimizer.state.get(p)]
     gradients = [torch.empty_like(p) for p in trained]
     # the same numbers under other names: DDP listens to the parameters themselves, and would talk to other ranks
     own = {n: p.detach().requires_grad_(p.requires_grad) for n, p in net.named_parameters()}
@@ -129,7 +128,6 @@ def _try_step(state: TrainState, view: View, images: int) -> None:
         torch.stack([t.float().mean() for t in leaves]).sum().backward()
     finally:
         net.train(was_training)
-    del momentum
 
 
 def _free(state: TrainState) -> None:

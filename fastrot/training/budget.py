@@ -129,7 +129,8 @@ def _epoch_seconds(s: Session) -> float:
     epoch = step * len(s.loader)
     method.net.load_state_dict(weights)
     vars(method).update(rest)
-    state.optimizer.state.clear()
+    for each in state.optimizer.state.values():
+        each["momentum_buffer"].zero_()
     state.__post_init__()  # the gradient scaler begins anew
     state.fresh = True
     if state.graphed is not None:

@@ -28,15 +28,17 @@ def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
 def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> Optimizer:
     """SGD by torch or by NVIDIA apex, as the config says.
 
-    fused  one kernel over all tensors, whose bits differ from the plain form's; None: on a GPU. Its rate is a
-           0-d float32 tensor on the parameters' device, so that a captured graph reads today's.
+    fused  one kernel over all tensors, whose bits differ from the plain form's; None: where all are float32. Its rate
+           is a 0-d float32 tensor on the parameters' device, so that a captured graph reads today's.
+
+    Momenta begin at zero here: made by fused kernels, they would stay uninitialised where float16's first step overflows.
     """
     groups = parameter_groups(net, cfg)
     rule: dict[str, Any] = {"momentum": cfg.momentum, "nesterov": cfg.nesterov and cfg.momentum > 0}
     if cfg.kernel == "apex":
         try:
             fused_sgd = importlib.import_module("apex.optimizers").FusedSGD
-            return fused_sgd(groups, lr=rate, weight_decay=cfg.weight_decay, **rule)
+            return _with_momenta(fused_sgd(groups, lr=rate, weight_decay=cfg.weight_decay, **rule))
         except (ImportError, AttributeError, SyntaxError, RuntimeError) as error:
             # none, the package index's other apex, or NVIDIA's without its extensions
             raise UsageError(
@@ -45,9 +47,20 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
             ) from None
     learning = [p for group in groups for p in group["params"]]
     if fused is None:
-        fused = all(p.is_cuda for p in learning)
+        fused = all(p.dtype == torch.float32 for p in learning)
     lr = torch.full((), rate, device=learning[0].device) if fused else rate
-    return torch.optim.SGD(groups, lr=lr, fused=fused, **rule)
+    return _with_momenta(torch.optim.SGD(groups, lr=lr, fused=fused, **rule))
+
+
+def _with_momenta(optimizer: Optimizer) -> Optimizer:
+    """With a momentum for each parameter, zero where there is none yet: in its layout, as fused kernels go by addresses."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            known = optimizer.state[p].get("momentum_buffer")
+            momentum = optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if known is not None:
+                momentum.copy_(known)
+    return optimizer
 
 
 def set_lr(optimizer: Optimizer, rate: float) -> None:
@@ -73,6 +86,7 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
+    _with_momenta(optimizer)
     set_lr(optimizer, float(state["param_groups"][0]["lr"]))
 
 
