@@ -407,8 +407,9 @@ def test_a_batch_on_its_way_to_a_gpu_is_handed_out_before_the_next_is_drawn(monk
     for k, _ in enumerate(loader_module._copied_ahead(drawn(), torch.device("cuda", 0))):
         told.append(f"{k} used on {current[-1].name}")
     ways = ["copied", "side notes", "main waits for side", *["kept for main"] * 4]
-    each = [[f"{k} drawn on side", *ways, f"{k} used on main"] for k in range(6)]
-    assert told == sum(each, [])
+    assert told == [
+        word for k in range(6) for word in (f"{k} drawn on side", *ways, f"{k} used on main")
+    ]
 
 
 @pytest.mark.parametrize("view", [TRAINING, BLOCKS], ids=["shuffled", "blocks"])
