@@ -36,6 +36,30 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Moment:
+    """When the device is done with all that was issued to it so far: noted without waiting for it. On a CPU: now."""
+
+    def __init__(self, device: torch.device):
+        self._now, self._event = time.perf_counter(), None
+        if device.type == "cuda":  # blocking: whoever waits leaves the core to others
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def reached(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, other: "Moment") -> float:
+        """Seconds from another to this one, by the device's clock. Waits for both."""
+        self.wait()
+        if self._event is None or other._event is None:
+            return self._now - other._now
+        return other._event.elapsed_time(self._event) / 1e3
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16; without them it is slower than float32."""
     if device.type == "cuda":

@@ -188,7 +188,7 @@ def test_a_logged_mean_is_over_all_ranks(monkeypatch):
     meter = Meter()
     for value in (1.0, 3.0):
         meter.add(Losses({}, {}, torch.tensor([value])))
-    assert meter.read() == {"loss": 3.0}
+    assert meter.take()() == {"loss": 3.0}
 
 
 @pytest.mark.parametrize(

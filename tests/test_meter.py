@@ -38,11 +38,11 @@ def test_means_are_over_the_steps_since_the_last_line():
     meter.add(of_step(1.0, 2.0, 0.25))
     meter.add(of_step(3.0, 2.0, 0.75))
     means = {"loss": 4.0, "loss_a": 2.0, "loss_b": 2.0, "accuracy": 0.5}
-    assert meter.read(keep=True) == means
-    assert meter.read() == means
-    assert meter.read() == {}
+    assert meter.take(keep=True)() == means
+    assert meter.take()() == means
+    assert meter.take()() == {}
     meter.add(of_step(5.0, 0.0, 1.0))
-    assert meter.read()["loss"] == 5.0
+    assert meter.take()()["loss"] == 5.0
 
 
 def test_numbers_may_be_overwritten_behind_the_meter():
@@ -52,7 +52,7 @@ def test_numbers_may_be_overwritten_behind_the_meter():
     for value in (1.0, 2.0, 6.0):
         losses.vector.fill_(value)
         meter.add(losses)
-    assert meter.read()["loss"] == 3.0
+    assert meter.take()()["loss"] == 3.0
 
 
 class Counted(TorchDispatchMode):
@@ -92,9 +92,9 @@ def test_states_of_older_versions_load():
     )
     meter.add(Losses({}, {"accuracy": torch.tensor(1.0)}, torch.tensor([1.0, 1.0])))
     assert rows.tolist() == [[8.0, 0.5]]  # the loaded state is not added to
-    assert meter.read() == {"loss": 3.0, "accuracy": 0.5}
+    assert meter.take()() == {"loss": 3.0, "accuracy": 0.5}
     meter.load_state_dict({"names": [], "sums": torch.zeros(1, 0), "count": 0}, torch.device("cpu"))
-    assert meter.read() == {}
+    assert meter.take()() == {}
     assert meter.state_dict()["sums"].shape == (1, 0)
 
 
@@ -108,9 +108,9 @@ def test_a_state_is_a_row_a_rank_and_no_copy_of_the_sums(monkeypatch):
     two = {**state, "sums": torch.tensor([[2.0, 0, 0, 0], [4.0, 0, 0, 0]])}
     other = Meter()
     other.load_state_dict(two, torch.device("cpu"))
-    assert other.read()["loss"] == 3.0  # two ranks' mean on one
+    assert other.take()()["loss"] == 3.0  # two ranks' mean on one
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "rank", lambda: 1)
     monkeypatch.setattr(dist, "sum_over_ranks", lambda mine: mine)
     other.load_state_dict(two, torch.device("cpu"))
-    assert other.read()["loss"] == 2.0  # its own 4.0 over one step of two ranks
+    assert other.take()()["loss"] == 2.0  # its own 4.0 over one step of two ranks

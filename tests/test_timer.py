@@ -1,27 +1,33 @@
 """What a run sees of its own speed, and the verdict that it ends with: slowed on purpose, or large."""
 
+import dataclasses
 import json
 import time
 
 import pytest
 import torch
+from fake_gpu import Gpu
 from test_run import go
 
 from fastrot.data.loader import Loader
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Ceilings
 from fastrot.speed.timer import WARM, StepTimer
+from fastrot.training import loop
+from fastrot.training.state import Progress
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def test_a_step_is_told_by_the_log_lines_but_for_the_first():
     seen = StepTimer(CPU)
-    seen.line(10.0, 0.9)
+    seen.line()
+    seen.rate(10.0, 0.9)
     only = seen.measured(100)
     assert (only.step, only.wait, only.busy) == (10.0, pytest.approx(9.0), pytest.approx(1.0))
-    seen.line(100.0, 0.5)
-    seen.line(50.0, 0.0)
+    for rate in ((100.0, 0.5), (50.0, 0.0)):
+        seen.line()
+        seen.rate(*rate)
     found = seen.measured(100)
     assert found.step == pytest.approx(1.5)  # of 1 and 2 seconds
     assert found.wait == pytest.approx(0.25)
@@ -38,7 +44,7 @@ def test_a_run_is_judged_by_ten_steps_behind_its_first_line(lines, enough):
         while seen.steps < steps:
             with seen.step():
                 pass
-        seen.line(10.0, 0.0)
+        seen.line()
     assert seen.enough() == enough
 
 
@@ -49,40 +55,69 @@ def test_a_run_that_is_too_short_has_no_verdict(tmp_path, capsys):
     assert "verdict" not in capsys.readouterr().out
 
 
-class Event:
-    """As torch.cuda.Event, on the host's clock; a device that takes 50 ms longer than the host."""
+# seconds of a step: to load its batch, to issue it, of the device alone; kernels that may be under way; what binds
+LONG = 10**9
+CASES = {
+    "ahead": (0.001, 0.002, 0.01, LONG, "arithmetic", dict(step=0.01, wait=0, issue=0, busy=0.01)),
+    "full-queue": (0, 0.002, 0.01, 300, "arithmetic", dict(step=0.01, wait=0, issue=0, busy=0.01)),
+    "host-waits": (0.008, 0.002, 0.01, 300, "arithmetic", dict(step=0.01, wait=0, busy=0.01)),
+    "starved": (0.02, 0.002, 0.01, LONG, "decode", dict(step=0.02, wait=0.01, issue=0.002)),
+    "launch": (0.001, 0.012, 0.008, LONG, "launch", dict(step=0.012, issue=0.012, busy=0.012)),
+    "slow-host": (0.02, 0.012, 0.008, LONG, "decode", dict(step=0.02, issue=0.012, busy=0.012)),
+}
 
-    def __init__(self, **_):
-        self.at = 0.0
 
-    def record(self):
-        self.at = time.perf_counter()
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_gpus_verdict_is_right_wherever_the_host_is(case, monkeypatch):
+    load, issue, work, queue, binds, numbers = case
+    gpu = Gpu(queue)
+    monkeypatch.setattr("fastrot.speed.timer.Moment", gpu.moment)
+    monkeypatch.setattr("fastrot.training.loop.Moment", gpu.moment)
+    monkeypatch.setattr("fastrot.speed.timer.time.perf_counter", lambda: gpu.now)
+    seen, timer, left = StepTimer(GPU), loop._Timer(Progress(), GPU), []
 
-    def elapsed_time(self, other):
-        return 1e3 * (other.at - self.at) + 50
+    def batches():
+        while True:
+            due = gpu.now + load if not ready else ready[-1] + load
+            ready.append(due)
+            gpu.now = max(gpu.now, due)
+            yield "a batch"
+
+    ready: list[float] = []
+    timer.begin()
+    for step, _ in enumerate(timer.waits(batches()), start=1):
+        with seen.step():
+            gpu.launch(issue, work)
+        timer.progress.images += 100
+        if step % 20 == 0:
+            lap = timer.lap()
+            seen.line()
+            for told in left:
+                seen.rate(**told())
+            left = [lap]
+            gpu.now += 0.001  # the line is written
+        if step == 200:
+            break
+    m = seen.measured(100)
+    assert len(seen._single) >= 4
+    for name, value in numbers.items():
+        assert getattr(m, name) == pytest.approx(value, rel=0.03, abs=1e-4), name
+    assert bounds.bound(dataclasses.replace(m, arithmetic=0.4 * work, memory=0.3 * work)) == binds
 
 
-def test_a_gpus_step_is_timed_where_it_finds_the_device_idle(monkeypatch):
-    made = []
-    monkeypatch.setattr(torch.cuda, "Event", lambda **_: made.append(Event()) or made[-1])
+def test_steps_are_timed_behind_the_warm_up_one_a_line():
     seen = StepTimer(GPU)
-    for _ in range(3):
-        for _ in range(10):
-            with seen.step():
-                time.sleep(0.001)
-        seen.line(100.0, 0.0)
-    assert len(made) == 2  # one step: behind the second line, since the first is in the warm-up
+    gpu = Gpu()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastrot.speed.timer.Moment", gpu.moment)
+        for line in range(1, 5):
+            for _ in range(10):
+                with seen.step():
+                    gpu.launch(0.001, 0.01)
+            seen.line()
+            gpu.now = gpu.free
+            assert len(seen._single) == max(0, line - 3)  # that behind line 2 is read at line 4
     assert WARM < 20
-    with seen.step():
-        time.sleep(0.02)
-    found = seen.measured(10)  # not read yet: the device was not waited for
-    assert found.issue is not None
-    assert 0.001 <= found.issue < 0.02
-    seen.line(100.0, 0.0)
-    found = seen.measured(10)
-    assert found.issue is not None
-    assert found.busy == pytest.approx(found.issue + 0.05, rel=0.1)
-    assert (found.step, found.wait) == (pytest.approx(0.1), 0.0)
 
 
 def test_watching_costs_next_to_nothing():
@@ -116,8 +151,8 @@ def test_a_run_with_a_slow_loader_is_bound_by_decode(tmp_path, monkeypatch, caps
 
 
 def test_a_run_on_a_slow_device_is_bound_by_its_own_work(tmp_path, monkeypatch):
-    line = StepTimer.line  # it never waits for its data, whatever else this machine does
-    monkeypatch.setattr(StepTimer, "line", lambda self, rate, _: line(self, rate, 0.0))
+    rate = StepTimer.rate  # it never waits for its data, whatever else this machine does
+    monkeypatch.setattr(StepTimer, "rate", lambda self, per_s, _: rate(self, per_s, 0.0))
     monkeypatch.setattr(bounds, "ceilings", lambda *_: Ceilings(tflops=1e-3, gb_per_s=1e3))
     args = ["--max-steps", "12", "--log-every", "2", "--hold-out", "0"]
     assert go("synthetic:64", tmp_path, *args) == 0

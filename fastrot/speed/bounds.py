@@ -51,7 +51,7 @@ class Measured:
     read: float | None = None  # what reading a batch takes, alone
     decode: float | None = None  # what decoding and cropping a batch takes, alone
     copy: float | None = None  # of a batch to the device
-    issue: float | None = None  # host time to launch a step's work (GPU)
+    issue: float | None = None  # host time to launch a step's work (GPU); 0: it is ahead
     busy: float | None = None  # device time of a step (GPU), or the step itself on a CPU
     arithmetic: float = 0.0  # floor by matrix arithmetic: flop / ceiling; 0: not counted
     memory: float = 0.0  # floor by other kernels' and the optimiser's traffic; 0: not counted
@@ -140,7 +140,7 @@ def _by_data(m: Measured, kind: Bound, name: str) -> str:
 
 
 def _by_launch(m: Measured, kind: Bound, name: str) -> str:
-    if m.issue is None:
+    if not m.issue:
         explained = f"{_ms(m.arithmetic + m.memory)} of a step's {_ms(m.work)}"
         return f"arithmetic and memory explain {explained}, the rest are calls of small operations"
     if m.issue < m.work:

@@ -285,7 +285,8 @@ def _timed(
                 images += len(batch.index)
             wait_for(device)
             took = time.perf_counter() - begun
-            timer.line(images / took, waited / took)
+            timer.line()
+            timer.rate(images / took, waited / took)
     return timer
 
 

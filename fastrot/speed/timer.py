@@ -1,6 +1,9 @@
 """What a run sees of its own speed, for its verdict: the rates of its log lines, and single steps on a GPU.
 
-It waits for nothing: a step is timed where it finds the GPU idle anyway, behind a log line, and read at the next one.
+It waits for nothing: a step behind a log line is timed by moments of the device's own clock, which are read at a later
+line. Where the host is ahead, the device does that step right behind the one before: its own time. Where the device has
+been done with all before it, since data came late or the host cannot issue work fast enough, that includes its waiting for
+the host to issue the step. How long that takes is known then alone: a host that is ahead may stand at a full queue.
 """
 
 import contextlib
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from fastrot.machine import Moment
 from fastrot.speed.bounds import Measured
 
 WARM = 12  # steps of a start in which kernels are chosen and graphs captured
@@ -27,39 +31,42 @@ class StepTimer:
         self.steps = self.lines = 0  # so far
         self._begun = 0  # steps up to the first line: workers start, kernels are compiled
         self._rates: list[tuple[float, float]] = []  # seconds a picture, share that was waited
-        self._single: list[tuple[float, float]] = []  # a step's seconds: to issue, of the device
-        self._under_way: tuple[float, torch.cuda.Event, torch.cuda.Event] | None = None
-        self._idle = False  # whether the device has nothing to do
+        # a step's seconds: to issue, 0 where the device was still busy before it; of the device
+        self._single: list[tuple[float, float]] = []
+        self._under_way: tuple[float, Moment, Moment] | None = None
+        self._before: Moment | None = None  # the end of the step before one that is to be timed
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around a step of training."""
-        timed = self._idle and self.steps >= WARM and len(self._single) < KEPT
-        self._idle = False
-        with self.around(self.steps), self._timed() if timed else contextlib.nullcontext():
+        before, self._before = self._before, None
+        timed = contextlib.nullcontext() if before is None else self._timed(before)
+        with self.around(self.steps), timed:
             yield
         self.steps += 1
 
     @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        asked = time.perf_counter()
+    def _timed(self, before: Moment) -> Iterator[None]:
+        idle, begin, asked = before.reached(), Moment(self.device), time.perf_counter()
         yield
-        issued = time.perf_counter() - asked
-        end.record()
-        self._under_way = issued, begin, end
+        issued = time.perf_counter() - asked if idle else 0.0
+        self._under_way = issued, begin, Moment(self.device)
 
-    def line(self, images_per_s: float, wait_share: float) -> None:
-        """At a log line, for which the device was waited for."""
-        if self._under_way is not None:
+    def line(self) -> None:
+        """At a log line."""
+        if self._under_way is not None and self._under_way[-1].reached():
             issued, begin, end = self._under_way
-            self._single.append((issued, begin.elapsed_time(end) / 1e3))
+            self._single.append((issued, end.since(begin)))
             self._under_way = None
-        self._rates.append((1 / images_per_s, wait_share))
+        wanted = self.steps >= WARM and len(self._single) < KEPT
+        if self.device.type == "cuda" and wanted and self._under_way is None:
+            self._before = Moment(self.device)
         self._begun = self._begun or self.steps
         self.lines += 1
-        self._idle = self.device.type == "cuda"
+
+    def rate(self, images_per_s: float, wait_share: float) -> None:
+        """What a log line says; of a GPU it is known when the next one is due."""
+        self._rates.append((1 / images_per_s, wait_share))
 
     def enough(self) -> bool:
         """Whether a run was long enough to be judged: by ENOUGH steps behind its first log line."""

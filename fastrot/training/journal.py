@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastrot import dist
 from fastrot.core import Losses
 from fastrot.disk import named, replace_bytes
+from fastrot.machine import Moment
 
 
 class Meter:
@@ -35,15 +37,24 @@ class Meter:
             self.sums += losses.vector.float()
         self.count += 1
 
-    def read(self, *, keep: bool = False) -> dict[str, float]:
-        """Means over the steps since the last read, and over all ranks; `keep` does not begin anew. Waits for the device."""
+    def take(self, *, keep: bool = False) -> Callable[[], dict[str, float]]:
+        """Means over the steps since the last time, and over all ranks; `keep` does not begin anew.
+
+        Waits for nothing: a call of what is returned waits for the device to have come here, and gives them.
+        """
         if self.sums is None:
-            return {}
-        sums = dist.sum_over_ranks(self.sums)
-        means = (sums / (self.count * dist.world())).tolist()
+            return dict
+        sums, names = dist.sum_over_ranks(self.sums), self.names
+        means = (sums / (self.count * dist.world())).to("cpu", non_blocking=True)  # pinned
+        copied = Moment(sums.device)
         if not keep:
             self.sums, self.count = None, 0
-        return dict(zip(self.names, means, strict=True))
+
+        def told() -> dict[str, float]:
+            copied.wait()
+            return dict(zip(names, means.tolist(), strict=True))
+
+        return told
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of all ranks, a row each. Called on all of them."""

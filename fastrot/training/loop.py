@@ -5,7 +5,6 @@ import contextlib
 import functools
 import gc
 import math
-import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastrot.config import NotFinite, RunError
 from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
 from fastrot.entry import Preempted, PreemptionSignal, named
-from fastrot.machine import wait_for
+from fastrot.machine import Moment
 from fastrot.training import checkpoint
 from fastrot.training.journal import Journal
 from fastrot.training.optim import set_lr
@@ -109,6 +108,7 @@ class _Fit:
         self.saved_every = [n for n in (s.cfg.checkpoint_every, s.cfg.keep_every) if n]  # steps
         self.first = s.state.step + 1
         self.timer = _Timer(s.state.progress, s.state.device)
+        self.left: Callable[[], dict[str, Any]] | None = None  # a log line yet to be written
 
     def whole(self) -> None:
         state, end = self.state, self.s.end
@@ -140,7 +140,7 @@ class _Fit:
                 if told or dist.world() == 1 or state.step % AGREE == 0:
                     self.save_if_warned()
                 self.save_if_due()
-        self.timer.stop()
+        self.stop()
 
     def step(self, batch: Batch) -> None:
         state = self.state
@@ -148,8 +148,8 @@ class _Fit:
         try:
             with self.s.step_timer.step():
                 losses = train_step(state, batch)
-        except NotFinite:  # a CPU sees it at once; a GPU at the next log line
-            raise self.not_finite() from None
+        except NotFinite:  # a CPU sees it at once; a GPU by its log lines
+            raise self.not_finite(state.step) from None
         state.step += 1
         state.progress.images += len(batch.index) * dist.world()
         state.meter.add(losses)
@@ -159,22 +159,40 @@ class _Fit:
             gc.freeze()
 
     def line_if_due(self, epoch: int) -> bool:
-        """Write the means since the last log line, where one is due or all ends. Waits for the device.
+        """The means since the last log line, where one is due or all ends.
 
-        Where --max-steps alone ends it, the line is `partial` and the running means go on.
+        A GPU has not come here yet: the line is left to be written when the next one is due, so that the device does not
+        idle meanwhile. The one before is waited for, which also keeps the host from filling the memory with batches: it is
+        never two lines ahead. Where --max-steps alone ends it, the line is `partial` and the running means go on.
         """
         state = self.state
         due = state.step % self.cfg.log_every == 0 or state.step == state.schedule.steps
         if due or state.step == self.s.end:
-            means = state.meter.read(keep=not due)
-            line = {"step": state.step, "epoch": epoch, **means, **self.timer.lap()}
-            line |= {"lr": state.schedule(state.step - 1)} | ({} if due else {"partial": True})
-            self.journal.write(line)
-            self.s.step_timer.line(line["images_per_s"], line["wait_share"])
-            if not math.isfinite(means["loss"]):
-                raise self.not_finite()
+            means, lap = state.meter.take(keep=not due), self.timer.lap()
+            self.s.step_timer.line()
+            self.write_left()
+            line = {"step": state.step, "epoch": epoch}
+            more = {"lr": state.schedule(state.step - 1)} | ({} if due else {"partial": True})
+            self.left = lambda: line | means() | lap() | more
+            if not self.timer.late:
+                self.write_left()
             gc.collect()
         return due
+
+    def write_left(self) -> None:
+        """The log line that is yet to be written, if any. Waits for the device to have come there."""
+        if self.left is None:
+            return
+        line, self.left = self.left(), None
+        self.journal.write(line)
+        self.s.step_timer.rate(line["images_per_s"], line["wait_share"])
+        if not math.isfinite(line["loss"]):
+            raise self.not_finite(line["step"])
+
+    def stop(self) -> None:
+        """What follows is no training: a checkpoint, a validation. Waits for the device."""
+        self.write_left()
+        self.timer.stop()
 
     def end_epoch(self) -> None:
         """Validation, checkpoint, page."""
@@ -211,7 +229,7 @@ class _Fit:
             return
         self.preemption.answered = True
         if state.step and not saved:
-            self.timer.stop()
+            self.stop()
             state.method.net.train()
             self.save()
         name, where, steps = named(number), f"saved at step {state.step}", state.schedule.steps
@@ -233,7 +251,7 @@ class _Fit:
         if state.meter.sums is not None:
             kept.append(state.meter.sums[:1])  # the loss, over all steps since the last log line
         if dist.highest(int(not checkpoint.all_finite(kept))):
-            raise self.not_finite()
+            raise self.not_finite(state.step)
         with self.preemption.unhurried():
             if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
                 self.s.save(f"step_{state.step}.pt", parts)
@@ -243,7 +261,7 @@ class _Fit:
 
     def save_if_due(self) -> None:
         if any(self.state.step % every == 0 for every in self.saved_every):
-            self.timer.stop()
+            self.stop()
             self.save()
             self.timer.begin()
 
@@ -254,13 +272,13 @@ class _Fit:
         if dist.highest(int(mine > known)):
             self.state.progress.skipped = sorted(set().union(*dist.everyones(mine)))
 
-    def not_finite(self) -> RunError:
+    def not_finite(self, step: int) -> RunError:
         last = checkpoint.of_run(self.s.folder)
         found = (
             f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
         )
         return RunError(
-            f"the loss or a weight is not finite at step {self.state.step}; {found}: "
+            f"the loss or a weight is not finite at step {step}; {found}: "
             "start again with a smaller --lr, or --precision fp32"
         )
 
@@ -282,39 +300,52 @@ def _collector_on_call() -> Iterator[None]:
 
 
 class _Timer:
-    """Training seconds and the share of them spent waiting for data; adds both to the progress."""
+    """Training seconds and the share of them that the device spent waiting for data; adds both to the progress."""
 
     def __init__(self, progress: Progress, device: torch.device):
         self.progress, self.device = progress, device
-        self.since: float | None = None  # when the lap began; None: stopped, as in a validation
+        self.late = device.type == "cuda"  # it comes to a step after the host
+        self.since: Moment | None = None  # when the lap began; None: stopped, as in a validation
 
     def begin(self) -> None:
-        self.since, self.waited, self.images = time.perf_counter(), 0.0, self.progress.images
+        self.since, self.images = Moment(self.device), self.progress.images
+        self.waited = list[tuple[Moment, Moment]]()
 
     def waits(self, batches: Any) -> Generator[Batch, None, None]:
-        """The same batches, timed: how long each kept the loop waiting. Closes them at the end."""
+        """The same batches, timed: how long each kept the device waiting. Closes them at the end.
+
+        A GPU that is busy with earlier steps waits for no batch, however long the host does.
+        """
         with contextlib.closing(batches):
             while True:
-                asked = time.perf_counter()
+                asked = Moment(self.device)
                 batch = next(batches, None)
-                self.waited += time.perf_counter() - asked
+                self.waited.append((asked, Moment(self.device)))
                 if batch is None:
                     return
                 yield batch
 
-    def lap(self) -> dict[str, float]:
-        """images/s and wait share since the last lap, the steps under way included; the next one begins."""
+    def lap(self) -> Callable[[], dict[str, float]]:
+        """images/s and wait share since the last lap, the steps under way included; the next one begins.
+
+        Waits for nothing: a call of what is returned waits for the device to have come here.
+        """
         assert self.since is not None
-        wait_for(self.device)
-        seconds, waited = time.perf_counter() - self.since, self.waited
-        images = self.progress.images - self.images
-        self.progress.seconds += seconds
-        self.progress.waited += waited
+        since, waits, images = self.since, self.waited, self.progress.images - self.images
         self.begin()
-        return {"images_per_s": images / seconds, "wait_share": waited / seconds}
+        until = self.since
+
+        def told() -> dict[str, float]:
+            seconds = max(1e-9, until.since(since))  # 0 right behind a line
+            waited = sum(came.since(asked) for asked, came in waits)
+            self.progress.seconds += seconds
+            self.progress.waited += waited
+            return {"images_per_s": images / seconds, "wait_share": waited / seconds}
+
+        return told
 
     def stop(self) -> None:
-        """What follows is no training: a checkpoint, a validation."""
+        """No lap is under way any more. Waits for the device."""
         if self.since is not None:
-            self.lap()
+            self.lap()()
             self.since = None
