@@ -169,7 +169,7 @@ def test_ranks_ask_each_other_equally_often_whatever_is_skipped(sound, pictures,
         min_batches = 3  # type: ignore[assignment]
 
         def __init__(self, loader):
-            self.loader = loader
+            self.loader, self.batch = loader, loader.batch
 
         def epoch(self, number, start=0):
             return itertools.islice(itertools.cycle(self.loader.epoch(number)), sound)

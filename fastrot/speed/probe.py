@@ -322,13 +322,7 @@ def _epochs(loader: Loader) -> Generator[Batch, None, None]:
 
 def _validation(state: TrainState, loader: Loader, seconds: float) -> float:
     """Seconds of a validation pass, from some of its batches; leaves the net in eval mode."""
-    method = state.method
-
-    @torch.no_grad()
-    def score(batch: Batch) -> None:
-        with state.autocast():
-            method.score(method.net(method.views(batch)), batch)
-
-    method.net.eval()
-    timer = _timed(_epochs(loader), score, state.device, seconds)
+    state.method.net.eval()
+    scores = functools.partial(state.scores, images=loader.batch)
+    timer = _timed(_epochs(loader), scores, state.device, seconds)
     return timer.measured(loader.images).step

@@ -22,7 +22,7 @@ from fastrot.training import checkpoint
 from fastrot.training.graph import WARM_UP
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule
-from fastrot.training.state import Session, TrainState
+from fastrot.training.state import Session
 
 
 def schedule_of(cfg: Config, epochs: int, batches: int) -> LRSchedule:
@@ -137,16 +137,10 @@ def _epoch_seconds(s: Session) -> float:
         state.graphed.forget()
     if s.val_loader is not None:
         method.net.eval()
-        look = functools.partial(_look, state)
+        look = functools.partial(state.scores, images=s.val_loader.batch)
         epoch += len(s.val_loader) * _seconds_each(s.val_loader, 5, 3, state.device, look)
     checkpoint.set_random_state(random, state.device)
     return dist.everyones(epoch)[0]
-
-
-@torch.no_grad()
-def _look(state: TrainState, batch: Batch) -> None:
-    with state.autocast():
-        state.method.score(state.method.net(state.method.views(batch)), batch)
 
 
 def _seconds_each(

@@ -57,7 +57,7 @@ def validate(
 ) -> dict[str, float]:
     """The method's scores over a whole view: sums and counts over all ranks, divided once.
 
-    Runs the bare net, in eval mode, with rank 0's BatchNorm statistics. All ranks call `asked` together, now and then;
+    Runs the net in eval mode, without DDP, with rank 0's BatchNorm statistics. All ranks call `asked` together, now and then;
     each calls `alive` with each batch.
     """
     net = state.method.net
@@ -69,10 +69,7 @@ def validate(
     questions = -(-loader.min_batches // often)  # on each rank, though one may skip whole batches
     for k, batch in enumerate(loader.epoch(0)):
         alive()
-        with state.autocast():
-            outputs = net(state.method.views(batch))
-            scores = state.method.score(outputs, batch)
-        for name, (total, count) in scores.items():
+        for name, (total, count) in state.scores(batch, loader.batch).items():
             sums[name] += torch.stack([total, count]).double()
         if k % often == 0 and questions:
             questions -= 1

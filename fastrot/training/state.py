@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastrot import assemble, config, dist
 from fastrot.config import Config
-from fastrot.core import DataInfo, Method
+from fastrot.core import Batch, DataInfo, Method
 from fastrot.data.loader import Loader
 from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
@@ -58,6 +58,7 @@ class TrainState:
     meter: Meter = field(default_factory=Meter)
     progress: Progress = field(default_factory=Progress)
     graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
+    eval_net: Any = None  # method.net as full batches of an evaluation call it; None: itself
 
     def __post_init__(self):
         # float16 gradients underflow; bfloat16 and float32 need no scaling
@@ -72,6 +73,17 @@ class TrainState:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    @torch.no_grad()
+    def scores(self, batch: Batch, images: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the method's evaluation says of a batch, of full ones of so many `images`. The net is in eval mode.
+
+        A ragged batch goes through the bare net, for which nothing is compiled.
+        """
+        ragged = self.eval_net is None or len(batch.index) != images
+        net = self.method.net if ragged else self.eval_net
+        with self.autocast():
+            return self.method.score(net(self.method.views(batch)), batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Called on all ranks."""
@@ -113,15 +125,20 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
         device=info.device,
         dtype=info.dtype,
         graphed=Graphed(Cuda(info.device)) if cfg.graph else None,
+        eval_net=compiled(method.net, cfg),
     )
+
+
+def compiled(net: torch.nn.Module, cfg: Config) -> Any:
+    """The net, compiled where asked: once for training, once for the full batches of an evaluation."""
+    # shapes are fixed; a second form in one process would else be compiled for any shape
+    how = {"fullgraph": True, "dynamic": False, "mode": cfg.compile_mode}
+    return torch.compile(net, **how) if cfg.compile else net
 
 
 def wrapped(net: torch.nn.Module, cfg: Config, device: torch.device) -> Any:
     """The net as the step calls it: compiled where asked, under DDP where there are several ranks."""
-    if cfg.compile:
-        # shapes are fixed in training; a second form in one process would else be compiled for any shape
-        how = {"fullgraph": True, "dynamic": False, "mode": cfg.compile_mode}
-        net = torch.compile(net, **how)  # type: ignore[assignment]
+    net = compiled(net, cfg)
     if dist.world() > 1:
         ids = [device.index] if device.type == "cuda" else None
         # rank 0's BatchNorm statistics are the run's: they are broadcast before a validation, not each step
