@@ -58,7 +58,7 @@ class TrainState:
     meter: Meter = field(default_factory=Meter)
     progress: Progress = field(default_factory=Progress)
     graphed: Graphed | None = None  # plays steps that were recorded; None: each is launched anew
-    eval_net: Any = None  # method.net as full batches of an evaluation call it; None: itself
+    eval_net: Callable[[Any], Any] | None = None  # method.net, as full batches are judged by it
 
     def __post_init__(self):
         # float16 gradients underflow; bfloat16 and float32 need no scaling
@@ -80,8 +80,9 @@ class TrainState:
 
         A ragged batch goes through the bare net, for which nothing is compiled.
         """
-        ragged = self.eval_net is None or len(batch.index) != images
-        net = self.method.net if ragged else self.eval_net
+        net = self.method.net
+        if self.eval_net is not None and len(batch.index) == images:
+            net = self.eval_net
         with self.autocast():
             return self.method.score(net(self.method.views(batch)), batch)
 
