@@ -5,8 +5,9 @@
 The pictures are those of FOLDER, packed and then physically copied in the GPU's memory until they are as many as
 ImageNet's: each row has bytes of its own, no index wraps round, and an epoch reads as many different bytes as ImageNet's
 would. Which picture a row shows changes nothing that is timed. What trains is built as a run builds it, the memory bank
-with a row a picture; `loop.fit` trains with a log line every 20 steps, and `loop.validate` judges. What is not timed:
-compiling and capturing, in steps before the clock starts, and writing checkpoints, of which there is none.
+with a row a picture; `loop.fit` trains with a log line every 20 steps and saves as a run does, every 10 minutes and at the
+epoch's end, and `loop.validate` judges. The pauses for checkpoints are part of the time. What is not: compiling and
+capturing, in steps before the clock starts, and the wait for the last file (`written`), which a next epoch would hide.
 
 On a CPU an epoch would take days: a few steps and looks are timed in the same way and multiplied (`extrapolated`), of a
 network of a quarter of the width.
@@ -17,7 +18,7 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from fastrot.training.state import Session, TrainState
 
 STEPS, LOOKS = 3, 2  # batches on a CPU, where the whole is extrapolated
 SPARE = 12e9  # bytes of a GPU's memory that training takes beside the pictures, at batch 192
-NEVER = 10**9  # steps between checkpoints
 
 
 def rows(
@@ -64,9 +64,13 @@ def rows(
     val_loader = assemble.open_loader(held_out, assemble.evaluation_view(cfg), **how)
     state = forms.state_of(cfg, loader, device, steps=len(loader), bank=IMAGENET)
     warm_up(state, cfg, loader)
-    train, validation = timed(state, cfg, loader, val_loader)
+    split, written = timed(state, cfg, loader, val_loader)
     yield row(
-        cfg, form, data, state, train, validation, steps=len(loader), looked=looks, whole=whole
+        *(cfg, form, data, state, split),
+        written=written,
+        steps=len(loader),
+        looked=looks,
+        whole=whole,
     )
 
 
@@ -77,7 +81,7 @@ def sized(
     if device.type == "cpu" and not quick:
         knobs = {"batch": 192} | knobs
     cfg = forms.config_in(form, forms.sized(preset, device, quick=quick, **knobs))
-    return dataclasses.replace(cfg, log_every=20, checkpoint_every=NEVER)
+    return dataclasses.replace(cfg, log_every=20)
 
 
 def must_fit(wanted: int, free: int) -> None:
@@ -96,23 +100,17 @@ def warm_up(state: TrainState, cfg: Config, loader: Loader) -> None:
             loop.train_step(state, batch)
 
 
-class Unsaved(Session):
-    """Writes no checkpoint: that is not timed."""
-
-    def save(self, name: str, parts: dict[str, Any]) -> None:
-        pass
-
-
 def timed(
     state: TrainState, cfg: Config, loader: Loader, val_loader: Loader
-) -> tuple[float, float]:
-    """Seconds of the loop's own training over the loader's epoch, and of its validation."""
+) -> tuple[dict[str, float], float]:
+    """Seconds of the loop's own training over the loader's epoch, of its pauses to save, and of its validation; then those
+    that it waited at the end for the last checkpoint to be written.
+    """
+    clock: list[tuple[float, float]] = []
 
-    def seconds(work: Callable[[], Any]) -> float:
-        begun = time.perf_counter()
-        work()
+    def now() -> None:
         wait_for(state.device)
-        return time.perf_counter() - begun
+        clock.append((time.perf_counter(), state.progress.saving))
 
     with contextlib.ExitStack() as until_the_end:
         folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
@@ -121,11 +119,16 @@ def timed(
         preemption = until_the_end.enter_context(contextlib.closing(PreemptionSignal()))
         journal.say(*loader.data.describe())  # type: ignore[attr-defined]
         timer = StepTimer(state.device)
-        s = Unsaved(cfg, folder, None, time.perf_counter(), loader, None, state, {}, timer)
-        train = seconds(lambda: loop.fit(s, journal, lambda: None, preemption))
+        s = Session(cfg, folder, None, time.perf_counter(), loader, None, state, {}, timer)
+        # it would draw a page at its begin, and where the epoch's end has been saved
+        loop.fit(s, journal, now, preemption)
+        now()
         assert state.step == len(loader)
-        validation = seconds(lambda: loop.validate(state, val_loader))
-    return train, validation
+        loop.validate(state, val_loader)
+        now()
+    (begun, _), (trained, saving), (ended, whole), (judged, _) = clock
+    split = {"train": trained - begun - saving, "saving": saving, "validation": judged - ended}
+    return split, whole - saving
 
 
 def row(
@@ -133,17 +136,24 @@ def row(
     form: str,
     data: contestants.FullPack,
     state: TrainState,
-    train: float,
-    validation: float,
+    split: dict[str, float],
     *,
+    written: float,
     steps: int,
     looked: int,
     whole: bool,
 ) -> dict[str, Any]:
-    """`steps` were trained and `looked` pictures judged in these seconds; `whole`: that is the epoch."""
+    """`steps` were trained and `looked` pictures judged in the seconds of `split`; `whole`: that is the epoch.
+
+    written  seconds from the epoch's last pause until its checkpoint was on disk
+    """
     if not whole:
-        train *= IMAGENET // cfg.batch / steps
-        validation *= HELD_OUT / looked
+        times = {
+            "train": IMAGENET // cfg.batch / steps,
+            "saving": 1,
+            "validation": HELD_OUT / looked,
+        }
+        split = {part: seconds * times[part] for part, seconds in split.items()}
     different = f"{data.few.rows:,} different pictures"
     copied = f"{different}, physically copied to {data.rows:,} in the device's memory; no index wraps round"
     from_few = f"extrapolated from {steps} steps and a look at {looked:,} pictures: {copied}"
@@ -151,7 +161,7 @@ def row(
         "epoch",
         theme="train",
         variant=f"{cfg.preset}, pack",
-        mode="loop.fit and loop.validate, log lines every 20 steps, no checkpoint",
+        mode="loop.fit and loop.validate, log lines every 20 steps, checkpoints",
         preset=cfg.preset,
         images=IMAGENET,
         size=cfg.method.crop.size,
@@ -164,9 +174,10 @@ def row(
         form=form,
         dtype=cfg.precision,
         warmup=forms.warm_steps(cfg),
-        **measure.middle([train + validation], "s"),
-        split={"train": train, "validation": validation},
-        images_per_s=IMAGENET / train,
+        **measure.middle([sum(split.values())], "s"),
+        split=split,
+        written=written,
+        images_per_s=IMAGENET / (split["train"] + split["saving"]),
         wait_share=state.progress.wait_share(),
         steps=steps,
         judged=looked,

@@ -401,7 +401,7 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
         mark = ", extrapolated" * bool(row.get("extrapolated"))
         return {"images/s": rate, "ImageNet epoch": f"{in_time(seconds)}{mark}" if seconds else ""}
 
-    kinds = ("roofline", "bank's share of a step", "scaling", "learning")
+    kinds = ("roofline", "bank's share of a step", "checkpoint", "scaling", "learning")
     every = [*baselines, *rows.all("epoch")]
     name = lambda row: f"ours, {row['form']}, pack" if row["what"] == "epoch" else row["variant"]  # noqa: E731
     return said, [

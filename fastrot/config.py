@@ -7,6 +7,7 @@ may set it anew; every other knob must agree (see `differences`).
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ class Config:
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
     fold: int | None = None  # with --folds: train this one alone, in OUT itself
     log_every: int = free(20)  # steps from one log line to the next
-    checkpoint_every: int = free(500)  # steps; a checkpoint is also written at each epoch's end
+    checkpoint_every: str = free("10min")  # a time or steps; each epoch's end writes one too
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
     keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
     validate_every: int = free(1)  # epochs from one validation to the next
@@ -242,7 +243,9 @@ class Config:
 
 RANGES = (  # knobs, what each must be, and whether its value is that
     ("epochs max_steps batch threads image_size method.crop.size", "at least 1", lambda v: v >= 1),
-    ("log_every checkpoint_every keep_every validate_every", "at least 1", lambda v: v >= 1),
+    ("log_every keep_every validate_every", "at least 1", lambda v: v >= 1),
+    ("budget", "a time such as 90s, 30min or 2h", lambda v: seconds_of(v) > 0),
+    ("checkpoint_every", "a time such as 10min, or steps such as 500", lambda v: _is_interval(v)),
     ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
     ("workers method.crop.pad method.pu_from", "at least 0", lambda v: v >= 0),
     ("seed", "0 to below 2**63", lambda v: 0 <= v < 2**63),
@@ -270,6 +273,16 @@ def check_ranges(knobs: Any) -> None:
         for path in paths.split():
             value = _value(knobs, path)
             _want(knobs, path, value is None or right(value), words)
+
+
+def seconds_of(text: str) -> float:
+    """`90s`, `30min`, `1.5h` in seconds; 0 for what is no such time."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]] if match else 0.0
+
+
+def _is_interval(text: str) -> bool:
+    return seconds_of(text) > 0 or (text.isdecimal() and int(text) > 0)
 
 
 def _value(knobs: Any, path: str) -> Any:
@@ -383,8 +396,8 @@ def from_plain(plain: Any, hint: Any = Config, name: str = "") -> Any:
         if chosen not in choices:
             raise UsageError(f"{name} has type {chosen}: it wants one of {', '.join(choices)}")
         return from_plain(plain, choices[chosen], name)
-    if hint is float and type(plain) is int:
-        return float(plain)
+    if hint in (float, str) and type(plain) is int:
+        return hint(plain)
     if kind is None and isinstance(plain, hint):
         return plain
     if dataclasses.is_dataclass(hint) and isinstance(plain, dict):

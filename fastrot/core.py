@@ -254,7 +254,10 @@ class Method(ABC):
         """After the optimiser's step: the bank's write, if any."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What net and optimiser do not hold. Called on all ranks at one step; may gather."""
+        """What net and optimiser do not hold. Called on all ranks at one step; may gather.
+
+        On a GPU what lies in host memory is given away, and never written to again.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027

@@ -172,6 +172,7 @@ class PreemptionSignal:
         """`before_steps`: what to say where there was none."""
         self.got, self._words = 0, before_steps  # number of the latest; 0: none yet
         self.answered = False  # it is being saved: nothing hurries that
+        self._writing = False
         self._steps, self._alive, self._longest = False, 0.0, 0.0
         able = threading.current_thread() is threading.main_thread()
         heard = [
@@ -194,12 +195,12 @@ class PreemptionSignal:
 
     @contextlib.contextmanager
     def unhurried(self) -> Iterator[None]:
-        """A checkpoint is written in here, and takes its time."""
-        before, self.answered = self.answered, True
+        """A checkpoint is written in here, by one thread at a time, and takes its time."""
+        self._writing = True
         try:
             yield
         finally:
-            self._alive, self.answered = time.monotonic(), before
+            self._alive, self._writing = time.monotonic(), False
 
     def close(self) -> None:
         """As it was before."""
@@ -237,7 +238,7 @@ class PreemptionSignal:
                 self._end(number)
 
     def _patience(self) -> int | float:
-        if self.answered:
+        if self.answered or self._writing:
             return float("inf")
         if self._steps:
             return max(PATIENCE, 2 * self._longest)

@@ -50,7 +50,6 @@ def demo() -> Config:
         backbone=config.AlexNet(width=0.25, kernel=5, stride=2),
         optim=config.Sgd(decay_norms=False),
         schedule=Schedule(kind="linear", table=((1, 0.05),), epochs=1, steps=1100),
-        checkpoint_every=200,
         validate_every=20,
     )
 

@@ -2,14 +2,16 @@
 
     python tests/chaos.py [--kills 100] [--seed 0] [--out FILE.jsonl or FOLDER]
 
-SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, checkpoint
-writing and validation; from an image folder and a `.beton`. A run is killed several times before it may end; then every
-leaf of last.pt, best.pt and each step_N.pt (weights, optimiser, order, meter, random state) and every line of
-metrics.jsonl, its clock left out, must be those of the straight run. A kill before the first checkpoint does not count: there is nothing to go on from.
+SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, the copying of
+a checkpoint, its writing beside whatever comes next, and validation; from an image folder and a `.beton`. A run is
+killed several times before it may end; then every leaf of last.pt, best.pt and each step_N.pt (weights, optimiser, order,
+meter, random state) and every line of metrics.jsonl, its clock left out, must be those of the straight run. A kill before
+the first checkpoint does not count: there is nothing to go on from.
 
 How the moment is known: the child process is this file with CHAOS_PHASES set. It runs fastrot.train.main with
-train_step, validate and checkpoint.save wrapped so that each notes its phase in a shared page of memory before the real
-function is called. That page outlives the process, so the phase of a SIGKILL is the one that it died in.
+train_step, validate and the loop's save wrapped so that each notes its phase in a shared page of memory before the real
+function is called, and checkpoint.save so that the thread which writes notes that it does. That page outlives the process,
+so the phase of a SIGKILL is the one that it died in.
 """
 
 import os
@@ -46,19 +48,15 @@ from fastrot.config import RunError, UsageError
 # torch is imported where it is used: the child notes its number before that
 
 ROOT = Path(__file__).parents[1]
-PHASES = ("start-up", "steps", "checkpoint", "validation", "end")
-START, STEPS, CHECKPOINT, VALIDATION, END = range(5)
-WITHIN = (3.0, 0.3, 0.01, 0.03)  # seconds: how long after a phase's beginning a kill may come
-NOTE = struct.Struct("<BI")  # of each rank: phase, process number
+PHASES = ("start-up", "steps", "copying", "writing", "validation", "end")
+START, STEPS, COPYING, WRITING, VALIDATION, END = range(6)
+WITHIN = (3.0, 0.3, 0.003, 0.01, 0.03)  # seconds from a phase's beginning to a kill, at most
+NOTE = struct.Struct("<BBI")  # of each rank: phase, whether its thread writes, process number
 LATE = 24  # steps until ranks hear of a warning: they ask each other every 20, and log every 3
 MOST = 8  # kills that one run goes through
 PATIENCE = 120.0  # seconds that a struck process may take to end, or a phase to come
-CLOCK = (
-    "images_per_s",
-    "wait_share",
-    "seconds",
-    "waited",
-)  # all that may differ from the straight run
+# all that may differ from the straight run
+CLOCK = ("images_per_s", "wait_share", "seconds", "waited", "saving")
 FREE = (".config.out", ".config.max_steps", ".config.workers")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TORCHRUN += (
@@ -114,12 +112,12 @@ def child(notes: str) -> int:
     with open(notes, "r+b") as file:
         page = mmap.mmap(file.fileno(), 0)
     at = NOTE.size * entry.rank()
-    NOTE.pack_into(page, at, START, os.getpid())
+    NOTE.pack_into(page, at, START, False, os.getpid())
 
     from fastrot import train
     from fastrot.training import checkpoint, loop
 
-    def noting(phase: int, function: Callable, behind: int | None = None) -> Callable:
+    def noting(phase: int, function: Callable, behind: int | None = None, at: int = at) -> Callable:
         def noted(*args: Any, **more: Any) -> Any:
             before, page[at] = page[at], phase
             try:
@@ -132,7 +130,8 @@ def child(notes: str) -> int:
     loop.train_step = noting(STEPS, loop.train_step, STEPS)
     loop.validate = noting(VALIDATION, loop.validate)
     loop.fit = noting(STEPS, loop.fit, END)
-    checkpoint.save = noting(CHECKPOINT, checkpoint.save)
+    loop._Fit.save = noting(COPYING, loop._Fit.save)
+    checkpoint.save = noting(True, checkpoint.save, at=at + 1)
     return train.main(sys.argv[1:])
 
 
@@ -162,7 +161,8 @@ class Running:
 
     def phase(self) -> int:
         """What rank 0 is at, or was when it died: it alone writes checkpoints, and all else is done together."""
-        return self._page[0]
+        phase, writes = self._page[:2]
+        return WRITING if writes and phase != COPYING else phase
 
     def number(self, target: str) -> int:
         """Process number of a target; 0 where it has not begun."""
@@ -172,7 +172,7 @@ class Running:
 
     def ranks_begun(self) -> list[int]:
         """The process number of each rank; 0 where it has not begun."""
-        return [number for _, number in NOTE.iter_unpack(self._page[:])]
+        return [number for *_, number in NOTE.iter_unpack(self._page[:])]
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -539,7 +539,7 @@ def row(found: dict[str, Seen], asked: argparse.Namespace, seconds: float) -> di
         "kills survived to the same bits",
         theme="chaos",
         variant="SIGKILL, SIGTERM, SIGUSR1",
-        mode="start-up, steps, checkpoint, validation",
+        mode=", ".join(PHASES[:END]),
         shape={"steps": STEPS_EACH, "batch": BATCH},
         dtype="fp32",
         **measure.middle([float(sum(seen.survived for seen in found.values()))], "kills"),

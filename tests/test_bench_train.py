@@ -209,9 +209,11 @@ def test_the_epochs_row_says_what_was_done(tmp_path, pack, monkeypatch):
     real = full_epoch.timed
 
     def timed(state, *of):
-        assert min(real(state, *of)) > 0
+        split, written = real(state, *of)
+        assert min(*split.values(), written) > 0
+        assert split["saving"] + written == pytest.approx(state.progress.saving, 0.1)
         assert state.progress.images == 3 * 8
-        return 6.0, 1.0
+        return {"train": 6.0, "saving": 0.25, "validation": 1.0}, 0.5
 
     monkeypatch.setattr(full_epoch, "timed", timed)
     monkeypatch.setitem(forms.QUICK, "backbone", quick().backbone)
@@ -222,7 +224,9 @@ def test_the_epochs_row_says_what_was_done(tmp_path, pack, monkeypatch):
     assert {name: row[name] for name in wanted} == wanted
     assert set(row) >= FIGURE
     assert row["variant"] == f"{PRESET}, pack"
-    assert row["split"] == pytest.approx({"train": 6 * 125 / 3, "validation": 1 * 50_000 / 16})
+    split = {"train": 6 * 125 / 3, "saving": 0.25, "validation": 1 * 50_000 / 16}
+    assert row["split"] == pytest.approx(split)
+    assert (row["written"], row["images_per_s"]) == (0.5, pytest.approx(1000 / 250.25))
     assert row["p50"] == pytest.approx(sum(row["split"].values()))
     assert "extrapolated from 3 steps" in row["about"]
     assert "no index wraps round" in row["about"]
@@ -232,8 +236,10 @@ def test_a_whole_epoch_is_told_as_it_was_timed(pack):
     cfg = full_epoch.sized(PRESET, "eager", CPU, quick=True)
     data = contestants.FullPack(pack, 24)
     state = argparse.Namespace(progress=argparse.Namespace(wait_share=lambda: 0.5))
-    row = full_epoch.row(cfg, "eager", data, state, 60.0, 2.0, steps=3, looked=16, whole=True)
-    assert (row["p50"], row["split"]) == (62.0, {"train": 60.0, "validation": 2.0})
+    split = {"train": 60.0, "saving": 0.5, "validation": 2.0}
+    how = {"written": 1.0, "steps": 3, "looked": 16, "whole": True}
+    row = full_epoch.row(cfg, "eager", data, state, split, **how)
+    assert (row["p50"], row["split"]) == (62.5, split)
     assert not row["extrapolated"]
     assert "extrapolated" not in row["about"]
     json.dumps(row)

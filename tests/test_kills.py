@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import chaos
 import pytest
 import torch
-from chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, Struck
+from chaos import COPYING, KILL, START, STEPS, TERM, USR1, VALIDATION, WRITING, Kill, Struck
 from test_run import assert_same_bits, go
 from test_run import told as lines
 
@@ -28,7 +28,7 @@ CASES = {
         1,
         "folder",
         [
-            Kill(CHECKPOINT, KILL, "process"),
+            Kill(WRITING, KILL, "process"),
             Kill(VALIDATION, TERM, "process"),
             Kill(STEPS, USR1, "process"),
         ],
@@ -39,7 +39,8 @@ CASES = {
         [
             Kill(STEPS, KILL, "process"),
             Kill(START, KILL, "process"),
-            Kill(CHECKPOINT, USR1, "process"),
+            Kill(WRITING, USR1, "process"),
+            Kill(COPYING, KILL, "process"),
         ],
     ),
     "two-ranks-folder": (
@@ -49,7 +50,7 @@ CASES = {
             Kill(STEPS, KILL, "rank 1"),
             Kill(STEPS, USR1, "torchrun"),
             Kill(STEPS, KILL, "torchrun"),
-            Kill(CHECKPOINT, TERM, "rank 1"),
+            Kill(WRITING, TERM, "rank 1"),
         ],
     ),
 }

@@ -438,7 +438,7 @@ def test_classes_in_another_order_are_other_classes(pictures):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
 def test_budgets_are_times(text, seconds):
-    assert budget.seconds_of(text) == seconds
+    assert config.seconds_of(text) == seconds
 
 
 def test_story_is_plain(straight):

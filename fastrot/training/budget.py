@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fastrot import dist
+from fastrot import config, dist
 from fastrot.config import Config, UsageError
 from fastrot.core import Batch
 from fastrot.data.loader import Loader
@@ -99,19 +98,11 @@ def _by_budget(s: Session, first: str | None) -> list[str]:
     if s.saved is not None and first == cfg.budget:
         state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
-    seconds, epoch = seconds_of(cfg.budget), _epoch_seconds(s)
+    seconds, epoch = config.seconds_of(cfg.budget), _epoch_seconds(s)
     epochs = max(1, int(seconds // epoch))
     state.schedule = schedule_of(cfg, epochs, batches)
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"
     return [line + (", which is longer than the budget" if epoch > seconds else "")]
-
-
-def seconds_of(text: str) -> float:
-    """`90s`, `30min`, `1.5h` in seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
-    if not match or float(match[1]) == 0:
-        raise UsageError(f"--budget got {text!r}: it wants a time such as 90s, 30min or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]]
 
 
 def _epoch_seconds(s: Session) -> float:

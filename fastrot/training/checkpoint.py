@@ -133,7 +133,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
     sums: dict[torch.device, list[Tensor]] = {}  # a bank that was gathered lies in host memory
     for each in tensors:
         if each.is_floating_point() and each.numel():
-            sums.setdefault(each.device, []).append(each.detach().float().abs().sum())
+            sums.setdefault(each.device, []).append(each.detach().sum(dtype=torch.float32))
     return all(bool(torch.isfinite(torch.stack(each)).all()) for each in sums.values())
 
 

@@ -5,13 +5,14 @@ import contextlib
 import functools
 import gc
 import math
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrot import dist
+from fastrot import config, dist
 from fastrot.config import NotFinite, RunError
 from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
@@ -21,9 +22,11 @@ from fastrot.training import checkpoint
 from fastrot.training.journal import Journal
 from fastrot.training.optim import set_lr
 from fastrot.training.state import Progress, Session, TrainState
+from fastrot.training.writer import Writer
 
-Hook = Callable[[], None]
+Hook = Callable[[], object]
 AGREE = 20  # steps between two questions to all ranks whether one of them was warned
+DUE = 1  # the answer where none was, but a checkpoint is due: lower than any warning's number
 
 
 def train_step(state: TrainState, batch: Batch) -> Losses:
@@ -90,9 +93,15 @@ def validate(
 def fit(s: Session, journal: Journal, at_epoch: Hook, preemption: PreemptionSignal) -> None:
     """Train from the state's step to `s.end`; `at_epoch` draws the run's page.
 
-    Raises Preempted when a rank was warned and all is saved, RunError where a number is not finite.
+    Raises Preempted when a rank was warned and all is saved, RunError where a number is not finite, OSError where a
+    checkpoint could not be written. However it ends, no checkpoint is being written any more.
     """
-    _Fit(s, journal, at_epoch, preemption).whole()
+    this = _Fit(s, journal, at_epoch, preemption)
+    try:
+        this.whole()
+    except BaseException:
+        this.writer.wait_beside()
+        raise
 
 
 class _Fit:
@@ -102,7 +111,11 @@ class _Fit:
         self.s, self.state, self.cfg = s, s.state, s.cfg
         self.journal, self.at_epoch, self.preemption = journal, at_epoch, preemption
         self.batches = len(s.loader)  # of an epoch
-        self.saved_every = [n for n in (s.cfg.checkpoint_every, s.cfg.keep_every) if n]  # steps
+        self.writer, every = Writer(s.state.device, preemption.unhurried), s.cfg.checkpoint_every
+        self.seconds = config.seconds_of(every)  # from one checkpoint to the next; 0: steps
+        steps = None if self.seconds else int(every)
+        self.saved_every = [n for n in (steps, s.cfg.keep_every) if n]  # steps
+        self.saved_at = time.monotonic()
         self.first = s.state.step + 1
         self.timer = _Timer(s.state.progress, s.state.device)
         self.left: Callable[[], dict[str, Any]] | None = None  # a log line yet to be written
@@ -122,6 +135,8 @@ class _Fit:
                 self.epoch()
                 self.end_epoch()
                 gc.collect()
+        with self.pause():
+            self.writer.wait()
 
     def epoch(self) -> None:
         """The steps that are left of an epoch, or up to the end."""
@@ -134,13 +149,18 @@ class _Fit:
                 told = self.line_if_due(number)
                 if state.step == self.s.end or state.step % self.batches == 0:
                     break  # what follows ends the epoch, and saves
+                due = any(state.step % every == 0 for every in self.saved_every)
                 if told or dist.world() == 1 or state.step % AGREE == 0:
-                    self.save_if_warned()
-                self.save_if_due()
+                    due |= self.save_if_warned(late=self.is_late())
+                if due:
+                    self.stop()
+                    self.save()
+                    self.timer.begin()
         self.stop()
 
     def step(self, batch: Batch) -> None:
         state = self.state
+        self.writer.check()
         self.preemption.alive(steps=True)
         try:
             with self.s.step_timer.step():
@@ -218,17 +238,27 @@ class _Fit:
     def alive(self) -> None:
         self.preemption.alive(steps=self.state.step > 0)
 
-    def save_if_warned(self, *, saved: bool = False) -> None:
-        """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place."""
+    def is_late(self) -> bool:
+        """Whether a checkpoint is due by the clock, which is rank 0's."""
+        waited = time.monotonic() - self.saved_at
+        return dist.rank() == 0 and 0 < self.seconds <= waited
+
+    def save_if_warned(self, *, saved: bool = False, late: bool = False) -> bool:
+        """Where a rank was warned: save, say so, raise Preempted. Called on all ranks at the same place.
+
+        In the same breath: whether one of them is `late` with a checkpoint.
+        """
         self.alive()
-        number, state = dist.highest(self.preemption.got), self.state
-        if not number:
-            return
+        number, state = dist.highest(self.preemption.got or DUE * late), self.state
+        if number <= DUE:
+            return number == DUE
         self.preemption.answered = True
         if state.step and not saved:
             self.stop()
             state.method.net.train()
             self.save()
+        with self.pause():
+            self.writer.wait()
         name, where, steps = named(number), f"saved at step {state.step}", state.schedule.steps
         sentence = f"{name}: {where} of {steps} to {self.s.folder}; the same command goes on there"
         if not state.step:
@@ -239,28 +269,36 @@ class _Fit:
     def save(self, *, best: bool = False) -> None:
         """step_N.pt and best.pt where asked, then last.pt: only of a state that is finite throughout, on all ranks.
 
-        In this order, so that a run that is killed between two of them makes both again.
+        In this order, so that a run that is killed between two of them makes both again. They are written while
+        training goes on; the loop waits for those before.
         """
-        state = self.state
-        self.count_skipped()
-        parts = state.state_dict()
-        kept = [*parts["net"].values(), *parts["method"].values()]
-        if state.meter.sums is not None:
-            kept.append(state.meter.sums[:1])  # the loss, over all steps since the last log line
-        if dist.highest(int(not checkpoint.all_finite(kept))):
-            raise self.not_finite(state.step)
-        with self.preemption.unhurried():
-            if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
-                self.s.save(f"step_{state.step}.pt", parts)
+        with self.pause():
+            state, names = self.state, [checkpoint.LAST]
+            self.count_skipped()
+            parts = state.state_dict()
+            kept = [*parts["net"].values(), *parts["method"].values()]
+            if state.meter.sums is not None:
+                kept.append(state.meter.sums[:1])  # the loss, over all steps since the last line
+            if dist.highest(int(not checkpoint.all_finite(kept))):
+                raise self.not_finite(state.step)
             if best and self.cfg.keep_best:
-                self.s.save("best.pt", parts)
-            self.s.save("last.pt", parts)
+                names.insert(0, "best.pt")
+            if self.cfg.keep_every and state.step % self.cfg.keep_every == 0:
+                names.insert(0, f"step_{state.step}.pt")
+            if dist.rank() == 0:
+                parts |= {"config": config.to_plain(self.cfg), "run_identity": self.s.identity}
+                folder = self.s.folder / "checkpoints"
+                self.writer.begin(parts, [folder / name for name in names])
+            self.saved_at = time.monotonic()
 
-    def save_if_due(self) -> None:
-        if any(self.state.step % every == 0 for every in self.saved_every):
-            self.stop()
-            self.save()
-            self.timer.begin()
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Training stands still in here for the sake of a checkpoint."""
+        begun = time.perf_counter()
+        yield
+        lost = time.perf_counter() - begun
+        self.state.progress.seconds += lost
+        self.state.progress.saving += lost
 
     def count_skipped(self) -> None:
         """Add the damaged records that any rank has skipped since the last time."""
@@ -270,6 +308,7 @@ class _Fit:
             self.state.progress.skipped = sorted(set().union(*dist.everyones(mine)))
 
     def not_finite(self, step: int) -> RunError:
+        self.writer.wait_beside()
         last = checkpoint.of_run(self.s.folder)
         found = (
             f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"

@@ -80,6 +80,8 @@ def summary(s: Session) -> dict[str, Any]:
         "seconds_in_all": round(time.perf_counter() - s.begun, 3),
         "images_per_s": progress.images_per_s(),
         "wait_share": progress.wait_share(),
+        "saving_seconds": round(progress.saving, 3),
+        "saving_share": progress.saving_share(),
         "val_accuracy_first": progress.val_first.get("accuracy"),
         "val_accuracy": progress.val.get("accuracy"),
         "val_loss": progress.val.get("loss"),
@@ -123,6 +125,7 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
         (f"{score} on held-out pictures", f"{last} (before training {first}{chance})"),
         ("speed", speed),
         ("waiting for data", f"{summary['wait_share']:.1%}"),
+        ("saving checkpoints", f"{summary['saving_share']:.1%}, {summary['saving_seconds']:.1f} s"),
         *([("verdict", summary["verdict"])] if summary["verdict"] else ()),
         *(("method", line) for line in summary["method"]),
     ]

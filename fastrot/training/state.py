@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastrot import assemble, config, dist
+from fastrot import assemble, dist
 from fastrot.config import Config
 from fastrot.core import Batch, DataInfo, Method
 from fastrot.data.loader import Loader
@@ -30,6 +30,7 @@ class Progress:
     images: int = 0  # seen in training, over all ranks
     seconds: float = 0.0  # of training, without validation
     waited: float = 0.0  # of these seconds: waiting for data
+    saving: float = 0.0  # of these seconds: standing still for checkpoints
     val_first: dict[str, float] = field(default_factory=dict)  # before training
     val: dict[str, float] = field(default_factory=dict)  # the latest
     best: float = -math.inf  # validation accuracy, or minus the loss where there is none
@@ -40,6 +41,9 @@ class Progress:
 
     def wait_share(self) -> float:
         return self.waited / self.seconds if self.seconds else 0.0
+
+    def saving_share(self) -> float:
+        return self.saving / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -195,9 +199,3 @@ class Session:
     def end(self) -> int:
         """The step at which this start ends: the schedule's, or --max-steps."""
         return min(self.state.schedule.steps, self.cfg.max_steps or self.state.schedule.steps)
-
-    def save(self, name: str, parts: dict[str, Any]) -> None:
-        """Write checkpoints/NAME, on rank 0."""
-        if dist.rank() == 0:
-            about = {"config": config.to_plain(self.cfg), "run_identity": self.identity}
-            checkpoint.save(self.folder / "checkpoints" / name, about | parts)
