@@ -1,35 +1,37 @@
 """The forms that a training step can be run in, by name, and what trains in one of them.
 
-A name is words joined by " + ", each of which sets knobs of the config: "compiled + folded + fused + graph".
+A name is words joined by " + ", each of which sets knobs of the config: "compiled + folded + fused + graph". What is
+called eager or compiled sets all that make a form, so that nothing is left to what this GPU has by default.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from fastrot import assemble
-from fastrot.config import AlexNet, Config, Decoupling, UsageError, knob, resolved
+from fastrot import assemble, config
+from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
-from fastrot.training.device import choose_precision
+from fastrot.training.device import PLAIN, choose_precision
 from fastrot.training.graph import WARM_UP
 from fastrot.training.optim import LRSchedule
 from fastrot.training.state import TrainState, build
 
 WORDS: dict[str, dict[str, Any]] = {
-    "eager": {"compile": False},
-    "compiled": {"compile": True},
-    "compiled tuned": {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
+    "eager": PLAIN,
+    "compiled": PLAIN | {"compile": True},
+    "compiled tuned": PLAIN | {"compile": True, "compile_mode": "max-autotune-no-cudagraphs"},
     "folded": {"backbone.space_to_depth": True},
     "fused": {"backbone.fuse": True},
     "graph": {"graph": True},
     "float32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
 }
-# the first is what all others are compared with; the most promising come next, in case time runs out
+# the first is what all others are compared with
 FORMS = {
     "cuda": (
         "eager", "compiled", "compiled + folded + fused + graph", "compiled + folded + fused",
@@ -47,7 +49,7 @@ def sized(preset: str, device: torch.device, *, quick: bool = False, **knobs: An
     made = PRESETS[preset]()
     if isinstance(made.backbone, AlexNet):
         knobs = (QUICK if quick else SMALL if device.type == "cpu" else {}) | knobs
-    cfg = dataclasses.replace(made, compile=False, **knobs)
+    cfg = dataclasses.replace(made, **knobs)
     return resolved(
         dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device), device="auto")
     )
@@ -64,20 +66,22 @@ def words(form: str) -> list[str]:
     return found
 
 
+def knobs(form: str) -> dict[str, Any]:
+    """What a form sets, by the knobs' paths."""
+    return {name: value for word in words(form) for name, value in WORDS[word].items()}
+
+
 def config_in(form: str, cfg: Config) -> Config:
     """The same run in a form."""
-    for word in words(form):
-        for name, value in WORDS[word].items():
-            cfg = _with(cfg, name.split("."), value)
-    return cfg
+    return config.with_knobs(cfg, knobs(form))
 
 
 def words_of(form: str) -> list[str]:
     """The form on the command line of a run."""
     said = []
-    for name, value in (pair for word in words(form) for pair in WORDS[word].items()):
-        path = knob(name) if value is not False else knob(f"no_{name}")
-        said += [path] if isinstance(value, bool) else [path, str(value)]
+    for name, value in knobs(form).items():
+        name = re.sub(r"(\w+)$", r"no_\1", name) if value is False else name
+        said += [config.knob(name), *([] if isinstance(value, bool) else [str(value)])]
     return said
 
 
@@ -104,9 +108,3 @@ def state_of(
 def warm_steps(cfg: Config) -> int:
     """Steps until nothing is compiled or captured any more."""
     return WARM_UP + 2 if cfg.graph else 3
-
-
-def _with(part: Any, names: list[str], value: Any) -> Any:
-    if len(names) > 1:
-        value = _with(getattr(part, names[0]), names[1:], value)
-    return dataclasses.replace(part, **{names[0]: value})

@@ -1,4 +1,5 @@
-"""Rows of results as pages for people: benchmarks/reports/TOPIC.md with a picture each, an index, and the README's table.
+"""Rows of results as pages for people: benchmarks/reports/TOPIC.md with a picture each, an index, and the README's table;
+and as what runs have by default on a GPU that was measured: fastrot/speed/forms.json.
 
     python -m benchmarks.report [--results FOLDER] [--out FOLDER]
 
@@ -18,12 +19,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import measure, plots
+from benchmarks import forms, measure, plots
 from benchmarks.measure import IMAGENET, number
 from benchmarks.plots import CORES, PRESET, Rows
 from fastrot import entry
 from fastrot.config import UsageError
 from fastrot.entry import in_bytes, in_time
+from fastrot.presets import PRESETS
 
 BEGIN = "<!-- measured: written by `make report`, from the lines in benchmarks/results -->\n"
 END = "<!-- /measured -->"
@@ -36,6 +38,7 @@ OLD_WORDS = {  # as older rows have it -> as it is said now
 }
 VERSIONS = ("python", "torch", "torchvision", "numpy", "simplejpeg", "opencv", "ffcv")
 VERSIONS += ("webdataset", "nvidia-dali-cuda130", "cuda", "driver")
+FORMS = measure.ROOT / "fastrot" / "speed" / "forms.json"
 BILLION = 1_000_000_000  # pictures
 BANK_WIDTH = 128  # numbers in a row of the memory bank
 
@@ -568,6 +571,26 @@ def readme_table(rows: Rows) -> str:
     )
 
 
+def fastest_forms(rows: Rows) -> dict[str, dict[str, Any]]:
+    """By a GPU's name, what a run has by default there: its fastest step from a pack, and the row that says so.
+
+    A form learns as well unless a row of bench_learning on that GPU says that it does not.
+    """
+    found = {}
+    for row in sorted(plots.steps(rows), key=lambda row: row["images_per_s"]):
+        learnt = rows.all("learning", gpu=row["gpu"], form=f"{row['dtype']} {row['form']}")
+        whole = row["loader"] == "pack" and row["shape"].get("bank") == IMAGENET
+        if row["gpu"] and whole and all(map(measure.met, learnt)):
+            found[row["gpu"]] = {
+                **{name: row[name] for name in ("form", "preset", "commit", "when")},
+                "knobs": forms.knobs(row["form"]),
+                "backbone": type(PRESETS[row["preset"]]().backbone).__name__,
+                "precision": row["dtype"],
+                "ms": row["p50"],
+            }
+    return found
+
+
 def refresh(readme: Path, rows: Rows) -> None:
     """Put the table between the README's marks."""
     before, rest = readme.read_text().split(BEGIN)
@@ -575,7 +598,7 @@ def refresh(readme: Path, rows: Rows) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """A page a topic, the index, and the README's table."""
+    """A page a topic, the index, the README's table, and the forms that runs have by default."""
     here = measure.ROOT / "benchmarks"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=here / "results")
@@ -588,7 +611,9 @@ def main(args: list[str] | None = None) -> int:
     for each in write(asked.results, asked.out):
         print(each)
     if asked.results == here / "results":
-        refresh(measure.ROOT / "README.md", read(asked.results))
+        rows = read(asked.results)
+        refresh(measure.ROOT / "README.md", rows)
+        FORMS.write_text(json.dumps(fastest_forms(rows), indent=1) + "\n")
     return 0
 
 

@@ -79,6 +79,8 @@ def _options(info: "constructors.StructTypeInfo", asked: list[Any]) -> Any:
     fields = []
     for field in spec.fields:
         kind, metavar = field.type, named[field.name].get("first")
+        if kind == bool | None:  # --knob and --no-knob
+            kind = Annotated[kind, tyro.conf.DisallowNone]
         hint = "" if field.default is None else None
         kind = Annotated[kind, tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)]
         if metavar:

@@ -94,8 +94,10 @@ class AlexNet:
     width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
-    space_to_depth: bool = False  # it reads stride x stride pixels as channels; the same weights
-    fuse: bool = False  # batch norm, ReLU and pool as one op in training; untimed on a GPU
+    # conv1 reads stride x stride pixels as channels, with the same weights; default: see --compile
+    space_to_depth: bool | None = None
+    # batch norm, ReLU and pool as one op in training; default: see --compile
+    fuse: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +221,11 @@ class Config:
     keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
     validate_every: int = free(1)  # epochs from one validation to the next
     deterministic: bool = False  # the same bits on a GPU too, at some cost
-    compile: bool = False  # torch.compile the network
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # of --compile
-    graph: bool = False  # the whole step as one CUDA graph: one process on a GPU
+    # torch.compile the network; default: as what was measured on such a GPU says, else not
+    compile: bool | None = None
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = None  # of --compile
+    # the whole step as one CUDA graph: one process on a GPU; default: see --compile
+    graph: bool | None = None
     gradients: Literal["fp32", "bf16"] = "fp32"  # what several processes send each other
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
@@ -299,7 +303,7 @@ def check(cfg: Config) -> None:
     """Refuse what no run could use. Checks that need the data or the machine come later, where these are known."""
     check_ranges(cfg)
     want, method, crop = functools.partial(_want, cfg), cfg.method, cfg.method.crop
-    want("compile_mode", cfg.compile or cfg.compile_mode == "default", "--compile")
+    want("compile_mode", cfg.compile or cfg.compile_mode in (None, "default"), "--compile")
     inside = cfg.fold is None or 0 <= cfg.fold < (cfg.folds or 0)
     want("fold", inside, "--folds, and a number from 0 to below that")
     want("order_block", cfg.order_block is None or cfg.order == "blocks", "--order blocks")
@@ -337,6 +341,16 @@ def resolved(cfg: Config) -> Config:
     block, window = blocks(cfg) or (None, None)
     meant = dict(image_size=size, method=method, schedule=schedule, epochs=epochs, lr=lr)
     return dataclasses.replace(cfg, **meant, order_block=block, order_window=window)
+
+
+def with_knobs(part: Any, values: dict[str, Any]) -> Any:
+    """The same run or part of it, with these values of knobs, named by their paths: `backbone.fuse`."""
+    for path, value in values.items():
+        name, _, inner = path.partition(".")
+        if inner:
+            value = with_knobs(getattr(part, name), {inner: value})
+        part = dataclasses.replace(part, **{name: value})
+    return part
 
 
 def blocks(cfg: Config) -> tuple[int, int] | None:

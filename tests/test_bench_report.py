@@ -57,6 +57,36 @@ def test_the_readme_shows_what_the_results_say():
         assert (measure.ROOT / f"{script.removesuffix('.py').replace('.', '/')}.py").exists()
 
 
+def test_what_runs_have_by_default_is_what_the_results_say():
+    assert json.loads(report.FORMS.read_text()) == report.fastest_forms(ROWS)
+
+
+def a_step(form, rate, **more):
+    row = {"what": "step", "gpu": "Card", "preset": measure.PRESET, "form": form, "loader": "pack"}
+    row |= {"images_per_s": rate, "p50": 192e3 / rate, "dtype": "bf16", "commit": "c", "when": "w"}
+    return row | {"shape": {"bank": measure.IMAGENET}} | more
+
+
+def test_the_fastest_form_that_learns_as_well_is_a_gpus_default():
+    plain, quick = a_step("eager", 9.0), a_step("compiled + fused", 10.0)
+    none = [a_step("compiled", 20.0, **more) for more in (
+        {"gpu": None}, {"loader": "held"}, {"shape": {"bank": 100}}, {"preset": "rotnet-alexnet"},
+    )]  # fmt: skip
+    found = report.fastest_forms(plots.Rows([quick, plain, *none]))
+    assert found.keys() == {"Card"}
+    assert found["Card"]["form"] == "compiled + fused"
+    assert {k for k, v in found["Card"]["knobs"].items() if v is True} == {
+        "compile",
+        "backbone.fuse",
+    }
+    assert (found["Card"]["backbone"], found["Card"]["precision"]) == ("AlexNet", "bf16")
+    learning = {"what": "learning", "gpu": "Card", "form": "bf16 compiled + fused", "target": 0.4}
+    learning |= {"better": "higher"}
+    for reached, form in ((0.5, "compiled + fused"), (0.3, "eager")):
+        learnt = plots.Rows([quick, plain, learning | {"p50": 0.5}, learning | {"p50": reached}])
+        assert report.fastest_forms(learnt)["Card"]["form"] == form
+
+
 def test_no_figure_of_the_readme_is_typed_by_hand():
     """Where all rows are others, no figure is left."""
     now, then = (

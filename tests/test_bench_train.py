@@ -12,8 +12,11 @@ from tape import TapeRecorder
 from truth import photo
 
 from benchmarks import bench_train, contestants, forms, full_epoch, measure, roofline
+from fastrot import config, train
 from fastrot.config import AlexNet, Decoupling, RunError, UsageError
+from fastrot.presets import PRESETS
 from fastrot.training import state
+from fastrot.training.device import PLAIN
 
 CPU = torch.device("cpu")
 FIGURE = {"unit", "p20", "p50", "p80", "reps", "commit", "command", "gpu", "torch"}
@@ -52,16 +55,18 @@ def quick(preset=PRESET):
 
 def test_a_form_sets_the_knobs_that_its_words_name():
     cfg = quick()
-    assert forms.config_in("compiled", cfg) == dataclasses.replace(cfg, compile=True)
-    assert forms.config_in("eager", forms.config_in("compiled", cfg)) == cfg
+    plain = config.with_knobs(cfg, PLAIN)
+    assert forms.config_in("compiled", cfg) == dataclasses.replace(plain, compile=True)
+    assert forms.config_in("eager", forms.config_in("compiled + fused", cfg)) == plain
     with pytest.raises(UsageError, match="'quick': it wants words of eager, compiled"):
         forms.config_in("eager + quick", cfg)
 
 
 def test_a_form_is_the_same_on_the_command_line():
-    words = forms.words_of("bf16 compiled + graph")
-    assert words == ["--precision", "bf16", "--compile", "--graph"]
-    assert forms.words_of("float32 eager") == ["--precision", "fp32", "--no-compile"]
+    """All of it is said, so that nothing is as this GPU has it by default."""
+    for form in ("bf16 compiled + graph", "float32 eager", "compiled tuned + folded"):
+        cfg = train.command_line([PRESET, *forms.words_of(form)])
+        assert cfg == forms.config_in(form, PRESETS[PRESET]())
 
 
 def test_every_default_form_is_made_of_words():

@@ -184,7 +184,7 @@ def _ways(kind: Bound, workers: int, subject: Subject) -> list[str]:
     smaller = "smaller pictures (fastrot convert --short-side)"
     compile, fp32 = not cfg.compile, cfg.precision == "fp32"
     graph = gpu and not cfg.graph and dist.world() == 1
-    fuse = gpu and getattr(cfg.backbone, "fuse", None) is False
+    fuse = gpu and not getattr(cfg.backbone, "fuse", True)
     ways: dict[Bound, dict[str, bool]] = {
         "read": {
             "a faster disk": True,

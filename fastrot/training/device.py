@@ -1,13 +1,26 @@
 """What a run computes on, and how: the device, torch's threads, the precision, and which faster forms these admit."""
 
 import dataclasses
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastrot import config, dist, machine
 from fastrot.config import Config, UsageError
 from fastrot.entry import share_of_cores
+
+# by a GPU's name: the fastest form of a step there, and the row that says so; written by benchmarks/report.py
+FORMS = json.loads((Path(__file__).parents[1] / "speed" / "forms.json").read_text())
+PLAIN = {  # the knobs of a form, as they are where nothing is known
+    "compile": False,
+    "compile_mode": "default",
+    "graph": False,
+    "backbone.space_to_depth": False,
+    "backbone.fuse": False,
+}
 
 
 def choose(cfg: Config) -> tuple[Config, torch.device]:
@@ -70,8 +83,14 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
     """Refuse faster forms of a step that this device, or what else is asked for, does not admit."""
     if cfg.optim.kernel == "apex" and device.type != "cuda":
         raise UsageError("--optim.kernel apex wants a GPU: use --optim.kernel torch")
-    if not cfg.graph:
-        return
+    if cfg.graph and (reason := _hindrance(cfg, here, device)):
+        raise UsageError(
+            f"--graph records the step of one process on a GPU, but {reason}: leave --graph out"
+        )
+
+
+def _hindrance(cfg: Config, here: dist.Place, device: torch.device) -> str | None:
+    """Why a step of this run cannot be recorded."""
     hindrances = {
         "this run is on a CPU": device.type != "cuda",
         f"there are {here.world} processes": here.world > 1,
@@ -81,8 +100,36 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         "FASTROT_OPS=reference waits for the GPU": os.environ.get("FASTROT_OPS") == "reference",
         "--deterministic promises bits that nobody has compared with a graph's": cfg.deterministic,
     }
-    for reason, holds in hindrances.items():
-        if holds:
-            raise UsageError(
-                f"--graph records the step of one process on a GPU, but {reason}: leave --graph out"
-            )
+    return next((reason for reason, holds in hindrances.items() if holds), None)
+
+
+def choose_form(
+    cfg: Config, before: dict[str, Any] | None, device: torch.device
+) -> tuple[Config, list[str]]:
+    """The config with those knobs of a step's form that nobody set, and what is to be said of them.
+
+    `before`: the config of the run that goes on here, which keeps its form. A new run has the fastest that was measured
+    on a GPU of this name, with this backbone and precision, as far as it admits it; else the plain one.
+    """
+    known, why, gpu = {}, "", machine.device_name(device)
+    if before is not None:
+        known = config.flat(config.to_plain(config.from_plain(before)))
+    elif device.type == "cuda":
+        why = f"no other was measured on {gpu} with this backbone and precision"
+        row = FORMS.get(gpu, {})
+        if (row.get("backbone"), row.get("precision")) == (
+            type(cfg.backbone).__name__,
+            cfg.precision,
+        ):
+            known = row["knobs"]
+            why = f"{row['form']} is the fastest on {gpu}, with {row['ms']:.3g} ms for a step of "
+            why += f"{row['preset']} (commit {row['commit'][:8]}, {row['when'][:10]})"
+    given = config.flat(config.to_plain(cfg))
+    chosen = {name: known.get(name) or PLAIN[name] for name in PLAIN if given.get(name, "") is None}
+    if "graph" in chosen and _hindrance(cfg, dist.place(), device):
+        chosen["graph"] = False
+    cfg = config.with_knobs(cfg, chosen)
+    if not cfg.compile:
+        cfg = dataclasses.replace(cfg, compile_mode="default")
+    on = " ".join(config.knob(name) for name, value in chosen.items() if value is True)
+    return cfg, [f"by default {on or 'a plain step'}: {why}"] if why and chosen else []

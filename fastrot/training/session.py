@@ -26,7 +26,7 @@ from fastrot.speed import memory
 from fastrot.speed.profile import Profile
 from fastrot.speed.timer import StepTimer
 from fastrot.training import budget, checkpoint, loop, report, resume
-from fastrot.training.device import choose
+from fastrot.training.device import choose, choose_form
 from fastrot.training.journal import Journal
 from fastrot.training.state import Session, build, warm_up_ddp
 
@@ -92,9 +92,10 @@ def _train_one(
         try:
             dist.barrier()  # all meet here: nobody writes while they read the checkpoint
             saved = resume.last_checkpoint(folder)
+            cfg, form = choose_form(cfg, saved and saved["config"], device)
             resume.check_settings(saved, cfg, folder)
             s = _built(cfg, folder, saved, begun, device)
-            said = _begun_or_resumed(s)
+            said = [*form, *_begun_or_resumed(s)]
             at = {"step": s.state.step, "validated_step": s.state.validated_step, "steps": s.end}
             journal = Journal(folder, tensorboard=cfg.tensorboard, **at)
             with contextlib.closing(journal):
