@@ -15,13 +15,13 @@ BIN := $(CURDIR)/$(VENV)/bin
 DATA ?=
 OUT ?= benchmarks/results
 DEVICE ?= cuda
-GPU_PART ?= train tests ops learn
+PART ?=
 JOBS ?= 2
 KILLS ?= 40
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
-.PHONY: demo test soak processors kills matrix native fuzz ffcv dali kernels bench report gpu gpu-epoch wheels slice clean
+.PHONY: demo test soak processors kills matrix native fuzz ffcv dali kernels bench report gpu gpu-dry wheels slice clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/made:
@@ -96,15 +96,14 @@ bench: $(VENV)/installed
 report: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.report
 
-# On a GPU machine, with the interpreter that has torch: make gpu PYTHON=python3 OUT=folder
-# All figures but the epoch's. Where a call may take no more than ten minutes, one part a call: GPU_PART=train,
-# then GPU_PART=tests, GPU_PART=ops, GPU_PART=learn; and make gpu-epoch is one more. Where the machine is lent for half an
-# hour: train, gpu-epoch and tests first.
+# On a GPU machine, with the interpreter that has torch, in a quarter of an hour: make gpu PYTHON=python3 OUT=folder
+# Where a call may take no more than ten minutes, two calls: PART=first, then PART=rest.
 gpu:
-	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE) "$(GPU_PART)"
+	@$(PYTHON) benchmarks/gpu.py $(PART) --out "$(OUT)"
 
-gpu-epoch:
-	@sh benchmarks/gpu.sh $(PYTHON) "$(OUT)" $(DEVICE) epoch
+# The same plan in small on a CPU, in under three minutes.
+gpu-dry: $(VENV)/installed-dev
+	@PATH="$(BIN):$$PATH" python benchmarks/gpu.py $(PART) --device cpu --root dataprep/demo_pictures/val --out build/gpu-dry
 
 # For a machine without network: packages that it may lack, for its Python, and pictures to measure with.
 wheels: $(VENV)/made

@@ -1,6 +1,6 @@
 """Time of the ops, and their share of what the machine's memory gives in the same run.
 
-    python -m benchmarks.bench_ops [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
+    python -m benchmarks.bench_ops [--only FAMILY ...] [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
 
 On a GPU: reference, torch.compile of it, and kernel, in turns. On a CPU: the reference. L2 is not flushed between
 calls: the default batch's views, 231 MB, and the memory bank, 656 MB, are larger than any L2.
@@ -17,7 +17,6 @@ import itertools
 import multiprocessing
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -718,8 +717,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
-    """Rows of each part, which measures as they are drawn."""
+FAMILIES = ("nce", "bank", "views", "unpack", "norm")
+
+
+def rows_of(families: list[str], device: str, quick: bool) -> Iterator[dict[str, Any]]:
+    """Rows of each family of ops, measured as they are drawn."""
     gpu = device == "cuda"
     seconds = 0.5 if quick else 2.0 if gpu else 5.0
     knobs = {"batch": BATCH, "k": NEGATIVES, "dim": DIM, "pictures": FEW if quick else PICTURES}
@@ -729,20 +731,26 @@ def parts(device: str, quick: bool) -> Iterator[Iterator[dict[str, Any]]]:
         shapes = [(16, 64)] if quick else [(64, 64), (32, 128), (16, 224)]
     peak = copy_bandwidth(device, seconds)
     print(f"copy: {peak / 1e9:.1f} GB/s")
-    check_plain(device)
-    case = Case(device, **(knobs | {"batch": BATCH // 8} if quick and not gpu else knobs))
-    yield bench_nce(case, seconds, peak)
-    yield bench_update(case, seconds, peak)
-    yield bench_memory(device, knobs)
-    yield bench_saved_bank(device, knobs, 1 if quick else 3)
+    of_case = knobs | {"batch": BATCH // 8} if quick and not gpu else knobs
+    if "nce" in families:
+        check_plain(device)
+        yield from bench_nce(Case(device, **of_case), seconds, peak)
+        yield from bench_memory(device, knobs)
+    if "bank" in families:
+        yield from bench_update(Case(device, **of_case), seconds, peak)
+        yield from bench_saved_bank(device, knobs, 1 if quick else 3)
     of_views = torch.bfloat16 if gpu else torch.float32
-    yield bench_rotate(device, seconds, peak, shapes, of_views)
-    firsts = [shapes[0] if gpu else (4, shapes[0][1])] if quick else [(BATCH if gpu else 4, 224)]
-    yield bench_first_convolution(device, seconds, firsts, of_views)
-    yield bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
-    views, dtype = (BATCH * len(ROTATIONS), torch.bfloat16) if gpu else (16, torch.float32)
-    few = (4, 15) if quick else (views, 55)
-    yield bench_norm(device, seconds / 4, peak, *few, dtype)
+    if "views" in families:
+        yield from bench_rotate(device, seconds, peak, shapes, of_views)
+        small = shapes[0] if gpu else (4, shapes[0][1])
+        firsts = [small if quick else (BATCH if gpu else 4, 224)]
+        yield from bench_first_convolution(device, seconds, firsts, of_views)
+    if "unpack" in families:
+        yield from bench_unpack(device, seconds, peak, shapes, torch.bfloat16)
+    if "norm" in families:
+        views = BATCH * len(ROTATIONS) if gpu else 16
+        few = (4, 15) if quick else (views, 55)
+        yield from bench_norm(device, seconds / 4, peak, *few, of_views)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -755,16 +763,13 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(told)
 
 
-def main() -> int:
+def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
-    asked, failed = runs.parser(__doc__, "device", "quick").parse_args(), 0
-    for part in parts(asked.device, asked.quick):
-        try:
-            runs.keep(part, asked, describe)
-        except Exception:  # the other parts are wanted all the same
-            traceback.print_exc()
-            failed = 1
-    return failed
+    parser = runs.parser(__doc__, "device", "quick")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=FAMILIES)
+    asked = parser.parse_args(args)
+    runs.keep(rows_of(asked.only, asked.device, asked.quick), asked, describe)
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
     python -m benchmarks.bench_train [--preset PRESET] [--forms FORM ...] [--loaders LOADER ...] [--root FOLDER]
                                      [--device cpu|cuda] [--out FILE.jsonl or FOLDER] [--quick]
     python -m benchmarks.bench_train --epoch [--form FORM]      an epoch of 1,281,167 pictures: see full_epoch.py
-    python -m benchmarks.bench_train --run -- demo --data FOLDER ...    a whole run, as the command gives it
 
 The step is loop.train_step itself; marks at its borders are CUDA events (clock readings on a CPU), all read behind the
 last step. A captured step has no borders: of it there is only the whole. Forms are named in forms.py; each sees a batch
 that stays on the device (held), synthetic pictures, and --root's in each prepared format. Whole steps are then timed
-without marks. A form's rows are written as soon as it is built and measured, so that a later one that fails or is slow
-loses none. profiles.txt beside the rows names the fifteen most costly operations of each.
+without marks. A form's rows are written as soon as it is built and measured; one that cannot be built ends the command, so
+that gpu.py gives each a process of its own. profiles.txt beside the rows names the fifteen most costly operations of each.
 
     wait        milliseconds of a step that the host waited for data; the other parts are the device's own time
     tflops      operations of the network's matrix products and convolutions, forward and backward (fastrot/speed/cost.py), over
@@ -18,35 +17,29 @@ loses none. profiles.txt beside the rows names the fifteen most costly operation
                 tells of some steps, over what steps take without it. A GPU's only
 
 With --preset decoupling-alexnet, `nce` is the loss against the memory bank, its gradient included, and `bank` the bank's
-write. The bank has ImageNet's 1,281,167 rows, however few pictures are learnt from. What it costs in all is told by
-whole steps in turns with steps that lack NCE and write and train the same network: its head gets a trivial
-gradient instead. On a CPU the network has a quarter of the width and a batch 32 pictures.
+write. The bank has ImageNet's 1,281,167 rows, however few pictures are learnt from. On a CPU the network has a quarter of the
+width and a batch 32 pictures.
 """
 
 import argparse
-import contextlib
 import itertools
 import math
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import contestants, forms, full_epoch, measure, roofline, runs
 from fastrot import assemble, entry
-from fastrot.config import AlexNet, Config, Decoupling, RunError, UsageError
-from fastrot.core import DTYPES, Batch, Losses
+from fastrot.config import AlexNet, Config, Decoupling, UsageError
+from fastrot.core import DTYPES, Batch
 from fastrot.machine import wait_for
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
-from fastrot.training.journal import Meter
 from fastrot.training.loop import train_step
 from fastrot.training.state import TrainState
 
@@ -56,7 +49,6 @@ WARM = 2  # batches before the clock starts
 PARTS = ("views", "forward", "losses", "nce", "backward", "optimiser", "bank", "rest")
 PROFILED = 10  # steps
 BANK, QUICK_BANK = measure.IMAGENET, 100_000  # rows
-SHARE = 0.03  # of a step on a GPU, which the bank may take
 MB = 2**20
 
 
@@ -175,26 +167,6 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     return marks
 
 
-@contextlib.contextmanager
-def without_bank(trained: Trained) -> Iterator[None]:
-    """Steps of the same network that neither contrast with the bank nor write it: its head gets a trivial gradient."""
-
-    def loss(embedding: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return embedding.mean(dim=1), {}
-
-    def nothing(outputs: Any, batch: Batch, losses: Losses) -> None:
-        pass
-
-    method: Any = trained.state.method
-    kept = method.contrast.loss, method.after_step, trained.state.meter
-    method.contrast.loss, method.after_step = loss, nothing
-    trained.state.meter = Meter()  # of fewer numbers
-    try:
-        yield
-    finally:
-        method.contrast.loss, method.after_step, trained.state.meter = kept
-
-
 # ---- rows ----
 
 
@@ -208,39 +180,24 @@ def step_rows(
     reps: int,
     out: Path,
     bank: int = BANK,
-    seconds: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of each form on all data, as soon as it is built; profiles as text into the folder `out`.
+    """Rows of each form on all `data` (by the loader's name: see `opened`), as soon as it is built.
 
-    data     by the loader's name: see `opened`
-    seconds  in which forms are built: one that has not begun by then is left out, and so is one that fails
+    Profiles go as text into the folder `out`.
     """
     rates = []
     for each in roofline.ceiling_rows(device, DTYPES[cfg.precision], quick=steps < 10):
         rates.append(each["p50"])
         yield each
-    begun, images, built = time.perf_counter(), (WARM + steps) * cfg.batch, []
+    images = (WARM + steps) * cfg.batch
     for form in names:
-        if built and time.perf_counter() - begun > seconds:
-            print(f"left out, for want of time: {form}", flush=True)
-            continue
-        try:
-            trained = Trained(forms.config_in(form, cfg), images, device, bank)
-        except Exception:  # the compiler's failures have many names: what it says is shown, the others are measured
-            traceback.print_exc()
-            print(f"left out: {form}, which could not be built", flush=True)
-            continue
-        built.append(form)
+        trained = Trained(forms.config_in(form, cfg), images, device, bank)
         for name, each in data.items():
             loader = None if name == HELD else opened(cfg, each, device, images)
             found = measured(trained, loader, steps, reps)
             yield step_row(trained, form, name, found, matrix_tflops=rates[0], bank=bank)
-        if isinstance(cfg.method, Decoupling) and len(built) == 1 and not trained.cfg.graph:
-            yield bank_row(f"{cfg.preset} {form}", trained, steps, reps, bank)
         with (out / "profiles.txt").open("a") as file:
             file.write(f"{form}\n{profile(trained)}\n")
-    if not built:
-        raise RunError("no form of the step could be built: see the lines above")
 
 
 def opened(cfg: Config, data: Any, device: torch.device, images: int) -> Any:
@@ -318,31 +275,6 @@ def step_row(
     )
 
 
-def bank_row(variant: str, trained: Trained, steps: int, reps: int, bank: int) -> dict[str, Any]:
-    """What NCE and the bank's write take of a step: whole steps with them, in turns with steps without."""
-    held = [trained.batch] * (WARM + steps)
-    with_it, without = [], []
-    for _ in range(2 * reps):
-        with_it.append(trained.run(iter(held))[0])
-        with without_bank(trained):
-            without.append(trained.run(iter(held))[0])
-    shares = [1 - less / whole for whole, less in zip(with_it, without, strict=True)]
-    target = {"target": SHARE, "better": "lower"} if trained.device.type == "cuda" else {}
-    return row(
-        "bank's share of a step",
-        variant,
-        mode=f"NCE and write, by steps with and without, {steps} steps a repetition",
-        shape={**roofline.shape_of(trained.cfg), "bank": bank},
-        dtype=trained.cfg.precision,
-        **measure.middle(shares, "share"),
-        with_ms=measure.spread(with_it)["p50"],
-        without_ms=measure.spread(without)["p50"],
-        **target,
-        about=f"the bank has {bank:,} rows, however few pictures are learnt from; steps without it "
-        "train the same network, whose head gets a trivial gradient",
-    )
-
-
 # ---- what the profiler tells ----
 
 
@@ -391,23 +323,6 @@ def profile(trained: Trained) -> str:
     return seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=90)
 
 
-def run_row(preset: str, *words: str) -> dict[str, Any]:
-    """A whole run of fastrot/train.py in a process of its own, from its summary."""
-    with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        summary, _ = runs.train(preset, Path(folder), {}, *words)
-        seconds = time.perf_counter() - begun
-    told = ("images_per_s", "wait_share", "val_accuracy", "val_accuracy_first", "chance", "verdict")
-    return row(
-        "run",
-        summary["preset"],
-        mode="whole command, start included",
-        shape={"steps": summary["steps"], "images": summary["images"]},
-        **measure.middle([seconds], "s"),
-        **{name: summary[name] for name in told},
-    )
-
-
 # ---- the command ----
 
 
@@ -432,20 +347,14 @@ def parsed(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures a step; default: the preset's")
     parser.add_argument("--forms", nargs="+", help=f"of the step, of {', '.join(forms.WORDS)}")
     parser.add_argument("--loaders", nargs="+", choices=LOADERS)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="in which forms are built")
     parser.add_argument("--epoch", action="store_true", help="an epoch of ImageNet's size")
     parser.add_argument("--form", default="eager", help="of the step, with --epoch")
-    parser.add_argument("--run", action="store_true", help="time a run: its command follows --")
-    parser.add_argument("command", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args(args)
 
 
 def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
     """What the command asks for."""
     device = torch.device(asked.device)
-    if asked.run:
-        yield run_row(*asked.command, "--device", asked.device)
-        return
     knobs = {} if asked.batch is None else {"batch": asked.batch}
     if asked.epoch:
         yield from full_epoch.rows(
@@ -455,7 +364,7 @@ def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
         return
     steps, reps = (3, 2) if asked.quick else (40, 3) if asked.device == "cuda" else (4, 3)
     cfg = forms.sized(asked.preset, device, quick=asked.quick, **knobs)
-    wanted = asked.forms or forms.FORMS[asked.device][: 1 if asked.quick else None]
+    wanted = asked.forms or forms.FORMS[: 1 if asked.quick else None]
     yield from step_rows(
         cfg,
         list(forms.present(wanted, device)),
@@ -465,7 +374,6 @@ def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
         reps=reps,
         out=out,
         bank=QUICK_BANK if asked.quick else BANK,
-        seconds=asked.seconds,
     )
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import importlib.util
 import io
-import itertools
 import math
 import os
 import tarfile
@@ -290,23 +289,6 @@ class OnDevice(Reader):
         return unpack_crops(self.pack, boxes, size)
 
 
-def full_pack(
-    path: Path, batch: int, workers: int, *, pictures: int = IMAGENET, device: str = "cuda"
-) -> Run:
-    """A resident pack of ImageNet's size, through our Loader, epoch after epoch."""
-    loader = open_loader(FullPack(path, pictures), batch, workers, device)
-    epochs = itertools.count()
-
-    def run(images: int) -> Iterator[int]:
-        left = images // batch
-        while left:
-            for drawn in itertools.islice(loader.epoch(next(epochs)), left):
-                left -= 1
-                yield len(drawn.index)
-
-    return run
-
-
 # ---- others' ----
 
 
@@ -531,7 +513,6 @@ ON_A_GPU: dict[str, Contestant] = {  # besides, where there is one: crops end in
     "tar shards, DALI's decoder on the GPU": Contestant("shards", on_gpu(loader="dali"), DALIS),
     "pack, resident": Contestant("pack", on_gpu(placement="resident")),
     "pack, pinned": Contestant("pack", on_gpu(placement="pinned")),
-    "pack, resident, of ImageNet's size": Contestant("pack", full_pack),
     "folder, copied to the GPU": Contestant("root", on_gpu()),
 }
 if torch.cuda.is_available():

@@ -31,15 +31,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "float32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
 }
-# the first is what all others are compared with
-FORMS = {
-    "cuda": (
-        "eager", "compiled", "compiled + folded + fused + graph", "compiled + folded + fused",
-        "compiled + folded", "compiled + fused", "compiled + graph", "eager + folded + fused + graph",
-        "compiled tuned + folded + fused + graph",
-    ),
-    "cpu": ("eager", "compiled", "eager + folded", "eager + fused"),
-}  # fmt: skip
+FORMS = ("eager", "compiled", "eager + folded", "eager + fused")  # of a look; gpu.py has a GPU's
 SMALL = {"batch": 32, "backbone": AlexNet(width=0.25)}  # for a CPU
 QUICK = {"batch": 8, "image_size": 64, "backbone": AlexNet(width=0.25, kernel=5, stride=2)}
 

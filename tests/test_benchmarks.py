@@ -19,7 +19,6 @@ from benchmarks import (
     bench_ops,
     bench_train,
     contestants,
-    forms,
     measure,
     rate,
     runs,
@@ -360,21 +359,6 @@ def test_the_time_of_a_part_in_two_pieces_is_their_sum():
         "nce": [300.0],
         "rest": [300.0],
     }
-
-
-def test_steps_without_the_bank_leave_it_alone_and_train_the_head():
-    cpu = torch.device("cpu")
-    small = forms.sized("decoupling-alexnet", cpu, quick=True, precision="fp32")
-    trained = bench_train.Trained(small, 16, cpu, bank=500)
-    method = trained.state.method
-    assert method.contrast.bank.rows.shape == (500, 128)
-    before, head = method.contrast.bank.rows.clone(), method.net.embed.weight.detach().clone()
-    with bench_train.without_bank(trained):
-        trained.step(trained.batch)
-    assert torch.equal(method.contrast.bank.rows, before)
-    assert not torch.equal(method.net.embed.weight, head)
-    trained.step(trained.batch)
-    assert not torch.equal(method.contrast.bank.rows, before)
 
 
 # ---- decoupling's curves ----
