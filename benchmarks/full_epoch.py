@@ -64,6 +64,7 @@ def rows(
     val_loader = assemble.open_loader(held_out, assemble.evaluation_view(cfg), **how)
     state = forms.state_of(cfg, loader, device, steps=len(loader), bank=IMAGENET)
     warm_up(state, cfg, loader)
+    loop.validate(state, val_loader)  # which compiles as well
     split, written = timed(state, cfg, loader, val_loader)
     yield row(
         *(cfg, form, data, state, split),

@@ -23,7 +23,7 @@ def alexnet(
     half the kernel below that. `space_to_depth` is done by space_to_depth.py, `fuse` by convolved.py.
     """
     c1, c2, c3, c4, c5, hidden = (scaled(c, cfg.width) for c in (*channels, hidden))
-    side, fuse = pool5_side(size, cfg.kernel, cfg.stride), cfg.fuse
+    side, fuse = pool5_side(size, cfg.kernel, cfg.stride), bool(cfg.fuse)
     conv1 = (cfg.kernel, cfg.stride, min(2, cfg.kernel // 2))
     cells = space_to_depth_of(size, *conv1) if cfg.space_to_depth else None
     first = SpaceToDepthConv2d if cfg.space_to_depth else nn.Conv2d
