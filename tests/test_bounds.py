@@ -129,6 +129,52 @@ def test_several_processes_are_not_told_to_record_a_graph(monkeypatch):
     assert said.endswith("try --compile or a larger --batch")
 
 
+@pytest.mark.parametrize(("threads", "way"), [(8, "try --threads 7;"), (4, "let them end;")])
+def test_neighbours_are_told_in_place_of_launch(threads, way, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(bounds, "left", lambda taken: 8 - taken)
+    m = Measured(**CASES["cpu-calls"][1], others=1.1)
+    assert bound(m) == "neighbours"
+    said = verdict(m, 1234.0, 8, subject(CPU))
+    assert said.startswith("other processes take 1.1 of 8 cores: let them end")
+    assert way in said
+    assert "1,234 images/s" in said
+    assert "launch" not in said
+    assert "--compile" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "workers", "told"),
+    [
+        ("cpu-decode", CPU, 1, True),
+        ("cpu-arithmetic", CPU, 8, True),
+        ("decode", GPU, 8, True),
+        ("decode", GPU, 6, False),  # 6.9 cores are left
+        ("idle-and-no-wait", GPU, 8, False),
+        ("memory", GPU, 8, False),
+        ("copy", GPU, 8, False),
+    ],
+)
+def test_neighbours_are_told_first_where_they_have_what_binds(
+    name, device, workers, told, monkeypatch
+):
+    monkeypatch.setattr(bounds, "left", lambda taken: 8 - taken)
+    kind, numbers = CASES[name]
+    m = Measured(**numbers)
+    beside = dataclasses.replace(m, others=1.1)
+    assert bound(beside) == kind
+    without, said = (verdict(x, 9.0, workers, subject(device)) for x in (m, beside))
+    assert said.startswith("other processes take 1.1 of 8 cores: ") == told
+    assert said.endswith(f"; beside them {without}" if told else without)
+
+
+def test_beside_neighbours_a_cpu_is_not_as_fast_as_it_can_be():
+    m = Measured(step=0.1, wait=0.001, busy=0.099, arithmetic=0.08)
+    assert "about as fast as it multiplies" in verdict(m, 9.0, 8, subject(CPU))
+    beside = dataclasses.replace(m, others=1.1)
+    assert "about as fast as it multiplies" not in verdict(beside, 9.0, 8, subject(CPU))
+
+
 @pytest.mark.parametrize("built", [True, False])
 def test_a_missing_extension_is_told_where_it_would_help(built, monkeypatch):
     monkeypatch.setattr(native, "load", lambda: object() if built else None)

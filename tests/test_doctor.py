@@ -29,6 +29,7 @@ def test_the_command_prints_a_table_and_writes_all_of_it(pictures, tmp_path, cap
     assert whole["environment"]["versions"]["torch"] == torch.__version__
     assert whole["found"]["val_seconds"] > 0
     assert whole["advice"]["verdict"] in said
+    assert whole["found"]["measured"]["others"] >= 0
     assert whole["epoch_s"] == pytest.approx(
         37 / whole["found"]["train"] + whole["found"]["val_seconds"]
     )

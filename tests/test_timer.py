@@ -12,6 +12,7 @@ from test_run import go
 from fastrot.data.loader import Loader
 from fastrot.speed import bounds
 from fastrot.speed.bounds import Ceilings
+from fastrot.speed.neighbours import Neighbours
 from fastrot.speed.timer import WARM, StepTimer
 from fastrot.training import loop
 from fastrot.training.state import Progress
@@ -53,6 +54,19 @@ def test_a_run_that_is_too_short_has_no_verdict(tmp_path, capsys):
     assert go("synthetic:64", tmp_path, *args) == 0
     assert verdict_of(tmp_path) == (None, None)
     assert "verdict" not in capsys.readouterr().out
+
+
+def test_neighbours_count_from_the_first_rate_on(monkeypatch):
+    made = []
+    monkeypatch.setattr(Neighbours, "__init__", lambda self: made.append(self))
+    monkeypatch.setattr(Neighbours, "take", lambda self, threads: 0.1 * threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    seen = StepTimer(CPU)
+    assert not made
+    for _ in range(3):
+        seen.rate(10.0, 0.0)
+    assert len(made) == 1
+    assert seen.measured(10).others == pytest.approx(0.7)
 
 
 # seconds of a step: to load its batch, to issue it, of the device alone; kernels that may be under way; what binds

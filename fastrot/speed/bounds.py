@@ -8,7 +8,8 @@ does it. The slowest stage binds, and the others wait for it:
     neither                                          memory or arithmetic, whichever has the higher floor
 
 Floors are counts over ceilings: a step's FLOP over those of a large matrix product, its bytes over those of a copy.
-A CPU's step is bound by launch where its floors explain next to nothing of it.
+A CPU's step is bound by launch where its floors explain next to nothing of it: by neighbours, where other processes
+take the cores meanwhile, since threads that compute together wait for the one that has no core.
 """
 
 import math
@@ -26,8 +27,9 @@ from fastrot.core import DTYPES, Data, View
 from fastrot.entry import cores
 from fastrot.machine import wait_for
 from fastrot.speed.cost import StepCost, random_batch
+from fastrot.speed.neighbours import left
 
-Bound = Literal["read", "decode", "copy", "launch", "memory", "arithmetic"]
+Bound = Literal["read", "decode", "copy", "launch", "memory", "arithmetic", "neighbours"]
 IDLE = 0.1  # share of a step: a device that idles for less is busy
 FULL = 0.9  # share of the device's time: a host that issues for longer than this binds
 CALLS = 0.1  # share of a CPU's step: floors that explain less than this leave it to calls
@@ -55,6 +57,7 @@ class Measured:
     busy: float | None = None  # device time of a step (GPU), or the step itself on a CPU
     arithmetic: float = 0.0  # floor by matrix arithmetic: flop / ceiling; 0: not counted
     memory: float = 0.0  # floor by other kernels' and the optimiser's traffic; 0: not counted
+    others: float = 0.0  # cores that other processes took from it; 0: none, or not known
 
     @property
     def work(self) -> float:
@@ -105,7 +108,7 @@ def bound(m: Measured) -> Bound:
         return "launch"
     floors = m.arithmetic + m.memory
     if m.issue is None and 0 < floors < CALLS * m.work:
-        return "launch"
+        return "neighbours" if m.others else "launch"
     if m.issue is not None and m.issue >= FULL * m.work > floors:
         return "launch"
     return "memory" if m.memory > m.arithmetic else "arithmetic"
@@ -122,11 +125,25 @@ def _slowest_of_loading(m: Measured) -> Bound:
 
 def verdict(m: Measured, images_per_s: float, workers: int, subject: Subject) -> str:
     """One sentence: bound by what, by how much, what to change. `workers`: threads or processes that decode."""
-    kind = bound(m)
+    kind, at = bound(m), f"{digits(images_per_s)} images/s"
+    if kind == "neighbours":
+        told = f"at {at} {_explained(m)}, what binds the rest shows without them"
+        return f"{_beside(m, subject)}; {told}"
     how_much = {"launch": _by_launch, "memory": _by_device, "arithmetic": _by_device}
     said = how_much.get(kind, _by_data)(m, kind, "GPU" if subject.device.type == "cuda" else "CPU")
     change = _what_to_change(m, kind, workers, subject)
-    return f"bound by {kind} at {digits(images_per_s)} images/s: {said}; {change}"
+    told = f"bound by {kind} at {at}: {said}; {change}"
+    waits = kind in ("read", "decode") and workers > left(m.others)
+    concerned = m.others and (subject.device.type == "cpu" or waits)
+    return f"{_beside(m, subject)}; beside them {told}" if concerned else told
+
+
+def _beside(m: Measured, subject: Subject) -> str:
+    """That others have the cores, and what to do about it."""
+    threads = max(1, round(left(m.others)))
+    fewer = subject.device.type == "cpu" and threads < torch.get_num_threads()
+    way = f"let them end, or try --threads {threads}" if fewer else "let them end"
+    return f"other processes take {m.others:.1f} of {subject.cores} cores: {way}"
 
 
 # ---- by how much ----
@@ -141,11 +158,15 @@ def _by_data(m: Measured, kind: Bound, name: str) -> str:
 
 def _by_launch(m: Measured, kind: Bound, name: str) -> str:
     if not m.issue:
-        explained = f"{_ms(m.arithmetic + m.memory)} of a step's {_ms(m.work)}"
-        return f"arithmetic and memory explain {explained}, the rest are calls of small operations"
+        return f"{_explained(m)}, the rest are calls of small operations"
     if m.issue < m.work:
         return f"the host issues work for {_ms(m.issue)} of the {_ms(m.work)} that a step takes the {name}"
     return f"the host needs {_ms(m.issue)} to issue a step's work, and it keeps the {name} busy for {_ms(m.work)}"
+
+
+def _explained(m: Measured) -> str:
+    floors = f"{_ms(m.arithmetic + m.memory)} of a step's {_ms(m.work)}"
+    return f"arithmetic and memory explain {floors}"
 
 
 def _by_device(m: Measured, kind: Bound, name: str) -> str:
@@ -164,9 +185,10 @@ def _what_to_change(m: Measured, kind: Bound, workers: int, subject: Subject) ->
         packed = subject.format == "pack"
         way = "--placement resident" if packed else "a .pack (fastrot pack)"
         return f"try {way}, which copies no pictures once it lies in the GPU's memory"
-    if kind == "arithmetic" and m.arithmetic >= GOOD * m.work:
+    cpu = subject.device.type == "cpu"
+    if kind == "arithmetic" and m.arithmetic >= GOOD * m.work and not (cpu and m.others):
         return "that is about as fast as it multiplies, so only smaller crops or another device are faster"
-    if kind == "arithmetic" and subject.device.type == "cpu":
+    if kind == "arithmetic" and cpu:
         return "a GPU, smaller crops (--image-size) or a narrower net are faster"
     ways = _ways(kind, workers, subject)
     if not ways:

@@ -10,11 +10,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
+from fastrot.entry import cores
 from fastrot.machine import Moment
 from fastrot.speed.bounds import Measured
+from fastrot.speed.neighbours import Neighbours
 
 WARM = 12  # steps of a start in which kernels are chosen and graphs captured
 KEPT = 100  # single steps that are timed
@@ -35,6 +38,7 @@ class StepTimer:
         self._single: list[tuple[float, float]] = []
         self._under_way: tuple[float, Moment, Moment] | None = None
         self._before: Moment | None = None  # the end of the step before one that is to be timed
+        self._neighbours: Neighbours  # since the first rate
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -66,6 +70,8 @@ class StepTimer:
 
     def rate(self, images_per_s: float, wait_share: float) -> None:
         """What a log line says; of a GPU it is known when the next one is due."""
+        if not self._rates:
+            self._neighbours = Neighbours()
         self._rates.append((1 / images_per_s, wait_share))
 
     def enough(self) -> bool:
@@ -80,9 +86,12 @@ class StepTimer:
         rates = self._rates[1:] or self._rates
         step = images * statistics.fmean(seconds for seconds, _ in rates)
         wait = images * statistics.fmean(seconds * share for seconds, share in rates)
+        # beside a GPU as many as there are cores may decode: the verdict knows
+        threads = torch.get_num_threads() if self.device.type == "cpu" else cores()
+        m = Measured(step=step, wait=wait, others=self._neighbours.take(threads))
         if self.device.type != "cuda":
-            return Measured(step=step, wait=wait, busy=step - wait)
+            return replace(m, busy=step - wait)
         if not self._single:
-            return Measured(step=step, wait=wait)
+            return m
         issue, busy = map(statistics.median, zip(*self._single, strict=True))
-        return Measured(step=step, wait=wait, issue=issue, busy=busy)
+        return replace(m, issue=issue, busy=busy)
