@@ -16,7 +16,7 @@ from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
-from fastrot.training.device import PLAIN, choose_precision
+from fastrot.training.device import PLAIN, choose_precision, with_knobs
 from fastrot.training.graph import WARM_UP
 from fastrot.training.optim import LRSchedule
 from fastrot.training.state import TrainState, build
@@ -65,7 +65,7 @@ def knobs(form: str) -> dict[str, Any]:
 
 def config_in(form: str, cfg: Config) -> Config:
     """The same run in a form."""
-    return config.with_knobs(cfg, knobs(form))
+    return with_knobs(cfg, knobs(form))
 
 
 def words_of(form: str) -> list[str]:

@@ -94,10 +94,8 @@ class AlexNet:
     width: float = 1.0  # scales all channels: 64 192 384 256 256, and 4096 of the two linear layers
     kernel: int = 11  # side of the first convolution, pixels
     stride: int = 4  # of the first convolution, pixels
-    # conv1 reads stride x stride pixels as channels, with the same weights; default: see --compile
-    space_to_depth: bool | None = None
-    # batch norm, ReLU and pool as one op in training; default: see --compile
-    fuse: bool | None = None
+    space_to_depth: bool | None = None  # conv1 by squares of pixels; default: see --compile
+    fuse: bool | None = None  # batch norm, ReLU and pool as one op; default: see --compile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +219,9 @@ class Config:
     keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
     validate_every: int = free(1)  # epochs from one validation to the next
     deterministic: bool = False  # the same bits on a GPU too, at some cost
-    # torch.compile the network; default: as what was measured on such a GPU says, else not
-    compile: bool | None = None
+    compile: bool | None = None  # torch.compile the network; default: as measured on such a GPU
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = None  # of --compile
-    # the whole step as one CUDA graph: one process on a GPU; default: see --compile
-    graph: bool | None = None
+    graph: bool | None = None  # one CUDA graph a step: one process; default: see --compile
     gradients: Literal["fp32", "bf16"] = "fp32"  # what several processes send each other
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format
@@ -341,16 +337,6 @@ def resolved(cfg: Config) -> Config:
     block, window = blocks(cfg) or (None, None)
     meant = dict(image_size=size, method=method, schedule=schedule, epochs=epochs, lr=lr)
     return dataclasses.replace(cfg, **meant, order_block=block, order_window=window)
-
-
-def with_knobs(part: Any, values: dict[str, Any]) -> Any:
-    """The same run or part of it, with these values of knobs, named by their paths: `backbone.fuse`."""
-    for path, value in values.items():
-        name, _, inner = path.partition(".")
-        if inner:
-            value = with_knobs(getattr(part, name), {inner: value})
-        part = dataclasses.replace(part, **{name: value})
-    return part
 
 
 def blocks(cfg: Config) -> tuple[int, int] | None:

@@ -38,11 +38,11 @@ def test_a_known_gpu_has_the_fastest_form_by_default_and_says_so():
 
 
 def test_what_is_asked_for_stays():
-    asked = config.with_knobs(CFG, {"compile": False, "backbone.fuse": False})
+    asked = devices.with_knobs(CFG, {"compile": False, "backbone.fuse": False})
     cfg, said = devices.choose_form(asked, None, GPU)
     assert form(cfg) == devices.PLAIN | {"graph": True, "backbone.space_to_depth": True}
     assert said == [f"by default --graph --backbone.space-to-depth: {SAID}"]
-    assert devices.choose_form(config.with_knobs(CFG, devices.PLAIN), None, GPU)[1] == []
+    assert devices.choose_form(devices.with_knobs(CFG, devices.PLAIN), None, GPU)[1] == []
 
 
 @pytest.mark.parametrize("knobs", [{"deterministic": True}, {"world": 2}], ids=str)
@@ -67,7 +67,7 @@ def test_what_was_not_measured_is_plain(cfg):
 
 
 def test_a_run_that_goes_on_keeps_its_form():
-    began = config.to_plain(config.with_knobs(CFG, devices.PLAIN | {"backbone.fuse": True}))
+    began = config.to_plain(devices.with_knobs(CFG, devices.PLAIN | {"backbone.fuse": True}))
     cfg, said = devices.choose_form(CFG, began, GPU)
     assert form(cfg) == devices.PLAIN | {"backbone.fuse": True}
     assert said == []

@@ -128,8 +128,18 @@ def choose_form(
     chosen = {name: known.get(name) or PLAIN[name] for name in PLAIN if given.get(name, "") is None}
     if "graph" in chosen and _hindrance(cfg, dist.place(), device):
         chosen["graph"] = False
-    cfg = config.with_knobs(cfg, chosen)
+    cfg = with_knobs(cfg, chosen)
     if not cfg.compile:
         cfg = dataclasses.replace(cfg, compile_mode="default")
     on = " ".join(config.knob(name) for name, value in chosen.items() if value is True)
     return cfg, [f"by default {on or 'a plain step'}: {why}"] if why and chosen else []
+
+
+def with_knobs(part: Any, values: dict[str, Any]) -> Any:
+    """The same run or part of it, with these values of knobs, named by their paths: `backbone.fuse`."""
+    for path, value in values.items():
+        name, _, inner = path.partition(".")
+        if inner:
+            value = with_knobs(getattr(part, name), {inner: value})
+        part = dataclasses.replace(part, **{name: value})
+    return part
