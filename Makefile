@@ -89,6 +89,7 @@ bench: $(VENV)/installed
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_conversion
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_ops
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_train --preset decoupling-alexnet
+	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_checkpoint
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_cifar
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_demo
 	@PATH="$(BIN):$$PATH" python -m benchmarks.bench_decoupling

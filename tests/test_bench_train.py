@@ -11,7 +11,15 @@ from packs import write_pack
 from tape import TapeRecorder
 from truth import photo
 
-from benchmarks import bench_train, contestants, forms, full_epoch, measure, roofline
+from benchmarks import (
+    bench_checkpoint,
+    bench_train,
+    contestants,
+    forms,
+    full_epoch,
+    measure,
+    roofline,
+)
 from fastrot import train
 from fastrot.config import AlexNet, Decoupling, UsageError
 from fastrot.presets import PRESETS
@@ -230,6 +238,22 @@ def test_a_whole_epoch_is_told_as_it_was_timed(pack):
     assert not row["extrapolated"]
     assert "extrapolated" not in row["about"]
     json.dumps(row)
+
+
+def test_a_checkpoints_rows_say_what_stood_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_checkpoint, "REPEATS", 1)
+    monkeypatch.setattr(bench_checkpoint, "STEPS", 1)
+    monkeypatch.setitem(forms.QUICK, "backbone", quick().backbone)
+    rows = list(bench_checkpoint.rows(CPU, tmp_path, quick=True))
+    assert [row["mode"] for row in rows] == [
+        *("written by the loop", "copied, written by a thread", "alone", "beside the writing"),
+        "copied, written by a thread",
+    ]
+    for row in rows:
+        assert set(row) >= FIGURE
+        assert row["shape"]["bank"] == 1000
+        assert row["p50"] > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_that_do_not_fit_are_refused_before_anything_is_copied():

@@ -1,5 +1,6 @@
 """What only a GPU can show: no wait inside a step, half precision, compile, resuming. `make gpu` runs it."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -21,6 +22,7 @@ from fastrot.training.graph import WARM_UP, Cuda, Graphed
 from fastrot.training.loop import train_step, validate
 from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.state import TrainState, wrapped
+from fastrot.training.writer import Writer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -373,3 +375,21 @@ def test_a_run_with_a_graph_goes_on_in_the_middle(task, pictures, tmp_path):
     assert torch.equal(a["rng"][0]["cpu"], b["rng"][0]["cpu"])
     for name, value in a["net"].items():
         torch.testing.assert_close(value, b["net"][name], rtol=5e-2, atol=5e-3)
+
+
+def test_a_checkpoint_is_of_its_step_though_the_device_goes_on(tmp_path):
+    """Copied into pinned memory behind what was launched before, and written once the device has come to it."""
+    writer, before = Writer(CUDA, contextlib.nullcontext), torch.ones(2, 8, 4, 4, device=CUDA)
+    state = {"net": {"w": before.to(memory_format=torch.channels_last)}, "bank": torch.zeros(3)}
+    for k in range(3):
+        torch.cuda._sleep(10**8)
+        state["net"]["w"].fill_(k)
+        writer.begin(state, [tmp_path / f"{k}.pt"])
+        state["net"]["w"].fill_(-1.0)
+        assert writer._held[0].is_pinned()
+        assert list(writer._held) == [0]  # host memory was given away
+    writer.wait()
+    for k in range(3):
+        found = checkpoint.load(tmp_path / f"{k}.pt")["net"]["w"]
+        assert torch.equal(found, torch.full((2, 8, 4, 4), float(k)))
+        assert found.is_contiguous(memory_format=torch.channels_last)
