@@ -2,11 +2,11 @@
 
     python tests/chaos.py [--kills 100] [--seed 0] [--out FILE.jsonl or FOLDER]
 
-SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, the copying of
-a checkpoint, its writing beside whatever comes next, and validation; from an image folder and a `.beton`. A run is
-killed several times before it may end; then every leaf of last.pt, best.pt and each step_N.pt (weights, optimiser, order,
-meter, random state) and every line of metrics.jsonl, its clock left out, must be those of the straight run. A kill before
-the first checkpoint does not count: there is nothing to go on from.
+SIGKILL, SIGTERM and SIGUSR1, to a single process, to one rank of two, to torchrun; during start-up, steps, validation, and
+while a checkpoint is copied, or written beside whatever comes next; from an image folder and a `.beton`. A run is killed
+several times before it may end; then every leaf of last.pt, best.pt and each step_N.pt (weights, optimiser, order, meter,
+random state) and every line of metrics.jsonl, its clock left out, must be those of the straight run. A kill before the
+first checkpoint does not count: there is nothing to go on from.
 
 How the moment is known: the child process is this file with CHAOS_PHASES set. It runs fastrot.train.main with
 train_step, validate and the loop's save wrapped so that each notes its phase in a shared page of memory before the real
@@ -48,9 +48,9 @@ from fastrot.config import RunError, UsageError
 # torch is imported where it is used: the child notes its number before that
 
 ROOT = Path(__file__).parents[1]
-PHASES = ("start-up", "steps", "copying", "writing", "validation", "end")
-START, STEPS, COPYING, WRITING, VALIDATION, END = range(6)
-WITHIN = (3.0, 0.3, 0.003, 0.01, 0.03)  # seconds from a phase's beginning to a kill, at most
+PHASES = ("start-up", "steps", "checkpoint", "validation", "end")
+START, STEPS, CHECKPOINT, VALIDATION, END = range(5)
+WITHIN = (3.0, 0.3, 0.01, 0.03)  # seconds from a phase's beginning to a kill, at most
 NOTE = struct.Struct("<BBI")  # of each rank: phase, whether its thread writes, process number
 LATE = 24  # steps until ranks hear of a warning: they ask each other every 20, and log every 3
 MOST = 8  # kills that one run goes through
@@ -130,7 +130,7 @@ def child(notes: str) -> int:
     loop.train_step = noting(STEPS, loop.train_step, STEPS)
     loop.validate = noting(VALIDATION, loop.validate)
     loop.fit = noting(STEPS, loop.fit, END)
-    loop._Fit.save = noting(COPYING, loop._Fit.save)
+    loop._Fit.save = noting(CHECKPOINT, loop._Fit.save)
     checkpoint.save = noting(True, checkpoint.save, at=at + 1)
     return train.main(sys.argv[1:])
 
@@ -151,18 +151,20 @@ class Running:
             self._page = mmap.mmap(file.fileno(), 0)
         self.said = run.parent / f"{run.name}.said"
         self.said.unlink(missing_ok=True)
+        self.process = self.begun([str(word) for word in (*command, "--out", run)])
+
+    def begun(self, words: list[str]) -> Any:
+        """The command's process, a new one."""
         more = {"CHAOS_PHASES": str(self.notes), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         env = os.environ | more | {"PYTHONUNBUFFERED": "1"}
-        words = [sys.executable, *(TORCHRUN if ranks > 1 else ()), __file__, *command, "--out", run]
+        words = [sys.executable, *(TORCHRUN if self.ranks > 1 else ()), __file__, *words]
         with self.said.open("wb") as file:
-            self.process = subprocess.Popen(
-                [str(word) for word in words], cwd=ROOT, env=env, stdout=file, stderr=file
-            )
+            return subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file)
 
     def phase(self) -> int:
         """What rank 0 is at, or was when it died: it alone writes checkpoints, and all else is done together."""
         phase, writes = self._page[:2]
-        return WRITING if writes and phase != COPYING else phase
+        return CHECKPOINT if writes else phase
 
     def number(self, target: str) -> int:
         """Process number of a target; 0 where it has not begun."""
@@ -389,6 +391,7 @@ class Setting:
     folder: Path  # for its runs
     steps: int = STEPS_EACH
     paused: float = 0.5  # how often the ranks that a killed torchrun leaves are stopped for a while
+    running: type[Running] = Running
 
     @property
     def name(self) -> str:
@@ -397,7 +400,7 @@ class Setting:
 
     def start(self, run: str) -> Running:
         knobs = ("--schedule.steps", str(self.steps), "--batch", str(BATCH // self.ranks))
-        return Running([*SMALL, *knobs, "--data", self.data], self.ranks, self.folder / run)
+        return self.running([*SMALL, *knobs, "--data", self.data], self.ranks, self.folder / run)
 
     def straight(self) -> Path:
         """A run that is never struck."""

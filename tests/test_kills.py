@@ -4,8 +4,11 @@ The machinery, and more kills, are in chaos.py. Here each kill is named; the mom
 """
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +16,11 @@ from types import SimpleNamespace
 import chaos
 import pytest
 import torch
-from chaos import COPYING, KILL, START, STEPS, TERM, USR1, VALIDATION, WRITING, Kill, Struck
+from chaos import CHECKPOINT, KILL, START, STEPS, TERM, USR1, VALIDATION, Kill, Struck
 from test_run import assert_same_bits, go
 from test_run import told as lines
 
+from fastrot import entry
 from fastrot.data.beton.write import BetonOptions
 from fastrot.data.prepare.convert import convert
 from fastrot.training import checkpoint
@@ -28,7 +32,7 @@ CASES = {
         1,
         "folder",
         [
-            Kill(WRITING, KILL, "process"),
+            Kill(CHECKPOINT, KILL, "process"),
             Kill(VALIDATION, TERM, "process"),
             Kill(STEPS, USR1, "process"),
         ],
@@ -39,8 +43,7 @@ CASES = {
         [
             Kill(STEPS, KILL, "process"),
             Kill(START, KILL, "process"),
-            Kill(WRITING, USR1, "process"),
-            Kill(COPYING, KILL, "process"),
+            Kill(CHECKPOINT, USR1, "process"),
         ],
     ),
     "two-ranks-folder": (
@@ -50,7 +53,7 @@ CASES = {
             Kill(STEPS, KILL, "rank 1"),
             Kill(STEPS, USR1, "torchrun"),
             Kill(STEPS, KILL, "torchrun"),
-            Kill(WRITING, TERM, "rank 1"),
+            Kill(CHECKPOINT, TERM, "rank 1"),
         ],
     ),
 }
@@ -82,6 +85,53 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, ranks, form, k
         straight, run = tmp_path / "straight", tmp_path / f"struck-{k}"
         assert_same_bits(*(each / "checkpoints" / "last.pt" for each in (straight, run)))
         assert lines(straight) == lines(run), told
+
+
+class Forked:
+    """As subprocess.Popen, of a child of this process, which need not import anything."""
+
+    def __init__(self, main, said: Path):
+        self.pid, self.returncode = os.fork(), None
+        if not self.pid:
+            code = 99
+            try:
+                sys.stdout = sys.stderr = said.open("w", buffering=1)
+                code = entry.status(main)
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            done, code = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(code) if done else None
+        return self.returncode
+
+    def wait(self, timeout: float = chaos.PATIENCE) -> int:
+        if not chaos.until(lambda: self.poll() is not None, timeout):
+            raise subprocess.TimeoutExpired("", timeout)
+        return self.returncode or 0
+
+
+class Warm(chaos.Running):
+    def begun(self, words: list[str]) -> Forked:
+        def main() -> int:
+            torch.set_num_threads(1)  # those of this process do not live on in a child
+            sys.argv[1:] = [*words, "--threads", "1"]
+            return chaos.child(str(self.notes))
+
+        return Forked(main, self.said)
+
+
+@pytest.mark.soak
+def test_fifty_kills_in_and_beside_the_writing_of_checkpoints(pictures, tmp_path):
+    draw = random.Random(SEED)
+    ways = [(CHECKPOINT, KILL)] * 4 + [(CHECKPOINT, TERM), (CHECKPOINT, USR1), (STEPS, KILL)]
+    kills = [Kill(*way, "process") for way in draw.choices(ways, k=50)]
+    setting = chaos.Setting(1, pictures, tmp_path, running=Warm)
+    seen = chaos.batter(setting, kills, draw, lambda _: None)
+    assert not seen.wrong, f"seed {SEED}: {seen.wrong}"
+    assert seen.survived == len(seen.counted()) == 50
+    assert Counter(each.phase for each in seen.counted())[CHECKPOINT] >= 30
 
 
 # ---- the comparison can fail ----
