@@ -66,7 +66,7 @@ def test_workers_are_of_this_run_while_they_work_and_when_they_have_ended(machin
     assert seen.take(2) == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize(("ranks", "taken"), [("1", 1.0), ("2", 0.0)])
+@pytest.mark.parametrize(("ranks", "taken"), [("1", 1.5), ("2", 1.0)])
 def test_ranks_of_a_run_are_no_neighbours_of_each_other(machine, monkeypatch, ranks, taken):
     for name, value in {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
         monkeypatch.setenv(name, value)
@@ -76,8 +76,8 @@ def test_ranks_of_a_run_are_no_neighbours_of_each_other(machine, monkeypatch, ra
     machine.masks[ME + 2] = {2, 3}
     seen = Neighbours()
     machine.cores((1100, 100), (1100, 100))
-    machine.process(ME, LAUNCHER, 1050)
-    machine.process(ME + 1, LAUNCHER, 1050)
+    machine.process(ME, LAUNCHER, 550)
+    machine.process(ME + 1, LAUNCHER, 550)
     machine.process(ME + 2, LAUNCHER, 1050)
     assert seen.take(2) == pytest.approx(taken)
 
