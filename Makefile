@@ -2,7 +2,7 @@
 # make test    every check, and each test that is no soak, on JOBS=2 cores
 # make soak    the long ones: soak tests, a hundred kills, damaged records under sanitizers, the path of make gpu
 # make processors  tests of data and ops as a processor without SSE4, AVX and their like runs them
-# make matrix  a core of the tests on the oldest and newest Python and torch (of pyenv too; 12 GB)
+# make matrix  the tests on the oldest and newest Python and torch, and a GPU machine's (of pyenv too; 6 GB each)
 # make native  the C++ extension, with the system packages that it is built on
 # make fuzz    6,000 damaged records through the C++ extension, under sanitizers
 # make ffcv    FFCV, for --loader ffcv, with the system packages that it is built on
@@ -18,6 +18,7 @@ DEVICE ?= cuda
 PART ?=
 JOBS ?= 2
 KILLS ?= 40
+CORE ?=
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
 
@@ -49,8 +50,9 @@ test: $(VENV)/installed-dev
 	python -m pytest -q -m "not gpu and not soak" -n $(JOBS) --dist worksteal; tests=$$?; wait $$types && exit $$tests; }
 
 soak: $(VENV)/installed-dev
+	@$(MAKE) --no-print-directory matrix CORE=1
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -q -m "soak and not gpu" -n $(JOBS) --dist worksteal
-	@$(MAKE) --no-print-directory processors kills fuzz matrix
+	@$(MAKE) --no-print-directory processors kills fuzz
 
 processors: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" JOBS=$(JOBS) sh .ci/processors
@@ -58,8 +60,8 @@ processors: $(VENV)/installed-dev
 kills: $(VENV)/installed-dev
 	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python tests/chaos.py --kills $(KILLS) --out build
 
-matrix:
-	@JOBS=$(JOBS) sh .ci/matrix
+matrix: $(VENV)/installed-dev
+	@JOBS=$(JOBS) CORE=$(CORE) sh .ci/matrix
 
 fuzz: $(VENV)/installed-dev
 	@$(BIN)/python tests/native_fuzz.py --times 6000

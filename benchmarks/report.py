@@ -36,6 +36,7 @@ OLD_WORDS = {  # as older rows have it -> as it is said now
     "turns told right": "rotations predicted right",
     "held-out turns": "held-out rotations",
 }
+SETS = ("python", "torch", "triton", "numpy")  # of versions, as far as tests hang on them
 VERSIONS = ("python", "torch", "torchvision", "numpy", "simplejpeg", "opencv", "ffcv")
 VERSIONS += ("webdataset", "nvidia-dali-cuda130", "cuda", "driver")
 FORMS = measure.ROOT / "fastrot" / "speed" / "forms.json"
@@ -414,6 +415,20 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     ]
 
 
+def versions(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
+    tests = rows.all("tests")
+    said = "`make matrix` runs the tests that need no GPU under each of these sets of versions."
+    cells = [
+        [versions_of(row), f"{bare(row)} of {bare(row, 'ran')}", bare(row, "skipped")]
+        for row in tests
+    ]
+    return [said], [Table([["tests under", "passed", "skipped"], *cells], tests)]
+
+
+def versions_of(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {row[name].split('+')[0]}" for name in SETS)
+
+
 def _variant(row: dict[str, Any]) -> str:
     return str(row["variant"])
 
@@ -443,6 +458,7 @@ TOPICS = {  # by the name of the page; rows of the theme `train` are throughput'
     "cold": Topic("Data that is not in memory yet", cold, plots.cold),
     "quality": Topic("What the pack's encoding keeps", quality, plots.quality),
     "scale": Topic("A billion pictures", scale, plots.scale),
+    "versions": Topic("Old and new versions", versions),
 }
 THEMES = {"train": "throughput"}
 
@@ -518,7 +534,7 @@ def write(folder: Path, out: Path) -> list[Path]:
 
 
 def readme_table(rows: Rows) -> str:
-    """At most eight lines for the README: what a newcomer wants to know, from the rows of the CPU."""
+    """At most twelve lines for the README: what a newcomer wants to know, from the rows of the CPU."""
     of = {name: next(iter(machines.values())) for name, machines in topics(rows).items()}
     none = Rows()
     demo, cifar, read, detail, train, kernels = (
@@ -562,6 +578,9 @@ def readme_table(rows: Rows) -> str:
         if row is not None:
             command = f"python {script}" if "/" in script else f"python -m benchmarks.{script}"
             table.append(f"| {what} | {figure} | `{command}` |")
+    for row in of.get("versions", none).all("tests"):
+        figure = f"{bare(row)} of {bare(row, 'ran')}"
+        table.append(f"| tests passed: {versions_of(row)} | {figure} | `make matrix` |")
     machines = dict.fromkeys(
         f"{row['cpu']}, {row['cores']} cores, no GPU" for row in rows if not row["gpu"]
     )

@@ -1,5 +1,6 @@
 """Shared by all tests: kernels run in Triton's interpreter where there is no GPU; nothing is downloaded."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -30,6 +31,18 @@ if sys.version_info < (3, 11):
         return node if bare else wrapped(self, node)
 
     JaxtypingTransformer.visit_FunctionDef = visit
+
+with contextlib.suppress(ModuleNotFoundError):  # torch's builds for the CPU come without Triton
+    from triton.runtime import interpreter
+
+    # 3.6's asks int() of arrays of one element, which numpy refuses from 2.5 on
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_index_too
 
 
 def pytest_collection_modifyitems(items):

@@ -301,6 +301,7 @@ for cfg, size in ((config.AlexNet(width=0.05, space_to_depth=True), 64), (config
 """
 
 
+@pytest.mark.versions
 def test_views_and_networks_trace_without_a_graph_break():
     # in a process of its own: the shape checks that tests switch on cannot be traced
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True)

@@ -5,8 +5,9 @@ import json
 import re
 
 import pytest
+import torch
 
-from benchmarks import measure, plots, report
+from benchmarks import measure, plots, report, versions
 from fastrot.config import UsageError
 
 HERE = measure.ROOT / "benchmarks"
@@ -52,7 +53,7 @@ def test_the_newest_row_counts_in_the_words_of_today(tmp_path):
 def test_the_readme_shows_what_the_results_say():
     table = README.split(report.BEGIN)[1].split(report.END)[0]
     assert table == report.readme_table(ROWS)
-    assert len(table.split("\n\n")[0].splitlines()) <= 2 + 8
+    assert len(table.split("\n\n")[0].splitlines()) <= 2 + 12
     for script in re.findall(r"`python (?:-m )?(\S+)`", table):
         assert (measure.ROOT / f"{script.removesuffix('.py').replace('.', '/')}.py").exists()
 
@@ -92,7 +93,7 @@ def test_no_figure_of_the_readme_is_typed_by_hand():
     now, then = (
         {
             figure
-            for line in report.readme_table(rows).splitlines()[2:10]
+            for line in report.readme_table(rows).splitlines()[2:14]
             for figure in NUMBER.findall(line.split(" | ")[1])
         }
         for rows in (ROWS, changed(ROWS))
@@ -101,7 +102,7 @@ def test_no_figure_of_the_readme_is_typed_by_hand():
     assert not now & then
 
 
-@pytest.mark.parametrize("name", report.TOPICS)
+@pytest.mark.parametrize("name", report.topics(ROWS))
 def test_no_figure_of_a_page_is_typed_by_hand(name):
     """A cell that stands under the same names in both has another figure."""
     machines = report.topics(ROWS)[name]
@@ -115,14 +116,16 @@ def test_no_figure_of_a_page_is_typed_by_hand(name):
                         assert cell != there, line
 
 
-@pytest.mark.parametrize("name", report.TOPICS)
+@pytest.mark.parametrize("name", report.topics(ROWS))
 def test_the_page_is_of_now_and_its_picture_lies_beside_it(name, words_only):
     reports = HERE / "reports"
     text = (reports / f"{name}.md").read_text()
     machines = report.topics(ROWS)[name]
     assert text == report.page(name, machines, reports, "../results")
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(pictures) == (0 if name == "reading" else len(machines))  # that is figures alone
+    assert len(pictures) == (
+        0 if name in ("reading", "versions") else len(machines)  # those are figures alone
+    )
     assert all((reports / each).stat().st_size > 5_000 for each in pictures)
     assert f"]({name}.md)" in (reports / "README.md").read_text()
 
@@ -141,7 +144,7 @@ def test_a_table_names_the_lines_that_it_is_made_from(tmp_path, words_only):
     assert "MISSED" in report.markdown(report.figures([one[0] | {"p50": 9.0}]), "")
 
 
-@pytest.mark.parametrize("name", report.TOPICS)
+@pytest.mark.parametrize("name", report.topics(ROWS))
 def test_a_topic_whose_rows_are_few_has_a_page_all_the_same(name, tmp_path, words_only):
     (rows, *_) = report.topics(ROWS)[name].values()
     for kind in {(row["what"], row["variant"]) for row in rows}:
@@ -164,3 +167,22 @@ def test_pictures_are_drawn_for_each_machine(tmp_path):
         for rows in machines.values():
             assert report.TOPICS[name].draw is None or report.TOPICS[name].draw(rows)
             assert report.TOPICS[name].draw is None or not report.TOPICS[name].draw(plots.Rows())
+
+
+def test_tests_are_counted_from_what_pytest_wrote(tmp_path):
+    for name, counts in (("a", (9, 2, 1, 1)), ("b", (100, 0, 0, 0))):
+        kinds = zip(("tests", "skipped", "failures", "errors"), counts, strict=True)
+        suite = "".join(f' {kind}="{count}"' for kind, count in kinds)
+        (tmp_path / name).write_text(f"<testsuites><testsuite{suite}/></testsuites>")
+    assert not versions.main(
+        ["old", *(str(tmp_path / n) for n in "ab"), "--out", str(tmp_path / "c.jsonl")]
+    )
+    (row,) = report.read(tmp_path)
+    assert (row["p50"], row["ran"], row["skipped"], row["variant"]) == (105, 107, 2, "old")
+    (line,) = [
+        x
+        for x in report.readme_table(plots.Rows([row | {"dirty": False}])).splitlines()
+        if "make matrix" in x
+    ]
+    assert f"torch {torch.__version__.split('+')[0]}, " in line
+    assert "| 105 of 107 |" in line

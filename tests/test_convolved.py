@@ -252,6 +252,7 @@ assert compiled.trunk.conv1.bn.num_batches_tracked == 2
 
 
 @pytest.mark.soak
+@pytest.mark.versions
 def test_a_fused_net_trains_compiled_as_one_graph():
     # in a process of its own: the shape checks that tests switch on cannot be traced
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True)

@@ -97,6 +97,7 @@ def assert_near(fast: tuple, exact: tuple, method: str) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.versions
 def test_a_compiled_half_precision_run_stays_near_float32(shapes_unchecked):
     cpu = torch.device("cpu")
     exact = run("decoupling", cpu, torch.float32)

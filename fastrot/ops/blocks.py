@@ -17,8 +17,8 @@ Idea.    A tile decodes alone and lies at a known place, so that a crop reads th
 Bytes.   0.75 h w of tiles from memory (3 h w raw), and 3 S S of crop, written once.
          B ceil(S / 32)**2 programs of 256 threads. A thread has four pixels; for each tap of n x n x 4 it loads three words
          of 8 bytes (raw: three bytes), most of which it shares with its neighbours; its stores are of 4 elements, those
-         of a warp fill whole lines of 32 elements, which are sectors. Of 8 pixels a thread would spill: decoding takes 128
-         registers as it is, and is what binds: 1,728 instructions for a thread's four pixels where n is 1. Not timed on a GPU.
+         of a warp fill whole lines of 32 elements, which are sectors. Of 8 pixels a thread would spill: decoding, held to 128
+         registers, is what binds: some 1,800 instructions for a thread's four pixels where n is 1. Not timed on a GPU.
 Digits.  The same bits everywhere, as all of it is whole numbers, but for the place of a tap: float64, once a row or column,
          each operation rounded by itself (so the kernel is compiled without fused multiply-adds), then float32.
 """
@@ -85,6 +85,7 @@ def unpack_crop(pack: PackTensors, row: Box, out: UInt8[np.ndarray, "s s 3"]) ->
 
 SIDE, WARPS = 32, 8  # pixels of a program's square; 4 of them a thread
 EXACT = {"enable_fp_fusion": False}  # a place of a tap is a product and a sum, each rounded
+REGISTERS = {"maxnreg": 128}  # of decoding: 16 warps an SM; Triton 3.6 takes 152 else, for 8
 
 if triton is not None:
 
@@ -251,13 +252,14 @@ if triton is not None:
 
 def _launch(pack: PackTensors, boxes: Tensor, size: int) -> Tensor:
     check_kernel()
-    tiles = pack.tiles if pack.encoding == "raw" else pack.tiles.view(torch.int64)
+    packed = pack.encoding == "ycc"
+    tiles = pack.tiles.view(torch.int64) if packed else pack.tiles
     out = boxes.new_empty((len(boxes), size, size, 3), dtype=torch.uint8)
     if out.numel():
         with torch.cuda.device_of(boxes):
             _unpack_kernel[(len(boxes) * triton.cdiv(size, SIDE) ** 2,)](
                 tiles, pack.first, pack.sizes, boxes.contiguous(), out, size,
-                PACKED=pack.encoding == "ycc", SIDE=SIDE, num_warps=WARPS, **EXACT,
+                PACKED=packed, SIDE=SIDE, num_warps=WARPS, **EXACT, **(REGISTERS if packed else {}),
             )  # fmt: skip
     return out
 

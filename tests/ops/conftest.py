@@ -1,7 +1,11 @@
-"""What torch.empty gives is filled with NaN, so that an output left unwritten is seen."""
+"""What torch.empty gives is filled with NaN, so that an output left unwritten is seen; all of it hangs on versions."""
 
 import pytest
 import torch
+
+
+def pytest_itemcollected(item):
+    item.add_marker(pytest.mark.versions)
 
 
 def poisoned(make):

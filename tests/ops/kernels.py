@@ -1,8 +1,8 @@
-"""Compile every kernel for sm_80 and sm_90, on a machine without a GPU too: registers, spills, load and store widths.
+"""Compile every kernel for sm_80 and sm_90, on a machine without a GPU too: registers, spills, warps, load and store widths.
 
     python tests/ops/kernels.py
 
-Ends with status 1 where a kernel spills registers, or moves fewer bytes at once than it should.
+Ends with status 1 where a kernel spills registers, leaves an SM with few warps, or moves fewer bytes at once than it should.
 """
 
 import re
@@ -15,7 +15,11 @@ from typing import Any
 
 from fastrot.ops import blocks, nce_kernels, norm_kernels, rotate, rows
 
-TARGETS = (80, 90)  # A100; H100 and H200
+TARGETS = {80: 164, 90: 228}  # A100; H100 and H200: KB of an SM's shared memory
+FEWEST, FEWER = (
+    16,
+    {"norm_sums": 12},
+)  # warps of an SM's 64; norm_sums would spill at the 128 registers that 16 leave
 WIDE = {  # bytes a thread loads or stores at once, by the first word of a kernel's name here
     "rotated_views": dict(store=16),
     "space_to_depth": dict(store=16),
@@ -54,19 +58,27 @@ class Report:
     registers: int  # a thread
     spills: int  # bytes of local memory a thread
     shared: int  # bytes a program
+    warps: int  # that an SM holds at once
     load: int  # widest from global memory, bytes a thread
     store: int  # widest to global memory, bytes a thread
     instructions: int  # of machine code
 
     def faults(self) -> list[str]:
         """What is not as it should be."""
-        wanted = {"spills": 0, **WIDE[self.kernel.split()[0]]}
-        found = asdict(self)
+        name, found = self.kernel.split()[0], asdict(self)
+        wanted = {"spills": 0, **WIDE[name], "warps": max(self.warps, FEWER.get(name, FEWEST))}
         return [
             f"{self.kernel} on sm_{self.target}: {what} is {found[what]}, not {value}"
             for what, value in wanted.items()
             if found[what] != value
         ]
+
+
+def warps_an_sm(registers: int, shared: int, warps: int, target: int) -> int:
+    """Warps that an SM holds at once: each quarter has 16,384 registers, a warp takes them by 256; programs come whole."""
+    in_quarter = 16_384 // (-(-32 * registers // 256) * 256)
+    room = TARGETS[target] * 1024 // (shared + 1024)  # a program takes a KB more than it asks for
+    return warps * min(4 * in_quarter // warps, room, 64 // warps, 32)
 
 
 def compiled(kernel: Kernel, target: int) -> Report:
@@ -98,12 +110,14 @@ def compiled(kernel: Kernel, target: int) -> Report:
             subprocess.run([cuobjdump, each, file.name], check=True, capture_output=True, text=True).stdout
             for each in ("-res-usage", "-sass")
         )  # fmt: skip
+    registers, shared = _number(r"REG:(\d+)", usage), made.metadata.shared
     return Report(
         kernel=kernel.name,
         target=target,
-        registers=_number(r"REG:(\d+)", usage),
+        registers=registers,
         spills=max(_number(r"LOCAL:(\d+)", usage), _number(r"STACK:(\d+)", usage)),
-        shared=made.metadata.shared,
+        shared=shared,
+        warps=warps_an_sm(registers, shared, kernel.warps, target),
         load=_widest("LDG(?:STS)?", code),
         store=_widest("STG", code),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
@@ -239,7 +253,7 @@ def of_blocks() -> list[Kernel]:
             constants=dict(PACKED=encoding == "ycc", SIDE=blocks.SIDE),
             aligned=("tiles", "first", "sizes", "boxes", "out", "size"),
             warps=blocks.WARPS,
-            options=blocks.EXACT,
+            options=blocks.EXACT | (blocks.REGISTERS if encoding == "ycc" else {}),
         )
         for encoding, tiles in (("ycc", "*i64"), ("raw", "*u8"))
     ]
@@ -305,12 +319,12 @@ def _of_layer(y: str, c: int, pool: bool) -> list[Kernel]:
 def main() -> int:
     """Print the table; 1 where something is not as it should be."""
     faults = []
-    print(f"{'kernel':32} target registers spills shared load store instructions")
+    print(f"{'kernel':32} target registers spills shared warps load store instructions")
     for kernel in kernels():
         for target in TARGETS:
             r = compiled(kernel, target)
             print(
-                f"{r.kernel:32} sm_{r.target}  {r.registers:9} {r.spills:6} {r.shared:6} {r.load:4} {r.store:5} "
+                f"{r.kernel:32} sm_{r.target}  {r.registers:9} {r.spills:6} {r.shared:6} {r.warps:5} {r.load:4} {r.store:5} "
                 f"{r.instructions:12}"
             )
             faults += r.faults()

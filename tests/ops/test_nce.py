@@ -9,6 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import golden
 
@@ -804,7 +805,7 @@ def test_it_compiles_whole_and_a_new_step_recompiles_nothing(drawn_inside, shape
         return loss.mean(), mass
 
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, backend=graphs, fullgraph=True)
     mine, other = rows.clone(), rows.clone()
     for now in range(3):
