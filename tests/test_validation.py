@@ -78,6 +78,7 @@ FORMS = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("cfg", FORMS.values(), ids=FORMS)
 def test_a_compiled_validation_is_the_bare_nets(cfg, shapes_unchecked, monkeypatch):
     """One more form of the net, whatever is trained meanwhile; its weights are those of the moment."""
