@@ -239,6 +239,32 @@ def decoupling(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     ], [figures(rows)]
 
 
+def neighbours(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
+    def line(row: dict[str, Any]) -> str:
+        ours = " (the commands' own)" if row["spins"] == str(entry.SPINS) else ""
+        return f"{row['preset']}, spins {row['spins']}{ours}"
+
+    def times(preset: str, count: int) -> str:
+        ours, default = (
+            rows.one("neighbours", preset=preset, spins=spins, neighbours=count)
+            for spins in (str(entry.SPINS), "default")
+        )
+        if ours is None or default is None:
+            return "not measured"
+        return f"{number(ours['p50'] / default['p50'])} times as fast"
+
+    presets = dict.fromkeys(row["preset"] for row in rows)
+    said = [
+        f"{preset}: {times(preset, 0)} as by libgomp's default on a quiet machine, {times(preset, 1)} beside one "
+        f"process that computes, {times(preset, 2)} beside two."
+        for preset in presets
+    ]
+    about = "Images/s; a neighbour is a process that computes. Settings are measured in turns."
+    head = {0: "alone", 1: "beside one", 2: "beside two"}
+    table = pivot(rows, "threads of OpenMP", line, lambda row: {head[row["neighbours"]]: bare(row)})
+    return [*said, about], [table]
+
+
 def ops(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     times = [r for r in rows.all("ratio") if r["variant"].startswith("nce_loss")]
     memory, saved = rows.one("extra memory"), rows.one("bank in a checkpoint", "saved")
@@ -454,6 +480,7 @@ TOPICS = {  # by the name of the page; rows of the theme `train` are throughput'
     "cifar": Topic("Learning: CIFAR-10", cifar, plots.cifar),
     "decoupling": Topic("Learning: Rotation Feature Decoupling", decoupling, plots.decoupling),
     "chaos": Topic("Killed, and gone on", chaos, plots.chaos),
+    "neighbours": Topic("Beside other processes", neighbours),
     "ops": Topic("The kernels", ops, plots.ops),
     "cold": Topic("Data that is not in memory yet", cold, plots.cold),
     "quality": Topic("What the pack's encoding keeps", quality, plots.quality),

@@ -16,6 +16,7 @@ from benchmarks import (
     bench_conversion,
     bench_decoupling,
     bench_loaders,
+    bench_neighbours,
     bench_ops,
     bench_train,
     contestants,
@@ -416,3 +417,15 @@ def test_an_absent_folder_is_refused_in_one_sentence(tmp_path):
         contestants.originals(tmp_path / "nowhere")
     with pytest.raises(RunError, match="--root DIR"):
         runs.prepared(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.soak
+def test_training_is_measured_beside_neighbours(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    few = ["--spins", "passive", "--neighbours", "0", "1", "--reps", "1", "--seconds", "0.2"]
+    assert not bench_neighbours.main([*few, "--work", str(tmp_path), "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["preset"], row["neighbours"]) for row in rows] == [
+        (preset, count) for preset in bench_neighbours.KNOBS for count in (0, 1)
+    ]
+    assert all(row["p50"] > 0 and row["unit"] == "images/s" for row in rows)
