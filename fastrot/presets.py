@@ -42,14 +42,14 @@ def supervised_alexnet() -> Config:
 
 
 def demo() -> Config:
-    """RotNet in a minute or two on a CPU: quarter-width AlexNet on 64-pixel crops, 1,280 steps of 32."""
+    """RotNet in a minute or two on a CPU: quarter-width AlexNet on 64-pixel crops, 1,120 steps of 32."""
     return Config(
         preset="demo",
         batch=32,
         method=config.RotNet(crop=config.RandomResized(size=64, scale=(0.3, 1.0))),
         backbone=config.AlexNet(width=0.25, kernel=5, stride=2),
         optim=config.Sgd(decay_norms=False),
-        schedule=Schedule(kind="linear", table=((1, 0.03),), epochs=1, steps=1280),
+        schedule=Schedule(kind="linear", table=((1, 0.03),), epochs=1, steps=1120),
         validate_every=20,
     )
 

@@ -82,7 +82,7 @@ def test_none_takes_a_knob_back():
     from fastrot import train
 
     assert train.command_line(["demo", "--schedule.steps", "None"]).schedule.steps is None
-    assert train.command_line(["demo"]).schedule.steps == 1280
+    assert train.command_line(["demo"]).schedule.steps == 1120
     assert train.command_line(["demo", "--epochs", "3"]).epochs == 3
 
 

@@ -120,7 +120,7 @@ def test_blocks_that_are_spelt_out_are_the_ones_that_are_meant():
     "args", [["--epochs", "3"], ["--budget", "9min"]], ids=["epochs", "budget"]
 )
 def test_a_length_takes_the_place_of_the_presets_steps(args):
-    assert config.resolved(train.command_line(["demo"])).schedule.steps == 1280
+    assert config.resolved(train.command_line(["demo"])).schedule.steps == 1120
     assert config.resolved(train.command_line(["demo", *args])).schedule.steps is None
 
 
