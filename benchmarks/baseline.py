@@ -40,6 +40,7 @@ from fastrot.backbones.alexnet import alexnet
 from fastrot.config import AlexNet, Config, Decoupling, UsageError
 from fastrot.core import Batch
 from fastrot.machine import wait_for
+from fastrot.training.device import time_kernels
 from fastrot.training.loop import train_step
 
 BATCH = 192  # the paper's
@@ -423,7 +424,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--reps", type=int, default=3)
     asked = parser.parse_args(args)
     device = torch.device(asked.device)
-    torch.backends.cudnn.benchmark = True  # as a run has it, for both
+    time_kernels(device)  # as a run does, for both
     if not contestants.installed("torchvision"):
         raise UsageError("the baseline needs torchvision: install torch's pair of it")
     root = contestants.originals(asked.root)

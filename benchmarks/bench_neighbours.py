@@ -66,9 +66,10 @@ class Served:
         env = {
             k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
         }
-        env |= {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}.get(
-            spins, {"GOMP_SPINCOUNT": spins}
-        )
+        env |= {
+            "default": {"GOMP_SPINCOUNT": "300000"},
+            "passive": {"OMP_WAIT_POLICY": "passive"},
+        }.get(spins, {"GOMP_SPINCOUNT": spins})
         command = [sys.executable, "-m", "benchmarks.bench_neighbours", "--serve", preset, data]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)

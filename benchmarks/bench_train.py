@@ -40,6 +40,7 @@ from fastrot.machine import wait_for
 from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
+from fastrot.training.device import time_kernels
 from fastrot.training.loop import train_step
 from fastrot.training.state import TrainState
 
@@ -380,7 +381,7 @@ def rows_of(asked: argparse.Namespace, out: Path) -> Iterator[dict[str, Any]]:
 def main(args: list[str] | None = None) -> int:
     """Measure, print, and append to the machine's file of results."""
     asked = parsed(args)
-    torch.backends.cudnn.benchmark = True  # as a run has it
+    time_kernels(torch.device(asked.device))  # as a run does
     out = measure.results(asked.device, asked.out).parent
     out.mkdir(parents=True, exist_ok=True)
     runs.keep(rows_of(asked, out), asked)

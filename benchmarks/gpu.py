@@ -1,4 +1,4 @@
-"""What a GPU that is lent for a quarter of an hour is asked, the most important first; `make gpu-dry` walks it on a CPU.
+"""What a GPU that is there for a quarter of an hour is asked, the most important first; `make gpu-dry` walks it on a CPU.
 
     python benchmarks/gpu.py [first|rest] [--out FOLDER] [--device cuda|cpu] [--root FOLDER] [--seconds N]
 
@@ -30,11 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LENT, START, COMMAND = (
-    900,
-    120,
-    600,
-)  # seconds: in all, until the machine answers, of one command at most
+WHOLE, START = 900, 120  # seconds: in all, and of these until the machine answers
+COMMAND = 600  # seconds that one command takes at most
 GRACE, LEAST = 10, 5  # seconds: that a step has to end in, at most; under which none is begun
 ON_A_CPU, DRY = 30, 170  # seconds there: of any step, and of all together
 NEEDS = "torch torchvision numpy PIL cv2 simplejpeg tyro rich tensorboard matplotlib yaml jaxtyping beartype pytest"
@@ -125,14 +122,19 @@ def made(out: Path, since: str) -> Rows:
     return [row for row in map(json.loads, lines) if row["when"] >= since]
 
 
-def walk(steps: Iterable[Step], out: Path, seconds: float | None = None) -> dict[str, str]:
-    """Run the steps; what became of each, by its name.
+def walk(
+    steps: Iterable[Step],
+    out: Path,
+    seconds: float | None = None,
+    became: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Run the steps; what became of each, by its name: in `became` as it becomes known.
 
     `seconds`: in all. What is more than the steps' own is shared out among them; with less the last go without.
     """
     steps, begun, ends = list(steps), time.monotonic(), 0.0
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    own, became = sum(step.seconds for step in steps), {}
+    own, became = sum(step.seconds for step in steps), {} if became is None else became
     seconds = seconds or own
     for name, share, words in steps:
         ends = min(ends + share * max(1, seconds / own), seconds)
@@ -163,7 +165,8 @@ def run(words: list[str], log: Path, seconds: float, grace: float) -> int:
         try:
             status = child.wait()
         except BaseException:
-            child.terminate()  # which timeout passes on
+            child.send_signal(signal.SIGINT)  # which timeout passes on
+            child.wait()
             raise
     print(log.read_bytes()[before:].decode(errors="replace"), flush=True)
     return status
@@ -198,7 +201,11 @@ def main(argv: list[str] | None = None) -> int:
         os.environ |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         parts = plan(asked.device, out, asked.root.resolve())
         steps = parts.get(asked.part) or parts["first"] + parts["rest"]
-        became = walk(steps, out, asked.seconds or (DRY if asked.device == "cpu" else None))
+        became = dict[str, str]()
+        try:
+            walk(steps, out, asked.seconds or (DRY if asked.device == "cpu" else None), became)
+        except KeyboardInterrupt:
+            became["the rest"] = "FAILED: interrupted"
     wide = max(map(len, became))
     table = "".join(f"{name:{wide}}  {what}\n" for name, what in became.items())
     print(table)

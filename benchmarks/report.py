@@ -452,7 +452,7 @@ def versions(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
 
 
 def versions_of(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {row[name].split('+')[0]}" for name in SETS)
+    return ", ".join(f"{name} {(row[name] or 'none').split('+')[0]}" for name in SETS)
 
 
 def _variant(row: dict[str, Any]) -> str:
@@ -622,11 +622,13 @@ def fastest_forms(rows: Rows) -> dict[str, dict[str, Any]]:
 
     A form learns as well unless a row of bench_learning on that GPU says that it does not.
     """
-    found = {}
-    for row in sorted(plots.steps(rows), key=lambda row: row["images_per_s"]):
+    latest, found = {}, {}
+    for row in sorted(plots.steps(rows), key=lambda row: row["when"]):
+        if row["gpu"] and row["loader"] == "pack" and row["shape"].get("bank") == IMAGENET:
+            latest[row["gpu"], row["preset"], row["dtype"], row["form"]] = row
+    for row in sorted(latest.values(), key=lambda row: row["images_per_s"]):
         learnt = rows.all("learning", gpu=row["gpu"], form=f"{row['dtype']} {row['form']}")
-        whole = row["loader"] == "pack" and row["shape"].get("bank") == IMAGENET
-        if row["gpu"] and whole and all(map(measure.met, learnt)):
+        if all(map(measure.met, learnt)):
             found[row["gpu"]] = {
                 **{name: row[name] for name in ("form", "preset", "commit", "when")},
                 "knobs": forms.knobs(row["form"]),

@@ -32,7 +32,7 @@ class Doctor:
     image_size: int | None = None  # pixels a side of the crop; default: the preset's
     workers: int | None = None  # threads or processes that decode; default: one a core
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
-    compile: bool = False  # torch.compile the network
+    compile: bool | None = None  # torch.compile the network; default: as a run on this device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = "auto"  # what reads the data; auto: by its format
     enlarge: bool = False  # allow crops larger than most pictures
@@ -47,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     from fastrot import assemble, disk, machine
     from fastrot.dist import place
     from fastrot.speed import advice, bounds, probe
-    from fastrot.training.device import choose_device, choose_precision
+    from fastrot.training.device import choose_device, choose_form, choose_precision, time_kernels
 
     device = choose_device(cfg.device, place())
     cfg = dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device))
+    cfg, _ = choose_form(cfg, None, device)
+    time_kernels(device)
     data, val = assemble.data_of(cfg)
     with Console(stderr=True).status("opening", spinner="line") as status:  # on a terminal alone
         found = probe.measure(cfg, data, val, device, wanted.seconds, status.update)

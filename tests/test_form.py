@@ -45,12 +45,21 @@ def test_what_is_asked_for_stays():
     assert devices.choose_form(devices.with_knobs(CFG, devices.PLAIN), None, GPU)[1] == []
 
 
-@pytest.mark.parametrize("knobs", [{"deterministic": True}, {"world": 2}], ids=str)
-def test_a_run_that_cannot_be_recorded_has_the_rest_of_the_form(knobs, monkeypatch):
-    world = knobs.get("world", 1)
-    monkeypatch.setattr(dist, "place", lambda: dist.Place(world=world))
-    cfg = CFG if world > 1 else dataclasses.replace(CFG, **knobs)
-    assert form(devices.choose_form(cfg, None, GPU)[0]) == devices.PLAIN | ALL | {"graph": False}
+def test_a_run_that_cannot_be_recorded_has_the_rest_of_the_form(monkeypatch):
+    monkeypatch.setattr(dist, "place", lambda: dist.Place(world=2))
+    assert form(devices.choose_form(CFG, None, GPU)[0]) == devices.PLAIN | ALL | {"graph": False}
+
+
+def test_bits_that_are_promised_are_those_of_a_plain_step():
+    cfg = dataclasses.replace(CFG, deterministic=True)
+    assert form(devices.choose_form(cfg, None, GPU)[0]) == devices.PLAIN
+
+
+def test_a_run_that_was_recorded_goes_on_where_none_can_be():
+    began = config.to_plain(devices.with_knobs(CFG, devices.PLAIN | {"graph": True}))
+    cfg, _ = devices.choose_form(CFG, began, CPU)
+    assert not cfg.graph
+    assert not config.differences(began, config.to_plain(cfg))
 
 
 @pytest.mark.parametrize(

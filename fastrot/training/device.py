@@ -36,10 +36,15 @@ def choose(cfg: Config) -> tuple[Config, torch.device]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not cfg.deterministic  # chooses kernels by timing
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark_limit = 0  # among all of them: by itself it tries ten
+    time_kernels(device, not cfg.deterministic)
     return cfg, device
+
+
+def time_kernels(device: torch.device, on: bool = True) -> None:
+    """Have cuDNN choose its kernels by timing, among all of them: by itself it tries ten."""
+    torch.backends.cudnn.benchmark = on
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark_limit = 0
 
 
 def choose_device(wish: str, here: dist.Place) -> torch.device:
@@ -85,7 +90,7 @@ def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> Non
         raise UsageError("--optim.kernel apex wants a GPU: use --optim.kernel torch")
     if cfg.graph and (reason := _hindrance(cfg, here, device)):
         raise UsageError(
-            f"--graph records the step of one process on a GPU, but {reason}: leave --graph out"
+            f"--graph records the step of one process on a GPU, but {reason}: use --no-graph"
         )
 
 
@@ -109,12 +114,12 @@ def choose_form(
     """The config with those knobs of a step's form that nobody set, and what is to be said of them.
 
     `before`: the config of the run that goes on here, which keeps its form. A new run has the fastest that was measured
-    on a GPU of this name, with this backbone and precision, as far as it admits it; else the plain one.
+    on a GPU of this name, with this backbone and precision, as far as it admits it; else the plain one, as --deterministic has.
     """
     known, why, gpu = {}, "", machine.device_name(device)
     if before is not None:
         known = config.flat(config.to_plain(config.from_plain(before)))
-    elif device.type == "cuda":
+    elif device.type == "cuda" and not cfg.deterministic:
         why = f"no other was measured on {gpu} with this backbone and precision"
         row = FORMS.get(gpu, {})
         if (row.get("backbone"), row.get("precision")) == (
