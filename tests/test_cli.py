@@ -75,7 +75,7 @@ def test_help_shows_choices_and_true_defaults(monkeypatch, capsys):
     knobs = knobs_of(fastrot_says(monkeypatch, capsys, "train", "demo", "--help")[1])
     assert knobs["--epochs INT"] == "passes over the data; default: the schedule's"
     assert knobs["--order {full,blocks}"].endswith("larger than memory (default: full)")
-    assert knobs["--batch INT"].endswith("each before its rotations (default: 64)")
+    assert knobs["--batch INT"].endswith("each before its rotations (default: 32)")
 
 
 def test_none_takes_a_knob_back():

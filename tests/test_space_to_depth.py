@@ -219,7 +219,10 @@ def test_runs_with_and_without_it_begin_with_each_others_weights(pictures, tmp_p
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     nothing = torch.zeros(2, dtype=torch.int64)
     assert rotation_guesses(method, Batch((images,), nothing, nothing, nothing)) is not None
-    for source, other in ((plain, ["--backbone.space-to-depth"]), (by_cells, [])):
+    for source, other in (
+        (plain, ["--backbone.space-to-depth"]),
+        (by_cells, ["--backbone.no-space-to-depth"]),
+    ):
         with pytest.raises(UsageError, match=r"--backbone\.space-to-depth was .*--start-from"):
             go(pictures, source, *other)
         out = tmp_path / f"{source.name}-on"

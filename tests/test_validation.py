@@ -94,7 +94,7 @@ def test_a_compiled_validation_is_the_bare_nets(cfg, shapes_unchecked, monkeypat
         return ran
 
     def through(net, **how):
-        assert how == {"fullgraph": True, "dynamic": False, "mode": "default"}
+        assert how == {"fullgraph": True, "dynamic": False, "mode": None}
         return compile(net, backend=noted, fullgraph=True, dynamic=False)
 
     monkeypatch.setattr(torch, "compile", through)
