@@ -203,12 +203,13 @@ def yardsticks(rows: Rows) -> str:
 
 
 def demo(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
+    latest = {row["variant"]: row for row in sorted(rows, key=lambda row: row["when"])}
     took = rows.one("demo", "installation, conversion and training")
     right = rows.one("demo", "held-out rotation accuracy")
     return [
         f"`make demo` takes a fresh clone to a trained net in {told(took)}, and the net then predicts {told(right)} of the "
         f"rotations of photographs that it has not seen, {told(right, 'before', 'share')} before training."
-    ], [figures(rows)]
+    ], [figures(latest.values())]
 
 
 def cifar(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
@@ -260,9 +261,11 @@ def neighbours(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
         for preset in presets
     ]
     about = "Images/s; a neighbour is a process that computes. Settings are measured in turns."
-    head = {0: "alone", 1: "beside one", 2: "beside two"}
-    table = pivot(rows, "threads of OpenMP", line, lambda row: {head[row["neighbours"]]: bare(row)})
-    return [*said, about], [table]
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        return {f"beside {row['neighbours']}" if row["neighbours"] else "alone": bare(row)}
+
+    return [*said, about], [pivot(rows, "threads of OpenMP", line, cells)]
 
 
 def ops(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
