@@ -45,6 +45,9 @@ class SpaceToDepth:
         if self.side < 1 or self.pad < 0 or self.count < 1:
             raise UsageError(f"{self} makes no cells: side and count want 1 or more, pad 0")
 
+    def __hash__(self) -> int:
+        return 0  # torch 2.11 asks for it as it traces, before there are fields
+
     @property
     def channels(self) -> int:
         """Of a cell: its pixels by three colours."""

@@ -16,10 +16,9 @@ from typing import Any
 from fastrot.ops import blocks, nce_kernels, norm_kernels, rotate, rows
 
 TARGETS = {80: 164, 90: 228}  # A100; H100 and H200: KB of an SM's shared memory
-FEWEST, FEWER = (
-    16,
-    {"norm_sums": 12},
-)  # warps of an SM's 64; norm_sums would spill at the 128 registers that 16 leave
+FEWEST = 16  # warps of an SM's 64
+# by a word of a kernel's name: 128 registers, which 16 leave, would spill norm_sums; no paper's features are the widest
+FEWER = {"norm_sums": 12, str(rows.WIDEST): 12}
 WIDE = {  # bytes a thread loads or stores at once, by the first word of a kernel's name here
     "rotated_views": dict(store=16),
     "space_to_depth": dict(store=16),
@@ -66,7 +65,8 @@ class Report:
     def faults(self) -> list[str]:
         """What is not as it should be."""
         name, found = self.kernel.split()[0], asdict(self)
-        wanted = {"spills": 0, **WIDE[name], "warps": max(self.warps, FEWER.get(name, FEWEST))}
+        fewest = min(FEWER.get(word, FEWEST) for word in self.kernel.split())
+        wanted = {"spills": 0, **WIDE[name], "warps": max(self.warps, fewest)}
         return [
             f"{self.kernel} on sm_{self.target}: {what} is {found[what]}, not {value}"
             for what, value in wanted.items()
