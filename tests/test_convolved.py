@@ -225,7 +225,7 @@ def test_a_fused_run_resumes_to_the_same_bits_and_not_as_another(pictures, tmp_p
     biases = [name for name in saved if name.endswith("conv.bias")]
     assert len(biases) == 5
     with pytest.raises(UsageError, match=r"--backbone\.fuse"):
-        go(pictures, tmp_path / "broken")
+        go(pictures, tmp_path / "broken", "--backbone.no-fuse")
 
 
 TRACE = """
