@@ -54,7 +54,7 @@ WITHIN = (3.0, 0.3, 0.01, 0.03)  # seconds from a phase's beginning to a kill, a
 NOTE = struct.Struct("<BBI")  # of each rank: phase, whether its thread writes, process number
 LATE = 24  # steps until ranks hear of a warning: they ask each other every 20, and log every 3
 MOST = 8  # kills that one run goes through
-PATIENCE = 120.0  # seconds that a struck process may take to end, or a phase to come
+PATIENCE = 600.0  # seconds that a struck process may take to end, or a phase to come
 # all that may differ from the straight run
 CLOCK = ("images_per_s", "wait_share", "seconds", "waited", "saving")
 FREE = (".config.out", ".config.max_steps", ".config.workers")
