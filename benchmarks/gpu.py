@@ -106,8 +106,19 @@ def plan(device: str, out: Path, root: Path) -> dict[str, list[Step]]:
     }  # fmt: skip
     if not gpu:
         for name, each in parts.items():
-            parts[name] = [step._replace(seconds=min(step.seconds, ON_A_CPU)) for step in each]
+            parts[name] = [
+                step._replace(seconds=min(step.seconds, ON_A_CPU)) for step in in_one(each)
+            ]
     return parts
+
+
+def in_one(steps: list[Step]) -> list[Step]:
+    """The same steps, their tests in one process, the first: where there is no GPU, each of them is skipped."""
+    tests: list[Any] = [step for step in steps if step.name.startswith("tests: ")]
+    name = "tests: " + ", ".join(step.name.removeprefix("tests: ") for step in tests)
+    files = dict.fromkeys(step.words[5] for step in tests)
+    whole = tests[0]._replace(name=name, words=[*tests[0].words[:5], *files])
+    return [whole, *(step for step in steps if step not in tests)]
 
 
 def fastest(rows: Rows) -> str:
