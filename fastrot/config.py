@@ -221,7 +221,7 @@ class Config:
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool | None = None  # torch.compile the network; default: as measured on such a GPU
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = None  # of --compile
-    graph: bool | None = free(None)  # one CUDA graph a step: one process; default: see --compile
+    graph: bool | None = None  # one CUDA graph a step: one process; default: see --compile
     gradients: Literal["fp32", "bf16"] = "fp32"  # what several processes send each other
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = free("auto")  # what reads the data; auto: by its format

@@ -1,13 +1,16 @@
 """Which form a step has where nobody says: the fastest that rows of this kind of GPU know, or that of the run that goes on."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from fastrot import config, dist, machine, train
+from fastrot.config import UsageError
 from fastrot.training import device as devices
+from fastrot.training import resume
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ALL = {"compile": True, "graph": True, "backbone.space_to_depth": True, "backbone.fuse": True}
@@ -57,9 +60,14 @@ def test_bits_that_are_promised_are_those_of_a_plain_step():
 
 def test_a_run_that_was_recorded_goes_on_where_none_can_be():
     began = config.to_plain(devices.with_knobs(CFG, devices.PLAIN | {"graph": True}))
+    saved = {"step": 1, "validated_step": 0, "config": began}
+    saved["run_identity"] = {"global_batch": CFG.batch}
     cfg, _ = devices.choose_form(CFG, began, CPU)
     assert not cfg.graph
-    assert not config.differences(began, config.to_plain(cfg))
+    resume.check_settings(saved, cfg, Path("run"))
+    saved["config"] = began | {"graph": False}
+    with pytest.raises(UsageError, match="--graph was False, now True"):
+        resume.check_settings(saved, dataclasses.replace(cfg, graph=True), Path("run"))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def check_settings(saved: dict[str, Any] | None, cfg: Config, run: Path) -> None
         return
     leave = {"batch"}  # the global batch is what counts
     leave |= {"epochs", "budget", "schedule.steps"}  # see training/budget.py: what they come to
+    if not cfg.graph:
+        leave.add("graph")  # where a step cannot be recorded, the run goes on all the same
     if saved["config"]["statistics"] == "data":
         leave |= {"mean", "std"}  # will come again
     found = config.differences(saved["config"], config.to_plain(cfg))
