@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WHOLE, START = 900, 120  # seconds: in all, and of these until the machine answers
 COMMAND = 600  # seconds that one command takes at most
 GRACE, LEAST = 10, 5  # seconds: that a step has to end in, at most; under which none is begun
-ON_A_CPU, DRY = 30, 170  # seconds there: of any step, and of all together
+ON_A_CPU, DRY = 30, 160  # seconds there: of any step, and of all together
 NEEDS = "torch torchvision numpy PIL cv2 simplejpeg tyro rich tensorboard matplotlib yaml jaxtyping beartype pytest"
 WAY_OUT = "eager + folded + fused + graph"
 # of a step, with their seconds; the first also prepares the pictures
