@@ -7,8 +7,9 @@
 
 Each step of the plan is a process of its own: an error that sticks to CUDA, or a form that does not compile, costs itself
 alone. A step must end by the sum of its own seconds and of those before it, so that what ends early leaves its time to what
-follows, and all together never outrun the sum; a step of 0 seconds has only what others left. SIGINT ends it, so that pytest
-prints its failures, and SIGKILL if it does not hear. FOLDER gets rows as they are made, log.txt and profiles.txt.
+follows, and all together never outrun the sum; a step of 0 seconds has only what others left. SIGINT ends it, and SIGKILL if
+it does not hear, as where a kernel hangs: pytest has told by then what failed (tests/conftest.py). FOLDER gets rows as they
+are made, log.txt and profiles.txt.
 
 Standard library alone; neither make, .git (COMMIT=... DIRTY=0 or 1 stand in for it) nor a network is needed: wheels/ holds
 packages that the machine lacks (make wheels), slice/ pictures (make slice).

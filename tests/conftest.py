@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+def pytest_runtest_logreport(report):
+    """A failure is told at once too: the end, where pytest tells it, may not come."""
+    if report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(scope="module")
 def quick_runs():
     """Runs in this process draw no page and take the machine's ceilings for known: three times as fast, the same bits."""
