@@ -18,7 +18,7 @@ Digits.  Reference and kernel give the same bits on every device: u / 255 is wri
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -268,6 +268,6 @@ def rotated_views(
         raise misfit("rotations are", rotations, f"torch.int64 [{len(images)}, V]")
     else:
         per_image = rotations
-    cells = None if space_to_depth is None else [*astuple(space_to_depth)]
+    cells = space_to_depth and [space_to_depth.side, space_to_depth.pad, space_to_depth.count]
     mean, std = [float(m) for m in mean], [float(s) for s in std]
     return _rotated_views(images, per_image, for_all, mean, std, dtype, cells)
