@@ -26,11 +26,17 @@ from fastrot.data.synthetic import IMAGES, Synthetic
 from fastrot.data.tars.read import Tars
 from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
+from fastrot.methods.probe import Probe
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 
 BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
-METHODS = {config.RotNet: RotNet, config.Decoupling: Decoupling, config.Supervised: Supervised}
+METHODS = {
+    config.RotNet: RotNet,
+    config.Decoupling: Decoupling,
+    config.Supervised: Supervised,
+    config.Probe: Probe,
+}
 
 
 def backbone(cfg: config.Backbone, size: int) -> Staged:

@@ -150,7 +150,21 @@ class Decoupling:
     gamma: float = 2.0  # a rotated copy weighs 1 - p ** gamma, p: how upright it looks
 
 
-MethodConfig = RotNet | Supervised | Decoupling
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Tell classes from stages of the network that --start-from names, each by a head of its own: how good they are."""
+
+    crop: Crop = Within()
+    # linear: a linear layer; nonlinear: all that follows the stage, learnt anew; mlp: three linear
+    # layers; conv: three convolutions
+    head: Literal["linear", "nonlinear", "mlp", "conv"] = "linear"
+    # which; f1 and f2 are the last one's halves, of a decoupling run the rotation's and the other
+    stages: tuple[str, ...] = ("conv1", "conv2", "conv3", "conv4", "conv5")
+    tune: bool = False  # train the network too
+    random: bool = False  # in place of --start-from: a network that has learnt nothing
+
+
+MethodConfig = RotNet | Supervised | Decoupling | Probe
 
 
 # ---- optimiser and schedule ----
@@ -211,6 +225,7 @@ class Config:
     image_size: int | None = None  # pixels a side of the crop; default: the preset's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures kept for validation, without --val
+    rows: str | None = None  # learn from so many pictures a class (20), or a share of each (1%%)
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
     fold: int | None = None  # with --folds: train this one alone, in OUT itself
     log_every: int = free(20)  # steps from one log line to the next
@@ -261,6 +276,7 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("method.crop.ratio", "0 < low <= high", lambda v: 0 < v[0] <= v[1]),
     ("backbone.width", "a number above 0 and up to 64, such as 0.25", lambda v: 0 < v <= 64),
     ("hold_out", "a share from 0 (none) to below 1, such as 0.05", lambda v: 0 <= v < 1),
+    ("rows", "pictures a class such as 20, or a share such as 1%", lambda v: few(v) > 0),
     ("folds", "2 to 100", lambda v: 2 <= v <= 100),
     ("std", "three numbers above 0", lambda v: all(0 < s < math.inf for s in v)),
     ("mean", "three numbers, such as 0.485 0.456 0.406", lambda v: all(map(math.isfinite, v))),
@@ -279,6 +295,15 @@ def seconds_of(text: str) -> float:
     """`90s`, `30min`, `1.5h` in seconds; 0 for what is no such time."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", str(text).strip())
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]] if match else 0.0
+
+
+def few(text: str) -> float:
+    """`20` pictures as 20, `1%` as .01; 0 for what is neither."""
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", str(text).strip())
+    if match is None:
+        return 0.0
+    share = float(match[2] or 0) / 100
+    return float(match[1] or 0) or (share if share < 1 else 0.0)
 
 
 def _is_interval(text: str) -> bool:
@@ -318,6 +343,11 @@ def check(cfg: Config) -> None:
         want("method.lambda_cls", some > 0, "a number above 0: all other terms are 0 too")
         weighed = method.pu_table is None or method.lambda_cls > 0
         want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
+    if isinstance(method, Probe):
+        one = (cfg.start_from is None) == method.random
+        want("start_from", one, "the run whose network is probed, or instead --method.random")
+        twice = len(set(method.stages)) < len(method.stages)
+        want("method.stages", method.stages and not twice, "one name or more, each once")
 
 
 def resolved(cfg: Config) -> Config:

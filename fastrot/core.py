@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from fastrot.arrays import Boxes, Bytes, Keys, Numbers, Picture, Rows, RowSizes
-from fastrot.config import Crop, RunError
+from fastrot.config import Config, Crop, RunError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their knobs
 
@@ -211,8 +211,8 @@ class Method(ABC):
         return False
 
     @staticmethod
-    def trunk(cfg: Any) -> str | None:
-        """The run whose trained trunk it stands on: its backbone, crop, mean and std are that run's. None: its own."""
+    def trunk(cfg: Config) -> str | None:
+        """The run whose trained trunk it stands on: its backbone, size, mean and std are that run's. None: its own."""
         return None
 
     @staticmethod

@@ -1,9 +1,12 @@
 """The papers' settings: functions that return a Config."""
 
+import dataclasses
 from collections.abc import Callable
 
 from fastrot import config
 from fastrot.config import Config, Schedule
+
+LINEAR = Schedule(table=((5, 0.01), (25, 0.002), (45, 4e-4), (65, 8e-5)), epochs=65)
 
 
 def rotnet_alexnet() -> Config:
@@ -41,6 +44,49 @@ def supervised_alexnet() -> Config:
     )
 
 
+def probe_linear() -> Config:
+    """Linear classifiers on conv1 ... conv5 of another run's AlexNet: 65 epochs, 192 pictures (Feng 2019)."""
+    return Config(preset="probe-linear", method=config.Probe(), schedule=LINEAR)
+
+
+def probe_linear_places205() -> Config:
+    """The same on Places205, whose pictures are 256 pixels a side: 65 epochs, 192 pictures (Feng 2019)."""
+    return Config(preset="probe-linear-places205", method=config.Probe(), schedule=LINEAR)
+
+
+def probe_nonlinear() -> Config:
+    """All that follows conv4, and conv5, learnt anew on labels: 40 epochs, 192 pictures (Gidaris 2018, Feng 2019)."""
+    return Config(
+        preset="probe-nonlinear",
+        method=config.Probe(head="nonlinear", stages=("conv4", "conv5")),
+        schedule=Schedule(table=((10, 0.01), (20, 0.002), (30, 4e-4), (40, 8e-5)), epochs=40),
+    )
+
+
+def probe_mlp_cifar10() -> Config:
+    """Three-layer classifiers on each block of another run's NIN: 100 epochs, 128 pictures (Gidaris 2018)."""
+    stages = ("conv1", "conv2", "conv3", "conv4")
+    method = config.Probe(crop=config.Shifted(), head="mlp", stages=stages)
+    schedule = Schedule(table=((20, 0.1), (40, 0.02), (45, 0.004), (50, 8e-4)), epochs=100)
+    own = {"preset": "probe-mlp-cifar10", "method": method, "schedule": schedule}
+    return dataclasses.replace(rotnet_nin_cifar10(), **own)
+
+
+def probe_conv_cifar10() -> Config:
+    """A convolutional classifier on the second block of another run's NIN: 100 epochs, 128 pictures (Gidaris 2018)."""
+    method = config.Probe(crop=config.Shifted(), head="conv", stages=("conv2",))
+    schedule = Schedule(table=((35, 0.1), (70, 0.02), (85, 0.004), (100, 8e-4)), epochs=100)
+    own = {"preset": "probe-conv-cifar10", "method": method, "schedule": schedule}
+    return dataclasses.replace(rotnet_nin_cifar10(), **own)
+
+
+def supervised_nin_cifar10() -> Config:
+    """A 3-block NIN on CIFAR-10's labels, the yardstick: 200 epochs, 128 pictures (Gidaris 2018)."""
+    own = {"preset": "supervised-nin-cifar10", "backbone": config.Nin(stages=3)}
+    method = config.Supervised(crop=config.Shifted())
+    return dataclasses.replace(rotnet_nin_cifar10(), **own, method=method)
+
+
 def demo() -> Config:
     """RotNet in a minute or two on a CPU: quarter-width AlexNet on 64-pixel crops, 1,120 steps of 32."""
     return Config(
@@ -54,5 +100,17 @@ def demo() -> Config:
     )
 
 
-MAKERS = (rotnet_alexnet, rotnet_nin_cifar10, decoupling_alexnet, supervised_alexnet, demo)
+MAKERS = (
+    rotnet_alexnet,
+    rotnet_nin_cifar10,
+    decoupling_alexnet,
+    supervised_alexnet,
+    supervised_nin_cifar10,
+    probe_linear,
+    probe_linear_places205,
+    probe_nonlinear,
+    probe_mlp_cifar10,
+    probe_conv_cifar10,
+    demo,
+)
 PRESETS: dict[str, Callable[[], Config]] = {make().preset: make for make in MAKERS}

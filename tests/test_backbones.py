@@ -260,7 +260,7 @@ def test_later_stages_are_not_run(trunk_and_images):
 
 def test_an_unknown_stage_is_refused(trunk_and_images):
     trunk, images = trunk_and_images
-    with pytest.raises(UsageError, match="no stage is called 'conv9': choose from conv1"):
+    with pytest.raises(UsageError, match="no stage 'conv9': choose from conv1"):
         trunk.outputs(images, ("conv9",))
 
 

@@ -22,22 +22,23 @@ def nin(cfg: config.Nin, size: int, channels: tuple[int, int, int] = CHANNELS) -
         raise UsageError(f"--backbone.stages got {cfg.stages}: it wants at least 3")
     wide, middle, narrow = (scaled(c, cfg.width) for c in channels)
     blocks = {
-        "conv1": _block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),
-        "conv2": _block(narrow, (wide, wide, wide), 5, nn.AvgPool2d(3, 2, 1)),
+        "conv1": block(3, (wide, middle, narrow), 5, nn.MaxPool2d(3, 2, 1)),
+        "conv2": block(narrow, (wide, wide, wide), 5, nn.AvgPool2d(3, 2, 1)),
     }
     for n in range(3, cfg.stages + 1):
         pooled = n == 3 and cfg.stages > 3 and cfg.pool_conv3
         pool = nn.AvgPool2d(3, 2, 1) if pooled else None
-        blocks[f"conv{n}"] = _block(wide, (wide, wide, wide), 3, pool)
+        blocks[f"conv{n}"] = block(wide, (wide, wide, wide), 3, pool)
     widths = {name: narrow if name == "conv1" else wide for name in blocks}
     return Staged(
         blocks, widths, telling="conv2"
     )  # later blocks know rotations better than content
 
 
-def _block(
+def block(
     before: int, after: tuple[int, int, int], kernel: int, pool: nn.Module | None
 ) -> nn.Sequential:
+    """A convolution and two pointwise ones, each with batch norm and ReLU, `after` channels wide; then the pool."""
     wide, point1, point2 = after
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         wide=Convolved(nn.Conv2d(before, wide, kernel, padding=kernel // 2, bias=False)),

@@ -1,5 +1,6 @@
 """A network as named stages in a row, of which any may be read, and a classifier on it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
@@ -9,12 +10,19 @@ from fastrot.backbones.convolved import Convolved
 from fastrot.config import UsageError
 from fastrot.ops.rotate import SpaceToDepth
 
+HALVES = ("f1", "f2")  # of the last stage
+PROBED = 9600  # numbers that a linear probe reads of a stage, about
+
 
 class Staged(nn.Module):
     """Stages run one after another; `channels` says how wide each one's output is.
 
     space_to_depth  the cells in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
     telling         the stage whose features say most of a picture's content; None: the last
+    probed          pixels a side of the maps that a linear probe reads, by stage, where not as many as give 9,600 numbers
+
+    Beside its stages it can be asked for `f1` and `f2`, the two halves of the last one: where Feature Decoupling has
+    trained it, that which predicts the rotation, and that which is the same for all four.
     """
 
     def __init__(
@@ -23,12 +31,14 @@ class Staged(nn.Module):
         channels: Mapping[str, int],
         space_to_depth: SpaceToDepth | None = None,
         telling: str | None = None,
+        probed: Mapping[str, int] | None = None,
     ):
         super().__init__()
         self.space_to_depth = space_to_depth
         self.stages = tuple(stages)
         self.channels = dict(channels)
         self.telling = telling or self.stages[-1]
+        self.probed = dict(probed or {})
         for name, stage in stages.items():
             self.add_module(name, stage)
 
@@ -37,10 +47,7 @@ class Staged(nn.Module):
 
     def outputs(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         """What the named stages give, in the order of the request. Later stages are not run."""
-        for name in names:
-            if name not in self.stages:
-                known = ", ".join(self.stages)
-                raise UsageError(f"no stage is called {name!r}: choose from {known}")
+        asked, names = names, [self.check_stage(name) for name in names]
         seen = {}
         # no max(..., default=): torch 2.11 cannot trace it
         coming = list(self.stages[: 1 + max([-1, *(self.stages.index(name) for name in names)])])
@@ -53,7 +60,23 @@ class Staged(nn.Module):
             else:
                 x = stage(x)
             seen[name] = x
-        return [seen[name] for name in names]
+        return [
+            seen[name] if each == name else seen[name].chunk(2, dim=1)[HALVES.index(each)]
+            for each, name in zip(asked, names, strict=True)
+        ]
+
+    def check_stage(self, name: str) -> str:
+        """The stage that gives what is called `name`: itself, or of a half the last. Raises UsageError for another name."""
+        if name in HALVES:
+            return self.stages[-1]
+        if name not in self.stages:
+            known = ", ".join((*self.stages, *HALVES))
+            raise UsageError(f"there is no stage {name!r}: choose from {known}")
+        return name
+
+    def probed_side(self, stage: str) -> int:
+        """Pixels a side to which a linear probe pools the maps of a stage."""
+        return self.probed.get(stage) or max(1, math.isqrt(PROBED // self.channels[stage]))
 
 
 class Classifier(nn.Module):

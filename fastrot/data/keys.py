@@ -11,6 +11,7 @@ from fastrot.data.sampler import hash64
 
 _HELD_OUT = 0x68656C64  # "held": keeps these draws apart from those of order and crops
 _FOLD = 0x666F6C64  # "fold": and from these
+_FEW = 0x666577  # "few": and these
 
 
 def path_key(path: str) -> int:
@@ -45,3 +46,21 @@ def held_out(keys: Keys, share: float) -> Bool[np.ndarray, " n"]:
 def fold_of(keys: Keys, folds: int) -> Int8[np.ndarray, " n"]:
     """Each row's fold, by the key alone; folds are about equal, and apart from what is held out."""
     return (hash64(_FOLD, keys) % np.uint64(folds)).astype(np.int8)
+
+
+def few_of_each(
+    keys: Keys, labels: Numbers, left_out: Bool[np.ndarray, " n"], few: float, seed: int
+) -> Bool[np.ndarray, " n"]:
+    """So many rows of each class, or below 1 such a share of it, at least one, of those that are not `left_out`.
+
+    Drawn by seed and key: fewer of the same seed are among more of them.
+    """
+    rows = np.flatnonzero(~left_out)
+    draw = hash64(_FEW, seed, keys[rows])
+    rows = rows[np.lexsort((draw, labels[rows]))]  # class by class
+    _, first, count = np.unique(labels[rows], return_index=True, return_counts=True)
+    place = np.arange(len(rows)) - np.repeat(first, count)
+    wanted = np.full(len(count), few) if few >= 1 else np.ceil(few * count)
+    chosen = np.zeros(len(keys), bool)
+    chosen[rows[place < np.repeat(wanted, count)]] = True
+    return chosen

@@ -53,8 +53,7 @@ class Trunk(nn.Module):
         one. A net in half precision or on another device computes there. Raises UsageError for a stage that the
         network has not, and for pictures that it cannot take.
         """
-        if stage not in self.stages:
-            raise UsageError(f"there is no stage {stage!r}: choose one of {', '.join(self.stages)}")
+        self.net.check_stage(stage)
         weights = next(self.net.parameters())
         pictures = self._batch(images).to(weights.device)
         views = rotated_views(pictures, (0,), self.mean, self.std, dtype=torch.float32)

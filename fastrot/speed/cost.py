@@ -105,8 +105,11 @@ def layers(
             groups.append([call])
         elif groups:
             groups[-1].append(call)
-    products = {name for name, each in net.named_modules() if isinstance(each, PRODUCTS)}
-    unseen = products - {group[0].name for group in groups}
+    # of a frozen trunk what no head reads is not called
+    learning = {
+        n for n, each in net.named_modules() if isinstance(each, PRODUCTS) and _trained(each)
+    }
+    unseen = learning - {group[0].name for group in groups}
     assert not unseen, f"not called as modules: {sorted(unseen)}"
     counts, below = [], False  # below: whether the gradient of a layer's input is asked for
     for group in groups:

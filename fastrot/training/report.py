@@ -30,7 +30,7 @@ def greeting(s: Session) -> list[str]:
     ]
     if cfg.folds:
         lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
-    if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg.method):
+    if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg):
         lines.append(f"--backbone, --image-size, --mean and --std are those of its trunk, {trunk}")
     lines += [
         f"global batch {who['global_batch']} ({cfg.batch} x {who['ranks']}), "
@@ -123,6 +123,7 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
     speed = f"{summary['images_per_s']:,.0f} images/s, {summary['images']:,} images in {summary['seconds']:.0f} s"
     rows = [
         (f"{score} on held-out pictures", f"{last} (before training {first}{chance})"),
+        *by_stage(progress.val),
         ("speed", speed),
         ("waiting for data", f"{summary['wait_share']:.1%}"),
         ("saving checkpoints", f"{summary['saving_share']:.1%}, {summary['saving_seconds']:.1f} s"),
@@ -140,3 +141,12 @@ def last_words(summary: dict[str, Any], s: Session) -> list[str]:
     }
     rows += [(name, str(path)) for name, path in files.items() if path.exists()]
     return ["", f"{summary['preset']} is done after {summary['steps']} steps", *table(rows)]
+
+
+def by_stage(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Rows of a table: a probe's scores, a stage each."""
+    stages = [name.removeprefix("top1_") for name in scores if name.startswith("top1_")]
+    return [
+        (stage, f"top-1 {scores[f'top1_{stage}']:.1%}, top-5 {scores[f'top5_{stage}']:.1%}")
+        for stage in stages
+    ]

@@ -82,13 +82,14 @@ def check_method(before: dict[str, Any], now: dict[str, Any], run: Path) -> None
 
 
 def with_trunk(cfg: Config) -> Config:
-    """Where the method stands on another run's trunk: with that run's backbone, crop, mean and std."""
-    source = assemble.METHODS[type(cfg.method)].trunk(cfg.method)
+    """Where the method stands on another run's trunk: with that run's backbone, size of image, mean and std."""
+    source = assemble.METHODS[type(cfg.method)].trunk(cfg)
     if source is None:
         return cfg
-    theirs = config.from_plain(checkpoint.load(checkpoint.of_run(source))["config"])
+    theirs = config.from_plain(_begun_with(source)["config"])
     own = {name: getattr(theirs, name) for name in ("backbone", "image_size", "mean", "std")}
-    method = dataclasses.replace(cfg.method, crop=theirs.method.crop)
+    crop = config.with_size(cfg.method.crop, theirs.method.crop.size)
+    method = dataclasses.replace(cfg.method, crop=crop)
     return dataclasses.replace(cfg, method=method, statistics="preset", **own)
 
 
@@ -102,16 +103,19 @@ def other_machine(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def start_from(net: torch.nn.Module, source: str) -> None:
     """The weights of another run or checkpoint: all of them, or where its head is another task's its trunk's."""
-    try:
-        state = checkpoint.load(checkpoint.of_run(source))
-    except UsageError as error:
-        raise UsageError(f"--start-from: {error}") from error
-    mine, theirs = net.state_dict(), state["net"]
+    mine, theirs = net.state_dict(), _begun_with(source)["net"]
     if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
         net.load_state_dict(theirs)
     else:
         trunk = checkpoint.trunk_weights(theirs)
         checkpoint.load_weights(net.get_submodule("trunk"), trunk, source)
+
+
+def _begun_with(source: str) -> dict[str, Any]:
+    try:
+        return checkpoint.load(checkpoint.of_run(source))
+    except UsageError as error:
+        raise UsageError(f"--start-from: {error}") from error
 
 
 def run_identity_of(cfg: Config, loader: Loader, info: DataInfo, method: Method) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastrot import assemble, config, dist, machine
 from fastrot.arrays import Numbers
 from fastrot.config import Config, UsageError
 from fastrot.core import DTYPES, Batch, Data
-from fastrot.data.keys import fold_of, held_out
+from fastrot.data.keys import few_of_each, fold_of, held_out
 from fastrot.data.loader import Loader
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import PreemptionSignal, share_of_cores
@@ -131,8 +131,8 @@ def _built(
     identity = resume.run_identity_of(cfg, loader, info, state.method)
     if saved is not None:
         resume.check_method(saved["run_identity"], identity, folder)
-    elif source := cfg.start_from or assemble.METHODS[type(cfg.method)].trunk(cfg.method):
-        resume.start_from(state.method.net, source)
+    elif cfg.start_from is not None:
+        resume.start_from(state.method.net, cfg.start_from)
     timer = StepTimer(device)
     return Session(cfg, folder, saved, begun, loader, val_loader, state, identity, timer)
 
@@ -189,7 +189,7 @@ def _loaders(
     how |= {"rank": here.rank, "world": here.world, "device": device}
     how["workers"] = share_of_cores(here.local_world) if cfg.workers is None else cfg.workers
     files = {}
-    for name, rows in _chosen(cfg, data.keys).items():
+    for name, rows in _chosen(cfg, data).items():
         path = files[name] = run / f"rows-{name}.npy"
         if saved is not None and not (path.exists() and np.array_equal(np.load(path), rows)):
             raise UsageError(
@@ -205,9 +205,9 @@ def _loaders(
     return loader, Loader(val or data, assemble.evaluation_view(cfg, files.get("val")), **how)
 
 
-def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
+def _chosen(cfg: Config, data: Data) -> dict[str, Numbers]:
     """The rows to learn from, and those set aside to judge by, where these are not all and --val."""
-    chosen, left_out = {}, np.zeros(len(keys), bool)
+    keys, chosen, left_out = data.keys, {}, np.zeros(data.rows, bool)
     if cfg.val is None and cfg.hold_out:
         left_out = held_out(keys, cfg.hold_out)
         chosen["val"] = np.flatnonzero(left_out)
@@ -216,6 +216,8 @@ def _chosen(cfg: Config, keys: np.ndarray) -> dict[str, Numbers]:
         if len(empty := np.setdiff1d(np.arange(cfg.folds), fold)):
             raise UsageError(f"--folds {cfg.folds} leaves fold {empty[0]} empty: use fewer folds")
         left_out = left_out | (fold == cfg.fold)
+    if cfg.rows is not None:
+        left_out |= ~few_of_each(keys, data.labels, left_out, config.few(cfg.rows), cfg.seed)
     return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 
 

@@ -1,0 +1,80 @@
+"""Probes: how well labels can be told from the stages of a trained trunk, each by a head of its own (Gidaris 2018, Feng 2019)."""
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastrot import config
+from fastrot.backbones.heads import HEADS
+from fastrot.backbones.staged import Staged
+from fastrot.config import Config
+from fastrot.core import Batch, DataInfo, Headline, Losses
+from fastrot.methods.scores import Scores, classification_scores, wide
+from fastrot.methods.supervised import Supervised
+
+
+class ProbeNet(nn.Module):
+    """A trunk and the heads on its stages, by their names. A frozen trunk stays in eval mode, and has no gradient."""
+
+    def __init__(self, trunk: Staged, heads: Mapping[str, nn.Module], *, frozen: bool):
+        super().__init__()
+        self.trunk, self.heads, self.frozen = trunk, nn.ModuleDict(heads), frozen
+        read = {trunk.check_stage(stage) for stage in heads}
+        last = max(trunk.stages.index(stage) for stage in read)
+        for number, name in enumerate(
+            trunk.stages
+        ):  # what no head reads has no gradient, which DDP refuses
+            trunk.get_submodule(name).requires_grad_(not frozen and number <= last)
+
+    def train(self, mode: bool = True) -> "ProbeNet":
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()  # batch norm would else go on learning its statistics
+        return self
+
+    def forward(self, x: Float[Tensor, "b c s s"]) -> tuple[Float[Tensor, "b k"], ...]:
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            seen = self.trunk.outputs(x, tuple(self.heads))
+        return tuple(head(each) for head, each in zip(self.heads.values(), seen, strict=True))
+
+
+class Probe(Supervised):
+    """Upright views; the sum over the stages of the mean cross-entropy of each head. `accuracy` is the last stage's."""
+
+    def __init__(self, cfg: config.Probe, trunk: Staged, info: DataInfo):
+        self.info, self.space_to_depth = info, trunk.space_to_depth
+        with torch.no_grad():  # one black picture tells the shapes
+            stages = (*cfg.stages, trunk.stages[-1])
+            seen = trunk.eval().outputs(torch.zeros(1, 3, info.size, info.size), stages)
+        shapes = {name: tuple(each.shape[1:]) for name, each in zip(stages, seen, strict=True)}
+        head = HEADS[cfg.head]
+        heads = {stage: head(trunk, stage, shapes, info.classes) for stage in cfg.stages}
+        self.net, self.stages = ProbeNet(trunk, heads, frozen=not cfg.tune), cfg.stages
+        self.headline = Headline(title=f"Accuracy of {cfg.stages[-1]}", chance=1 / info.classes)
+
+    @staticmethod
+    def trunk(cfg: Config) -> str | None:
+        return cfg.start_from
+
+    def losses(self, outputs: tuple[Float[Tensor, "b k"], ...], batch: Batch) -> Losses:
+        terms, metrics = {}, {}
+        for stage, logits in zip(self.stages, outputs, strict=True):
+            terms[f"loss_{stage}"] = F.cross_entropy(wide(logits), batch.label)
+            metrics[f"top1_{stage}"] = (logits.argmax(dim=1) == batch.label).float().mean()
+        return Losses(terms, metrics | {"accuracy": metrics[f"top1_{self.stages[-1]}"]})
+
+    def score(self, outputs: tuple[Float[Tensor, "b k"], ...], batch: Batch) -> Scores:
+        found: Scores = {}
+        for stage, logits in zip(self.stages, outputs, strict=True):
+            each = classification_scores(logits, batch.label)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            among = (best == batch.label[:, None]).any(dim=1).float().sum()
+            found[f"loss_{stage}"], found[f"top1_{stage}"] = each["loss"], each["accuracy"]
+            found[f"top5_{stage}"] = (among, each["loss"][1])
+        whole = sum(found[f"loss_{stage}"][0] for stage in self.stages)
+        count = found[f"loss_{self.stages[-1]}"][1]
+        return found | {"loss": (whole, count), "accuracy": found[f"top1_{self.stages[-1]}"]}
