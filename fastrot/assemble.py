@@ -198,6 +198,22 @@ def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
     return View(crops=(crops.plain(cfg.method.crop),), shuffled=False, rows=rows)
 
 
+def check_labels(who: str, data: Data, val: Data) -> None:
+    """Refuse pictures without a label, and those of --val that have other classes; `who` learns from them."""
+    for knob, each in (("--data", data), ("--val", val)):
+        if missing := int((each.labels < 0).sum()):
+            few = f"{missing} of {each.rows} pictures of {knob} have none"
+            way = "prepare them with --label-from folder, or choose rotnet-alexnet"
+            raise UsageError(f"{who} learns from labels, but {few}: {way}")
+    if val.classes != data.classes:
+        told, way = "the same names in another order", "prepare both from the same list"
+        if only := sorted({*val.classes} ^ {*data.classes}):
+            told = f"not in both: {', '.join(only[:3])}{', ...' if only[3:] else ''}"
+            way = "both need the same class folders, with a picture in each"
+        told = f"({len(val.classes)} and {len(data.classes)}; {told})"
+        raise UsageError(f"--val has other classes than --data {told}: {way}")
+
+
 # ---- what is trained ----
 
 
@@ -208,18 +224,7 @@ def data_info(
     data = loader.data
     val = data if val_loader is None else val_loader.data
     if METHODS[type(cfg.method)].wants_labels:
-        for knob, each in (("--data", data), ("--val", val)):
-            if missing := int((each.labels < 0).sum()):
-                few = f"{missing} of {each.rows} pictures of {knob} have none"
-                way = "prepare them with --label-from folder, or choose rotnet-alexnet"
-                raise UsageError(f"{cfg.preset} learns from labels, but {few}: {way}")
-        if val.classes != data.classes:
-            told, way = "the same names in another order", "prepare both from the same list"
-            if only := sorted({*val.classes} ^ {*data.classes}):
-                told = f"not in both: {', '.join(only[:3])}{', ...' if only[3:] else ''}"
-                way = "both need the same class folders, with a picture in each"
-            told = f"({len(val.classes)} and {len(data.classes)}; {told})"
-            raise UsageError(f"--val has other classes than --data {told}: {way}")
+        check_labels(cfg.preset, data, val)
     return DataInfo(
         images=loader.images,
         rows=loader.rows,

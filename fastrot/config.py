@@ -262,6 +262,9 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("budget", "a time such as 90s, 30min or 2h", lambda v: seconds_of(v) > 0),
     ("checkpoint_every", "a time such as 10min, or steps such as 500", lambda v: _is_interval(v)),
     ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
+    ("k pool", "at least 1", lambda v: v >= 1),
+    ("sigma", "a number above 0", lambda v: 0 < v < math.inf),
+    ("at", "numbers of at least 1", lambda v: min(v, default=0) >= 1),
     ("workers method.crop.pad method.pu_from", "at least 0", lambda v: v >= 0),
     ("seed", "0 to below 2**63", lambda v: 0 <= v < 2**63),
     ("lr method.temperature", "a number above 0", lambda v: 0 < v < math.inf),
@@ -346,8 +349,8 @@ def check(cfg: Config) -> None:
     if isinstance(method, Probe):
         one = (cfg.start_from is None) == method.random
         want("start_from", one, "the run whose network is probed, or instead --method.random")
-        twice = len(set(method.stages)) < len(method.stages)
-        want("method.stages", method.stages and not twice, "one name or more, each once")
+        once = 0 < len(method.stages) == len(set(method.stages))
+        want("method.stages", once, "one name or more, each once")
 
 
 def resolved(cfg: Config) -> Config:

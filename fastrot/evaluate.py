@@ -14,7 +14,12 @@ from fastrot.config import UsageError, check_ranges
 from fastrot.evals import knobs
 
 # by the word on the command line, which names a file of evals/: its `evaluate` gets the run and the knobs
-EVALUATIONS: dict[str, type] = {"rotation": knobs.Rotation}
+EVALUATIONS: dict[str, type] = {
+    "rotation": knobs.Rotation,
+    "knn": knobs.Knn,
+    "retrieval": knobs.Retrieval,
+    "pairs": knobs.Pairs,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

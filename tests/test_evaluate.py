@@ -275,7 +275,7 @@ def test_wrong_words_get_one_sentence(folds):
     for words, says in {
         (str(folds),): "wants a run and an evaluation: RUN and one of rotation",
         ("--table", "a.npz"): "wants a run and an evaluation",
-        (str(folds), "knm"): "there is no evaluation 'knm': choose one of rotation",
+        (str(folds), "zebra"): "there is no evaluation 'zebra': choose one of rotation",
         ("no/such/run", "rotation"): "there is no checkpoint no/such/run",
     }.items():
         with pytest.raises(UsageError, match=says):

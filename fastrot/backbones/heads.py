@@ -62,7 +62,7 @@ def conv(trunk: Staged, stage: str, shapes: Shapes, classes: int) -> nn.Sequenti
         raise UsageError(f"{stage} is no map: for it give --method.head linear, or mlp")
     average = nn.AdaptiveAvgPool2d(1)
     return _row(
-        block=block(channels, (channels,) * 3, 3, None),
+        block=block(channels, (channels, channels, channels), 3, None),
         average=average,
         flatten=nn.Flatten(),
         out=nn.Linear(channels, classes),

@@ -1,13 +1,16 @@
 """Features of all pictures of a view by row, from all ranks: what evaluations of a trained trunk read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot import dist
+from fastrot.core import Batch
 from fastrot.data.loader import Loader
 from fastrot.evals.trained import Trunk
 from fastrot.ops.rotate import rotated_views
@@ -32,11 +35,13 @@ def features(
 
     A picture that cannot be read, where the loader skips it, has zeros. Called on all ranks.
     """
+    for stage in stages:
+        trunk.net.check_stage(stage)
     found: dict[str, Tensor] = {}
     place = torch.arange(loader.data.rows)
     if loader.rows is not None:
         place[torch.from_numpy(loader.rows)] = torch.arange(loader.images)
-    for batch in loader.epoch(0):
+    for batch in followed(loader):
         views = rotated_views(batch.images, (0,), trunk.mean, trunk.std, dtype=torch.float32)
         for stage, each in zip(stages, trunk.net.outputs(views, stages), strict=True):
             if each.ndim == 4 and pool is not None:
@@ -46,6 +51,13 @@ def features(
                 found[stage] = torch.zeros(loader.images, flat.shape[1], dtype=dtype)
             found[stage][place[batch.index.cpu()]] = flat
     return {stage: _of_all_ranks(found.get(stage), loader.images, dtype) for stage in stages}
+
+
+def followed(loader: Loader) -> Iterable[Batch]:
+    """The batches of a view in data order, with a progress bar where somebody looks on."""
+    console = Console()
+    show = {"console": console, "disable": dist.place().rank > 0 or not console.is_terminal}
+    return track(loader.epoch(0), "pictures", len(loader), **show)
 
 
 def _of_all_ranks(mine: Tensor | None, images: int, dtype: torch.dtype) -> Tensor:

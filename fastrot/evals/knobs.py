@@ -8,13 +8,55 @@ from fastrot.config import LoaderName
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rotation:
-    """Ask which way up each picture is, rotated four ways; a folder of folds: the net that never saw it."""
+class Asked:
+    """How pictures are looked at, in every evaluation."""
 
-    data: str | None = None  # pictures to ask about; default: all that the run's data holds
-    table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
+    data: str | None = None  # pictures to ask about; default: those that the run learnt from
     batch: int | None = None  # pictures at once in each process; default: the run's
     workers: int | None = None  # threads or processes that decode; default: one a core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     loader: LoaderName = "auto"  # what reads the data; auto: by its format
     on_bad_record: Literal["stop", "skip"] = "stop"  # a picture that cannot be read; skip counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation(Asked):
+    """Ask which way up each picture is, rotated four ways; a folder of folds: the net that never saw it."""
+
+    table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfStages(Asked):
+    """What evaluations over features have in common."""
+
+    stages: tuple[str, ...] = ()  # default: all; f1 and f2 are the last one's halves
+    pool: int = 1  # pixels a side to which maps are averaged
+    json: Path | None = None  # write the numbers: FILE.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(OfStages):
+    """Tell the class of each picture of --val by its nearest ones of --data, from each stage."""
+
+    val: str | None = (
+        None  # default: the run's; where only --data is given: each of it by the others
+    )
+    k: int = 200  # neighbours that vote
+    sigma: float = 0.07  # a vote weighs exp(cosine / sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(OfStages):
+    """Find pictures of the same class: precision among the first, mean average precision, from each stage."""
+
+    val: str | None = None  # that are asked for; default: as of knn
+    at: tuple[int, ...] = (1, 5, 10)  # how many of the first
+    gallery: Path | None = None  # write pictures of some: FOLDER/gallery.png and index.html
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(OfStages):
+    """Tell pairs of the same person from others, as Labelled Faces in the Wild asks, from each stage."""
+
+    pairs: Path | None = None  # a file in the form of LFW's pairs.txt

@@ -25,6 +25,7 @@ from fastrot.entry import in_time
 from fastrot.evals.picture import BLUE, FAINT, INK, RED, first_filters, legible, rotated_sheet
 from fastrot.evals.rotation import rotation_guesses
 from fastrot.training.journal import read_lines
+from fastrot.training.report import by_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,6 +152,9 @@ def _accuracy(log: RunLog) -> "Figure":
     _curve(axes, log, "accuracy", "training", BLUE)
     _curve(axes, log, "val_accuracy", "held-out", RED, marker="o")
     _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], marker="o", linewidth=1.0)
+    stages = dict.fromkeys(n for line in log.lines for n in line if n.startswith("val_top1_"))
+    for name, colour in zip(stages, itertools.cycle(TERMS), strict=False):
+        _curve(axes, log, name, name.removeprefix("val_top1_"), colour, marker="o", linewidth=1.0)
     if (chance := log.headline.chance) is not None:
         axes.axhline(chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}
@@ -267,6 +271,7 @@ def _page(log: RunLog, stage: str) -> str:
         run=text(str(log.run)),
         quoted=text(json.dumps(str(log.run), ensure_ascii=False)),
         stage=stage,
+        stages=_table("By stage", dict(by_stage(log.summary.get("val", {})))),
         config=_table("Configuration", log.config),
         environment=_table("Environment", log.environment),
         footer=text(log.footer),

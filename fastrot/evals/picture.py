@@ -45,10 +45,10 @@ def rotated_sheet(
     top = 92 if guesses is None else 112
     sheet = Image.new("RGB", (body.width + 2 * MARGIN, top + body.height + 44), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 20), title, fill=INK, font=_font(21, bold=True))
-    draw.text((MARGIN, 54), words, fill=INK, font=_font(15), spacing=7)
+    draw.text((MARGIN, 20), title, fill=INK, font=font(21, bold=True))
+    draw.text((MARGIN, 54), words, fill=INK, font=font(15), spacing=7)
     sheet.paste(body, (MARGIN, top))
-    draw.text((MARGIN, sheet.height - 26), legible(footer), fill=FAINT, font=_font(11))
+    draw.text((MARGIN, sheet.height - 26), legible(footer), fill=FAINT, font=font(11))
     write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))  # fast
 
 
@@ -60,7 +60,7 @@ def legible(text: str) -> str:
 def _turned(
     images: UInt8[Tensor, "n s s 3"], says: Int64[Tensor, "n 4"], sure: Float[Tensor, "n 4"]
 ) -> Image.Image:
-    plain, bold, high = _font(15), _font(15, bold=True), SIDE + 36
+    plain, bold, high = font(15), font(15, bold=True), SIDE + 36
     sheet = Image.new("RGB", (4 * (SIDE + GAP) - GAP, 30 + len(images) * high), "white")
     draw = ImageDraw.Draw(sheet)
     for rotation, heading in enumerate(("upright", "rotated 90°", "rotated 180°", "rotated 270°")):
@@ -103,7 +103,7 @@ def _sized(image: UInt8[Tensor, "s s 3"], side: int) -> Image.Image:
     return Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which every matplotlib brings along: the machine may have no fonts."""
     import matplotlib
 

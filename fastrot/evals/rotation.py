@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int8, UInt8
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -17,6 +15,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.keys import fold_of
 from fastrot.data.loader import Loader
+from fastrot.evals.features import followed
 from fastrot.evals.knobs import Rotation
 from fastrot.evals.trained import Trained, nets_of, trained_method
 from fastrot.methods import rotation_table
@@ -99,10 +98,8 @@ def _ask(method: Method, loader: Loader, answers: Answers, right: Right) -> None
 
     Convolutions are in full float32, by algorithms that give the same bits each time.
     """
-    console = Console()
-    show = {"console": console, "disable": dist.place().rank > 0 or not console.is_terminal}
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        for batch in track(loader.epoch(0), "pictures", len(loader), **show):
+        for batch in followed(loader):
             logits = _logits(method, _filled(batch, loader.batch))
             assert logits is not None
             logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()

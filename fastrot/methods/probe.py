@@ -12,9 +12,9 @@ from fastrot import config
 from fastrot.backbones.heads import HEADS
 from fastrot.backbones.staged import Staged
 from fastrot.config import Config
-from fastrot.core import Batch, DataInfo, Headline, Losses
+from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import Scores, classification_scores, wide
-from fastrot.methods.supervised import Supervised
+from fastrot.ops.rotate import rotated_views
 
 
 class ProbeNet(nn.Module):
@@ -42,8 +42,10 @@ class ProbeNet(nn.Module):
         return tuple(head(each) for head, each in zip(self.heads.values(), seen, strict=True))
 
 
-class Probe(Supervised):
+class Probe(Method):
     """Upright views; the sum over the stages of the mean cross-entropy of each head. `accuracy` is the last stage's."""
+
+    wants_labels = True
 
     def __init__(self, cfg: config.Probe, trunk: Staged, info: DataInfo):
         self.info, self.space_to_depth = info, trunk.space_to_depth
@@ -55,6 +57,10 @@ class Probe(Supervised):
         heads = {stage: head(trunk, stage, shapes, info.classes) for stage in cfg.stages}
         self.net, self.stages = ProbeNet(trunk, heads, frozen=not cfg.tune), cfg.stages
         self.headline = Headline(title=f"Accuracy of {cfg.stages[-1]}", chance=1 / info.classes)
+
+    def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:
+        info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
+        return rotated_views(batch.images, (0,), info.mean, info.std, **how)
 
     @staticmethod
     def trunk(cfg: Config) -> str | None:

@@ -1,0 +1,99 @@
+"""A gallery of queries and what was found for each: gallery.png, and an index.html that opens from disk."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastrot.core import DamagedRecord
+from fastrot.disk import replace_bytes
+from fastrot.evals.asked import Pictures, Search
+from fastrot.evals.picture import BLUE, FAINT, FRAME, GAP, INK, MARGIN, RED, font, legible
+
+SIDE = 112  # pixels of a picture with its frames
+STYLE = "body { font: 15px/1.5 system-ui, sans-serif; margin: 40px; color: #1f2328 } img { max-width: 100% }"
+
+
+class Found(NamedTuple):
+    """Of each query the most alike pictures, the most alike first."""
+
+    cosine: Float[Tensor, "q k"]
+    place: Int64[Tensor, "q k"]  # in the gallery
+
+
+def write(
+    folder: Path,
+    search: Search,
+    stage: str,
+    asked: Int64[np.ndarray, " q"],
+    found: Found,
+    said: str,
+) -> None:
+    """The queries at the places `asked`, a row each, with what was found for it; `said`: the scores of the stage."""
+    title = f"Found by {stage} of {search.run}"
+    sheet = _sheet(search, asked, found, title, said)
+    folder.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    replace_bytes(folder / "gallery.png", png.getvalue())
+    text, coded = html.escape, base64.b64encode(png.getvalue()).decode()
+    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{STYLE}</style>'
+    told = f"{text(search.queries.name)} among {text(search.gallery.name)}: {text(said)}"
+    image = f'<img alt="queries and what was found" src="data:image/png;base64,{coded}">'
+    page = f"<!doctype html>\n<html lang=en>{head}\n<h1>{text(title)}</h1>\n<p>{told}</p>\n{image}\n</html>\n"
+    replace_bytes(folder / "index.html", page.encode("utf-8", "replace"))
+    print(f"gallery: {folder / 'index.html'}")
+
+
+def _sheet(
+    search: Search, asked: Int64[np.ndarray, " q"], found: Found, title: str, said: str
+) -> Image.Image:
+    queries, gallery, top, high = search.queries, search.gallery, 104, SIDE + 26
+    wide = 2 * MARGIN + SIDE + 2 * GAP + found.place.shape[1] * (SIDE + GAP)
+    sheet = Image.new("RGB", (wide, top + len(asked) * high + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 18), legible(title), fill=INK, font=font(19, bold=True))
+    words = "Left what is asked for; then the most alike, with the cosine: blue of its class, vermilion of another."
+    draw.text((MARGIN, 50), f"{words}\n{legible(said)}", fill=INK, font=font(12), spacing=6)
+    for i, place in enumerate(asked.tolist()):
+        y, name = top + i * high, _class(queries, place)
+        _paste(sheet, MARGIN, y, queries, place, INK)
+        draw.text((MARGIN, y + SIDE + 3), name, fill=INK, font=font(11, bold=True))
+        for j, (cosine, other) in enumerate(
+            zip(found.cosine[i].tolist(), found.place[i].tolist(), strict=True)
+        ):
+            right = bool(queries.labels[place] == gallery.labels[other])
+            x, colour = MARGIN + SIDE + 2 * GAP + j * (SIDE + GAP), BLUE if right else RED
+            _paste(sheet, x, y, gallery, other, colour)
+            told = f"{'✓' if right else '✗'} {cosine:.2f}"
+            draw.text((x, y + SIDE + 3), told, fill=colour, font=font(11, bold=True))
+            if not right:
+                draw.text((x + 46, y + SIDE + 3), _class(gallery, other), fill=FAINT, font=font(11))
+    return sheet
+
+
+def _class(pictures: Pictures, place: int) -> str:
+    names, label = pictures.data.classes, int(pictures.labels[place])
+    return legible(names[label] if label < len(names) else str(label))[:14]
+
+
+def _paste(sheet: Image.Image, x: int, y: int, pictures: Pictures, place: int, colour: str) -> None:
+    """The middle of a picture, framed; a grey square for one that cannot be read."""
+    ImageDraw.Draw(sheet).rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=colour)
+    inner = SIDE - FRAME
+    try:
+        picture = Image.fromarray(pictures.data.picture(int(pictures.rows[place])))
+    except DamagedRecord:
+        picture = Image.new("RGB", (inner, inner), FAINT)
+    side = min(picture.size)
+    left, above = (picture.width - side) // 2, (picture.height - side) // 2
+    middle = picture.crop((left, above, left + side, above + side))
+    sheet.paste(
+        middle.resize((inner, inner), Image.Resampling.LANCZOS), (x + FRAME // 2, y + FRAME // 2)
+    )
