@@ -12,7 +12,7 @@ import json
 import math
 from typing import Literal
 
-from fastrot import cli, config, entry
+from fastrot import cli, config, entry, ranges
 from fastrot.config import Config, LoaderName, Precision, UsageError
 from fastrot.presets import PRESETS
 
@@ -78,7 +78,7 @@ def config_of(wanted: Doctor) -> Config:
     ours = {field.name for field in dataclasses.fields(Config)} - {"preset"}
     knobs = {k: v for k, v in vars(wanted).items() if k in ours and v is not None}
     cfg = dataclasses.replace(PRESETS[wanted.preset](), **knobs)
-    config.check(cfg)
+    ranges.check(cfg)
     return config.resolved(cfg)
 
 

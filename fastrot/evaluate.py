@@ -9,8 +9,8 @@ if sys.path[0] == str(HERE):  # run as a script: this would be fastrot/ itself
 
 import importlib
 
-from fastrot import cli, entry, paths
-from fastrot.config import UsageError, check_ranges
+from fastrot import cli, entry, paths, ranges
+from fastrot.config import UsageError
 from fastrot.evals import knobs
 
 # by the word on the command line, which names a file of evals/: its `evaluate` gets the run and the knobs
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in EVALUATIONS:
             raise UsageError(cli.choose("there is no evaluation", EVALUATIONS, name))
         wanted = cli.parse(EVALUATIONS[name], rest, f"fastrot evaluate {run} {name}")
-    check_ranges(wanted)
+    ranges.check_ranges(wanted)
     return importlib.import_module(f"fastrot.evals.{name}").evaluate(run, wanted)
 
 

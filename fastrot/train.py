@@ -12,7 +12,7 @@ import dataclasses
 import os
 from typing import Any
 
-from fastrot import cli, config, entry, paths
+from fastrot import cli, config, entry, paths, ranges
 from fastrot.config import Config, UsageError
 from fastrot.presets import PRESETS
 
@@ -21,7 +21,7 @@ PATHS = ("data", "val", "start_from", "pu_table")  # knobs of a run or its metho
 
 def main(argv: list[str] | None = None) -> int:
     cfg = command_line(paths.words(argv))
-    config.check(cfg)
+    ranges.check(cfg)
     cfg = config.resolved(cfg)
     if cfg.data is None:
         raise UsageError("--data is missing: name a .beton file, an image folder, or synthetic")

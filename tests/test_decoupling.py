@@ -10,7 +10,7 @@ from original import from_original
 from torch import nn
 from truth import golden
 
-from fastrot import assemble, config
+from fastrot import assemble, config, ranges
 from fastrot.backbones import alexnet
 from fastrot.backbones.staged import Staged
 from fastrot.config import Decoupling, UsageError
@@ -434,13 +434,13 @@ def test_a_bank_of_other_pictures_is_refused():
 def test_knobs_that_no_run_could_use_are_named(knob, value):
     cfg = config.Config(method=dataclasses.replace(Decoupling(), **{knob: value}))
     with pytest.raises(UsageError, match=config.knob(f"method.{knob}")):
-        config.check(cfg)
+        ranges.check(cfg)
 
 
 def test_without_any_term_there_is_nothing_to_learn():
     cfg = config.Config(method=Decoupling(lambda_cls=0.0, lambda_mse=0.0, lambda_nce=0.0))
     with pytest.raises(UsageError, match="lambda-cls"):
-        config.check(cfg)
+        ranges.check(cfg)
 
 
 def test_negatives_are_addressed_by_seed_picture_and_step_and_may_leave_out_the_own_row():

@@ -16,6 +16,12 @@ ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",
     "rotnet-nin-cifar10": "rot__CIFAR10_RotNet_NIN4blocks__model",
     "decoupling-alexnet": "fd__ImageNet_Decoupling_AlexNet__feature",
+    "supervised-nin-cifar10": "rot__CIFAR10_supervised_NIN__model",
+    "probe-linear": "fd__ImageNet_LinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
+    "probe-linear-places205": "fd__Places205_LinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
+    "probe-nonlinear": "fd__ImageNet_NonLinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
+    "probe-mlp-cifar10": "rot__CIFAR10_MultLayerClassifier_on_RotNet_NIN4blocks_Conv2_feats__classifier",
+    "probe-conv-cifar10": "rot__CIFAR10_ConvClassifier_on_RotNet_NIN4blocks_Conv2_feats__classifier",
 }
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from truth import photo
 
 import fastrot
-from fastrot import assemble, config, dist, train
+from fastrot import assemble, config, dist, ranges, train
 from fastrot.config import RunError, UsageError
 from fastrot.core import View
 from fastrot.data import crops
@@ -439,7 +439,7 @@ def test_classes_in_another_order_are_other_classes(pictures):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
 def test_budgets_are_times(text, seconds):
-    assert config.seconds_of(text) == seconds
+    assert ranges.seconds_of(text) == seconds
 
 
 def test_story_is_plain(straight):

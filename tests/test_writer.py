@@ -16,7 +16,7 @@ import torch
 from test_faults import last, warn
 from test_run import TINY, go, leaves
 
-from fastrot import config, dist, entry, train
+from fastrot import config, dist, entry, ranges, train
 from fastrot.config import RunError, UsageError
 from fastrot.entry import Preempted
 from fastrot.presets import PRESETS
@@ -116,7 +116,7 @@ def test_nonsense_between_checkpoints_is_refused_in_a_sentence(text):
 def test_a_number_of_steps_of_an_older_config_is_read():
     plain = config.to_plain(PRESETS["demo"]()) | {"checkpoint_every": 500}
     cfg = config.from_plain(plain)
-    config.check(cfg)
+    ranges.check(cfg)
     assert cfg.checkpoint_every == "500"
     assert config.differences(plain, config.to_plain(PRESETS["demo"]())) == {}
 

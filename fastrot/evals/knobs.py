@@ -30,7 +30,7 @@ class Rotation(Asked):
 class OfStages(Asked):
     """What evaluations over features have in common."""
 
-    stages: tuple[str, ...] = ()  # default: all; f1 and f2 are the last one's halves
+    stages: tuple[str, ...] = ()  # those asked; default: all. f1 and f2 are the last one's halves
     pool: int = 1  # pixels a side to which maps are averaged
     json: Path | None = None  # write the numbers: FILE.json
 
@@ -50,7 +50,8 @@ class Knn(OfStages):
 class Retrieval(OfStages):
     """Find pictures of the same class: precision among the first, mean average precision, from each stage."""
 
-    val: str | None = None  # that are asked for; default: as of knn
+    # pictures that ask; default: the run's, or where --data is given all of that, among the others
+    val: str | None = None
     at: tuple[int, ...] = (1, 5, 10)  # how many of the first
     gallery: Path | None = None  # write pictures of some: FOLDER/gallery.png and index.html
 

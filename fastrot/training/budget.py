@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastrot import config, dist
+from fastrot import dist, ranges
 from fastrot.config import Config, UsageError
 from fastrot.core import Batch
 from fastrot.data.loader import Loader
@@ -98,7 +98,7 @@ def _by_budget(s: Session, first: str | None) -> list[str]:
     if s.saved is not None and first == cfg.budget:
         state.schedule = schedule_of(cfg, s.saved["run_identity"]["epochs"], batches)
         return [f"--budget {cfg.budget}: {state.schedule.epochs} epochs, as first chosen"]
-    seconds, epoch = config.seconds_of(cfg.budget), _epoch_seconds(s)
+    seconds, epoch = ranges.seconds_of(cfg.budget), _epoch_seconds(s)
     epochs = max(1, int(seconds // epoch))
     state.schedule = schedule_of(cfg, epochs, batches)
     line = f"--budget {cfg.budget}: an epoch takes {epoch:.1f} s here, so {epochs} epoch(s)"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrot import config, dist
+from fastrot import config, dist, ranges
 from fastrot.config import NotFinite, RunError
 from fastrot.core import Batch, Losses
 from fastrot.data.loader import Loader
@@ -112,7 +112,7 @@ class _Fit:
         self.journal, self.at_epoch, self.preemption = journal, at_epoch, preemption
         self.batches = len(s.loader)  # of an epoch
         self.writer, every = Writer(s.state.device, preemption.unhurried), s.cfg.checkpoint_every
-        self.seconds = config.seconds_of(every)  # from one checkpoint to the next; 0: steps
+        self.seconds = ranges.seconds_of(every)  # from one checkpoint to the next; 0: steps
         steps = None if self.seconds else int(every)
         self.saved_every = [n for n in (steps, s.cfg.keep_every) if n]  # steps
         self.saved_at = time.monotonic()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 
-from fastrot import assemble, config, dist, machine
+from fastrot import assemble, config, dist, machine, ranges
 from fastrot.arrays import Numbers
 from fastrot.config import Config, UsageError
 from fastrot.core import DTYPES, Batch, Data
@@ -217,7 +217,7 @@ def _chosen(cfg: Config, data: Data) -> dict[str, Numbers]:
             raise UsageError(f"--folds {cfg.folds} leaves fold {empty[0]} empty: use fewer folds")
         left_out = left_out | (fold == cfg.fold)
     if cfg.rows is not None:
-        left_out |= ~few_of_each(keys, data.labels, left_out, config.few(cfg.rows), cfg.seed)
+        left_out |= ~few_of_each(keys, data.labels, left_out, ranges.few(cfg.rows), cfg.seed)
     return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 
 
