@@ -50,8 +50,7 @@ class Knn(OfStages):
 class Retrieval(OfStages):
     """Find pictures of the same class: precision among the first, mean average precision, from each stage."""
 
-    # pictures that ask; default: the run's, or where --data is given all of that, among the others
-    val: str | None = None
+    val: str | None = None  # pictures that ask; default: the run's, or if --data is given all of it
     at: tuple[int, ...] = (1, 5, 10)  # how many of the first
     gallery: Path | None = None  # write pictures of some: FOLDER/gallery.png and index.html
 
