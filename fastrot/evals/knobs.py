@@ -37,11 +37,9 @@ class OfStages(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(OfStages):
-    """Tell the class of each picture of --val by its nearest ones of --data, from each stage."""
+    """Tell the class of pictures by those of their nearest neighbours, from each stage."""
 
-    val: str | None = (
-        None  # default: the run's; where only --data is given: each of it by the others
-    )
+    val: str | None = None  # pictures to tell; default: the run's, or if --data is given all of it
     k: int = 200  # neighbours that vote
     sigma: float = 0.07  # a vote weighs exp(cosine / sigma)
 
