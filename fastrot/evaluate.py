@@ -19,6 +19,7 @@ EVALUATIONS: dict[str, type] = {
     "knn": knobs.Knn,
     "retrieval": knobs.Retrieval,
     "pairs": knobs.Pairs,
+    "upright": knobs.Upright,
 }
 
 

@@ -15,6 +15,7 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
     ("k pool", "at least 1", lambda v: v >= 1),
     ("sigma", "a number above 0", lambda v: 0 < v < math.inf),
+    ("sure", "a share from 0 to 1", lambda v: 0 <= v <= 1),
     ("at", "numbers of at least 1", lambda v: min(v, default=0) >= 1),
     ("workers method.crop.pad method.pu_from", "at least 0", lambda v: v >= 0),
     ("seed", "0 to below 2**63", lambda v: 0 <= v < 2**63),

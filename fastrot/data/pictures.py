@@ -37,7 +37,7 @@ _Read = TypeVar("_Read")
 
 MOST_PIXELS = 178_956_970  # what Pillow too calls a bomb: 0.5 GB of RGB
 
-_UPRIGHT = {  # EXIF orientation -> what brings the pixels upright
+UPRIGHT = {  # EXIF orientation -> what brings the pixels upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -98,7 +98,7 @@ def _sound(read: Callable[[Any], _Read], file: io.BytesIO | io.BufferedReader) -
 def _decoded(file: io.BytesIO) -> Picture:
     data = file.getvalue()
     with _opened(file) as image:
-        turn = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns TIFF by itself
+        turn = 1 if image.format == "TIFF" else orientation(image)  # Pillow turns TIFF by itself
         pixels = _plain_jpeg(data, image)
         if pixels is None:
             try:
@@ -108,7 +108,7 @@ def _decoded(file: io.BytesIO) -> Picture:
                 if not (jpeg and lacks_only_its_end(data, image.mode)):
                     raise
                 return _decoded(io.BytesIO(data + EOI))
-        return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
+        return np.ascontiguousarray(UPRIGHT[turn](pixels)) if turn in UPRIGHT else pixels
 
 
 def _size(file: io.BytesIO | io.BufferedReader) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def _size(file: io.BytesIO | io.BufferedReader) -> tuple[int, int]:
         width, height = image.size
         if tags := tags_of(image):  # some Pillows swap its sides already
             width, height = tags[_WIDTH], tags[_HEIGHT]
-        return (width, height) if _orientation(image) in _LYING else (height, width)
+        return (width, height) if orientation(image) in _LYING else (height, width)
 
 
 def is_upright_jpeg(data: Bytes, height: int, width: int) -> bool:
@@ -128,7 +128,7 @@ def is_upright_jpeg(data: Bytes, height: int, width: int) -> bool:
         if not _has_exif(data.data):
             return True
         with _opened(io.BytesIO(data.tobytes())) as image:
-            return _orientation(image) == 1
+            return orientation(image) == 1
     except ValueError:  # BadPicture too
         return False
 
@@ -196,12 +196,12 @@ def _opened(file: io.BytesIO | io.BufferedReader) -> Iterator[ImageFile.ImageFil
         raise BadPicture(f"its {kind} data is damaged ({one_line(e)})") from e
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def orientation(image: ImageFile.ImageFile) -> int:
     """EXIF orientation from what stands before the pixels; 1 where there is none, or none that can be read."""
     try:
         # not image.getexif(): PNG's would decode all pixels, in search of a block behind them
         turn = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-        return turn if turn in _UPRIGHT else 1
+        return turn if turn in UPRIGHT else 1
     except Exception:  # a damaged block in a good picture
         return 1
 

@@ -100,7 +100,8 @@ def _seen(trunk: Trunk, named: Named, knobs: OfStages, device: torch.device) -> 
     how |= {"batch": knobs.batch or cfg.batch, "enlarge": cfg.enlarge, "workers": workers}
     view = assemble.evaluation_view(cfg, file)
     loader = assemble.open_loader(data, view, **how, on_bad_record=knobs.on_bad_record)
-    found = features(trunk, loader, knobs.stages or trunk.stages, knobs.pool)
+    stages = trunk.stages if knobs.stages == ("all",) else knobs.stages
+    found = features(trunk, loader, stages, knobs.pool)
     for each in found.values():
         torch.nn.functional.normalize(each, out=each)
     rows = np.arange(data.rows) if loader.rows is None else loader.rows

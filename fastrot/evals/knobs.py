@@ -1,6 +1,6 @@
 """The knobs of each evaluation; the first lines are its help. Standard library only: a wrong one is told before torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ class Rotation(Asked):
 class OfStages(Asked):
     """What evaluations over features have in common."""
 
-    stages: tuple[str, ...] = ()  # those asked; default: all. f1 and f2 are the last one's halves
+    stages: tuple[str, ...] = ("all",)  # those asked; f1 and f2 are the last one's halves
     pool: int = 1  # pixels a side to which maps are averaged
     json: Path | None = None  # write the numbers: FILE.json
 
@@ -58,3 +58,16 @@ class Pairs(OfStages):
     """Tell pairs of the same person from others, as Labelled Faces in the Wild asks, from each stage."""
 
     pairs: Path | None = None  # a file in the form of LFW's pairs.txt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upright:
+    """Find the photographs of a folder that lie on their side or head, and copy them so that they open upright."""
+
+    folder: Path = field(metadata={"first": "FOLDER"})  # of photographs, with all folders in it
+    out: Path = Path("upright")  # gets upright.csv and turned.png; where it has them, it goes on
+    sure: float = 0.95  # confidence from which a photograph is taken for turned
+    copy_to: Path | None = None  # write copies of those turned that open upright; originals stay
+    batch: int | None = None  # pictures at once; default: the run's
+    workers: int | None = None  # processes that decode; default: one a core
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one

@@ -5,6 +5,7 @@ the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from fastrot.arrays import Picture
 from fastrot.disk import write_atomically
 
 BLUE, RED, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
@@ -50,6 +52,42 @@ def rotated_sheet(
     sheet.paste(body, (MARGIN, top))
     draw.text((MARGIN, sheet.height - 26), legible(footer), fill=FAINT, font=font(11))
     write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))  # fast
+
+
+def turned_sheet(
+    answers: Sequence[tuple[str, int, float]],
+    picture: Callable[[str], Picture],
+    path: Path,
+    *,
+    of: int,
+) -> None:
+    """Write a PNG: photographs as they open, by (path, degrees, confidence), each with an arrow to where up seems to be.
+
+    `picture` gives the pixels of a path; `of`: how many there are in all.
+    """
+    cell, columns = SIDE + GAP, 5
+    rows = max(1, -(-len(answers) // columns))
+    sheet = Image.new("RGB", (2 * MARGIN + columns * cell - GAP, 104 + rows * (cell + 30)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 18), "Photographs that seem turned", fill=INK, font=font(21, bold=True))
+    few = f"{len(answers)} of {of:,}, the surest first" if answers else "None"
+    draw.text(
+        (MARGIN, 54), f"{few}. The arrow points to where up seems to be.", fill=INK, font=font(15)
+    )
+    for i, (name, degrees, confidence) in enumerate(answers):
+        x, y, rotation = MARGIN + i % columns * cell, 92 + i // columns * (cell + 30), degrees // 90
+        image = Image.fromarray(picture(name))
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
+        badge = _badge(rotation, BLUE)
+        reach = SIDE // 2 - 20
+        middle = x + SIDE // 2 + UP[rotation][0] * reach, y + SIDE // 2 + UP[rotation][1] * reach
+        sheet.paste(badge, (middle[0] - 20, middle[1] - 20), badge)
+        draw.text(
+            (x, y + SIDE + 3), f"{degrees}°  {confidence:.0%}", fill=BLUE, font=font(13, bold=True)
+        )
+        draw.text((x, y + SIDE + 20), legible(name)[-28:], fill=FAINT, font=font(11))
+    write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
 
 
 def legible(text: str) -> str:

@@ -100,7 +100,7 @@ def _ask(method: Method, loader: Loader, answers: Answers, right: Right) -> None
     """
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for batch in followed(loader):
-            logits = _logits(method, _filled(batch, loader.batch))
+            logits = rotation_logits(method, _filled(batch, loader.batch))
             assert logits is not None
             logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
             likeliest = logits.argmax(dim=2)
@@ -115,17 +115,18 @@ def _filled(batch: Batch, size: int) -> Batch:
     return Batch(crops, batch.index[places], batch.label[places], batch.epoch_step)
 
 
-@torch.no_grad()
 def rotation_guesses(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
     """Probabilities [picture, rotation it was given, rotation the net says], on the CPU in float32.
 
     None for a method that does not guess rotations. The net is left in the mode that it was in.
     """
-    logits = _logits(method, batch)
+    logits = rotation_logits(method, batch)
     return None if logits is None else logits.softmax(dim=2).cpu()
 
 
-def _logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
+@torch.no_grad()
+def rotation_logits(method: Method, batch: Batch) -> Float[Tensor, "b 4 4"] | None:
+    """What the net says, of each picture in each rotation; see `rotation_guesses`."""
     training = method.net.training
     method.net.eval()
     outputs = method.net(tree_map(Tensor.float, method.views(batch)))
