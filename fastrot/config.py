@@ -230,6 +230,7 @@ class Config:
     keep_every: int | None = free(None)  # steps; keep a checkpoint step_N.pt at each multiple
     keep_best: bool = free(False)  # keep best.pt, by validation accuracy; without one, by loss
     validate_every: int = free(1)  # epochs from one validation to the next
+    online_probe: Literal["knn"] | None = free(None)  # judge features at each validation too
     deterministic: bool = False  # the same bits on a GPU too, at some cost
     compile: bool | None = None  # torch.compile the network; default: as measured on such a GPU
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = None  # of --compile

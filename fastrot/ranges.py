@@ -80,6 +80,8 @@ def check(cfg: Config) -> None:
     check_ranges(cfg)
     want, method, crop = functools.partial(_want, cfg), cfg.method, cfg.method.crop
     want("compile_mode", cfg.compile or cfg.compile_mode in (None, "default"), "--compile")
+    judged = cfg.online_probe is None or cfg.val is not None or cfg.hold_out > 0
+    want("online_probe", judged, "held-out pictures: --val, or --hold-out above 0")
     inside = cfg.fold is None or 0 <= cfg.fold < (cfg.folds or 0)
     want("fold", inside, "--folds, and a number from 0 to below that")
     want("order_block", cfg.order_block is None or cfg.order == "blocks", "--order blocks")

@@ -48,6 +48,11 @@ def fold_of(keys: Keys, folds: int) -> Int8[np.ndarray, " n"]:
     return (hash64(_FOLD, keys) % np.uint64(folds)).astype(np.int8)
 
 
+def some(keys: Keys, count: int) -> Numbers:
+    """So many places of `keys` or all of them, in rising order: by the key alone, so that they stay."""
+    return np.sort(np.argsort(hash64(_FEW, keys), kind="stable")[:count])
+
+
 def few_of_each(
     keys: Keys, labels: Numbers, left_out: Bool[np.ndarray, " n"], few: float, seed: int
 ) -> Bool[np.ndarray, " n"]:

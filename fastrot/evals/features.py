@@ -1,6 +1,7 @@
 """Features of all pictures of a view by row, from all ranks: what evaluations of a trained trunk read."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot import dist
+from fastrot.backbones.staged import Staged
 from fastrot.core import Batch
 from fastrot.data.loader import Loader
 from fastrot.evals.trained import Trunk
@@ -18,20 +20,30 @@ from fastrot.ops.rotate import rotated_views
 BLOCK = 2**14  # rows that ranks exchange at once
 
 
+class Bare(NamedTuple):
+    """A network that is still being trained, in the place of a Trunk. It is in eval mode."""
+
+    net: Staged
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @torch.no_grad()
 def features(
-    trunk: Trunk,
+    trunk: Trunk | Bare,
     loader: Loader,
     stages: Sequence[str],
     pool: int | None = 1,
     *,
     dtype: torch.dtype = torch.float32,
+    quiet: bool = False,
 ) -> dict[str, Float[Tensor, "n d"]]:
     """What each stage gives for the n pictures of the loader's view, in the view's order, on every rank's host.
 
     loader  of a view in data order (`assemble.evaluation_view`); each rank asks about its own share
     pool    side that maps are averaged to, d = channels pool^2; None: whole maps, d = channels h w
     dtype   float32, or float16 for half the memory
+    quiet   without a progress bar
 
     A picture that cannot be read, where the loader skips it, has zeros. Called on all ranks.
     """
@@ -41,7 +53,7 @@ def features(
     place = torch.arange(loader.data.rows)
     if loader.rows is not None:
         place[torch.from_numpy(loader.rows)] = torch.arange(loader.images)
-    for batch in followed(loader):
+    for batch in loader.epoch(0) if quiet else followed(loader):
         views = rotated_views(batch.images, (0,), trunk.mean, trunk.std, dtype=torch.float32)
         for stage, each in zip(stages, trunk.net.outputs(views, stages), strict=True):
             if each.ndim == 4 and pool is not None:

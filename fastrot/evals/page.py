@@ -152,9 +152,11 @@ def _accuracy(log: RunLog) -> "Figure":
     _curve(axes, log, "accuracy", "training", BLUE)
     _curve(axes, log, "val_accuracy", "held-out", RED, marker="o")
     _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], marker="o", linewidth=1.0)
-    stages = dict.fromkeys(n for line in log.lines for n in line if n.startswith("val_top1_"))
-    for name, colour in zip(stages, itertools.cycle(TERMS), strict=False):
-        _curve(axes, log, name, name.removeprefix("val_top1_"), colour, marker="o", linewidth=1.0)
+    of_stages = ("val_top1_", "val_knn_")  # a probe's; an online one's
+    names = dict.fromkeys(n for line in log.lines for n in line if n.startswith(of_stages))
+    for name, colour in zip(names, itertools.cycle(TERMS), strict=False):
+        label = name.removeprefix("val_").replace("top1_", "").replace("_", " ")
+        _curve(axes, log, name, label, colour, marker="o", linewidth=1.0)
     if (chance := log.headline.chance) is not None:
         axes.axhline(chance, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
         right = {"ha": "right", "va": "top", "transform": axes.get_yaxis_transform()}

@@ -150,7 +150,9 @@ def _describe(line: dict[str, Any], prefix: str = "") -> str:
     """Loss and accuracy, then the terms and other precisions as the method names them."""
     values = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
     terms = [k for k in values if k.startswith(("loss_", "prec_"))]
-    shown = ["loss", "accuracy", *(terms if len(terms) > 1 else ())]
+    terms = [k for k in values if k.startswith("top1_")] or terms  # a probe's, a stage each
+    features = [k for k in values if k.startswith("knn_")]
+    shown = ["loss", "accuracy", *(terms if len(terms) > 1 else ()), *features]
     if any(k.startswith("prec_") for k in shown):
         shown.remove("accuracy")  # it is one of these precisions
     forms = {k: ".4f" if k.startswith("loss") else ".1%" for k in shown if k in values}

@@ -232,6 +232,8 @@ class _Fit:
     def validated(self, line: dict[str, Any]) -> dict[str, float]:
         assert self.s.val_loader is not None
         scores = validate(self.state, self.s.val_loader, self.save_if_warned, self.alive)
+        if self.s.online is not None:
+            scores |= self.s.online()
         self.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
         return scores
 

@@ -21,6 +21,7 @@ from fastrot.data.keys import few_of_each, fold_of, held_out
 from fastrot.data.loader import Loader
 from fastrot.disk import locked, replace_bytes, write_atomically
 from fastrot.entry import PreemptionSignal, share_of_cores
+from fastrot.evals.online import OnlineKnn
 from fastrot.evals.page import LivePage
 from fastrot.speed import memory
 from fastrot.speed.profile import Profile
@@ -166,6 +167,8 @@ def _write_setting(s: Session) -> None:
 def _trained(s: Session, journal: Journal, preemption: PreemptionSignal) -> None:
     """From the step at hand to the end; then rank 0 writes summary, page and last words."""
     writes, left = dist.rank() == 0, s.end - s.state.step
+    if s.cfg.online_probe == "knn":
+        s.online = OnlineKnn(s)
     page = LivePage(s.folder, s.state.method, _shown(s) if writes else None)
     if s.cfg.profile and writes and left > 0:
         s.step_timer.around = Profile(s.state, s.folder / "profile", left, journal.say)

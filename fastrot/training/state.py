@@ -194,6 +194,7 @@ class Session:
     state: TrainState
     identity: dict[str, Any]  # what a resumed run must agree with, beside the config
     step_timer: StepTimer
+    online: Callable[[], dict[str, float]] | None = None  # scores of features, asked at validations
 
     @property
     def end(self) -> int:

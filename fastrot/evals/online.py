@@ -1,0 +1,67 @@
+"""How good the features are while they are being learnt: `--online-probe knn`, at each validation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastrot import assemble, dist
+from fastrot.core import View
+from fastrot.data.keys import some
+from fastrot.data.loader import Loader
+from fastrot.disk import write_atomically
+from fastrot.evals.features import Bare, features
+from fastrot.evals.knn import knn_top1
+from fastrot.training.state import Session
+
+LEARNT, ASKED = (
+    2_000,
+    1_000,
+)  # pictures, always the same: of the training view, and of the held-out one
+K, SIGMA = 200, 0.07
+
+
+class OnlineKnn:
+    """The class of held-out pictures by their nearest training pictures, from the stage that says most of content.
+
+    Refuses data without labels. Changes nothing of the run; costs 3,000 pictures' forward passes of one view.
+    """
+
+    def __init__(self, s: Session):
+        assert s.val_loader is not None
+        assemble.check_labels("--online-probe knn", s.loader.data, s.val_loader.data)
+        self.net: Any = s.state.method.net
+        self.trunk = Bare(self.net.trunk, s.cfg.mean, s.cfg.std)
+        self.stage = self.net.trunk.telling
+        self.learnt = _few(s, s.loader, LEARNT, "rows-online.npy")
+        self.asked = _few(s, s.val_loader, ASKED, "rows-online-val.npy")
+        self.classes = len(s.loader.data.classes) or int(s.loader.data.labels.max()) + 1
+
+    def __call__(self) -> dict[str, float]:
+        """The share that is right, by the score's name. Called on all ranks; the net is left in training mode."""
+        self.net.eval()
+        (train, known), (test, truth) = (self._seen(each) for each in (self.learnt, self.asked))
+        self.net.train()
+        right = knn_top1(train, known, test, truth, self.classes, min(K, len(train)), SIGMA)
+        return {f"knn_{self.stage}": right}
+
+    def _seen(self, loader: Loader) -> tuple[Tensor, Tensor]:
+        rows = features(self.trunk, loader, [self.stage], quiet=True)[self.stage]
+        return F.normalize(rows), torch.from_numpy(loader.data.labels[loader.rows])
+
+
+def _few(s: Session, whole: Loader, count: int, name: str) -> Loader:
+    """A loader of the evaluation's view over so many of a view's pictures."""
+    rows = np.arange(whole.data.rows) if whole.rows is None else whole.rows
+    rows = rows[some(whole.data.keys[rows], count)]
+    path: Path = s.folder / name
+    if dist.rank() == 0:
+        write_atomically(path, lambda file: np.save(file, rows))
+    dist.barrier()
+    view: View = assemble.evaluation_view(s.cfg, path)
+    how: dict[str, Any] = {n: getattr(whole, n) for n in ("batch", "rank", "world", "device")}
+    how |= {"workers": whole.workers, "on_bad_record": whole.on_bad_record}
+    return Loader(whole.data, view, enlarge=s.cfg.enlarge, **how)
