@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from original import from_original
 from torch import nn
 from truth import golden
 
@@ -13,6 +12,7 @@ from benchmarks import baseline, measure
 from fastrot import config
 from fastrot.backbones import alexnet
 from fastrot.presets import PRESETS
+from fastrot.training.original import from_original
 
 PRESET = PRESETS["decoupling-alexnet"]()
 

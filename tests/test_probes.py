@@ -267,6 +267,42 @@ def test_halves_of_a_decoupled_net_and_supervised_ones_go_the_same_way(pictures,
     )
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_checkpoint_of_the_original_code_is_probed(wrapped, pictures, tmp_path):
+    """Its NIN, narrowed to a sixteenth; behind DataParallel, and in torch's older form."""
+    nin = golden("nin_small")
+    state = {
+        k[8:]: torch.from_numpy(np.array(v)) for k, v in nin.items() if k.startswith("s4__sd__")
+    }
+    if wrapped:
+        state = {"epoch": 3, "network": {f"module.{k}": v for k, v in state.items()}}
+    torch.save(state, tmp_path / "theirs", _use_new_zipfile_serialization=not wrapped)
+    words = [
+        "--start-from",
+        str(tmp_path / "theirs"),
+        "--backbone.width",
+        "0.0625",
+        "--image-size",
+        "32",
+    ]
+    run = probe(
+        pictures, tmp_path / "run", *words, "--max-steps", "1", words=["probe-mlp-cifar10", *KNOBS]
+    )
+    trunk = load(run).net
+    with torch.no_grad():
+        (found,) = trunk.outputs(torch.from_numpy(nin["x"]), ["conv2"])
+    (name,) = (k for k in nin if k.startswith("s4__eval") and k.endswith("conv2"))
+    torch.testing.assert_close(found, torch.from_numpy(nin[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_other_code_is_refused(pictures, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(
+        UsageError, match=r"--start-from: .*other\.pt is no checkpoint of a fastrot run"
+    ):
+        probe(pictures, tmp_path / "run", "--start-from", str(tmp_path / "other.pt"))
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("probe")])
 def test_each_probe_preset_trains(preset, pictures, tmp_path):
     nin = "cifar10" in preset

@@ -12,6 +12,7 @@ from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
 from fastrot.training import checkpoint
+from fastrot.training.original import original_weights
 
 
 def last_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -86,7 +87,10 @@ def with_trunk(cfg: Config) -> Config:
     source = assemble.METHODS[type(cfg.method)].trunk(cfg)
     if source is None:
         return cfg
-    theirs = config.from_plain(_begun_with(source)["config"])
+    known = _begun_with(source).get("config")
+    if known is None:
+        return cfg
+    theirs = config.from_plain(known)
     own = {name: getattr(theirs, name) for name in ("backbone", "image_size", "mean", "std")}
     crop = config.with_size(cfg.method.crop, theirs.method.crop.size)
     method = dataclasses.replace(cfg.method, crop=crop)
@@ -112,9 +116,13 @@ def start_from(net: torch.nn.Module, source: str) -> None:
 
 
 def _begun_with(source: str) -> dict[str, Any]:
+    """A checkpoint of ours; or of the papers' code, whose weights alone are known."""
+    path = checkpoint.of_run(source)
     try:
-        return checkpoint.load(checkpoint.of_run(source))
+        return checkpoint.load(path)
     except UsageError as error:
+        if (weights := original_weights(path)) is not None:
+            return {"net": weights}
         raise UsageError(f"--start-from: {error}") from error
 
 
