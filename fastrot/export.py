@@ -22,7 +22,7 @@ class Export:
     # theirs; onnx, torch-export: a graph that takes pixels; hub: a folder for a model hub
     to: Literal["safetensors", "torchvision", "timm", "onnx", "torch-export", "hub"]
     out: Path | None = None  # the file or folder; default: in RUN/exported
-    stages: tuple[str, ...] = ()  # what a graph gives; default: the last
+    stages: tuple[str, ...] = ()  # what a graph gives; none: the last
     probes: tuple[Path, ...] = ()  # runs of probes on it, whose numbers a hub's card tells
 
 
