@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 GREY = "#57606a"
 TERMS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # with blue and red: Okabe and Ito's colours
+COLOURS = (BLUE, RED, *TERMS)
 POINTS = 400  # of a curve: more cannot be told apart at this size
 CURVES = ("accuracy", "loss", "throughput", "filters")
 TEMPLATE = Path(__file__).with_suffix(".template")

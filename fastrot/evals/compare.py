@@ -1,0 +1,159 @@
+"""Several runs over each other: their curves, and what their probes say of each stage, as a PNG and a page."""
+
+import base64
+import html
+import io
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastrot.config import UsageError
+from fastrot.core import Headline
+from fastrot.disk import replace_bytes
+from fastrot.evals.page import COLOURS, RunLog
+from fastrot.evals.picture import INK, legible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE = (
+    "body { font: 15px/1.5 system-ui, sans-serif; margin: 40px; color: #1f2328 } img { max-width: 100% } "
+    "td, th { text-align: right; padding: 3px 18px 3px 0; border-bottom: 1px solid #eceef1 } "
+    "td:first-child, th:first-child { text-align: left }"
+)
+MARKERS = "os^Dv*PX"
+
+
+def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against: str) -> Path:
+    """Draw `scores` of the runs' metrics.jsonl against epoch or step, and top-1 by stage where they probe; return the page.
+
+    Raises UsageError for fewer than two runs, for a folder that holds none, and for a score that none of them has.
+    """
+    from matplotlib.figure import Figure
+
+    if len(runs) < 2:
+        raise UsageError(f"compare got {len(runs)} run(s): name two or more")
+    logs = {}
+    for run, name in zip(runs, _names(runs), strict=True):
+        if not (log := RunLog(run, Headline())).lines:
+            raise UsageError(f"{run} holds no metrics.jsonl of a run: name runs' folders")
+        logs[name] = log
+    for score in scores:
+        if not any(score in line for log in logs.values() for line in log.lines):
+            known = sorted({k for log in logs.values() for line in log.lines for k in line})
+            raise UsageError(
+                f"--scores got {score}, which no run has: choose of {', '.join(known)}"
+            )
+    tables = {name: _by_stage(log) for name, log in logs.items()}
+    tables = {name: table for name, table in tables.items() if table}
+    panels = len(scores) + bool(tables)
+    figure = Figure(figsize=(4.6 * panels, 3.8), dpi=160)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    looks = {n: {"color": c, "marker": m} for n, c, m in _looks(list(logs))}
+    for each, score in zip(axes, scores, strict=False):
+        _curves(each, logs, score, against, looks)
+    if tables:
+        _stages(axes[-1], tables, looks)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(logs) // 4)))
+    out.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    replace_bytes(out / "compare.png", png.getvalue())
+    replace_bytes(out / "index.html", _page(png.getvalue(), logs, tables, scores).encode())
+    return out / "index.html"
+
+
+def _names(runs: tuple[Path, ...]) -> list[str]:
+    """The ends of their paths that tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("compare got a run twice: name each once")
+
+
+def _looks(names: list[str]) -> list[tuple[str, str, str]]:
+    both = zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    return [(name, colour, marker) for name, colour, marker in both]
+
+
+def _by_stage(log: RunLog) -> dict[str, float]:
+    """Top-1 of each stage by the last validation."""
+    names = dict.fromkeys(k for line in log.lines for k in line if k.startswith("val_top1_"))
+    found = {name.removeprefix("val_top1_"): log.last(name) for name in names}
+    return {stage: value for stage, value in found.items() if value is not None}
+
+
+def _curves(
+    axes: "Axes", logs: dict[str, RunLog], score: str, against: str, looks: dict[str, dict]
+) -> None:
+    for name, log in logs.items():
+        steps, values = log.curve(score)
+        if against == "epoch" and len(steps):
+            steps = steps * _epochs_a_step(log)
+        axes.plot(steps, values, label=legible(name), markersize=3, linewidth=1.4, **looks[name])
+    axes.set(xlabel=against, title=score.removeprefix("val_") + _where(score))
+    if not score.endswith("loss"):
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    _plain(axes)
+
+
+def _where(score: str) -> str:
+    return " on held-out pictures" if score.startswith("val_") else " in training"
+
+
+def _epochs_a_step(log: RunLog) -> float:
+    steps, epochs = log.summary.get("steps"), log.summary.get("epochs")
+    if steps and epochs:
+        return epochs / steps
+    last = log.lines[-1]
+    return (last.get("epoch", 0) + 1) / max(1, last["step"])
+
+
+def _stages(axes: "Axes", tables: dict[str, dict[str, float]], looks: dict[str, dict]) -> None:
+    stages = list(dict.fromkeys(stage for table in tables.values() for stage in table))
+    for name, table in tables.items():
+        values = [table.get(stage, np.nan) for stage in stages]
+        axes.plot(stages, values, markersize=4, linewidth=1.4, **looks[name])
+    axes.set(title="top-1 by stage", xlabel="stage")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    _plain(axes)
+
+
+def _plain(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eceef1", linewidth=0.8)
+    axes.tick_params(labelsize=8)
+    axes.title.set(size=10, color=INK)
+
+
+def _page(
+    png: bytes,
+    logs: dict[str, RunLog],
+    tables: dict[str, dict[str, float]],
+    scores: tuple[str, ...],
+) -> str:
+    stages = list(dict.fromkeys(stage for table in tables.values() for stage in table))
+    head = ["run", "steps", *scores, *stages]
+    rows = []
+    for name, log in logs.items():
+        last = [log.last(score) for score in scores]
+        own = [tables.get(name, {}).get(stage) for stage in stages]
+        said = ["-" if v is None else f"{v:.4g}" for v in last]
+        rows.append(
+            [name, f"{log.step:,}", *said, *("-" if v is None else f"{v:.1%}" for v in own)]
+        )
+    cells = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>\n" for row in rows
+    )
+    image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return (
+        f'<!doctype html>\n<html lang=en><meta charset="utf-8"><title>Runs compared</title><style>{STYLE}</style>\n'
+        f"<h1>Runs compared</h1>\n{image}\n<table><tr>{cells}</tr>\n{body}</table>\n</html>\n"
+    )

@@ -1,0 +1,69 @@
+"""`draw.py compare RUN RUN ...`: curves and probes of several runs, over each other."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from fastrot import draw
+from fastrot.config import UsageError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two with probes, in folders of one name, and one without."""
+    for k, name in enumerate(("a/run", "b/run", "c")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        lines = [
+            {
+                "step": 10 * n,
+                "epoch": n,
+                "loss": 2 / (n + 1),
+                "val_loss": 1.0,
+                "val_accuracy": 0.1 * n + 0.1 * k,
+            }
+            for n in range(1, 5)
+        ]
+        if name != "c":
+            lines[-1] |= {"val_top1_conv1": 0.25 + 0.1 * k, "val_top1_conv5": 0.5}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(tmp_path / name) for name in ("a/run", "b/run", "c")]
+
+
+@pytest.mark.parametrize("against", ["epoch", "step"])
+def test_a_page_of_several_runs(runs, tmp_path, against, capsys):
+    out = tmp_path / "out"
+    assert draw.main(["compare", *runs, "--out", str(out), "--against", against]) == 0
+    assert f"written to {out}/index.html" in capsys.readouterr().out
+    with Image.open(out / "compare.png") as picture:
+        assert picture.width > 3 * 700  # two curves, and stages
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20)}
+    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours  # a colour each
+    page = (out / "index.html").read_text()
+    for row in (["a/run", "40", "1", "0.4", "25.0%", "50.0%"], ["c", "40", "1", "0.6", "-", "-"]):
+        name = row[0] if row[0] != "c" else f"{tmp_path.name}/c"
+        cells = [name, *row[1:]]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+
+
+def test_runs_without_probes_have_curves_alone(runs, tmp_path):
+    draw.main(["compare", runs[2], runs[0], "--out", str(tmp_path / "o"), "--scores", "loss"])
+    with Image.open(tmp_path / "o" / "compare.png") as picture:
+        assert picture.width < 2 * 800
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "{0}"], r"compare got 1 run\(s\): name two or more"),
+        (["compare", "{0}", "{0}"], "compare got a run twice: name each once"),
+        (["compare", "{0}", "nowhere"], "nowhere holds no metrics.jsonl of a run"),
+        (["compare", "{0}", "{1}", "--scores", "mAP"], "--scores got mAP, which no run has: choose of epoch"),
+        (["compete", "{0}"], "there is no picture 'compete': did you mean compare"),
+    ],
+)  # fmt: skip
+def test_wrong_use_gets_one_sentence(runs, tmp_path, words, says):
+    with pytest.raises(UsageError, match=says) as told:
+        draw.main([word.format(*runs) for word in words])
+    assert "\n" not in str(told.value)
