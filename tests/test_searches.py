@@ -13,7 +13,7 @@ from test_run import go
 from torch.nn import functional as F
 from truth import golden
 
-from fastrot import evaluate
+from fastrot import dist, evaluate
 from fastrot.config import UsageError
 from fastrot.evals import nearest
 from fastrot.evals.knn import knn_top1
@@ -80,6 +80,27 @@ def test_retrieval_is_its_definition(same, monkeypatch):
     assert found.queries == len(averages) == len(queries) - 1
     assert found.precision == pytest.approx(dict(zip((1, 5), np.mean(first, axis=0), strict=True)))
     assert found.mean_average_precision == pytest.approx(np.mean(averages), rel=1e-5)
+
+
+def test_ranks_share_the_queries_and_give_the_same_sums(monkeypatch):
+    gallery, known = made(60, 8, 5)
+    queries, labels = made(21, 8, 5, seed=1)
+    summed = []
+
+    def share(rank, world):
+        monkeypatch.setattr(dist, "rank", lambda: rank)
+        monkeypatch.setattr(dist, "world", lambda: world)
+        monkeypatch.setattr(dist, "sum_over_ranks", lambda each: summed.append(each) or each)
+        summed.clear()
+        retrieval_scores(gallery, known, queries, labels, (1, 5), CPU)
+        knn_top1(gallery, known, queries, labels, 5, 3, 0.1)
+        return list(summed)
+
+    whole, first, second = share(0, 1), share(0, 2), share(1, 2)
+    for all_of, one, other in zip(whole, first, second, strict=True):
+        assert one.any()
+        assert other.any()
+        assert torch.equal(one + other, all_of)
 
 
 MANY = """
@@ -198,6 +219,7 @@ def test_pairs_of_people(straight, people, tmp_path, capsys):
     assert same.sum() == 9
 
 
+@pytest.mark.soak
 @pytest.mark.ddp
 @pytest.mark.parametrize("what", ["knn", "retrieval"])
 def test_two_ranks_give_the_table_of_one(straight, pictures, tmp_path, what):
