@@ -112,7 +112,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 torch.manual_seed(0)
-queries, asked = torch.nn.functional.normalize(torch.randn(300, 32)), torch.randint(10, (300,))
+queries, asked = torch.nn.functional.normalize(torch.randn(100, 32)), torch.randint(10, (100,))
 took = []
 for n in (20_000, 200_000):
     rows, labels = torch.nn.functional.normalize(torch.randn(n, 32)), torch.randint(10, (n,))
