@@ -198,12 +198,12 @@ def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
     return View(crops=(crops.plain(cfg.method.crop),), shuffled=False, rows=rows)
 
 
-def check_labels(who: str, data: Data, val: Data) -> None:
+def check_labels(who: str, data: Data, val: Data, way_out: str = "") -> None:
     """Refuse pictures without a label, and those of --val that have other classes; `who` learns from them."""
     for knob, each in (("--data", data), ("--val", val)):
         if missing := int((each.labels < 0).sum()):
             few = f"{missing} of {each.rows} pictures of {knob} have none"
-            way = "prepare them with --label-from folder, or choose rotnet-alexnet"
+            way = f"prepare them with --label-from folder{way_out}"
             raise UsageError(f"{who} learns from labels, but {few}: {way}")
     if val.classes != data.classes:
         told, way = "the same names in another order", "prepare both from the same list"
@@ -224,7 +224,7 @@ def data_info(
     data = loader.data
     val = data if val_loader is None else val_loader.data
     if METHODS[type(cfg.method)].wants_labels:
-        check_labels(cfg.preset, data, val)
+        check_labels(cfg.preset, data, val, ", or choose rotnet-alexnet")
     return DataInfo(
         images=loader.images,
         rows=loader.rows,

@@ -17,7 +17,7 @@ from fastrot.backbones import alexnet, nin
 from fastrot.backbones.staged import Classifier, Staged
 from fastrot.config import UsageError
 from fastrot.ops.rotate import rotated_views
-from fastrot.training.original import from_original
+from fastrot.training.foreign import from_original
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]

@@ -12,7 +12,7 @@ from benchmarks import baseline, measure
 from fastrot import config
 from fastrot.backbones import alexnet
 from fastrot.presets import PRESETS
-from fastrot.training.original import from_original
+from fastrot.training.foreign import from_original
 
 PRESET = PRESETS["decoupling-alexnet"]()
 

@@ -1,8 +1,10 @@
 """`draw.py compare RUN RUN ...`: curves and probes of several runs, over each other."""
 
 import json
+import shutil
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from fastrot import draw
@@ -15,6 +17,7 @@ def runs(tmp_path):
     for k, name in enumerate(("a/run", "b/run", "c")):
         folder = tmp_path / name
         folder.mkdir(parents=True)
+        # an epoch has 10 steps, and its validation comes at its end
         lines = [
             {
                 "step": 10 * n,
@@ -45,6 +48,31 @@ def test_a_page_of_several_runs(runs, tmp_path, against, capsys):
         name = row[0] if row[0] != "c" else f"{tmp_path.name}/c"
         cells = [name, *row[1:]]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+
+
+def test_epochs_are_those_of_the_run(runs, monkeypatch, tmp_path):
+    """By a validation at an epoch's end, by the summary; a run that has ended none is refused."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **k: drawn.append(list(x)) or plot(self, x, y, **k)
+    )
+    (tmp_path / "c" / "summary.json").write_text(json.dumps({"steps": 40, "epochs": 8}))
+    draw.main(["compare", runs[0], runs[2], "--out", str(tmp_path / "o"), "--scores", "val_loss"])
+    assert drawn[0] == pytest.approx([1, 2, 3, 4])
+    assert drawn[1] == pytest.approx([2, 4, 6, 8])
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text('{"step": 20, "epoch": 0, "loss": 1.0}\n')
+    words = ["compare", runs[0], str(begun), "--out", str(tmp_path / "o"), "--scores", "loss"]
+    with pytest.raises(UsageError, match="begun has ended no epoch yet: give --against step"):
+        draw.main(words)
+
+
+def test_odd_names_are_shown_as_they_are(runs, tmp_path):
+    odd = tmp_path / "_$x$ <b>"
+    shutil.copytree(runs[2], odd)
+    draw.main(["compare", runs[0], str(odd), "--out", str(tmp_path / "o")])
+    assert "_$x$ &lt;b&gt;" in (tmp_path / "o" / "index.html").read_text()
 
 
 def test_runs_without_probes_have_curves_alone(runs, tmp_path):

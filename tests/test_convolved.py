@@ -15,7 +15,7 @@ from fastrot.backbones import alexnet, convolved
 from fastrot.backbones.staged import Classifier
 from fastrot.config import UsageError
 from fastrot.training import checkpoint
-from fastrot.training.original import from_original
+from fastrot.training.foreign import from_original
 
 STAGES = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}  # of outputs and statistics, by their largest

@@ -117,6 +117,58 @@ def test_a_folder_for_a_hub(straight, pictures, tmp_path):
     assert torch.equal(again.features(images, "conv5"), net.features(images, "conv5"))
 
 
+def test_a_card_tells_numbers_of_its_own_checkpoint(pictures, tmp_path):
+    words = [*TINY, "--data", str(pictures), "--out", str(tmp_path / "run"), "--keep-every", "4"]
+    assert train.main(words) == 0
+    last = out_of(tmp_path / "run", "hub", tmp_path, "--out", str(tmp_path / "last"))
+    assert not last.exists()  # the later --out counts
+    card = (tmp_path / "last" / "README.md").read_text()
+    assert "| validation accuracy |" in card
+    assert "3 epochs (20 steps)" in card
+    earlier = tmp_path / "run" / "checkpoints" / "step_4.pt"
+    export.main([str(earlier), "--to", "hub", "--out", str(tmp_path / "earlier")])
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "to step 4;" in card
+    assert "validation" not in card
+
+
+def test_what_was_exported_is_a_beginning_but_no_run(straight, pictures, tmp_path):
+    from fastrot import evaluate
+
+    file = out_of(straight, "safetensors", tmp_path)
+    words = [
+        "probe-linear",
+        *TINY[3:5],
+        *TINY[7:],
+        "--schedule.steps",
+        "1",
+        "--data",
+        str(pictures),
+    ]
+    words += ["--start-from", str(file), "--method.stages", "conv5", "--out", str(tmp_path / "p")]
+    assert train.main(words) == 0
+    mine = fastrot.load(tmp_path / "p").net.state_dict()
+    theirs = fastrot.load(straight).net.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(UsageError, match="holds a trunk alone: name the run"):
+        evaluate.main([str(file), "rotation", "--data", str(pictures)])
+
+
+def test_a_damaged_file_is_one_sentence(straight, tmp_path):
+    file = out_of(straight, "safetensors", tmp_path)
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(UsageError, match="is cut short or changed"):
+        fastrot.load(file)
+
+
+def test_a_runs_folder_is_no_place_for_a_hubs(straight, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
+    with pytest.raises(UsageError, match="is a run's folder: name one of its own"):
+        export.main([str(run), "--to", "hub", "--out", str(run)])
+    (run / "model.safetensors").write_bytes(b"")  # whoever put it there
+    assert fastrot.load(run).size == 32
+
+
 def test_what_differs_is_not_handed_on(straight, tmp_path, monkeypatch):
     monkeypatch.setattr(exported.torch, "allclose", lambda *_: False)
     with pytest.raises(RunError, match="did not say what the network says, and is taken away"):

@@ -1,6 +1,7 @@
 """Probes: heads as the originals compute them, on trunks that provably stay as they were, in runs like any other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastrot import assemble, config, train
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.heads import HEADS
 from fastrot.backbones.nin import nin
+from fastrot.backbones.staged import HALVES
 from fastrot.config import UsageError
 from fastrot.evals.trained import load, trained_method
 from fastrot.methods.probe import ProbeNet
@@ -73,8 +75,9 @@ def test_a_linear_head_is_the_originals(stage, precision):
 
 
 def shapes_of(trunk, size):
-    seen = trunk.eval().outputs(torch.zeros(1, 3, size, size), trunk.stages)
-    return {name: tuple(each.shape[1:]) for name, each in zip(trunk.stages, seen, strict=True)}
+    stages = (*trunk.stages, *HALVES)
+    seen = trunk.eval().outputs(torch.zeros(1, 3, size, size), stages)
+    return {name: tuple(each.shape[1:]) for name, each in zip(stages, seen, strict=True)}
 
 
 def numbers(head):
@@ -112,7 +115,11 @@ def test_heads_have_the_papers_sizes():
 def test_each_head_learns_from_each_map_of_each_backbone(name, cfg):
     trunk = assemble.backbone(cfg, 64)
     shapes, pictures = shapes_of(trunk, 64), torch.rand(6, 3, 64, 64)
-    for stage in trunk.stages[:-1]:
+    maps = [stage for stage in trunk.stages if len(shapes[stage]) == 3]
+    halves = (
+        HALVES if name == "linear" or (name != "nonlinear" and trunk.stages[-1] in maps) else ()
+    )
+    for stage in (*maps, *halves):
         net = ProbeNet(trunk, {stage: HEADS[name](trunk, stage, shapes, 5)}, frozen=True).train()
         (logits,) = net(pictures)
         assert logits.shape == (6, 5)
@@ -274,7 +281,8 @@ def test_a_checkpoint_of_the_original_code_is_probed(wrapped, pictures, tmp_path
     state = {
         k[8:]: torch.from_numpy(np.array(v)) for k, v in nin.items() if k.startswith("s4__sd__")
     }
-    if wrapped:
+    if wrapped:  # and without what torch did not count then
+        state = {k: v for k, v in state.items() if "num_batches" not in k}
         state = {"epoch": 3, "network": {f"module.{k}": v for k, v in state.items()}}
     torch.save(state, tmp_path / "theirs", _use_new_zipfile_serialization=not wrapped)
     words = [
@@ -293,6 +301,23 @@ def test_a_checkpoint_of_the_original_code_is_probed(wrapped, pictures, tmp_path
         (found,) = trunk.outputs(torch.from_numpy(nin["x"]), ["conv2"])
     (name,) = (k for k in nin if k.startswith("s4__eval") and k.endswith("conv2"))
     torch.testing.assert_close(found, torch.from_numpy(nin[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_probe_goes_on_without_the_run_that_it_stands_on(straight, pictures, tmp_path):
+    source = shutil.copytree(straight, tmp_path / "source")
+    more = ["--start-from", str(source), "--method.stages", "conv5"]
+    probe(pictures, tmp_path / "probe", *more, "--max-steps", "2")
+    shutil.rmtree(source)
+    probe(pictures, tmp_path / "probe", *more)
+    assert json.loads((tmp_path / "probe" / "summary.json").read_text())["steps"] == 9
+
+
+def test_layers_that_no_net_of_theirs_has_are_named(pictures, tmp_path):
+    for number, key in enumerate(("_feature_blocks.8.7.weight", "momentum")):
+        state = {"_feature_blocks.0.0.weight": torch.zeros(1), key: torch.zeros(1)}
+        torch.save({"network": state}, file := tmp_path / f"{number}.pt")
+        with pytest.raises(UsageError, match=r"has a layer .*, unlike the AlexNet and the NIN"):
+            probe(pictures, tmp_path / "run", "--start-from", str(file))
 
 
 def test_a_file_of_other_code_is_refused(pictures, tmp_path):

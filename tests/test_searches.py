@@ -1,6 +1,8 @@
 """Searches among features: neighbours, retrieval, pairs, by each stage; in blocks, by ranks, in a sentence."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from test_run import go
 from torch.nn import functional as F
 from truth import golden
 
-from fastrot import dist, evaluate
+from fastrot import assemble, dist, evaluate
 from fastrot.config import UsageError
 from fastrot.evals import nearest
 from fastrot.evals.knn import knn_top1
@@ -112,9 +114,9 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 torch.manual_seed(0)
-queries, asked = torch.nn.functional.normalize(torch.randn(100, 32)), torch.randint(10, (100,))
+queries, asked = torch.nn.functional.normalize(torch.randn(200, 32)), torch.randint(10, (200,))
 took = []
-for n in (20_000, 200_000):
+for n in (50_000, 200_000):  # blocks of the same size
     rows, labels = torch.nn.functional.normalize(torch.randn(n, 32)), torch.randint(10, (n,))
     before = peak()
     knn_top1(rows, labels, queries, asked, 10, 200, 0.07)
@@ -126,7 +128,7 @@ assert took[1] < took[0] + 100, took  # MB: all pairs of 200,000 would be 160,00
 
 
 def test_memory_does_not_grow_with_the_gallery():
-    """Of 20,000 and of 200,000 made-up rows, in a process of its own."""
+    """Of 50,000 and of 200,000 made-up rows, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -144,8 +146,9 @@ def test_verification_is_its_definition():
         cuts = [(np.mean((cosine[~held] >= cut) == same[~held]), -cut) for cut in cosine[~held]]
         cut = -max(cuts)[1]
         right += np.sum((cosine[held] >= cut) == same[held])
-    assert accuracy(cosine, same) == right / 200
-    assert accuracy(np.where(same, 0.9, 0.1), same) == 1
+    fold = np.arange(200) % 10
+    assert accuracy(cosine, same, fold) == right / 200
+    assert accuracy(np.where(same, 0.9, 0.1), same, fold) == 1
 
 
 # ---- runs ----
@@ -158,7 +161,7 @@ def test_a_table_over_the_stages(straight, pictures, tmp_path, capsys):
     stages = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc_block"]
     assert list(found) == stages
     held, learnt = (len(np.load(straight / f"rows-{name}.npy")) for name in ("val", "train"))
-    assert f"{held} pictures of {pictures} by 3 of {learnt} of {pictures}, sigma 0.07" in said
+    assert f"{held} pictures of {pictures} among {learnt} of {pictures}, by 3, sigma 0.07" in said
     for stage in stages:
         assert f"top-1 {found[stage]['top1']:.2%}, top-5 100.00%" in said  # of three classes
         assert found[stage]["top1"] * held == pytest.approx(round(found[stage]["top1"] * held))
@@ -213,10 +216,43 @@ def test_pairs_of_people(straight, people, tmp_path, capsys):
     found = numbers(straight, "pairs", tmp_path / "a.json", *more, "--pool", "2")
     assert "9 pairs of one person and 6 of two" in capsys.readouterr().out
     assert 0.5 < found["conv1"]["auc"] <= 1  # shades tell these people
-    names, same = read_pairs(people / "pairs.txt")
+    names, same, fold = read_pairs(people / "pairs.txt")
+    assert fold.tolist() == [n % 10 for n in range(15)]
     assert names[0] == ("Ann_A/Ann_A_0001.jpg", "Ann_A/Ann_A_0002.jpg")
     assert names[9] == ("Ann_A/Ann_A_0001.jpg", "Bob_B/Bob_B_0001.jpg")
     assert same.sum() == 9
+
+
+def test_folds_of_pairs_are_those_of_the_file(tmp_path):
+    """Two folds of one pair of one person and one of two, as `2 1` says."""
+    (tmp_path / "a.txt").write_text("2 1\nA 1 2\nA 1 B 1\nB 1 2\nB 1 C 2\n")
+    assert read_pairs(tmp_path / "a.txt").fold.tolist() == [0, 0, 1, 1]
+    (tmp_path / "b.txt").write_text("A 1 2\nA 1 B 1\n")  # without a head
+    assert len(read_pairs(tmp_path / "b.txt").names) == 2
+
+
+def test_a_small_sigma_is_the_nearest_neighbour():
+    """Votes of float32 would overflow where cosine / sigma is above 88."""
+    rows, labels = made(100, 8, 5)
+    assert knn_top1(rows, labels, rows, labels, 5, 50, 0.001) == 1
+
+
+def test_what_cannot_be_read_neither_asks_nor_votes(
+    straight, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("FASTROT_CACHE_DIR", str(tmp_path / "cache"))
+    shutil.copytree(pictures, root := tmp_path / "pictures")
+    data = assemble.open_data(root)  # its sizes are known from here on
+    file = root / data.name(7)
+    stamp = file.stat()
+    file.write_bytes(file.read_bytes()[:300] + bytes(stamp.st_size - 300))
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    more = ["--stages", "conv5", "--data", str(root), "--on-bad-record", "skip"]
+    found = numbers(straight, "retrieval", tmp_path / "a.json", *more)
+    said = capsys.readouterr().out
+    assert f"1 pictures of {root} cannot be read, and are left out" in said
+    assert f"36 pictures of {root} among 36" in said
+    assert found["conv5"]["queries"] == 36
 
 
 @pytest.mark.soak
@@ -280,6 +316,23 @@ def test_pairs_that_lead_nowhere_are_refused(straight, people, tmp_path):
         file.write_text(text)
         with pytest.raises(UsageError, match=says):
             ask(straight, "pairs", *more)
+
+
+def test_pictures_that_the_run_did_not_see_have_other_rows(straight, pictures, tmp_path):
+    """Files were added since: the run's rows would name others."""
+    shutil.copytree(pictures, root := tmp_path / "pictures")
+    go(root, tmp_path / "run", "--schedule.steps", "1")
+    shutil.copy(root / "class0" / "000.jpg", root / "class0" / "zzz.jpg")
+    with pytest.raises(UsageError, match=r"holds other pictures than .*run was trained on"):
+        ask(tmp_path / "run", "knn", "--k", "1")
+
+
+def test_where_nothing_can_be_written_is_said_first(straight, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    more = ["--data", str(pictures), "--stages", "conv1"]
+    for knob, path in (("--json", "file/a.json"), ("--gallery", "file")):
+        with pytest.raises(UsageError, match=f"{knob}: .*file cannot be made"):
+            ask(straight, "retrieval", *more, knob, str(tmp_path / path))
 
 
 def test_pictures_without_labels_and_runs_without_held_out_ones_are_refused(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import ExifTags, Image
 from test_run import TINY
 from truth import photo
@@ -100,11 +101,26 @@ def test_all_of_an_album(straight, album, tmp_path, capsys):
     assert "  cut.jpg: " in said
     assert "half.jpg" in said
     assert "right; of photographs of another kind nobody knows" in said
+    assert f"pictures of {straight_data(straight)} it tells" in said
     assert "to be right 95% of the time it decides" in said
     with Image.open(tmp_path / "out" / "turned.png") as sheet:
         assert sheet.width > 900
     after = {p: hashlib.md5(p.read_bytes()).digest() for p in album.rglob("*") if p.is_file()}
     assert after == before
+
+
+def straight_data(run) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["data"]
+
+
+def test_answers_that_others_have_edited_are_asked_again(straight, album, tmp_path):
+    ask(straight, album, tmp_path)
+    whole = answers(tmp_path)
+    lines = (tmp_path / "upright.csv").read_text().splitlines()
+    lines[2:4] = ["", "a.png,sideways,0.9"]
+    (tmp_path / "upright.csv").write_text("\n".join(lines) + '\n"a name\n')
+    ask(straight, album, tmp_path)
+    assert answers(tmp_path) == whole
 
 
 def test_a_second_call_goes_on(straight, album, tmp_path, monkeypatch, capsys):
@@ -212,7 +228,32 @@ def test_other_formats_are_turned_by_exact_quarters(name, degrees, tmp_path):
     np.testing.assert_array_equal(decode(made), np.rot90(decode(data), -degrees // 90))
 
 
+def test_what_pillow_would_compress_or_blacken_stays_exact(tmp_path):
+    Image.fromarray(photo(5)).save(tmp_path / "a.tiff", compression="jpeg")
+    clear = np.dstack([photo(6), np.zeros((60, 80), np.uint8)])
+    Image.fromarray(clear, "RGBA").save(tmp_path / "a.webp", lossless=True, exact=True)
+    for name in ("a.tiff", "a.webp"):
+        assert upright_copy(tmp_path / name, tmp_path / "out" / name, 90)
+        before, after = (Image.open(root / name) for root in (tmp_path, tmp_path / "out"))
+        np.testing.assert_array_equal(np.asarray(after), np.rot90(np.asarray(before), -1))
+
+
+def test_a_format_that_loses_becomes_a_png_and_what_is_there_stays(tmp_path):
+    Image.fromarray(photo(5)).save(tmp_path / "a.avif")
+    assert upright_copy(tmp_path / "a.avif", tmp_path / "out" / "a.avif", 180)
+    made = (tmp_path / "out" / "a.avif.png").read_bytes()
+    there = decode((tmp_path / "a.avif").read_bytes())
+    np.testing.assert_array_equal(decode(made), np.rot90(there, 2))
+    assert not upright_copy(tmp_path / "a.avif", tmp_path / "out" / "a.avif", 90)
+    assert (tmp_path / "out" / "a.avif.png").read_bytes() == made
+
+
 def test_what_would_lose_something_is_refused(tmp_path):
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "deep.png"), photo(5).astype(np.uint16) * 256)
+    with pytest.raises(ValueError, match="16 bits a colour, of which a copy would keep 8"):
+        upright_copy(tmp_path / "deep.png", tmp_path / "b.png", 90)
     frames = [Image.fromarray(photo(k)) for k in range(2)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="several frames"):
@@ -228,6 +269,10 @@ def test_copies_of_what_seems_turned(straight, album, tmp_path, capsys):
     assert turned
     assert f"{len(turned)} copies that open upright in {copies}" in capsys.readouterr().out
     assert {str(p.relative_to(copies)) for p in copies.rglob("*") if p.is_file()} == set(turned)
+    ask(straight, album, tmp_path / "out", "--sure", "0", "--copy-to", str(copies))
+    said = capsys.readouterr().out
+    assert f"0 copies that open upright in {copies}" in said
+    assert f"{len(turned)} had a file of their name there, which stays" in said
     ask(straight, copies, tmp_path / "again")  # all of them stand upright
     assert not any(degrees for degrees, _ in answers(tmp_path / "again").values())
     for path, degrees in turned.items():
@@ -245,6 +290,8 @@ def test_wrong_use_gets_one_sentence(straight, album, tmp_path, monkeypatch):
         assert "\n" not in str(told.value)
 
     refused("--copy-to .* is inside of", "--copy-to", str(album / "copies"))
+    refused("--out .* is inside of", out=album / "upright")
+    assert not (album / "upright").exists()
     refused("--sure got 2.0: it wants a share from 0 to 1", "--sure", "2")
     refused("FOLDER .*nowhere does not exist", folder=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -282,5 +329,5 @@ def test_a_run_that_held_nothing_out_is_refused(straight, album, pictures, tmp_p
     run = tmp_path / "run"
     words = [*TINY, "--hold-out", "0", "--schedule.steps", "1"]
     train.main([*words, "--data", str(pictures), "--out", str(run)])
-    with pytest.raises(UsageError, match="held no pictures out, by which it could be told"):
+    with pytest.raises(UsageError, match="held no pictures out: name some, by --data"):
         ask(run, album, tmp_path / "out")

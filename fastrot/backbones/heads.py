@@ -24,7 +24,7 @@ def linear(trunk: Staged, stage: str, shapes: Shapes, classes: int) -> nn.Sequen
     channels, *sides = shapes[stage]
     if not sides:
         return _row(norm=nn.BatchNorm1d(channels, affine=False), out=nn.Linear(channels, classes))
-    side = min(trunk.probed_side(stage), *sides)
+    side = min(trunk.probed_side(stage, channels), *sides)
     return _row(
         pool=nn.AdaptiveMaxPool2d(side),
         norm=nn.BatchNorm2d(channels, affine=False),

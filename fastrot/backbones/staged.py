@@ -74,9 +74,9 @@ class Staged(nn.Module):
             raise UsageError(f"there is no stage {name!r}: choose from {known}")
         return name
 
-    def probed_side(self, stage: str) -> int:
+    def probed_side(self, stage: str, channels: int) -> int:
         """Pixels a side to which a linear probe pools the maps of a stage."""
-        return self.probed.get(stage) or max(1, math.isqrt(PROBED // self.channels[stage]))
+        return self.probed.get(stage) or max(1, math.isqrt(PROBED // channels))
 
 
 class Classifier(nn.Module):

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Int8
+from jaxtyping import Bool, Int8, Int64
 
 from fastrot.arrays import Keys, Numbers
 from fastrot.data.sampler import hash64
@@ -48,7 +48,7 @@ def fold_of(keys: Keys, folds: int) -> Int8[np.ndarray, " n"]:
     return (hash64(_FOLD, keys) % np.uint64(folds)).astype(np.int8)
 
 
-def some(keys: Keys, count: int) -> Numbers:
+def some(keys: Keys, count: int) -> Int64[np.ndarray, " c"]:
     """So many places of `keys` or all of them, in rising order: by the key alone, so that they stay."""
     return np.sort(np.argsort(hash64(_FEW, keys), kind="stable")[:count])
 
@@ -65,7 +65,7 @@ def few_of_each(
     rows = rows[np.lexsort((draw, labels[rows]))]  # class by class
     _, first, count = np.unique(labels[rows], return_index=True, return_counts=True)
     place = np.arange(len(rows)) - np.repeat(first, count)
-    wanted = np.full(len(count), few) if few >= 1 else np.ceil(few * count)
+    wanted = np.full(len(count), few) if few >= 1 else np.ceil(np.round(few * count, 9))
     chosen = np.zeros(len(keys), bool)
     chosen[rows[place < np.repeat(wanted, count)]] = True
     return chosen

@@ -1,6 +1,5 @@
 """Several runs over each other: their curves, and what their probes say of each stage, as a PNG and a page."""
 
-import base64
 import html
 import io
 import itertools
@@ -13,16 +12,12 @@ from fastrot.config import UsageError
 from fastrot.core import Headline
 from fastrot.disk import replace_bytes
 from fastrot.evals.page import COLOURS, RunLog
-from fastrot.evals.picture import INK, legible
+from fastrot.evals.picture import INK, legible, page_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLE = (
-    "body { font: 15px/1.5 system-ui, sans-serif; margin: 40px; color: #1f2328 } img { max-width: 100% } "
-    "td, th { text-align: right; padding: 3px 18px 3px 0; border-bottom: 1px solid #eceef1 } "
-    "td:first-child, th:first-child { text-align: left }"
-)
+SHARES = ("accuracy", "top1_", "top5_", "prec_", "knn_", "wait_share")  # scores in percent
 MARKERS = "os^Dv*PX"
 
 
@@ -56,14 +51,17 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
         _curves(each, logs, score, against, looks)
     if tables:
         _stages(axes[-1], tables, looks)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, fontsize=9)
+    names = [legible(name).replace("$", r"\$") for name in logs]  # which would begin a formula
+    figure.legend(
+        axes[0].get_lines(), names, loc="upper center", ncols=4, frameon=False, fontsize=9
+    )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(logs) // 4)))
     out.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     replace_bytes(out / "compare.png", png.getvalue())
-    replace_bytes(out / "index.html", _page(png.getvalue(), logs, tables, scores).encode())
+    table = _table(logs, tables, scores)
+    replace_bytes(out / "index.html", page_of("Runs compared", png.getvalue(), "", table))
     return out / "index.html"
 
 
@@ -94,11 +92,11 @@ def _curves(
 ) -> None:
     for name, log in logs.items():
         steps, values = log.curve(score)
-        if against == "epoch" and len(steps):
-            steps = steps * _epochs_a_step(log)
-        axes.plot(steps, values, label=legible(name), markersize=3, linewidth=1.4, **looks[name])
+        if against == "epoch":
+            steps = steps / _batches(log, name)
+        axes.plot(steps, values, markersize=3, linewidth=1.4, **looks[name])
     axes.set(xlabel=against, title=score.removeprefix("val_") + _where(score))
-    if not score.endswith("loss"):
+    if score.removeprefix("val_").startswith(SHARES):
         axes.yaxis.set_major_formatter("{x:.0%}")
     _plain(axes)
 
@@ -107,12 +105,14 @@ def _where(score: str) -> str:
     return " on held-out pictures" if score.startswith("val_") else " in training"
 
 
-def _epochs_a_step(log: RunLog) -> float:
-    steps, epochs = log.summary.get("steps"), log.summary.get("epochs")
-    if steps and epochs:
-        return epochs / steps
-    last = log.lines[-1]
-    return (last.get("epoch", 0) + 1) / max(1, last["step"])
+def _batches(log: RunLog, name: str) -> float:
+    """Steps of an epoch: told by the summary, or by a validation at an epoch's end."""
+    if log.summary.get("epochs"):
+        return log.summary["steps"] / log.summary["epochs"]
+    for line in log.lines:
+        if "val_loss" in line and line["step"] and not line.get("partial"):
+            return line["step"] / (line["epoch"] + 1)
+    raise UsageError(f"{name} has ended no epoch yet: give --against step")
 
 
 def _stages(axes: "Axes", tables: dict[str, dict[str, float]], looks: dict[str, dict]) -> None:
@@ -132,15 +132,12 @@ def _plain(axes: "Axes") -> None:
     axes.title.set(size=10, color=INK)
 
 
-def _page(
-    png: bytes,
-    logs: dict[str, RunLog],
-    tables: dict[str, dict[str, float]],
-    scores: tuple[str, ...],
+def _table(
+    logs: dict[str, RunLog], tables: dict[str, dict[str, float]], scores: tuple[str, ...]
 ) -> str:
+    """The last of each score, and top-1 of each stage, a run a row."""
     stages = list(dict.fromkeys(stage for table in tables.values() for stage in table))
-    head = ["run", "steps", *scores, *stages]
-    rows = []
+    rows = [["run", "steps", *scores, *stages]]
     for name, log in logs.items():
         last = [log.last(score) for score in scores]
         own = [tables.get(name, {}).get(stage) for stage in stages]
@@ -148,12 +145,5 @@ def _page(
         rows.append(
             [name, f"{log.step:,}", *said, *("-" if v is None else f"{v:.1%}" for v in own)]
         )
-    cells = "".join(f"<th>{html.escape(each)}</th>" for each in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(each)}</td>' for each in row)}</tr>\n" for row in rows
-    )
-    image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    return (
-        f'<!doctype html>\n<html lang=en><meta charset="utf-8"><title>Runs compared</title><style>{STYLE}</style>\n'
-        f"<h1>Runs compared</h1>\n{image}\n<table><tr>{cells}</tr>\n{body}</table>\n</html>\n"
-    )
+    lines = ["".join(f"<td>{html.escape(each)}</td>" for each in row) for row in rows]
+    return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"

@@ -3,16 +3,23 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastrot.data.depth import is_deep
+from fastrot.data.files import one_line
 from fastrot.data.pictures import UPRIGHT, orientation
 from fastrot.disk import replace_bytes
 
 EXIF, APP1, PIXELS = b"Exif\0\0", 0xE1, 0xDA
 ORIENTATION, SHORT = 0x0112, 3  # tag and type of TIFF
-LOSSLESS = {"PNG", "BMP", "TIFF", "GIF", "PPM", "WEBP"}  # that Pillow writes so
+LOSSLESS: dict[str, dict[str, Any]] = {  # formats that Pillow writes so, and how
+    "PNG": {}, "BMP": {}, "GIF": {}, "PPM": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "WEBP": {"lossless": True, "exact": True},
+}  # fmt: skip
 TURNS = {
     90: Image.Transpose.ROTATE_270,
     180: Image.Transpose.ROTATE_180,
@@ -20,30 +27,55 @@ TURNS = {
 }
 
 
-def upright_copy(source: Path, to: Path, degrees: int) -> None:
-    """Write a copy that opens turned back by so many degrees counter-clockwise (90, 180 or 270).
+def upright_copy(source: Path, to: Path, degrees: int) -> bool:
+    """Write a copy that opens turned back by so many degrees counter-clockwise (90, 180 or 270); False: there is one.
 
     A format that cannot be written without loss becomes a PNG beside that name. Raises ValueError where a copy would lose
-    something, OSError where a file cannot be read or written.
+    something, or the picture is damaged, OSError where a file cannot be read or written.
     """
     data = source.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format in ("JPEG", "MPO"):
-            made = oriented(data, _turned_back(orientation(image), degrees))
-        else:
-            if getattr(image, "n_frames", 1) > 1:
-                raise ValueError("it has several frames, of which a copy would keep one")
-            form = image.format if image.format in LOSSLESS else "PNG"
-            if form != image.format:
-                to = to.with_name(f"{to.name}.png")
-            upright = ImageOps.exif_transpose(image).transpose(TURNS[degrees])
-            more = {"exif": upright.getexif(), "icc_profile": image.info.get("icc_profile")}
-            upright.save(
-                file := io.BytesIO(), form, **more, **({"lossless": True} if form == "WEBP" else {})
-            )
-            made = file.getvalue()
+    try:
+        made = _made(data, degrees)
+    except OSError as error:
+        raise ValueError(one_line(error)) from error
+    except (
+        SyntaxError,
+        TypeError,
+        KeyError,
+        struct.error,
+    ) as error:  # of damaged blocks, by Pillow
+        raise ValueError(f"its data is damaged ({one_line(error)})") from error
+    if isinstance(made, Image.Image):
+        to = to.with_name(f"{to.name}.png")
+        made.save(file := io.BytesIO(), "PNG", **_kept(made))
+        made = file.getvalue()
+    if to.exists():
+        return False
     to.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(to, made)
+    return True
+
+
+def _made(data: bytes, degrees: int) -> bytes | Image.Image:
+    """The bytes of the copy; the picture itself, where its format cannot be written without loss."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format in ("JPEG", "MPO"):
+            return oriented(data, _turned_back(orientation(image), degrees))
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("it has several frames, of which a copy would keep one")
+        if is_deep(image) and image.mode in ("RGB", "RGBA"):
+            raise ValueError("it has 16 bits a colour, of which a copy would keep 8")
+        upright = ImageOps.exif_transpose(image).transpose(TURNS[degrees])
+        upright.info["icc_profile"] = image.info.get("icc_profile")
+        if image.format not in LOSSLESS:
+            return upright
+        how = LOSSLESS[image.format]
+        upright.save(file := io.BytesIO(), image.format, **_kept(upright), **how)
+        return file.getvalue()
+
+
+def _kept(image: Image.Image) -> dict[str, Any]:
+    return {"exif": image.getexif(), "icc_profile": image.info.get("icc_profile")}
 
 
 def _turned_back(now: int, degrees: int) -> int:

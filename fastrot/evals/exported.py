@@ -15,8 +15,9 @@ from fastrot import config
 from fastrot.backbones.convolved import Convolved
 from fastrot.config import RunError, UsageError
 from fastrot.disk import replace_bytes, write_atomically
-from fastrot.evals.trained import CARD, Trained, Trunk, load, nets_of
+from fastrot.evals.trained import Trained, Trunk, load, nets_of
 from fastrot.training import checkpoint
+from fastrot.training.foreign import MODEL
 
 NEAR = 1e-3  # relative and absolute, in float32: other libraries add up in another order
 
@@ -43,7 +44,8 @@ def write(
     trunk = load(run)
     for stage in stages:
         trunk.net.check_stage(stage)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "hub" and (out / "checkpoints").exists():
+        raise UsageError(f"--out {out} is a run's folder: name one of its own")
     writer(Exported(net, trunk, out, stages or trunk.stages[-1:], probes))
     return out
 
@@ -58,6 +60,7 @@ def _safetensors(e: Exported) -> None:
 def _save_safetensors(e: Exported, file: Path) -> None:
     """The trunk's weights by its own names, and the run's config beside them."""
     library = _needed("safetensors.torch")
+    file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in e.trunk.net.state_dict().items()}
     about = {"format": "pt", "fastrot": json.dumps(_about(e))}
     replace_bytes(file, library.save(weights, about))
@@ -67,7 +70,7 @@ def _save_safetensors(e: Exported, file: Path) -> None:
 
 def _about(e: Exported) -> dict[str, Any]:
     plain = config.to_plain(e.net.cfg)
-    identity = {k: e.net.identity.get(k) for k in ("data_fingerprint", "images", "classes")}
+    identity = {k: v for k, v in e.net.identity.items() if k not in ("folder", "data")}
     return {"config": plain, "step": e.net.step, "run_identity": identity}
 
 
@@ -88,6 +91,7 @@ def _torchvision(e: Exported) -> None:
     block: Any = e.trunk.net.get_submodule("fc_block")
     weights |= _folded(block.fc1, block.bn1, "classifier.1")
     weights |= _folded(block.fc2, block.bn2, "classifier.4")
+    e.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(e.out, lambda file: torch.save(weights, file))
     theirs: Any = alexnet()
     theirs.load_state_dict(torch.load(e.out, weights_only=True), strict=False)
@@ -138,6 +142,7 @@ class Served(nn.Module):
 
 def _graph(e: Exported) -> tuple[Served, Tensor, dict[str, Any]]:
     size = e.trunk.size
+    e.out.parent.mkdir(parents=True, exist_ok=True)
     served = Served(e.trunk, e.stages).eval().requires_grad_(False)
     return served, torch.rand(2, 3, size, size), {"pixels": {0: torch.export.Dim("batch")}}
 
@@ -176,15 +181,17 @@ def _torch_export(e: Exported) -> None:
 
 def _hub(e: Exported) -> None:
     """model.safetensors, config.json and a card: what a model hub shows and hands out."""
-    e.out.mkdir(parents=True, exist_ok=True)
+    card = _card(e)
+    _save_safetensors(e, e.out / MODEL)
     replace_bytes(e.out / "config.json", json.dumps(_about(e), indent=1).encode())
-    _save_safetensors(e, e.out / CARD)
-    replace_bytes(e.out / "README.md", _card(e).encode())
+    replace_bytes(e.out / "README.md", card.encode())
 
 
 def _card(e: Exported) -> str:
     cfg, run = e.net.cfg, checkpoint.of_run(e.net.source).parent.parent
     summary, environment = (_json(run / f"{n}.json") for n in ("summary", "environment"))
+    val = summary.get("val") if summary.get("steps") == e.net.step else None  # of this checkpoint
+    length = f"{e.net.identity['epochs']} epochs ({e.net.identity['steps']:,} steps)"
     commit = environment.get("commit") or (environment.get("versions") or {}).get("commit")
     lines = [
         "---", "library_name: fastrot", "tags: [self-supervised, rotation, image-feature-extraction]",
@@ -193,10 +200,10 @@ def _card(e: Exported) -> str:
         f"to step {e.net.step:,}; crops of {e.trunk.size} pixels.", "",
         "| what | |", "| --- | --- |",
         f"| data | {e.net.identity.get('images', 0):,} pictures, fingerprint {e.net.identity['data_fingerprint']} |",
-        f"| recipe | {cfg.epochs} epochs, batch {e.net.identity.get('global_batch', cfg.batch)}, rate {cfg.lr:g} at first, "
+        f"| recipe | {length}, batch {e.net.identity.get('global_batch', cfg.batch)}, rate {cfg.lr:g} at first, "
         f"seed {cfg.seed}: config.json has every knob |",
         f"| fastrot | commit {commit or 'unknown'} |",
-        *(f"| validation {name} | {value:.4g} |" for name, value in (summary.get("val") or {}).items()),
+        *(f"| validation {name} | {value:.4g} |" for name, value in (val or {}).items()),
         *(row for probe in e.probes for row in _probed(probe)),
         "", "```python", "import fastrot", "",
         'net = fastrot.load("this/folder")  # the trunk, in eval mode',

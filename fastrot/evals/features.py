@@ -1,10 +1,11 @@
 """Features of all pictures of a view by row, from all ranks: what evaluations of a trained trunk read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -28,6 +29,12 @@ class Bare(NamedTuple):
     std: tuple[float, ...]
 
 
+class Features(dict[str, Float[Tensor, "n d"]]):
+    """By stage, for n pictures in the order of a view. `read`: which could be read; the others have zeros."""
+
+    read: Bool[Tensor, " n"]
+
+
 @torch.no_grad()
 def features(
     trunk: Trunk | Bare,
@@ -36,16 +43,16 @@ def features(
     pool: int | None = 1,
     *,
     dtype: torch.dtype = torch.float32,
-    quiet: bool = False,
-) -> dict[str, Float[Tensor, "n d"]]:
+    alive: Callable[[], object] | None = None,
+) -> Features:
     """What each stage gives for the n pictures of the loader's view, in the view's order, on every rank's host.
 
     loader  of a view in data order (`assemble.evaluation_view`); each rank asks about its own share
     pool    side that maps are averaged to, d = channels pool^2; None: whole maps, d = channels h w
     dtype   float32, or float16 for half the memory
-    quiet   without a progress bar
+    alive   called with each batch, in place of a progress bar
 
-    A picture that cannot be read, where the loader skips it, has zeros. Called on all ranks.
+    Convolutions are in full float32, by algorithms that give the same bits each time. Called on all ranks.
     """
     for stage in stages:
         trunk.net.check_stage(stage)
@@ -53,16 +60,28 @@ def features(
     place = torch.arange(loader.data.rows)
     if loader.rows is not None:
         place[torch.from_numpy(loader.rows)] = torch.arange(loader.images)
-    for batch in loader.epoch(0) if quiet else followed(loader):
+    read = torch.zeros(loader.images)
+    for batch in followed(loader) if alive is None else loader.epoch(0):
+        (alive or bool)()
         views = rotated_views(batch.images, (0,), trunk.mean, trunk.std, dtype=torch.float32)
-        for stage, each in zip(stages, trunk.net.outputs(views, stages), strict=True):
+        with exact():
+            outputs = trunk.net.outputs(views, stages)
+        read[place[batch.index.cpu()]] = 1
+        for stage, each in zip(stages, outputs, strict=True):
             if each.ndim == 4 and pool is not None:
                 each = F.adaptive_avg_pool2d(each, pool)
             flat = each.flatten(1).to("cpu", dtype)
             if stage not in found:
                 found[stage] = torch.zeros(loader.images, flat.shape[1], dtype=dtype)
             found[stage][place[batch.index.cpu()]] = flat
-    return {stage: _of_all_ranks(found.get(stage), loader.images, dtype) for stage in stages}
+    whole = Features({s: _of_all_ranks(found.get(s), loader.images, dtype) for s in stages})
+    whole.read = dist.sum_over_ranks(read) > 0
+    return whole
+
+
+def exact() -> AbstractContextManager[None]:
+    """Convolutions in full float32, by algorithms that give the same bits each time."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def followed(loader: Loader) -> Iterable[Batch]:

@@ -1,6 +1,5 @@
 """A gallery of queries and what was found for each: gallery.png, and an index.html that opens from disk."""
 
-import base64
 import html
 import io
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import Tensor
 from fastrot.core import DamagedRecord
 from fastrot.disk import replace_bytes
 from fastrot.evals.asked import Pictures, Search
-from fastrot.evals.picture import BLUE, FAINT, FRAME, GAP, INK, MARGIN, RED, font, legible
+from fastrot.evals.picture import BLUE, FAINT, FRAME, GAP, INK, MARGIN, RED, font, legible, page_of
 
 SIDE = 112  # pixels of a picture with its frames
-STYLE = "body { font: 15px/1.5 system-ui, sans-serif; margin: 40px; color: #1f2328 } img { max-width: 100% }"
 
 
 class Found(NamedTuple):
@@ -42,12 +40,8 @@ def write(
     png = io.BytesIO()
     sheet.save(png, "PNG")
     replace_bytes(folder / "gallery.png", png.getvalue())
-    text, coded = html.escape, base64.b64encode(png.getvalue()).decode()
-    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{STYLE}</style>'
-    told = f"{text(search.queries.name)} among {text(search.gallery.name)}: {text(said)}"
-    image = f'<img alt="queries and what was found" src="data:image/png;base64,{coded}">'
-    page = f"<!doctype html>\n<html lang=en>{head}\n<h1>{text(title)}</h1>\n<p>{told}</p>\n{image}\n</html>\n"
-    replace_bytes(folder / "index.html", page.encode("utf-8", "replace"))
+    told = html.escape(f"{search.queries.name} among {search.gallery.name}: {said}")
+    replace_bytes(folder / "index.html", page_of(title, png.getvalue(), f"<p>{told}</p>"))
     print(f"gallery: {folder / 'index.html'}")
 
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastrot import dist, entry
+from fastrot import dist
 from fastrot.config import UsageError
-from fastrot.evals.asked import Search, searched
+from fastrot.evals.asked import Search, keep, say, searched
 from fastrot.evals.knobs import Knn
 from fastrot.evals.nearest import nearest
 
@@ -33,27 +33,27 @@ def knn_top1(
 def evaluate(run: str, knobs: Knn) -> int:
     """Print top-1 and top-5 of each stage."""
 
-    def ask(search: Search) -> dict[str, Any]:
-        gallery, queries = search.gallery, search.queries
-        most = len(gallery.rows) - search.same
+    def check(most: int) -> None:
         if knobs.k > most:
             raise UsageError(f"--k got {knobs.k}: there are {most} pictures of --data to vote")
-        classes = len(gallery.data.classes) or int(gallery.labels.max()) + 1
-        found = {}
+
+    def ask(search: Search) -> dict[str, Any]:
+        gallery, queries = search.gallery, search.queries
+        classes, found = len(gallery.data.classes) or int(gallery.labels.max()) + 1, {}
         for stage in gallery.features:
             train = gallery.features[stage], gallery.labels
             test = queries.features[stage], queries.labels
-            how = classes, knobs.k, knobs.sigma, search.device
-            top1, top5 = _right(train, test, *how, same=search.same)
+            k = min(knobs.k, len(gallery.rows) - search.same)  # some may be unread
+            top1, top5 = _right(
+                train, test, classes, k, knobs.sigma, search.device, same=search.same
+            )
             found[stage] = {"top1": top1, "top5": top5, "numbers": train[0].shape[1]}
-        if dist.rank() == 0:
-            told = f"{len(queries.rows):,} pictures of {queries.name} by {knobs.k} of {len(gallery.rows):,}"
-            print(f"{run}: {told} of {gallery.name}, sigma {knobs.sigma:g}")
-            rows = ((stage, _said(each)) for stage, each in found.items())
-            print(*entry.table(rows), sep="\n")
-        return {"run": run, "k": knobs.k, "sigma": knobs.sigma, "stages": found}
+        return found
 
-    return searched(run, knobs, ask)
+    search, found = searched(run, knobs, check, ask)
+    say(f"{search.told()}, by {knobs.k}, sigma {knobs.sigma:g}", found, _said)
+    keep({"run": run, "k": knobs.k, "sigma": knobs.sigma, "stages": found}, knobs.json)
+    return 0
 
 
 def _said(each: dict[str, Any]) -> str:
@@ -75,7 +75,8 @@ def _right(
     known, right = known.to(device), torch.zeros(2, dtype=torch.int64)
     for places, cosine, rows in nearest(queries, gallery, k, device, same=same):
         votes = torch.zeros(len(places), classes, device=device)
-        votes.scatter_add_(1, known[rows], (cosine / sigma).exp())
+        weights = ((cosine - cosine[:, :1]) / sigma).exp()  # of the nearest 1: none overflows
+        votes.scatter_add_(1, known[rows], weights)
         best = votes.topk(min(5, classes), dim=1).indices.cpu() == truth[places, None].cpu()
         right += torch.stack([best[:, 0].sum(), best.any(dim=1).sum()])
     top1, top5 = (dist.sum_over_ranks(right) / len(queries)).tolist()

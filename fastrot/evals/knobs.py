@@ -68,6 +68,7 @@ class Upright:
     out: Path = Path("upright")  # gets upright.csv and turned.png; where it has them, it goes on
     sure: float = 0.95  # confidence from which a photograph is taken for turned
     copy_to: Path | None = None  # write copies of those turned that open upright; originals stay
+    data: str | None = None  # upright pictures to tell how sure it is; default: the run held out
     batch: int | None = None  # pictures at once; default: the run's
     workers: int | None = None  # processes that decode; default: one a core
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one

@@ -1,5 +1,6 @@
 """How good the features are while they are being learnt: `--online-probe knn`, at each validation."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,22 @@ class OnlineKnn:
         self.asked = _few(s, s.val_loader, ASKED, "rows-online-val.npy")
         self.classes = len(s.loader.data.classes) or int(s.loader.data.labels.max()) + 1
 
-    def __call__(self) -> dict[str, float]:
-        """The share that is right, by the score's name. Called on all ranks; the net is left in training mode."""
+    def __call__(self, alive: Callable[[], object]) -> dict[str, float]:
+        """The share that is right, by the score's name. Called on all ranks, each of which calls `alive` with each batch.
+
+        The net is left in training mode.
+        """
         self.net.eval()
-        (train, known), (test, truth) = (self._seen(each) for each in (self.learnt, self.asked))
+        both = (self._seen(each, alive) for each in (self.learnt, self.asked))
+        (train, known), (test, truth) = both
         self.net.train()
         right = knn_top1(train, known, test, truth, self.classes, min(K, len(train)), SIGMA)
         return {f"knn_{self.stage}": right}
 
-    def _seen(self, loader: Loader) -> tuple[Tensor, Tensor]:
-        rows = features(self.trunk, loader, [self.stage], quiet=True)[self.stage]
-        return F.normalize(rows), torch.from_numpy(loader.data.labels[loader.rows])
+    def _seen(self, loader: Loader, alive: Callable[[], object]) -> tuple[Tensor, Tensor]:
+        found = features(self.trunk, loader, [self.stage], alive=alive)
+        labels = torch.from_numpy(loader.data.labels[loader.rows])
+        return F.normalize(found[self.stage][found.read]), labels[found.read]
 
 
 def _few(s: Session, whole: Loader, count: int, name: str) -> Loader:

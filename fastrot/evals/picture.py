@@ -4,6 +4,8 @@ A rotation counts 90 degrees counter-clockwise (numpy.rot90). Blue is right and 
 the pair of Okabe and Ito that colour-blind people tell apart; a tick or a cross says it again.
 """
 
+import base64
+import html
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +17,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fastrot.arrays import Picture
+from fastrot.core import DamagedRecord
 from fastrot.disk import write_atomically
 
 BLUE, RED, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
+STYLE = (
+    "body { font: 15px/1.5 system-ui, sans-serif; margin: 40px; color: #1f2328 } img { max-width: 100% } "
+    "td, th { text-align: right; padding: 3px 18px 3px 0; border-bottom: 1px solid #eceef1 } "
+    "td:first-child, th:first-child { text-align: left }"
+)
 UP = ((0, -1), (-1, 0), (0, 1), (1, 0))  # right and down: where a picture's top is, by its rotation
 
 
@@ -76,7 +84,10 @@ def turned_sheet(
     )
     for i, (name, degrees, confidence) in enumerate(answers):
         x, y, rotation = MARGIN + i % columns * cell, 92 + i // columns * (cell + 30), degrees // 90
-        image = Image.fromarray(picture(name))
+        try:
+            image = Image.fromarray(picture(name))
+        except DamagedRecord:  # by now
+            image = Image.new("RGB", (SIDE, SIDE), FAINT)
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         sheet.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
         badge = _badge(rotation, BLUE)
@@ -88,6 +99,17 @@ def turned_sheet(
         )
         draw.text((x, y + SIDE + 20), legible(name)[-28:], fill=FAINT, font=font(11))
     write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
+
+
+def page_of(title: str, png: bytes, *parts: str) -> bytes:
+    """A page that opens from disk: its title, parts of HTML before a picture and behind it."""
+    before, behind = parts[:1], parts[1:]
+    coded, head = base64.b64encode(png).decode(), html.escape(title)
+    image = f'<img alt="{head}" src="data:image/png;base64,{coded}">'
+    style = f'<meta charset="utf-8"><title>{head}</title><style>{STYLE}</style>'
+    body = "\n".join([f"<h1>{head}</h1>", *before, image, *behind])
+    text = f"<!doctype html>\n<html lang=en>{style}\n{body}\n</html>\n"
+    return text.encode("utf-8", "replace")
 
 
 def legible(text: str) -> str:

@@ -1,15 +1,16 @@
 """Retrieval of pictures of the same class: `evaluate.py RUN retrieval`, with a gallery of queries and what was found."""
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fastrot import dist, entry
+from fastrot import dist
 from fastrot.config import UsageError
-from fastrot.evals.asked import Search, searched
+from fastrot.evals.asked import Search, keep, say, searched, writable
 from fastrot.evals.gallery import Found, write
 from fastrot.evals.knobs import Retrieval
 from fastrot.evals.nearest import similarities
@@ -61,30 +62,30 @@ def retrieval_scores(
 def evaluate(run: str, knobs: Retrieval) -> int:
     """Print the scores of each stage, and write the gallery where one is asked for."""
 
-    def ask(search: Search) -> dict[str, Any]:
-        gallery, queries = search.gallery, search.queries
-        most = len(gallery.rows) - search.same
+    def check(most: int) -> None:
         if max(knobs.at) > most:
             raise UsageError(f"--at got {max(knobs.at)}: there are {most} pictures of --data")
-        found = {}
-        for stage, rows in gallery.features.items():
-            asked = rows, gallery.labels, queries.features[stage], queries.labels, knobs.at
-            found[stage] = retrieval_scores(*asked, search.device, same=search.same)
-        if dist.rank() == 0:
-            told = f"{len(queries.rows):,} pictures of {queries.name} among {len(gallery.rows):,}"
-            print(f"{run}: {told} of {gallery.name}")
-            print(*entry.table((stage, _said(each)) for stage, each in found.items()), sep="\n")
-            one = next(iter(found.values())).queries
-            if alone := len(queries.rows) - one:
-                print(f"{alone:,} have no other picture of their class there, and do not count")
         if knobs.gallery is not None:
-            stage = search.trunk.net.telling
-            stage = stage if stage in found else list(found)[-1]
-            _draw(search, stage, knobs, _said(found[stage]))
-        numbers = {stage: each._asdict() for stage, each in found.items()}
-        return {"run": run, "stages": numbers}
+            writable(knobs.gallery, "--gallery")
 
-    return searched(run, knobs, ask)
+    def ask(search: Search) -> dict[str, Scores]:
+        gallery, queries, found = search.gallery, search.queries, {}
+        at = tuple(min(k, len(gallery.rows) - search.same) for k in knobs.at)  # some may be unread
+        for stage, rows in gallery.features.items():
+            asked = rows, gallery.labels, queries.features[stage], queries.labels, at
+            found[stage] = retrieval_scores(*asked, search.device, same=search.same)
+        return found
+
+    search, found = searched(run, knobs, check, ask)
+    say(search.told(), found, _said)
+    if alone := len(search.queries.rows) - next(iter(found.values())).queries:
+        say(f"{alone:,} have no other picture of their class there, and do not count")
+    if knobs.gallery is not None and dist.place().rank == 0:
+        stage = search.trunk.net.telling
+        stage = stage if stage in found else list(found)[-1]
+        _draw(search, stage, knobs.gallery, _said(found[stage]))
+    keep({"run": run, "stages": {k: v._asdict() for k, v in found.items()}}, knobs.json)
+    return 0
 
 
 def _said(scores: Scores) -> str:
@@ -92,12 +93,9 @@ def _said(scores: Scores) -> str:
     return f"{first}, mAP {scores.mean_average_precision:.2%}"
 
 
-def _draw(search: Search, stage: str, knobs: Retrieval, said: str) -> None:
-    """The gallery of some queries, evenly spread; by rank 0."""
-    if dist.rank():
-        return
-    gallery, queries, folder = search.gallery, search.queries, knobs.gallery
-    assert folder is not None
+def _draw(search: Search, stage: str, folder: Path, said: str) -> None:
+    """The gallery of some queries, evenly spread."""
+    gallery, queries = search.gallery, search.queries
     few = np.linspace(0, len(queries.rows) - 1, min(SHOWN, len(queries.rows))).round().astype(int)
     rows = queries.features[stage][few] @ gallery.features[stage].T
     if search.same:

@@ -15,7 +15,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.keys import fold_of
 from fastrot.data.loader import Loader
-from fastrot.evals.features import followed
+from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Rotation
 from fastrot.evals.trained import Trained, nets_of, trained_method
 from fastrot.methods import rotation_table
@@ -98,14 +98,14 @@ def _ask(method: Method, loader: Loader, answers: Answers, right: Right) -> None
 
     Convolutions are in full float32, by algorithms that give the same bits each time.
     """
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        for batch in followed(loader):
+    for batch in followed(loader):
+        with exact():
             logits = rotation_logits(method, _filled(batch, loader.batch))
-            assert logits is not None
-            logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
-            likeliest = logits.argmax(dim=2)
-            answers[rows] = logits.softmax(dim=2).cpu().numpy()
-            right[rows] = (likeliest == torch.arange(ROTATIONS, device=logits.device)).cpu().numpy()
+        assert logits is not None
+        logits, rows = logits[: len(batch.index)], batch.index.cpu().numpy()
+        likeliest = logits.argmax(dim=2)
+        answers[rows] = logits.softmax(dim=2).cpu().numpy()
+        right[rows] = (likeliest == torch.arange(ROTATIONS, device=logits.device)).cpu().numpy()
 
 
 def _filled(batch: Batch, size: int) -> Batch:

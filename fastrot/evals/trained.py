@@ -1,7 +1,6 @@
 """What a run has trained, to be asked and not trained further: its trunk, its task, the nets of its folds."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.ops.rotate import rotated_views
 from fastrot.training import checkpoint
-
-CARD = "model.safetensors"  # in a hub's folder
+from fastrot.training.foreign import exported, read_exported
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,8 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
 
     What a method keeps for training alone is left out.
     """
+    if (file := exported(run)) is not None:
+        raise UsageError(f"{file} holds a trunk alone: name the run that it was exported from")
     saved, weights = _read(run)
     cfg, known = saved.cfg, saved.identity
     kind = assemble.METHODS[type(cfg.method)]
@@ -150,29 +150,7 @@ def nets_of(run: str | Path) -> list[Trained]:
 
 def _read(source: str | Path) -> tuple[Trained, dict[str, Tensor]]:
     """What the last checkpoint of a run, or what was exported of it, says of itself, and its net's weights."""
-    if (file := _exported(Path(source))) is not None:
-        return _read_exported(file)
-    state = checkpoint.load(checkpoint.of_run(source))
+    file = exported(source)
+    state = checkpoint.load(checkpoint.of_run(source)) if file is None else read_exported(file)
     cfg, identity = config.from_plain(state["config"]), state["run_identity"]
     return Trained(Path(source), cfg, identity, state["step"]), state["net"]
-
-
-def _exported(source: Path) -> Path | None:
-    """The .safetensors that is meant, or lies in a hub's folder; None: it is a run or checkpoint."""
-    file = source / CARD if source.is_dir() else source
-    return file if file.suffix == ".safetensors" and file.exists() else None
-
-
-def _read_exported(file: Path) -> tuple[Trained, dict[str, Tensor]]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        way = 'type  pip install "fastrot[export]"'
-        raise UsageError(f"{file} wants safetensors ({error}): {way}") from None
-    with safe_open(file, "pt") as opened:
-        about = json.loads((opened.metadata() or {}).get("fastrot", "{}"))
-        if "config" not in about:
-            raise UsageError(f"{file} was not written by fastrot export: name one that was")
-        weights = {f"trunk.{name}": opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    cfg = config.from_plain(about["config"])
-    return Trained(file, cfg, about["run_identity"], about["step"]), weights

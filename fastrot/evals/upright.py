@@ -4,6 +4,7 @@ A photograph is shown to the net in four rotations, and what is said of each is 
 by which it seems to have been turned counter-clockwise, as it opens today: EXIF orientation applied.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -18,20 +19,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastrot import assemble, dist, entry, paths
+from fastrot import assemble, dist, entry
 from fastrot.config import Config, UsageError
-from fastrot.core import Batch, DamagedRecord, Data, Method
+from fastrot.core import Batch, Data, Method
 from fastrot.data.files import one_line
 from fastrot.data.loader import Loader
 from fastrot.disk import replace_bytes
 from fastrot.evals import exif
-from fastrot.evals.features import followed
+from fastrot.evals.asked import own_pictures, writable
+from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Upright
 from fastrot.evals.picture import turned_sheet
 from fastrot.evals.rotation import rotation_logits
-from fastrot.evals.trained import nets_of, trained_method
+from fastrot.evals.trained import Trained, nets_of, trained_method
 from fastrot.methods.rotation_table import ROTATIONS
-from fastrot.training import checkpoint
 from fastrot.training.device import choose_device
 
 PRECISIONS = (0.90, 0.95, 0.99)
@@ -51,24 +52,19 @@ def evaluate(run: str, knobs: Upright) -> int:
     """Write upright.csv, the sheet of what seems turned, and copies where they are asked for; print what to think of them."""
     if dist.place().world > 1:
         raise UsageError("upright runs in one process: start it without torchrun")
-    (net,) = _one(run)
+    net, folder = _one(run), knobs.folder.resolve()
     device = choose_device(knobs.device, dist.place())
-    data: Any = assemble.open_data(knobs.folder, "folder", knob="FOLDER")
-    if knobs.copy_to is not None and knobs.folder.resolve() in (
-        knobs.copy_to.resolve(), *knobs.copy_to.resolve().parents
-    ):  # fmt: skip
-        raise UsageError(f"--copy-to {knobs.copy_to} is inside of {knobs.folder}: name another")
-    knobs.out.mkdir(parents=True, exist_ok=True)
+    for knob, to in (("--copy-to", knobs.copy_to), ("--out", knobs.out)):
+        if to is not None and folder in (to.resolve(), *to.resolve().parents):
+            raise UsageError(f"{knob} {to} is inside of {knobs.folder}: name another")
+    data: Any = assemble.open_data(folder, "folder", knob="FOLDER")
+    writable(knobs.out, "--out")
     method, how = trained_method(net.source, device), _how(net.cfg, knobs, device)
-    about = {
-        "run": str(Path(run).resolve()),
-        "step": net.step,
-        "folder": str(knobs.folder.resolve()),
-    }
+    about = {"run": str(Path(run).resolve()), "step": net.step, "folder": str(folder)}
     known = _begun(knobs.out, about)
     if known is None:
-        print(f"{run}: asking it of its own held-out pictures first")
-        known = about | _calibration(run, net.cfg, method, how)
+        print(f"{run}: asking it of pictures that stand upright first")
+        known = about | _calibration(run, net.cfg, knobs, method, how)
         replace_bytes(knobs.out / "about.json", json.dumps(known, indent=1).encode())
     answers, loader = _asked(data, net.cfg, method, how, known["temperature"], knobs.out)
     turned = [each for each in answers if each.degrees and each.confidence >= knobs.sure]
@@ -87,7 +83,7 @@ def evaluate(run: str, knobs: Upright) -> int:
     return 0
 
 
-def _one(run: str) -> list[Any]:
+def _one(run: str) -> Trained:
     nets = nets_of(run)
     if len(nets) > 1:
         raise UsageError(f"{run} holds several nets: name one of them, such as {nets[0].source}")
@@ -96,7 +92,7 @@ def _one(run: str) -> list[Any]:
         raise UsageError(
             f"{run} predicts no rotations ({kind}): name a run of rotnet or decoupling"
         )
-    return nets
+    return nets[0]
 
 
 def _how(cfg: Config, knobs: Upright, device: torch.device) -> dict[str, Any]:
@@ -132,7 +128,8 @@ def _asked(
         np.save(rows, np.array(left or [0]))
         loader = assemble.open_loader(data, assemble.evaluation_view(cfg, rows), **how)
         for batch in followed(loader) if left else ():
-            shares = (evidence(method, batch) / temperature).softmax(dim=1)
+            with exact():
+                shares = (evidence(method, batch) / temperature).softmax(dim=1)
             best, rows_of = shares.max(dim=1), batch.index.tolist()
             fresh = [
                 Answer(data.name(row), 90 * turn, round(share, 4))
@@ -158,9 +155,13 @@ def _read(file: Path) -> dict[str, Answer]:
     if not file.exists():
         return {}
     text = file.read_bytes().decode("utf-8", "surrogateescape")
-    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    next(rows, None)
-    return {path: Answer(path, int(turn), float(share)) for path, turn, share in rows}
+    found = {}
+    with contextlib.suppress(csv.Error):  # a quoted name that was not written to its end
+        for row in csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True):
+            with contextlib.suppress(ValueError):  # the heading, and what others have made of it
+                path, turn, share = row
+                found[path] = Answer(path, int(turn), float(share))
+    return found
 
 
 # ---- how far it is to be believed ----
@@ -171,37 +172,43 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     file = out / "about.json"
     if not file.exists():
         return None
-    known = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged: remove {out}, or name another --out") from error
     if any(known.get(name) != value for name, value in about.items()):
         of = f"{known.get('folder')} by {known.get('run')} at step {known.get('step')}"
         raise UsageError(f"--out {out} holds answers on {of}: name another --out")
     return known
 
 
-def _calibration(run: str, cfg: Config, method: Method, how: dict[str, Any]) -> dict[str, Any]:
-    """Temperature, accuracy, and the confidence from which so many of its answers are right, on the run's hold-out.
+def _calibration(
+    run: str, cfg: Config, knobs: Upright, method: Method, how: dict[str, Any]
+) -> dict[str, Any]:
+    """Temperature, accuracy, and the confidence from which so many of its answers are right, on the run's hold-out or --data.
 
-    Of a picture that stands upright: the mean over four views is the same for it and for its turned copies.
+    Of pictures that stand upright: the mean over four views is the same for one and for its turned copies.
     """
-    folder = checkpoint.of_run(run).parent.parent
-    rows = folder / "rows-val.npy"
-    name = paths.seen_from_here(str(cfg.val or cfg.data), paths.typed_in(folder), "--data")
-    if cfg.val is None and not rows.exists():
-        raise UsageError(f"{run} held no pictures out, by which it could be told how sure it is")
-    data = assemble.open_data(name)
-    held = np.load(rows) if rows.exists() and cfg.val is None else np.arange(data.rows)
+    if knobs.data is None:
+        data, name, file = own_pictures(run, cfg, "val", way_out="--data")
+    else:
+        data, name, file = assemble.open_data(knobs.data), knobs.data, None
+    held = np.arange(data.rows) if file is None else np.load(file)
     held = held[np.linspace(0, len(held) - 1, min(HELD, len(held))).round().astype(int)]
-    with tempfile.TemporaryDirectory() as at:
+    with tempfile.TemporaryDirectory() as at, exact():
         np.save(few := Path(at) / "rows.npy", held)
         loader = assemble.open_loader(data, assemble.evaluation_view(cfg, few), **how)
-        said = torch.cat([evidence(method, batch) for batch in followed(loader)])
-    t = temperature(said)
+        found = [evidence(method, batch) for batch in followed(loader)]
+    if not found:
+        raise UsageError(f"no picture of {name} can be read: name others, by --data")
+    t = temperature(said := torch.cat(found))
     best = (said / t).softmax(dim=1).max(dim=1)
     right = (best.indices == 0).numpy()
     decided = [decides(best.values.numpy(), right, each) for each in PRECISIONS]
     return {
         "temperature": t,
         "held_out": len(said),
+        "of": name,
         "accuracy": float(right.mean()),
         "decides": [[p, *each] for p, each in zip(PRECISIONS, decided, strict=True)],
     }
@@ -248,7 +255,7 @@ def _said(
     unread: list[str],
 ) -> Iterator[str]:
     yield (
-        f"of {known['held_out']:,} pictures like those that it learnt from it tells {known['accuracy']:.1%} right; "
+        f"of {known['held_out']:,} pictures of {known['of']} it tells {known['accuracy']:.1%} right; "
         "of photographs of another kind nobody knows"
     )
     for precision, share, least in known["decides"]:
@@ -269,19 +276,17 @@ def _said(
 
 
 def _copies(data: Any, turned: list[Answer], folder: Path) -> Iterator[str]:
-    """Copies of what seems turned, under the same paths; what was written already stays."""
-    written, left = 0, []
+    """Copies of what seems turned, under the same paths; what stands there already stays."""
+    written, there, left = 0, 0, []
     for each in turned:
-        to = folder / each.path
-        if to.exists():
-            written += 1
-            continue
         try:
-            exif.upright_copy(Path(data.root) / each.path, to, each.degrees)
-            written += 1
-        except (DamagedRecord, OSError, ValueError) as error:
-            left.append(f"  {each.path}: {one_line(error)}")
+            fresh = exif.upright_copy(Path(data.root) / each.path, folder / each.path, each.degrees)
+            written, there = written + fresh, there + (not fresh)
+        except (OSError, ValueError) as error:
+            left.append(f"  {entry.printable(each.path)}: {one_line(error)}")
     yield f"{written:,} copies that open upright in {folder}"
+    if there:
+        yield f"{there:,} had a file of their name there, which stays"
     if left:
         yield f"{len(left):,} could not be copied:"
         yield from left

@@ -233,7 +233,7 @@ class _Fit:
         assert self.s.val_loader is not None
         scores = validate(self.state, self.s.val_loader, self.save_if_warned, self.alive)
         if self.s.online is not None:
-            scores |= self.s.online()
+            scores |= self.s.online(self.alive)
         self.journal.write(line | {f"val_{name}": value for name, value in scores.items()})
         return scores
 

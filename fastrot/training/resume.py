@@ -12,7 +12,7 @@ from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
 from fastrot.training import checkpoint
-from fastrot.training.original import original_weights
+from fastrot.training.foreign import exported, original_weights, read_exported
 
 
 def last_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -87,7 +87,10 @@ def with_trunk(cfg: Config) -> Config:
     source = assemble.METHODS[type(cfg.method)].trunk(cfg)
     if source is None:
         return cfg
-    known = _begun_with(source).get("config")
+    own = checkpoint.of_run(
+        run_folder(cfg)
+    )  # which holds all of it, wherever the other run may be by now
+    known = (checkpoint.load(own) if own.exists() else _begun_with(source)).get("config")
     if known is None:
         return cfg
     theirs = config.from_plain(known)
@@ -95,6 +98,10 @@ def with_trunk(cfg: Config) -> Config:
     crop = config.with_size(cfg.method.crop, theirs.method.crop.size)
     method = dataclasses.replace(cfg.method, crop=crop)
     return dataclasses.replace(cfg, method=method, statistics="preset", **own)
+
+
+def run_folder(cfg: Config) -> Path:
+    return Path(cfg.out or f"runs/{cfg.preset}")
 
 
 def other_machine(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -116,13 +123,18 @@ def start_from(net: torch.nn.Module, source: str) -> None:
 
 
 def _begun_with(source: str) -> dict[str, Any]:
-    """A checkpoint of ours; or of the papers' code, whose weights alone are known."""
+    """A checkpoint of ours, or what was exported of one; or of the papers' code, whose weights alone are known."""
     path = checkpoint.of_run(source)
     try:
-        return checkpoint.load(path)
+        if (file := exported(source)) is not None:
+            return read_exported(file)
+        try:
+            return checkpoint.load(path)
+        except UsageError:
+            if (weights := original_weights(path)) is not None:
+                return {"net": weights}
+            raise
     except UsageError as error:
-        if (weights := original_weights(path)) is not None:
-            return {"net": weights}
         raise UsageError(f"--start-from: {error}") from error
 
 

@@ -58,7 +58,7 @@ def train(cfg: Config) -> int:
 
 def runs_of(cfg: Config) -> list[tuple[Path, Config]]:
     """The run's folder and config; with --folds those of each fold, but with --fold that one alone, in --out."""
-    run = Path(cfg.out or f"runs/{cfg.preset}")
+    run = resume.run_folder(cfg)
     if cfg.folds is None or cfg.fold is not None:
         if checkpoint.folds_in(run):
             own = "NEW" if cfg.fold is None else run / f"fold{cfg.fold}"

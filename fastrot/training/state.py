@@ -194,7 +194,8 @@ class Session:
     state: TrainState
     identity: dict[str, Any]  # what a resumed run must agree with, beside the config
     step_timer: StepTimer
-    online: Callable[[], dict[str, float]] | None = None  # scores of features, asked at validations
+    # scores of features, asked at validations: each rank calls its argument with each batch
+    online: Callable[[Callable[[], object]], dict[str, float]] | None = None
 
     @property
     def end(self) -> int:
