@@ -21,7 +21,7 @@ def runs(tmp_path):
         lines = [
             {
                 "step": 10 * n,
-                "epoch": n,
+                "epoch": n - 1,
                 "loss": 2 / (n + 1),
                 "val_loss": 1.0,
                 "val_accuracy": 0.1 * n + 0.1 * k,
