@@ -155,6 +155,8 @@ def _accuracy(log: RunLog) -> "Figure":
     _curve(axes, log, "val_prec_inv", "held-out, other half", TERMS[0], marker="o", linewidth=1.0)
     of_stages = ("val_top1_", "val_knn_")  # a probe's; an online one's
     names = dict.fromkeys(n for line in log.lines for n in line if n.startswith(of_stages))
+    if probed := [name for name in names if name.startswith("val_top1_")]:
+        names.pop(probed[-1])  # which is the held-out accuracy
     for name, colour in zip(names, itertools.cycle(TERMS), strict=False):
         label = name.removeprefix("val_").replace("top1_", "").replace("_", " ")
         _curve(axes, log, name, label, colour, marker="o", linewidth=1.0)
