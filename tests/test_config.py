@@ -177,7 +177,16 @@ def test_a_config_file_that_does_not_fit_is_named(plain, names):
 def test_knobs_that_change_numbers_make_another_run():
     loose = {f.name for f in dataclasses.fields(Config) if f.metadata.get("free")}
     assert loose == {
-        *("data", "val", "out", "max_steps", "workers", "log_every", "checkpoint_every"),
+        *(
+            "data",
+            "val",
+            "out",
+            "max_steps",
+            "workers",
+            "log_every",
+            "checkpoint_every",
+            "online_probe",
+        ),
         *("keep_every", "keep_best", "validate_every", "loader", "placement", "tensorboard"),
         *("profile", "threads", "extend"),
         "on_bad_record",

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from original import from_original
 from torch import nn
 from truth import golden
 
@@ -19,6 +18,7 @@ from fastrot.methods import decoupling
 from fastrot.methods.contrast import Contrast
 from fastrot.methods.rotation_table import RotationTable, pu_weights, write
 from fastrot.presets import PRESETS
+from fastrot.training.foreign import from_original
 from fastrot.training.loop import train_step
 from fastrot.training.optim import LRSchedule, sgd
 from fastrot.training.state import TrainState

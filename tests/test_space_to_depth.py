@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from original import from_original
 from test_backbones import MEAN, STAGES, STD, TOLERANCE, small_alexnet, views, weights
 from torch import nn
 from truth import golden
@@ -27,6 +26,7 @@ from fastrot.evals.rotation import rotation_guesses
 from fastrot.evals.trained import trained_method
 from fastrot.ops.rotate import SpaceToDepth, rotated_views
 from fastrot.training import checkpoint
+from fastrot.training.foreign import from_original
 
 CONVOLUTIONS = [  # size, kernel, stride, padding
     pytest.param(64, 11, 4, 2, id="paper"),
