@@ -115,6 +115,9 @@ class RotNet:
     """Predict which of four rotations (0, 90, 180, 270 degrees) a picture has been given (Gidaris 2018)."""
 
     crop: Crop = RandomResized()
+    angles: tuple[int, ...] = (0, 90, 180, 270)  # degrees counter-clockwise; a class each
+    # a picture's copies in a batch: in all angles, or in a single one, drawn anew each epoch
+    copies: Literal["all", "one"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

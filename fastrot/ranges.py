@@ -5,7 +5,16 @@ import math
 import re
 from typing import Any
 
-from fastrot.config import WIDEST_EMBEDDING, Config, Decoupling, Probe, UsageError, Within, knob
+from fastrot.config import (
+    WIDEST_EMBEDDING,
+    Config,
+    Decoupling,
+    Probe,
+    RotNet,
+    UsageError,
+    Within,
+    knob,
+)
 
 RANGES = (  # knobs, what each must be, and whether its value is that
     ("epochs max_steps batch threads image_size method.crop.size", "at least 1", lambda v: v >= 1),
@@ -100,6 +109,10 @@ def check(cfg: Config) -> None:
         want("method.lambda_cls", some > 0, "a number above 0: all other terms are 0 too")
         weighed = method.pu_table is None or method.lambda_cls > 0
         want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
+    if isinstance(method, RotNet):
+        quarters = [angle % 360 for angle in method.angles if angle % 90 == 0]
+        apart = 2 <= len(method.angles) == len(set(quarters))
+        want("method.angles", apart, "two or more multiples of 90, each another rotation")
     if isinstance(method, Probe):
         one = (cfg.start_from is None) == method.random
         want("start_from", one, "the run whose network is probed, or instead --method.random")

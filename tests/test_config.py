@@ -238,3 +238,10 @@ def test_a_config_of_the_version_before_is_read():
     plain = config.to_plain(Config(backbone=config.AlexNet(space_to_depth=True)))
     plain["backbone"] |= {"fold": plain["backbone"].pop("space_to_depth")}
     assert config.from_plain(plain).backbone == config.AlexNet(space_to_depth=True)
+
+
+@pytest.mark.parametrize("angles", [["0"], ["0", "360"], ["0", "45"], ["90", "90"]])
+def test_angles_are_quarters_each_another(angles):
+    cfg = train.command_line(["demo", "--method.angles", *angles])
+    with pytest.raises(UsageError, match=r"--method.angles got .*: it wants two or more multiples"):
+        ranges.check(cfg)

@@ -108,6 +108,55 @@ def test_a_trunk_gets_its_views_in_the_cells_that_it_asks_for(kind):
     torch.testing.assert_close(one, two)
 
 
+def rotnet(**knobs):
+    """A RotNet with some knobs, and its views of a batch as pictures [v, 3, s, s] of numpy."""
+    torch.manual_seed(0)
+    FITTING[config.RotNet] = knobs
+    try:
+        return build(config.RotNet)
+    finally:
+        del FITTING[config.RotNet]
+
+
+def in_epoch(each: Batch, epoch: int, places=slice(None)) -> Batch:
+    crops = tuple(crop[places] for crop in each.crops)
+    return Batch(crops, each.index[places], each.label[places], torch.tensor([epoch, 0]))
+
+
+def test_one_copy_of_each_picture_is_drawn_by_seed_epoch_and_row():
+    method, plain = rotnet(copies="one"), rotnet()
+    seen, all_views = [], plain.views(batch()).unflatten(0, (IMAGES, 4))
+    for epoch in range(200):
+        each = in_epoch(batch(), epoch)
+        labels = method.labels(each)
+        seen.append(labels)
+        assert torch.equal(method.views(each), all_views[torch.arange(IMAGES), labels])
+        others = in_epoch(batch(), epoch, [4, 1])  # in another batch and order
+        assert torch.equal(method.labels(others), labels[[4, 1]])
+    shares = torch.bincount(torch.stack(seen).flatten(), minlength=4) / (200 * IMAGES)
+    assert ((shares - 0.25).abs() < 0.05).all()
+    assert len({tuple(each.tolist()) for each in seen}) > 100  # pictures are drawn apart
+    method.net.eval()  # judged by all
+    assert torch.equal(method.views(batch()), plain.views(batch()))
+    assert torch.equal(method.labels(batch()), plain.labels(batch()))
+
+
+@pytest.mark.parametrize("angles", [(0, 180), (90, 270), (180, 0, 90)])
+def test_a_class_is_the_place_of_its_angle(angles):
+    method, crops = rotnet(angles=angles), batch().images.numpy()
+    assert method.headline.chance == 1 / len(angles)
+    assert method.rotation_logits(torch.zeros(4, 2)) is None
+    assert not method.predicts_rotation(config.RotNet(angles=angles))
+    views = method.views(batch()).unflatten(0, (IMAGES, len(angles)))
+    assert method.labels(batch()).tolist() == [*range(len(angles))] * IMAGES
+    for place, degrees in enumerate(angles):
+        turned = np.rot90(crops, degrees // 90, axes=(1, 2)).copy()
+        alone = rotnet().views(
+            Batch((torch.from_numpy(turned),), *[batch().index] * 2, torch.tensor([0, 0]))
+        )
+        torch.testing.assert_close(views[:, place], alone[::4])
+
+
 def test_rotnet_labels_each_view_with_its_turn():
     method = build(config.RotNet)
     images = batch().images.numpy()

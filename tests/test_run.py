@@ -367,6 +367,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(pictures, tmp_path):
         go(pictures, tmp_path)
 
 
+def test_a_run_on_one_copy_goes_on_to_the_same_bits(pictures, tmp_path):
+    more = ["--method.copies", "one", "--method.angles", "0", "180"]
+    go(pictures, tmp_path / "straight", *more)
+    go(pictures, tmp_path / "broken", *more, "--max-steps", "7")
+    go(pictures, tmp_path / "broken", *more)
+    last = "checkpoints/last.pt"
+    assert_same_bits(tmp_path / "straight" / last, tmp_path / "broken" / last)
+    assert json.loads((tmp_path / "straight" / "summary.json").read_text())["chance"] == 0.5
+
+
 def test_supervised_refuses_data_without_labels(pictures, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()

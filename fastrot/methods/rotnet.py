@@ -1,7 +1,7 @@
 """RotNet: predict which of four rotations (0, 90, 180, 270 degrees) a picture has been given (Gidaris 2018, arXiv 1803.07728)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,39 +9,57 @@ from fastrot import config
 from fastrot.backbones.staged import Classifier, Staged
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import Scores, classification_scores, wide
+from fastrot.ops.philox import philox, scaled
 from fastrot.ops.rotate import rotated_views
 
 ROTATIONS = (0, 1, 2, 3)  # times 90 degrees counter-clockwise; the label of a view is its rotation
+ONE = 0x6F6E65  # "one": keeps these draws apart from others of the same address
 HEADLINE = Headline(title="Rotation accuracy", chance=1 / len(ROTATIONS))
 
 
 class RotNet(Method):
-    """All four rotations of each crop in one batch; mean cross-entropy over the 4 B views."""
-
-    headline = HEADLINE
+    """Rotations of each crop in one batch, all or one of them; mean cross-entropy over the views."""
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
-        self.net = Classifier(trunk, len(ROTATIONS))
+        self.quarters = tuple(degrees // 90 % 4 for degrees in cfg.angles)
+        self.net, self.one = Classifier(trunk, len(cfg.angles)), cfg.copies == "one"
         self.info, self.space_to_depth = info, trunk.space_to_depth
+        self.headline = Headline(title=HEADLINE.title, chance=1 / len(cfg.angles))
+        self.table = torch.tensor(self.quarters, device=info.device)
 
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
-        return rotated_views(batch.images, ROTATIONS, info.mean, info.std, **how)
+        rotations = self.table[self.labels(batch)[:, None]] if self._drawn() else self.quarters
+        return rotated_views(batch.images, rotations, info.mean, info.std, **how)
 
-    def losses(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Losses:
-        rotation = rotation_labels(outputs)
+    def labels(self, batch: Batch) -> Int64[Tensor, " v"]:
+        """Of the views, image-major: places of their angles. Where one is trained on, it is drawn by (seed, epoch, row)."""
+        count, index = len(self.quarters), batch.index
+        if not self._drawn():
+            return torch.arange(count, device=index.device).repeat(len(index))
+        none = torch.zeros_like(index)
+        words = philox(
+            self.info.seed, index, batch.epoch_step[0].expand_as(index), none, none + ONE
+        )
+        return scaled(words[0], count)
+
+    def losses(self, outputs: Float[Tensor, "v k"], batch: Batch) -> Losses:
+        rotation = self.labels(batch)
         right = (outputs.argmax(dim=1) == rotation).float().mean()
         return Losses({"loss_cls": F.cross_entropy(wide(outputs), rotation)}, {"accuracy": right})
 
-    def score(self, outputs: Float[Tensor, "v 4"], batch: Batch) -> Scores:
-        return classification_scores(outputs, rotation_labels(outputs))
+    def score(self, outputs: Float[Tensor, "v k"], batch: Batch) -> Scores:
+        return classification_scores(outputs, self.labels(batch))
 
     @staticmethod
     def predicts_rotation(cfg: config.RotNet) -> bool:
-        return True
+        return cfg.angles == config.RotNet.angles
 
-    def rotation_logits(self, outputs: Float[Tensor, "v 4"]) -> Float[Tensor, "v 4"]:
-        return outputs
+    def rotation_logits(self, outputs: Float[Tensor, "v k"]) -> Float[Tensor, "v 4"] | None:
+        return outputs if self.quarters == ROTATIONS else None
+
+    def _drawn(self) -> bool:
+        return self.one and self.net.training
 
 
 def rotation_labels(outputs: Tensor) -> Tensor:
