@@ -119,9 +119,9 @@ class Named(NamedTuple):
         return self.data.rows if self.rows is None else len(np.load(self.rows))
 
 
-def given(name: str, knobs: OfStages) -> Named:
-    """--data, as it was given."""
-    return Named(assemble.open_data(name, knobs.loader, labelled=True), name, None)
+def given(name: str, knobs: OfStages, knob: str = "--data") -> Named:
+    """All of the data that a knob names."""
+    return Named(assemble.open_data(name, knobs.loader, knob=knob, labelled=True), name, None)
 
 
 def own_pictures(
@@ -153,8 +153,7 @@ def _named(run: str, trunk: Trunk, name: str | None, knob: str, knobs: OfStages)
     if name is None:
         which = "val" if knob == "val" else "train"
         return own_pictures(run, trunk.config, which, knobs.loader, f"--{knob}")
-    data = assemble.open_data(name, knobs.loader, knob=f"--{knob}", labelled=True)
-    return Named(data, name, None)
+    return given(name, knobs, f"--{knob}")
 
 
 def seen(trunk: Trunk, named: Named, knobs: OfStages, device: torch.device) -> Pictures:
