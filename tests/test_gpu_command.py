@@ -1,7 +1,6 @@
 """What a GPU is asked in a quarter of an hour: the plan, its limits, and that what fails costs itself alone."""
 
 import ast
-import inspect
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import conftest
 import pytest
 
 from benchmarks import bench_ops, bench_train, forms, gpu
@@ -168,7 +166,13 @@ def test_what_failed_is_told_where_a_later_test_hangs_and_is_deaf(tmp_path, shar
     hangs = "def test_b():\n    signal.signal(2, signal.SIG_IGN)\n    time.sleep(600)\n"
     fails = "import signal, time\ndef test_a():\n    assert 1 == 2, 'told'\n"
     tests.write_text(fails + hangs)
-    (tmp_path / "conftest.py").write_text(inspect.getsource(conftest.pytest_runtest_logreport))
+    ours = (ROOT / "tests" / "conftest.py").read_text()
+    told = next(
+        node
+        for node in ast.parse(ours).body
+        if isinstance(node, ast.FunctionDef) and node.name == "pytest_runtest_logreport"
+    )
+    (tmp_path / "conftest.py").write_text(ast.unparse(told))
     alone = ["-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     step = gpu.Step("two", 40, ["-m", "pytest", "-q", *alone, str(tests), *shared])
     assert "want of time" in gpu.walk([step], tmp_path)["two"]
