@@ -225,7 +225,7 @@ class Config:
     image_size: int | None = None  # pixels a side of the crop; default: the preset's
     precision: Precision = "auto"  # of the network's arithmetic; auto: bf16 where the device has it
     hold_out: float = 0.05  # share of the pictures kept for validation, without --val
-    rows: str | None = None  # learn from so many pictures a class (20), or a share of each (1%%)
+    rows: str | None = None  # learn from so many pictures a class (20), or a share of each (1%)
     folds: int | None = None  # train so many nets, OUT/fold0 ..., each without one fold of the data
     fold: int | None = None  # with --folds: train this one alone, in OUT itself
     log_every: int = free(20)  # steps from one log line to the next

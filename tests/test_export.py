@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import typing
 
 import numpy as np
 import pytest
@@ -45,6 +46,10 @@ def test_safetensors_load_as_the_run_does(straight, tmp_path):
     images = pictures_of(32)
     assert torch.equal(net.features(images, "conv5"), again.features(images, "conv5"))
     assert load_file(file).keys() == net.net.state_dict().keys()
+
+
+def test_the_command_knows_each_form():
+    assert typing.get_args(typing.get_type_hints(export.Export)["to"]) == tuple(exported.FORMS)
 
 
 def test_a_default_place_is_the_runs_folder(straight, tmp_path, capsys):

@@ -46,7 +46,8 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
     panels = len(scores) + bool(tables)
     figure = Figure(figsize=(4.6 * panels, 3.8), dpi=160)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    looks = {n: {"color": c, "marker": m} for n, c, m in _looks(list(logs))}
+    own = zip(logs, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    looks = {name: {"color": colour, "marker": marker} for name, colour, marker in own}
     for each, score in zip(axes, scores, strict=False):
         _curves(each, logs, score, against, looks)
     if tables:
@@ -61,7 +62,7 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
     figure.savefig(png, format="png")
     replace_bytes(out / "compare.png", png.getvalue())
     table = _table(logs, tables, scores)
-    replace_bytes(out / "index.html", page_of("Runs compared", png.getvalue(), "", table))
+    replace_bytes(out / "index.html", page_of("Runs compared", png.getvalue(), behind=table))
     return out / "index.html"
 
 
@@ -73,11 +74,6 @@ def _names(runs: tuple[Path, ...]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UsageError("compare got a run twice: name each once")
-
-
-def _looks(names: list[str]) -> list[tuple[str, str, str]]:
-    both = zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    return [(name, colour, marker) for name, colour, marker in both]
 
 
 def _by_stage(log: RunLog) -> dict[str, float]:

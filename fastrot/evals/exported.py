@@ -54,12 +54,8 @@ def write(
 
 
 def _safetensors(e: Exported) -> None:
-    _save_safetensors(e, e.out)
-
-
-def _save_safetensors(e: Exported, file: Path) -> None:
     """The trunk's weights by its own names, and the run's config beside them."""
-    library = _needed("safetensors.torch")
+    library, file = _needed("safetensors.torch"), e.out
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in e.trunk.net.state_dict().items()}
     about = {"format": "pt", "fastrot": json.dumps(_about(e))}
@@ -182,7 +178,7 @@ def _torch_export(e: Exported) -> None:
 def _hub(e: Exported) -> None:
     """model.safetensors, config.json and a card: what a model hub shows and hands out."""
     card = _card(e)
-    _save_safetensors(e, e.out / MODEL)
+    _safetensors(e._replace(out=e.out / MODEL))
     replace_bytes(e.out / "config.json", json.dumps(_about(e), indent=1).encode())
     replace_bytes(e.out / "README.md", card.encode())
 

@@ -62,18 +62,20 @@ def features(
         place[torch.from_numpy(loader.rows)] = torch.arange(loader.images)
     read = torch.zeros(loader.images)
     for batch in followed(loader) if alive is None else loader.epoch(0):
-        (alive or bool)()
+        if alive is not None:
+            alive()
+        at = place[batch.index.cpu()]
+        read[at] = 1
         views = rotated_views(batch.images, (0,), trunk.mean, trunk.std, dtype=torch.float32)
         with exact():
             outputs = trunk.net.outputs(views, stages)
-        read[place[batch.index.cpu()]] = 1
         for stage, each in zip(stages, outputs, strict=True):
             if each.ndim == 4 and pool is not None:
                 each = F.adaptive_avg_pool2d(each, pool)
             flat = each.flatten(1).to("cpu", dtype)
             if stage not in found:
                 found[stage] = torch.zeros(loader.images, flat.shape[1], dtype=dtype)
-            found[stage][place[batch.index.cpu()]] = flat
+            found[stage][at] = flat
     whole = Features({s: _of_all_ranks(found.get(s), loader.images, dtype) for s in stages})
     whole.read = dist.sum_over_ranks(read) > 0
     return whole

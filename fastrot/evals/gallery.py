@@ -41,7 +41,7 @@ def write(
     sheet.save(png, "PNG")
     replace_bytes(folder / "gallery.png", png.getvalue())
     told = html.escape(f"{search.queries.name} among {search.gallery.name}: {said}")
-    replace_bytes(folder / "index.html", page_of(title, png.getvalue(), f"<p>{told}</p>"))
+    replace_bytes(folder / "index.html", page_of(title, png.getvalue(), before=f"<p>{told}</p>"))
     print(f"gallery: {folder / 'index.html'}")
 
 

@@ -23,6 +23,7 @@ class Asked:
 class Rotation(Asked):
     """Ask which way up each picture is, rotated four ways; a folder of folds: the net that never saw it."""
 
+    data: str | None = None  # pictures to ask about; default: all that the run's data holds
     table: Path | None = None  # write the probabilities: FILE.npz, or the original's text FILE.dat
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot import assemble, dist
-from fastrot.core import View
 from fastrot.data.keys import some
 from fastrot.data.loader import Loader
 from fastrot.disk import write_atomically
@@ -18,10 +17,8 @@ from fastrot.evals.features import Bare, features
 from fastrot.evals.knn import knn_top1
 from fastrot.training.state import Session
 
-LEARNT, ASKED = (
-    2_000,
-    1_000,
-)  # pictures, always the same: of the training view, and of the held-out one
+# pictures, always the same: of the training view, and of the held-out one
+LEARNT, ASKED = 2_000, 1_000
 K, SIGMA = 200, 0.07
 
 
@@ -67,7 +64,7 @@ def _few(s: Session, whole: Loader, count: int, name: str) -> Loader:
     if dist.rank() == 0:
         write_atomically(path, lambda file: np.save(file, rows))
     dist.barrier()
-    view: View = assemble.evaluation_view(s.cfg, path)
+    view = assemble.evaluation_view(s.cfg, path)
     how: dict[str, Any] = {n: getattr(whole, n) for n in ("batch", "rank", "world", "device")}
     how |= {"workers": whole.workers, "on_bad_record": whole.on_bad_record}
     return Loader(whole.data, view, enlarge=s.cfg.enlarge, **how)

@@ -17,7 +17,7 @@ from fastrot.training.device import choose_device
 FOLDS = 10  # where the file does not tell
 
 
-class Asked(NamedTuple):
+class PairList(NamedTuple):
     """The pairs of a file."""
 
     names: list[tuple[str, str]]  # of pictures, as Name/Name_0001.jpg
@@ -58,7 +58,7 @@ def evaluate(run: str, knobs: Pairs) -> int:
     return 0
 
 
-def read_pairs(file: Path) -> Asked:
+def read_pairs(file: Path) -> PairList:
     """The pairs of a file. A line is `Name 1 4`, or `Name 1 Other 3`; before them stands how many there are.
 
     `10 300` says ten folds, each of 300 pairs of one person and then 300 of two; else every tenth pair is in one fold,
@@ -85,7 +85,7 @@ def read_pairs(file: Path) -> Asked:
     fold = np.arange(len(names)) % FOLDS
     if len(head) == 2 and int(head[0]) > 1 and int(head[0]) * int(head[1]) * 2 == len(names):
         fold = np.arange(len(names)) // (2 * int(head[1]))
-    return Asked(names, np.array(same), fold)
+    return PairList(names, np.array(same), fold)
 
 
 def _rows(names: list[tuple[str, str]], keys: np.ndarray, knobs: Pairs) -> Int64[np.ndarray, "n 2"]:

@@ -101,13 +101,12 @@ def turned_sheet(
     write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
 
 
-def page_of(title: str, png: bytes, *parts: str) -> bytes:
-    """A page that opens from disk: its title, parts of HTML before a picture and behind it."""
-    before, behind = parts[:1], parts[1:]
+def page_of(title: str, png: bytes, *, before: str = "", behind: str = "") -> bytes:
+    """A page that opens from disk: its title and a picture, with HTML before it and behind it."""
     coded, head = base64.b64encode(png).decode(), html.escape(title)
     image = f'<img alt="{head}" src="data:image/png;base64,{coded}">'
     style = f'<meta charset="utf-8"><title>{head}</title><style>{STYLE}</style>'
-    body = "\n".join([f"<h1>{head}</h1>", *before, image, *behind])
+    body = "\n".join([f"<h1>{head}</h1>", before, image, behind])
     text = f"<!doctype html>\n<html lang=en>{style}\n{body}\n</html>\n"
     return text.encode("utf-8", "replace")
 

@@ -23,7 +23,6 @@ from fastrot import assemble, dist, entry
 from fastrot.config import Config, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.files import one_line
-from fastrot.data.loader import Loader
 from fastrot.disk import replace_bytes
 from fastrot.evals import exif
 from fastrot.evals.asked import own_pictures, writable
@@ -66,10 +65,10 @@ def evaluate(run: str, knobs: Upright) -> int:
         print(f"{run}: asking it of pictures that stand upright first")
         known = about | _calibration(run, net.cfg, knobs, method, how)
         replace_bytes(knobs.out / "about.json", json.dumps(known, indent=1).encode())
-    answers, loader = _asked(data, net.cfg, method, how, known["temperature"], knobs.out)
+    answers, skipped = _asked(data, net.cfg, method, how, known["temperature"], knobs.out)
     turned = [each for each in answers if each.degrees and each.confidence >= knobs.sure]
     turned.sort(key=lambda each: -each.confidence)
-    unread = [f"{path}: {reason}" for path, reason in data.rejected] + sorted(loader.skipped)
+    unread = [f"{path}: {reason}" for path, reason in data.rejected] + sorted(skipped)
     print(*_said(known, answers, turned, knobs, unread), sep="\n")
     rows = {data.name(row): row for row in range(data.rows)}
     turned_sheet(
@@ -116,18 +115,24 @@ def evidence(method: Method, batch: Batch) -> Float[Tensor, "b 4"]:
 
 def _asked(
     data: Data, cfg: Config, method: Method, how: dict[str, Any], temperature: float, out: Path
-) -> tuple[list[Answer], Loader]:
-    """All answers, those of an earlier call included; each is in the file before the next batch is asked."""
+) -> tuple[list[Answer], set[str]]:
+    """All answers, those of an earlier call included, and what could not be read.
+
+    Each is in the file before the next batch is asked.
+    """
     file = out / "upright.csv"
     known = _read(file)
     left = [row for row in range(data.rows) if data.name(row) not in known]
+    there = {data.name(row) for row in range(data.rows)}
     _write(file, list(known.values()))
+    if not left:
+        return [each for path, each in known.items() if path in there], set()
     end: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with tempfile.TemporaryDirectory() as folder, file.open("a", **end) as to:
         rows = Path(folder) / "rows.npy"
-        np.save(rows, np.array(left or [0]))
+        np.save(rows, np.array(left))
         loader = assemble.open_loader(data, assemble.evaluation_view(cfg, rows), **how)
-        for batch in followed(loader) if left else ():
+        for batch in followed(loader):
             with exact():
                 shares = (evidence(method, batch) / temperature).softmax(dim=1)
             best, rows_of = shares.max(dim=1), batch.index.tolist()
@@ -140,8 +145,7 @@ def _asked(
             csv.writer(to).writerows(fresh)
             to.flush()
             known |= {each.path: each for each in fresh}
-    there = {data.name(row) for row in range(data.rows)}
-    return [each for path, each in known.items() if path in there], loader
+    return [each for path, each in known.items() if path in there], loader.skipped
 
 
 def _write(file: Path, answers: list[Answer]) -> None:

@@ -51,6 +51,8 @@ def original_weights(path: Path) -> dict[str, Tensor] | None:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise  # says nothing of the file's bytes
     except Exception:  # whoever asks has a sentence for a file that is not ours either
         return None
     state = state.get("network", state) if isinstance(state, dict) else None
