@@ -38,12 +38,7 @@ def upright_copy(source: Path, to: Path, degrees: int) -> bool:
         made = _made(data, degrees)
     except OSError as error:
         raise ValueError(one_line(error)) from error
-    except (
-        SyntaxError,
-        TypeError,
-        KeyError,
-        struct.error,
-    ) as error:  # of damaged blocks, by Pillow
+    except (SyntaxError, TypeError, KeyError, struct.error) as error:  # Pillow's
         raise ValueError(f"its data is damaged ({one_line(error)})") from error
     if isinstance(made, Image.Image):
         to = to.with_name(f"{to.name}.png")

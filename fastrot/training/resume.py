@@ -87,9 +87,8 @@ def with_trunk(cfg: Config) -> Config:
     source = assemble.METHODS[type(cfg.method)].trunk(cfg)
     if source is None:
         return cfg
-    own = checkpoint.of_run(
-        run_folder(cfg)
-    )  # which holds all of it, wherever the other run may be by now
+    # a run that goes on holds all of it, wherever the other run may be by now
+    own = checkpoint.of_run(run_folder(cfg))
     known = (checkpoint.load(own) if own.exists() else _begun_with(source)).get("config")
     if known is None:
         return cfg
