@@ -110,9 +110,11 @@ def check(cfg: Config) -> None:
         weighed = method.pu_table is None or method.lambda_cls > 0
         want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
     if isinstance(method, RotNet):
-        quarters = [angle % 360 for angle in method.angles if angle % 90 == 0]
-        apart = 2 <= len(method.angles) == len(set(quarters))
-        want("method.angles", apart, "two or more multiples of 90, each another rotation")
+        angles = {angle % 360 for angle in method.angles}
+        apart = 2 <= len(method.angles) == len(angles)
+        want("method.angles", apart, "two or more, each another rotation")
+        room = crop.size >= 24 or not any(angle % 90 for angle in angles)
+        want("method.angles", room, "crops of 24 pixels or more, or multiples of 90 degrees")
     if isinstance(method, Probe):
         one = (cfg.start_from is None) == method.random
         want("start_from", one, "the run whose network is probed, or instead --method.random")

@@ -240,8 +240,16 @@ def test_a_config_of_the_version_before_is_read():
     assert config.from_plain(plain).backbone == config.AlexNet(space_to_depth=True)
 
 
-@pytest.mark.parametrize("angles", [["0"], ["0", "360"], ["0", "45"], ["90", "90"]])
-def test_angles_are_quarters_each_another(angles):
+@pytest.mark.parametrize("angles", [["0"], ["0", "360"], ["90", "90"], ["45", "0", "405"]])
+def test_angles_are_each_another(angles):
     cfg = train.command_line(["demo", "--method.angles", *angles])
-    with pytest.raises(UsageError, match=r"--method.angles got .*: it wants two or more multiples"):
+    with pytest.raises(UsageError, match=r"--method.angles got .*: it wants two or more, each"):
         ranges.check(cfg)
+
+
+def test_angles_between_quarters_want_room():
+    words = ["rotnet-nin-cifar10", "--method.angles", "0", "45"]
+    ranges.check(train.command_line(words))
+    small = train.command_line([*words, "--method.crop.size", "23"])
+    with pytest.raises(UsageError, match="crops of 24 pixels or more"):
+        ranges.check(small)

@@ -157,6 +157,25 @@ def test_a_class_is_the_place_of_its_angle(angles):
         torch.testing.assert_close(views[:, place], alone[::4])
 
 
+@pytest.mark.parametrize("copies", ["all", "one"])
+def test_between_quarters_all_views_are_resampled(copies):
+    """The 0-degree one too; and one that is drawn is the one that its label names."""
+    angles = (0, 45, 90)
+    method = rotnet(angles=angles, copies=copies)
+    views, labels = method.views(batch()), method.labels(batch())
+    assert len(views) == len(labels) == IMAGES * (3 if copies == "all" else 1)
+    method.net.eval()
+    every = method.views(batch()).unflatten(0, (IMAGES, 3))
+    plain = rotnet().views(batch()).unflatten(0, (IMAGES, 4))
+    assert not torch.equal(every[:, 0], plain[:, 0])
+    torch.testing.assert_close(every[:, 2], torch.rot90(every[:, 0], 1, (2, 3)), atol=0.02, rtol=0)
+    if copies == "one":
+        assert torch.equal(views, every[torch.arange(IMAGES), labels])
+        assert set(labels.tolist()) != {0}
+    else:
+        assert torch.equal(views, every.flatten(0, 1))
+
+
 def test_rotnet_labels_each_view_with_its_turn():
     method = build(config.RotNet)
     images = batch().images.numpy()

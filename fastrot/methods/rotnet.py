@@ -9,6 +9,7 @@ from fastrot import config
 from fastrot.backbones.staged import Classifier, Staged
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.scores import Scores, classification_scores, wide
+from fastrot.ops.angles import rotated_by
 from fastrot.ops.philox import philox, scaled
 from fastrot.ops.rotate import rotated_views
 
@@ -21,6 +22,7 @@ class RotNet(Method):
     """Rotations of each crop in one batch, all or one of them; mean cross-entropy over the views."""
 
     def __init__(self, cfg: config.RotNet, trunk: Staged, info: DataInfo):
+        self.angles, self.tilted = cfg.angles, any(degrees % 90 for degrees in cfg.angles)
         self.quarters = tuple(degrees // 90 % 4 for degrees in cfg.angles)
         self.net, self.one = Classifier(trunk, len(cfg.angles)), cfg.copies == "one"
         self.info, self.space_to_depth = info, trunk.space_to_depth
@@ -29,6 +31,12 @@ class RotNet(Method):
 
     def views(self, batch: Batch) -> Float[Tensor, "v c s s"]:
         info, how = self.info, {"dtype": self.info.dtype, "space_to_depth": self.space_to_depth}
+        if self.tilted:  # upright ones too are resampled: that they are not would tell
+            copies = rotated_by(batch.images, self.angles)
+            if self._drawn():
+                first = torch.arange(0, len(copies), len(self.angles), device=copies.device)
+                copies = copies[first + self.labels(batch)]
+            return rotated_views(copies, (0,), info.mean, info.std, **how)
         rotations = self.table[self.labels(batch)[:, None]] if self._drawn() else self.quarters
         return rotated_views(batch.images, rotations, info.mean, info.std, **how)
 
@@ -56,7 +64,7 @@ class RotNet(Method):
         return cfg.angles == config.RotNet.angles
 
     def rotation_logits(self, outputs: Float[Tensor, "v k"]) -> Float[Tensor, "v 4"] | None:
-        return outputs if self.quarters == ROTATIONS else None
+        return outputs if self.angles == config.RotNet.angles else None
 
     def _drawn(self) -> bool:
         return self.one and self.net.training

@@ -1,0 +1,157 @@
+"""Many runs, what is asked of them, and the tables that this makes, as rows of results.
+
+A job is one call of train.py or evaluate.py, in a folder of its own below --work. A study that was broken off goes on where it
+was, in mid-epoch too. A figure is a number of a job over all seeds; its row is written once all of them are there.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, runs
+from fastrot.config import flat
+
+Words = tuple[Any, ...]  # of a command line
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, or something asked of one."""
+
+    words: Words  # a preset or an evaluation, then knobs
+    of: str | None = None  # the job whose network it begins with, or is asked of
+    step: int | None = None  # of that one's checkpoint; None: its last
+    asks: bool = False  # by evaluate.py, which has no seed
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A cell of a table."""
+
+    table: str
+    line: str
+    column: str
+    job: str
+    score: str  # of `val` in summary.json, or as conv3.top1 of what evaluate.py writes
+    paper: float | None = None  # the same in the paper, as a share
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is expected, stated before it is measured: one cell above another, in every seed."""
+
+    words: str
+    more: tuple[str, str, str]  # table, line and column
+    less: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Jobs by name, in an order in which each comes behind the one it is of; figures, and what is expected of them."""
+
+    theme: str
+    about: str  # what the reader of a figure must know
+    jobs: Mapping[str, Job]
+    figures: tuple[Figure, ...]
+    orders: tuple[Order, ...] = ()
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a study."""
+    made = runs.parser(doc, "root", "work", "device")
+    made.add_argument("--seeds", type=int, default=3, help="of everything that is drawn")
+    made.add_argument("--tables", nargs="+", help="only these; default: all")
+    return made
+
+
+def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iterator[dict]:
+    """Do the jobs seed by seed, and give a row for each figure and order behind the last."""
+    figures = [f for f in study.figures if asked.tables is None or f.table in asked.tables]
+    commit = measure.row("study")["commit"][:12]  # a run of other code is not gone on with
+    folder = asked.work / "studies" / f"{study.theme}-{asked.device}-{commit}"
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for seed in range(asked.seeds):
+        for name in _wanted(study, (f.job for f in figures)):
+            found[name, seed] = _done(study, name, seed, folder)
+            print(f"{name}, seed {seed}: {found[name, seed]['seconds']:,.0f} s", flush=True)
+    made: dict[tuple[str, str, str], list[float]] = {}
+    same: dict[str, Any] = {
+        "theme": study.theme,
+        "dtype": "bf16" * (asked.device == "cuda") or "float32",
+    }
+    same |= {"shape": shape, "about": study.about, "warmup": 0}
+    for f in figures:
+        values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
+        made[f.table, f.line, f.column] = values
+        took = statistics.median(found[f.job, seed]["seconds"] for seed in range(asked.seeds))
+        yield measure.row(
+            f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"),
+            values=values, lowest=min(values), highest=max(values), paper=f.paper, seconds=took,
+        )  # fmt: skip
+    for order in study.orders:
+        if order.more in made and order.less in made:
+            yield _judged(order, made[order.more], made[order.less], same)
+
+
+def _wanted(study: Study, names: Iterable[str]) -> list[str]:
+    """Jobs and those that they are of, in the study's order."""
+    every = set()
+    for name in names:
+        at: str | None = name
+        while at is not None:
+            every.add(at)
+            at = study.jobs[at].of
+    return [name for name in study.jobs if name in every]
+
+
+def _done(study: Study, name: str, seed: int, folder: Path) -> dict[str, float]:
+    """The scores of a job; it is done where it is not yet."""
+    job, mine = study.jobs[name], folder / f"{name}-{seed}"
+    of = folder / f"{job.of}-{seed}"
+    if job.step is not None:
+        of = of / "checkpoints" / f"step_{job.step}.pt"
+    if job.asks:
+        return _asked(job, of, mine.with_suffix(".json"))
+    preset, *words = job.words
+    begin = ("--start-from", of) if job.of else ()
+    if not (mine / "summary.json").exists():
+        runs.run(
+            "fastrot/train.py", preset, *words, *begin, "--seed", seed, "--out", mine, "--no-tensorboard", quiet=True
+        )  # fmt: skip
+    summary = json.loads((mine / "summary.json").read_text())
+    return {**summary["val"], "seconds": summary["seconds_in_all"]}
+
+
+def _asked(job: Job, of: Path, file: Path) -> dict[str, float]:
+    if not file.exists():
+        begin, partial = time.perf_counter(), file.with_suffix(".partial")
+        runs.run("fastrot/evaluate.py", of, *job.words, "--json", partial, quiet=True)
+        found = json.loads(partial.read_text())["stages"]
+        partial.unlink()
+        file.write_text(json.dumps({**found, "seconds": time.perf_counter() - begin}))
+    return flat(json.loads(file.read_text()))
+
+
+def _judged(order: Order, more: list[float], less: list[float], same: dict[str, Any]) -> dict:
+    """How far the one is above the other, seed by seed, and whether it is in each."""
+    apart = [a - b for a, b in zip(more, less, strict=True)]
+    shown = sum(each > 0 for each in apart)
+    verdict = "shown" if shown == len(apart) else "NOT shown"
+    told = f"{order.words}: {verdict}, in {shown} of {len(apart)} seeds, by {min(apart):+.1%} to {max(apart):+.1%}"
+    return measure.row(
+        "order", variant=order.words, mode=" / ".join((*order.more, *order.less)), **same,
+        **measure.middle(apart, "share"), values=apart, judgement=told,
+    )  # fmt: skip
+
+
+def said(row: dict[str, Any]) -> str:
+    """What is to be said of a row beside its figure."""
+    if row.get("judgement"):
+        return f"\n{row['judgement']}"
+    paper = "" if row["paper"] is None else f", paper {row['paper']:.2%}"
+    return f" ({row['mode']}, {row['lowest']:.1%} to {row['highest']:.1%}{paper})"
