@@ -198,6 +198,7 @@ class Method(ABC):
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
+    heads: tuple[str, ...] = ()  # names of the net's outputs that tell classes, [b, classes] each
 
     # static: told by the config alone, since data is opened before the method is built
     @staticmethod

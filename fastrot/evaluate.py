@@ -16,6 +16,7 @@ from fastrot.evals import knobs
 # by the word on the command line, which names a file of evals/: its `evaluate` gets the run and the knobs
 EVALUATIONS: dict[str, type] = {
     "rotation": knobs.Rotation,
+    "classes": knobs.Classes,
     "knn": knobs.Knn,
     "retrieval": knobs.Retrieval,
     "pairs": knobs.Pairs,

@@ -10,7 +10,7 @@ import torch
 from test_run import TINY, assert_same_bits
 from truth import golden
 
-from fastrot import assemble, config, train
+from fastrot import assemble, config, evaluate, train
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.heads import HEADS
 from fastrot.backbones.nin import nin
@@ -214,6 +214,46 @@ def test_scores_are_those_of_each_picture_alone(probed, pictures):
     for stage in right:
         assert whole[f"top1_{stage}"] == (right[stage], 37)
         assert whole[f"loss_{stage}"][0] == pytest.approx(sums[stage], rel=1e-4)
+
+
+def test_classes_are_counted_each_alone(probed, pictures, tmp_path, capsys):
+    """Of the held-out pictures: each share is that of a class's pictures that a head says right, one at a time."""
+    file = tmp_path / "classes.json"
+    assert evaluate.main([str(probed), "classes", "--device", "cpu", "--json", str(file)]) == 0
+    data, method = assemble.open_data(pictures), trained_method(probed, CPU)
+    rows = np.load(probed / "rows-val.npy")
+    size = state(probed)["config"]["method"]["crop"]["size"]
+    view = assemble.evaluation_view(
+        config.from_plain(state(probed)["config"]), probed / "rows-val.npy"
+    )
+    how = {"batch": 1, "rank": 0, "world": 1, "device": CPU, "enlarge": True, "workers": 1}
+    right, count = {}, {}
+    for batch in assemble.open_loader(data, view, **how).epoch(0):
+        assert batch.images.shape[1] == size
+        name = data.classes[int(batch.label)]
+        count[name] = count.get(name, 0) + 1
+        with torch.no_grad():
+            outputs = method.net(method.views(batch))
+        for stage, logits in zip(method.stages, outputs, strict=True):
+            right.setdefault(stage, dict.fromkeys(data.classes, 0))
+            right[stage][name] += int(logits.argmax()) == int(batch.label)
+    assert sum(count.values()) == len(rows)
+    found = json.loads(file.read_text())["stages"]
+    assert found.keys() == right.keys()
+    for stage, each in found.items():
+        assert each["classes"] == {name: right[stage][name] / n for name, n in count.items()}
+        assert each["top1"] == sum(right[stage].values()) / len(rows)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["class", *found]
+    assert said[-2].split() == ["all", *(f"{each['top1']:.2%}" for each in found.values())]
+
+
+def test_of_classes_nothing_else_can_tell(straight, probed, pictures, tmp_path):
+    with pytest.raises(UsageError, match="has learnt no classes"):
+        evaluate.main([str(straight), "classes"])
+    shutil.copytree(pictures / "class0", tmp_path / "data" / "class0")
+    with pytest.raises(UsageError, match=r"has 1 classes, .* 3: prepare both"):
+        evaluate.main([str(probed), "classes", "--data", str(tmp_path / "data")])
 
 
 def test_a_frozen_trunk_costs_no_backward(probed):

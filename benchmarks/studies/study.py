@@ -6,17 +6,20 @@ was, in mid-epoch too. A figure is a number of a job over all seeds; its row is 
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import measure, runs
+from fastrot import machine
 from fastrot.config import flat
 
 Words = tuple[Any, ...]  # of a command line
+LAST = 10**6  # epochs from one validation to the next: there is one, at the end
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Figure:
     job: str
     score: str  # of `val` in summary.json, or as conv3.top1 of what evaluate.py writes
     paper: float | None = None  # the same in the paper, as a share
+    reach: bool = False  # whether the paper's is to be reached at its own sizes
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Jobs whose seconds are to be within a limit on a GPU."""
+
+    words: str
+    jobs: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Study:
     jobs: Mapping[str, Job]
     figures: tuple[Figure, ...]
     orders: tuple[Order, ...] = ()
+    spent: tuple[Spent, ...] = ()
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -77,25 +91,33 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     found: dict[tuple[str, int], dict[str, float]] = {}
     for seed in range(asked.seeds):
         for name in _wanted(study, (f.job for f in figures)):
-            found[name, seed] = _done(study, name, seed, folder)
+            found[name, seed] = _done(study, name, seed, folder, asked.device)
             print(f"{name}, seed {seed}: {found[name, seed]['seconds']:,.0f} s", flush=True)
     made: dict[tuple[str, str, str], list[float]] = {}
-    same: dict[str, Any] = {
-        "theme": study.theme,
-        "dtype": "bf16" * (asked.device == "cuda") or "float32",
-    }
-    same |= {"shape": shape, "about": study.about, "warmup": 0}
+    same: dict[str, Any] = {"theme": study.theme, "dtype": _precision(asked.device), "warmup": 0}
+    same |= {"shape": shape, "about": study.about}
+    full = asked.device == "cuda"
     for f in figures:
         values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
         made[f.table, f.line, f.column] = values
-        took = statistics.median(found[f.job, seed]["seconds"] for seed in range(asked.seeds))
+        aim = {"target": f.paper, "better": "higher"} if f.reach and full else {}
         yield measure.row(
-            f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"),
-            values=values, lowest=min(values), highest=max(values), paper=f.paper, seconds=took,
+            f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"), **aim,
+            values=values, paper=f.paper, seconds=_seconds(found, _wanted(study, [f.job])),
         )  # fmt: skip
     for order in study.orders:
         if order.more in made and order.less in made:
             yield _judged(order, made[order.more], made[order.less], same)
+    for spent in study.spent:
+        if all((name, 0) in found for name in spent.jobs):
+            aim = {"target": spent.seconds, "better": "lower"} if full else {}
+            took = measure.middle([_seconds(found, spent.jobs)], "s")
+            yield measure.row("seconds", variant=spent.words, mode="", **same, **took, **aim)
+
+
+def _seconds(found: dict[tuple[str, int], dict[str, float]], names: Iterable[str]) -> float:
+    """What the jobs take one after the other, starts and validations included, of the first seed."""
+    return sum(found[name, 0]["seconds"] for name in names)
 
 
 def _wanted(study: Study, names: Iterable[str]) -> list[str]:
@@ -109,31 +131,38 @@ def _wanted(study: Study, names: Iterable[str]) -> list[str]:
     return [name for name in study.jobs if name in every]
 
 
-def _done(study: Study, name: str, seed: int, folder: Path) -> dict[str, float]:
-    """The scores of a job; it is done where it is not yet."""
+def _done(study: Study, name: str, seed: int, folder: Path, device: str) -> dict[str, float]:
+    """The scores of a job, and the seconds it took; it is done where it is not yet."""
     job, mine = study.jobs[name], folder / f"{name}-{seed}"
     of = folder / f"{job.of}-{seed}"
     if job.step is not None:
         of = of / "checkpoints" / f"step_{job.step}.pt"
     if job.asks:
-        return _asked(job, of, mine.with_suffix(".json"))
-    preset, *words = job.words
-    begin = ("--start-from", of) if job.of else ()
-    if not (mine / "summary.json").exists():
-        runs.run(
-            "fastrot/train.py", preset, *words, *begin, "--seed", seed, "--out", mine, "--no-tensorboard", quiet=True
-        )  # fmt: skip
-    summary = json.loads((mine / "summary.json").read_text())
-    return {**summary["val"], "seconds": summary["seconds_in_all"]}
+        return _asked((of, *job.words, "--device", device), mine.with_suffix(".json"))
+    summary = mine / "summary.json"
+    if not summary.exists():
+        preset, *words = job.words
+        words += ("--start-from", of) if job.of else ()
+        words += ("--seed", seed, "--device", device, "--precision", _precision(device))
+        words += ("--validate-every", LAST, "--out", mine, "--no-tensorboard")
+        runs.run("fastrot/train.py", preset, *words, quiet=True)
+    found = json.loads(summary.read_text())
+    return {**found["val"], "seconds": found["seconds_in_all"]}
 
 
-def _asked(job: Job, of: Path, file: Path) -> dict[str, float]:
+def _precision(device: str) -> str:
+    """Of training; evaluate.py asks in float32."""
+    return "bf16" if machine.multiplies_bf16(torch.device(device)) else "fp32"
+
+
+def _asked(words: Words, file: Path) -> dict[str, float]:
+    """The numbers that an evaluation writes, kept in `file` with the seconds it took."""
     if not file.exists():
         begin, partial = time.perf_counter(), file.with_suffix(".partial")
-        runs.run("fastrot/evaluate.py", of, *job.words, "--json", partial, quiet=True)
+        runs.run("fastrot/evaluate.py", *words, "--json", partial, quiet=True)
         found = json.loads(partial.read_text())["stages"]
-        partial.unlink()
         file.write_text(json.dumps({**found, "seconds": time.perf_counter() - begin}))
+        partial.unlink()
     return flat(json.loads(file.read_text()))
 
 
@@ -153,5 +182,7 @@ def said(row: dict[str, Any]) -> str:
     """What is to be said of a row beside its figure."""
     if row.get("judgement"):
         return f"\n{row['judgement']}"
+    if not row.get("values"):
+        return ""
     paper = "" if row["paper"] is None else f", paper {row['paper']:.2%}"
-    return f" ({row['mode']}, {row['lowest']:.1%} to {row['highest']:.1%}{paper})"
+    return f" ({row['mode']}, {min(row['values']):.1%} to {max(row['values']):.1%}{paper})"

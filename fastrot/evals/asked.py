@@ -13,9 +13,10 @@ from torch import Tensor
 from fastrot import assemble, dist, entry, paths
 from fastrot.config import Config, UsageError
 from fastrot.core import Data
+from fastrot.data.loader import Loader
 from fastrot.disk import replace_bytes
 from fastrot.evals.features import features
-from fastrot.evals.knobs import Knn, OfStages, Retrieval
+from fastrot.evals.knobs import Asked, Knn, OfStages, Retrieval
 from fastrot.evals.trained import Trunk, load, nets_of
 from fastrot.training import checkpoint
 from fastrot.training.device import choose_device
@@ -119,7 +120,7 @@ class Named(NamedTuple):
         return self.data.rows if self.rows is None else len(np.load(self.rows))
 
 
-def given(name: str, knobs: OfStages, knob: str = "--data") -> Named:
+def given(name: str, knobs: Asked, knob: str = "--data") -> Named:
     """All of the data that a knob names."""
     return Named(assemble.open_data(name, knobs.loader, knob=knob, labelled=True), name, None)
 
@@ -156,14 +157,20 @@ def _named(run: str, trunk: Trunk, name: str | None, knob: str, knobs: OfStages)
     return given(name, knobs, f"--{knob}")
 
 
-def seen(trunk: Trunk, named: Named, knobs: OfStages, device: torch.device) -> Pictures:
-    """What could be read of them, with its features. Called on all ranks."""
-    data, here, cfg = named.data, dist.place(), trunk.config
+def loader_of(named: Named, cfg: Config, knobs: Asked, device: torch.device) -> Loader:
+    """This rank's share of pictures, in data order, as a run of `cfg` is judged."""
+    here = dist.place()
     workers = entry.share_of_cores(here.local_world) if knobs.workers is None else knobs.workers
     how: dict[str, Any] = {"rank": here.rank, "world": here.world, "device": device}
     how |= {"batch": knobs.batch or cfg.batch, "enlarge": cfg.enlarge, "workers": workers}
     view = assemble.evaluation_view(cfg, named.rows)
-    loader = assemble.open_loader(data, view, **how, on_bad_record=knobs.on_bad_record)
+    return assemble.open_loader(named.data, view, **how, on_bad_record=knobs.on_bad_record)
+
+
+def seen(trunk: Trunk, named: Named, knobs: OfStages, device: torch.device) -> Pictures:
+    """What could be read of them, with its features. Called on all ranks."""
+    data = named.data
+    loader = loader_of(named, trunk.config, knobs, device)
     stages = trunk.stages if knobs.stages == ("all",) else knobs.stages
     found = features(trunk, loader, stages, knobs.pool)
     read = found.read

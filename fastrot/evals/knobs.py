@@ -28,6 +28,14 @@ class Rotation(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classes(Asked):
+    """Tell how many pictures of each class a supervised run, or each head of a probe, classifies right."""
+
+    data: str | None = None  # pictures to ask about; default: those that the run was judged on
+    json: Path | None = None  # write the numbers: FILE.json
+
+
+@dataclass(frozen=True, kw_only=True)
 class OfStages(Asked):
     """What evaluations over features have in common."""
 

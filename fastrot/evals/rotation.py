@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.keys import fold_of
 from fastrot.data.loader import Loader
+from fastrot.evals.asked import Named, loader_of
 from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Rotation
 from fastrot.evals.trained import Trained, nets_of, trained_method
@@ -72,10 +72,6 @@ def _answers(
     nets: list[Trained], knobs: Rotation, data: Data, fold: Fold, device: torch.device
 ) -> tuple[Answers, Right]:
     """What the nets say of all rows, each of those of its fold; on every rank."""
-    here = dist.place()
-    how: dict[str, Any] = {"rank": here.rank, "world": here.world, "device": device}
-    workers = entry.share_of_cores(here.local_world) if knobs.workers is None else knobs.workers
-    how |= {"workers": workers, "on_bad_record": knobs.on_bad_record}
     answers = np.zeros((data.rows, ROTATIONS, ROTATIONS), np.float32)
     right = np.zeros((data.rows, ROTATIONS), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,9 +79,7 @@ def _answers(
             rows = Path(folder) / f"fold{number}.npy" if len(nets) > 1 else None
             if rows is not None:
                 np.save(rows, np.flatnonzero(fold == number))
-            view = assemble.evaluation_view(net.cfg, rows)
-            how |= {"batch": knobs.batch or net.cfg.batch, "enlarge": net.cfg.enlarge}
-            loader = assemble.open_loader(data, view, **how)
+            loader = loader_of(Named(data, "", rows), net.cfg, knobs, device)
             _ask(trained_method(net.source, device), loader, answers, right)
     # the shares of ranks do not overlap: each sum is exact
     whole = [dist.sum_over_ranks(torch.from_numpy(mine)).numpy() for mine in (answers, right)]

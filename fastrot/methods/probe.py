@@ -56,6 +56,7 @@ class Probe(Method):
         head = HEADS[cfg.head]
         heads = {stage: head(trunk, stage, shapes, info.classes) for stage in cfg.stages}
         self.net, self.stages = ProbeNet(trunk, heads, frozen=not cfg.tune), cfg.stages
+        self.heads = cfg.stages
         self.headline = Headline(title=f"Accuracy of {cfg.stages[-1]}", chance=1 / info.classes)
 
     def views(self, batch: Batch) -> Float[Tensor, "b c s s"]:

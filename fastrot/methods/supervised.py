@@ -15,6 +15,7 @@ class Supervised(Method):
     """One upright view of each crop; mean cross-entropy over the B pictures."""
 
     wants_labels = True
+    heads = ("net",)
 
     def __init__(self, cfg: config.Supervised, trunk: Staged, info: DataInfo):
         self.net = Classifier(trunk, info.classes)
