@@ -43,6 +43,7 @@ OTHERWISE = {
     "FFCV, its own pipeline, raw": ("FFCV, raw pixels", False),
 }
 BESIDE = "crops, beside a stand-in for the step"
+LINEAR, KNN = "linear probe, top-1", "kNN, top-1"  # tables of the study of ten ImageNet classes
 
 
 class Rows(list[dict[str, Any]]):
@@ -342,4 +343,29 @@ def scale(rows: Rows):
     figure, (axes,) = panels(1, 2)
     bars(axes, names, values, [f"{number(v)} kB" for v in values], color=[BLUE, BLUE, RED])
     axes.set_xlabel("kB a picture: as many TB for a billion")
+    return figure
+
+
+def study(rows: Rows):
+    """A panel for each table of more than one column: a line for each of its lines, over the seeds' means and spread."""
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row.get("values") and row["what"] != "order":
+            tables.setdefault(row["what"], {}).setdefault(row["variant"], []).append(row)
+    tables = {name: t for name, t in tables.items() if max(map(len, t.values())) > 1}
+    if not tables:
+        return None
+    figure, every = panels(len(tables), 3.4 * len(tables))
+    for axes, (name, lines) in zip(every, tables.items(), strict=True):
+        looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), "os^Dv*", strict=True)
+        for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
+            means = [sum(row["values"]) / len(row["values"]) for row in cells]
+            low = [mean - min(row["values"]) for mean, row in zip(means, cells, strict=True)]
+            high = [max(row["values"]) - mean for mean, row in zip(means, cells, strict=True)]
+            columns = [row["mode"] for row in cells]
+            style = {"color": colour, "marker": mark, "ms": 4, "capsize": 2}
+            axes.errorbar(columns, means, (low, high), label=line, **style)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.legend(fontsize=8, ncols=2)
     return figure

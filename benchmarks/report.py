@@ -444,6 +444,32 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     ]
 
 
+def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
+    """A table for each that the study makes, and what was expected of them."""
+    orders, spent = rows.all("order"), rows.all("seconds")
+    shown = sum(min(row["values"]) > 0 for row in orders)
+    said = [
+        f"{shown} of {len(orders)} expectations, stated before they were measured, hold in every seed.",
+        "\n".join(f"- {row['judgement']}" for row in orders),
+        "Top-1, mean of the seeds, in brackets the lowest and the highest; seconds are of all runs that a line needs.",
+        *_about(rows),
+    ]
+    tables = dict.fromkeys(row["what"] for row in rows if row not in orders and row not in spent)
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        low, high = (f"{100 * f(row['values']):.1f}" for f in (min, max))
+        mean = f"{sum(row['values']) / len(row['values']):.1%}" + " †" * bool(row.get("dirty"))
+        paper = f", paper {row['paper']:.2%}" if row["paper"] is not None else ""
+        return {row["mode"]: f"{mean} ({low} to {high}{paper})"}
+
+    each = [pivot(rows.all(what), what, _variant, cells) for what in tables]
+    for table in each:
+        table.cells[0].append("seconds")
+        for line in table.cells[1:]:
+            line.append(number(max(r["seconds"] for r in table.rows if r["variant"] == line[0])))
+    return said, [*each, figures(spent)]
+
+
 def versions(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     tests = rows.all("tests")
     said = "`make matrix` runs the tests that need no GPU under each of these sets of versions."
@@ -482,6 +508,8 @@ TOPICS = {  # by the name of the page; rows of the theme `train` are throughput'
     "throughput": Topic("A training step, and an epoch", throughput, plots.throughput),
     "cifar": Topic("Learning: CIFAR-10", cifar, plots.cifar),
     "decoupling": Topic("Learning: Rotation Feature Decoupling", decoupling, plots.decoupling),
+    "imagenette": Topic("How good features are: ten ImageNet classes", study, plots.study),
+    "cifar10": Topic("How good features are: CIFAR-10, the tables of RotNet", study, plots.study),
     "chaos": Topic("Killed, and gone on", chaos, plots.chaos),
     "neighbours": Topic("Beside other processes", neighbours),
     "ops": Topic("The kernels", ops, plots.ops),
@@ -536,7 +564,7 @@ def origin(rows: Rows) -> str:
 
     versions = [f"{name} {each(name)}" for name in VERSIONS if each(name)]
     commits = ", ".join(dict.fromkeys(row["commit"][:8] for row in rows))
-    scripts = [re.search(r"benchmarks[./](\w+)", row["command"]) for row in rows]
+    scripts = [re.search(r"benchmarks[./]((?:studies[./])?\w+)", row["command"]) for row in rows]
     days = sorted({row["when"][:10] for row in rows})
     return (
         f"Measured {' to '.join(dict.fromkeys((days[0], days[-1])))} at {commits}, with {', '.join(versions)}, by benchmarks/"
@@ -585,15 +613,15 @@ def readme_table(rows: Rows) -> str:
     ours = train.one("baseline", "ours, eager, .beton")
     theirs = train.one("baseline", "original's way, num_workers 8")
     jpegs, pack = (read.one("loader", name, mode="crops") for name in (plots.OURS, plots.PACK))
+    learnt = of.get("imagenette", none)
     guess = told(cifar10, "chance", "share")
     lines = [
         ("`make demo`: a fresh clone becomes a trained net; held-out rotations predicted right", right,
          f"{told(right)} (guessing: {guess}) in {told(took)}, training at {told(right, 'images_per_s', 'images/s')}", "bench_demo"),
         ("CIFAR-10, a small net: held-out rotations predicted right", cifar10,
          f"{told(cifar10)} (guessing: {guess}) after {told(seconds)}", "bench_cifar"),
-        ("reading: random training crops from JPEGs, images/s for each core", jpegs,
-         f"{bare(jpegs)} ({yardsticks(read)})", "bench_loaders"),
-        ("reading: the same from our pack, which is made for GPUs", pack, bare(pack), "bench_loaders"),
+        ("reading: random training crops, images/s for each core", jpegs,
+         f"{bare(jpegs)} from JPEGs ({yardsticks(read)}), {bare(pack)} from our pack", "bench_loaders"),
         ("preparing pictures, images/s for each core", convert,
          f"{bare(convert)} ({told(writer)} FFCV's own writer, side by side)", "bench_conversion"),
         ("training killed at random moments and started again, ending with the same bits", kills,
@@ -603,20 +631,43 @@ def readme_table(rows: Rows) -> str:
         ("Rotation Feature Decoupling with a small AlexNet, beside the original's way", ours,
          f"{told(ours)} against {told(theirs)}", "baseline"),
     ]  # fmt: skip
+    lines += [
+        (f"ten ImageNet classes by {name}: linear probe of conv1 ... conv5; kNN's best", learnt.one(plots.LINEAR, name),
+         features(learnt, name), "studies.imagenette")
+        for name in dict.fromkeys(row["variant"] for row in learnt.all(plots.LINEAR))
+    ]  # fmt: skip
     table = ["| what | measured | again by |", "| --- | --- | --- |"]
     for what, row, figure, script in lines:
         if row is not None:
             command = f"python {script}" if "/" in script else f"python -m benchmarks.{script}"
             table.append(f"| {what} | {figure} | `{command}` |")
-    for row in of.get("versions", none).all("tests"):
-        figure = f"{bare(row)} of {bare(row, 'ran')}"
-        table.append(f"| tests passed: {versions_of(row)} | {figure} | `make matrix` |")
+    if tests := of.get("versions", none).all("tests"):
+        each = (
+            f"{bare(row)} of {bare(row, 'ran')} (Python {row['python']}, torch {row['torch'].split('+')[0]})"
+            for row in tests
+        )
+        table.append(f"| tests passed, by versions | {'; '.join(each)} | `make matrix` |")
     machines = dict.fromkeys(
         f"{row['cpu']}, {row['cores']} cores, no GPU" for row in rows if not row["gpu"]
     )
     return (
         "\n".join(table)
         + f"\n\nMedians on {'; '.join(machines)}. [All pages](benchmarks/reports/README.md).\n"
+    )
+
+
+def features(rows: Rows, name: str) -> str:
+    """By a method: means of the linear probe by stage, its widest spread, and kNN's best, with the seconds of both."""
+    linear, knn = rows.all(plots.LINEAR, name), rows.all(plots.KNN, name)
+    if not linear or not knn:
+        return "not measured"
+    means = [100 * sum(row["values"]) / len(row["values"]) for row in linear]
+    apart = max(100 * (max(row["values"]) - min(row["values"])) for row in linear)
+    best = max(knn, key=lambda row: sum(row["values"]))
+    took = linear[0]["seconds"]
+    return (
+        f"{' '.join(f'{mean:.1f}' for mean in means)} % (seeds up to {apart:.1f} apart); "
+        f"{sum(best['values']) / len(best['values']):.1%}, {best['mode']}; {in_time(took)}"
     )
 
 

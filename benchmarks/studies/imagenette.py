@@ -9,6 +9,7 @@ stage then learns on the training pictures' labels, and kNN asks among them. Bot
 import sys
 
 from benchmarks import runs
+from benchmarks.plots import KNN, LINEAR
 from benchmarks.studies import study
 from benchmarks.studies.study import Figure, Job, Order, Study
 from fastrot import entry
@@ -19,7 +20,6 @@ CROP = ("--image-size", SIZE, "--method.crop.scale", 0.3, 1.0)
 LENGTH = ("--schedule.kind", "linear", "--schedule.steps", STEPS, "--batch", BATCH)
 PROBE_EPOCHS, PROBE_BATCH = 5, 64
 STAGES = ("conv1", "conv2", "conv3", "conv4", "conv5")
-LINEAR, KNN = "linear probe, top-1", "kNN, top-1"
 METHODS = {
     "labels (supervised)": ("supervised-alexnet", "--lr", 0.03),
     "RotNet": ("rotnet-alexnet", "--lr", 0.03),
