@@ -632,7 +632,7 @@ def readme_table(rows: Rows) -> str:
          f"{told(ours)} against {told(theirs)}", "baseline"),
     ]  # fmt: skip
     lines += [
-        (f"ten ImageNet classes by {name}: linear probe of conv1 ... conv5; kNN's best", learnt.one(plots.LINEAR, name),
+        (f"ten ImageNet classes by {name}: linear probe of conv1 ... conv5; kNN of the best; time", learnt.one(plots.LINEAR, name),
          features(learnt, name), "studies.imagenette")
         for name in dict.fromkeys(row["variant"] for row in learnt.all(plots.LINEAR))
     ]  # fmt: skip
@@ -642,11 +642,11 @@ def readme_table(rows: Rows) -> str:
             command = f"python {script}" if "/" in script else f"python -m benchmarks.{script}"
             table.append(f"| {what} | {figure} | `{command}` |")
     if tests := of.get("versions", none).all("tests"):
-        each = (
-            f"{bare(row)} of {bare(row, 'ran')} (Python {row['python']}, torch {row['torch'].split('+')[0]})"
-            for row in tests
+        sets = ", ".join(
+            f"{row['python']} with torch {row['torch'].split('+')[0]}" for row in tests
         )
-        table.append(f"| tests passed, by versions | {'; '.join(each)} | `make matrix` |")
+        each = ", ".join(f"{bare(row)} of {bare(row, 'ran')}" for row in tests)
+        table.append(f"| tests passed under Python {sets} | {each} | `make matrix` |")
     machines = dict.fromkeys(
         f"{row['cpu']}, {row['cores']} cores, no GPU" for row in rows if not row["gpu"]
     )
@@ -657,7 +657,7 @@ def readme_table(rows: Rows) -> str:
 
 
 def features(rows: Rows, name: str) -> str:
-    """By a method: means of the linear probe by stage, its widest spread, and kNN's best, with the seconds of both."""
+    """By a method: means of the linear probe by stage with its widest spread, kNN of its best stage, and the time of net and probe."""
     linear, knn = rows.all(plots.LINEAR, name), rows.all(plots.KNN, name)
     if not linear or not knn:
         return "not measured"
@@ -667,7 +667,7 @@ def features(rows: Rows, name: str) -> str:
     took = linear[0]["seconds"]
     return (
         f"{' '.join(f'{mean:.1f}' for mean in means)} % (seeds up to {apart:.1f} apart); "
-        f"{sum(best['values']) / len(best['values']):.1%}, {best['mode']}; {in_time(took)}"
+        f"{sum(best['values']) / len(best['values']):.1%}; {in_time(took)}"
     )
 
 

@@ -12,97 +12,114 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import bench_cifar, runs
 from benchmarks.studies import study
 from benchmarks.studies.study import Figure, Job, Order, Spent, Study
 from fastrot import entry
 
-LABELLED = 5000  # pictures of each class in all of CIFAR-10
-BLOCKS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-BLOCK, ROTATIONS, WAYS, CLASSES, LENGTH, LABELS, VIEWS = (
-    *("MLP on each block", "rotations", "against labels", "by class"),
-    *("pretext epochs", "labels a class", "copies a picture"),
-)
+IMAGES, EPOCHS = 50_000, 200  # pictures of CIFAR-10 to learn from; epochs of RotNet in the paper
+STAGES = ("conv1", "conv2", "conv3", "conv4", "conv5")
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MLP, CONV = "MLP on conv2", "convolutions on conv2"
 NET, RANDOM, SUPERVISED = "RotNet, 4 blocks", "random net", "supervised"
-BY_BLOCK = {  # blocks of the net -> top-1 of the MLP on each, in the paper; NaN: not known to us
+ALL, ONE = "all four rotations of each", "one of them, of four times as many"
+# tables
+BLOCK, ROTATIONS, WAYS, CLASS = "MLP on each block", "rotations", "beside labels", "by class"
+LENGTH, LABELS, VIEWS = "pretext epochs", "labels a class", "copies of a picture in a step"
+BY_BLOCK = {  # blocks of the net -> top-1 of the MLP on each in the paper; None: we do not know it
     3: (None, 0.8826, 0.6209),
     4: (0.8507, 0.8906, 0.8621, 0.6173),
     5: (0.8504, 0.8976, 0.8682, 0.7450, 0.5037),
 }
+FOUR, TWO = "4 rotations", "2 rotations (0, 180)"
 BY_ROTATIONS = {
-    "4 rotations": ((0, 90, 180, 270), 0.8906),
+    FOUR: ((0, 90, 180, 270), 0.8906),
     "8 rotations": ((0, 45, 90, 135, 180, 225, 270, 315), 0.8851),
-    "2 rotations (0, 180)": ((0, 180), 0.8746),
+    TWO: ((0, 180), 0.8746),
     "2 rotations (90, 270)": ((90, 270), 0.8552),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of a study: None is the preset's."""
+    """Of a study. Numbers of epochs: None is the preset's."""
 
     width: float
-    pictures: int | None
+    pictures: int
     batch: int
-    epochs: int | None  # of RotNet and of supervised runs
-    probe_epochs: int | None
-    steps: int  # of what learns from few labels
+    few_steps: int  # of what learns from few labels
     at: tuple[int, ...]  # epochs of RotNet whose net is probed
-    labels: tuple[int, ...]  # of each class
-    tables: tuple[str, ...]
-    blocks: tuple[int, ...]  # of the nets
-    rotations: tuple[str, ...]
-    words: tuple[str, ...]
+    labels: tuple[int, ...]  # a class
+    epochs: int | None = None  # of RotNet and of supervised runs
+    probe_epochs: int | None = None
+    blocks: tuple[int, ...] = tuple(BY_BLOCK)  # of the nets
+    rotations: tuple[str, ...] = tuple(BY_ROTATIONS)
+    words: tuple = ()  # more, for train.py
 
-    def long(self, epochs: int | None) -> tuple:
-        return () if epochs is None else ("--epochs", epochs)
-
-    def steps_of(self, epochs: int) -> int:
+    def steps(self, epochs: int | None) -> int:
         """RotNet's, of whole batches."""
-        return epochs * ((self.pictures or 10 * LABELLED) // self.batch)
+        return (epochs or EPOCHS) * (self.pictures // self.batch)
 
 
-EVERY = (BLOCK, ROTATIONS, WAYS, CLASSES, LENGTH, LABELS, VIEWS)
 SIZES = {
     "cuda": Size(
-        *(1.0, None, 128, None, None, 39_000, (20, 60, 100, 160, 200)),
-        *((20, 100, 400, 1000, 5000), EVERY, (3, 4, 5), tuple(BY_ROTATIONS), ("--compile",)),
+        width=1.0,
+        pictures=IMAGES,
+        batch=128,
+        few_steps=39_000,
+        at=(20, 60, 100, 160, 200),
+        labels=(20, 100, 400, 1000, 5000),
+        words=("--compile",),
     ),
     "cpu": Size(
-        *(0.25, 5000, 64, 12, 12, 600, (2, 4, 8, 12)),
-        *((20, 100, 500), EVERY, (4,), ("4 rotations", "2 rotations (0, 180)"), ()),
+        width=0.25,
+        pictures=5000,
+        batch=64,
+        few_steps=600,
+        at=(2, 4, 8, 12),
+        labels=(20, 100, 450),
+        epochs=12,
+        probe_epochs=12,
+        blocks=(4,),
+        rotations=(FOUR, TWO),
     ),
 }
-PAPERS = 200  # epochs of RotNet in the paper
+
+
+def long(epochs: int | None) -> tuple:
+    return () if epochs is None else ("--epochs", epochs)
 
 
 def study_of(data: tuple, size: Size, about: str) -> Study:
     """All jobs and tables, on the pictures that these knobs name."""
     same = (*data, "--backbone.width", size.width, "--batch", size.batch, *size.words)
-    mlp = ("probe-mlp-cifar10", *data, "--batch", size.batch, *size.long(size.probe_epochs))
-    conv = ("probe-conv-cifar10", *data, "--batch", size.batch, *size.long(size.probe_epochs))
-    on_conv2 = ("--method.stages", "conv2")
+    probe = (*data, "--batch", size.batch, *long(size.probe_epochs), *size.words)
+    mlp, conv = ("probe-mlp-cifar10", *probe), ("probe-conv-cifar10", *probe)
+    on_conv2, tuned = ("--method.stages", "conv2"), ("--method.tune",)
     fresh = ("--backbone.width", size.width, "--method.random")
-    rotnet = ("rotnet-nin-cifar10", *same, *size.long(size.epochs))
+    rotnet = ("rotnet-nin-cifar10", *same)
+    labels_alone = ("supervised-nin-cifar10", *same)
     jobs: dict[str, Job] = {}
     figures: list[Figure] = []
 
-    def cell(table, line, column, job, stage, paper=None) -> None:
-        figures.append(Figure(table, line, column, job, f"top1_{stage}", paper))
+    def cell(table: str, line: str, column: str, job: str, score="top1_conv2", **more: Any) -> None:
+        figures.append(Figure(table, line, column, job, score, **more))
 
     # RotNet by blocks, and an MLP on each
     for blocks in size.blocks:
         name = f"rotnet-{blocks}"
-        keep = ("--keep-every", size.steps_of(math.gcd(*size.at))) if blocks == 4 else ()
-        jobs[name] = Job((*rotnet, "--backbone.stages", blocks, *keep))
-        jobs[f"{name}-mlp"] = Job((*mlp, "--method.stages", *BLOCKS[:blocks]), of=name)
-        for block, paper in zip(BLOCKS, BY_BLOCK[blocks], strict=False):
-            cell(BLOCK, f"RotNet, {blocks} blocks", block, f"{name}-mlp", block, paper)
+        keep = ("--keep-every", size.steps(math.gcd(*size.at))) if blocks == 4 else ()
+        words = (*long(size.epochs), "--backbone.stages", blocks, *keep)
+        jobs[name] = Job((*rotnet, *words))
+        jobs[f"{name}-mlp"] = Job((*mlp, "--method.stages", *STAGES[:blocks]), of=name)
+        for stage, paper in zip(STAGES, BY_BLOCK[blocks], strict=False):
+            line = f"RotNet, {blocks} blocks"
+            cell(BLOCK, line, stage, f"{name}-mlp", f"top1_{stage}", paper=paper)
     jobs["random-mlp"] = Job((*mlp, *fresh))
-    for block in BLOCKS[:4]:
-        cell(BLOCK, RANDOM, block, "random-mlp", block)
+    for stage in STAGES[:4]:
+        cell(BLOCK, RANDOM, stage, "random-mlp", f"top1_{stage}")
 
     # fewer and more rotations
     for line in size.rotations:
@@ -110,63 +127,56 @@ def study_of(data: tuple, size: Size, about: str) -> Study:
         name = "rotnet-4"
         if len(angles) != 4:
             name = f"rotnet-{'-'.join(map(str, angles))}"
-            jobs[name] = Job((*rotnet, "--method.angles", *angles))
+            jobs[name] = Job((*rotnet, *long(size.epochs), "--method.angles", *angles))
             jobs[f"{name}-mlp"] = Job((*mlp, *on_conv2), of=name)
-        cell(ROTATIONS, line, MLP, f"{name}-mlp", "conv2", paper)
+        cell(ROTATIONS, line, MLP, f"{name}-mlp", paper=paper)
 
     # beside labels, whole and by class
-    tune = ("--method.tune",)
-    jobs["supervised"] = Job(("supervised-nin-cifar10", *same, *size.long(size.epochs)))
+    jobs["supervised"] = Job((*labels_alone, *long(size.epochs)))
     jobs["rotnet-4-conv"] = Job(conv, of="rotnet-4")
-    jobs["rotnet-4-conv-tuned"] = Job((*conv, *tune), of="rotnet-4")
-    jobs["rotnet-4-mlp-tuned"] = Job((*mlp, *on_conv2, *tune), of="rotnet-4")
+    jobs["rotnet-4-conv-tuned"] = Job((*conv, *tuned), of="rotnet-4")
+    jobs["rotnet-4-mlp-tuned"] = Job((*mlp, *on_conv2, *tuned), of="rotnet-4")
     jobs["random-conv"] = Job((*conv, *fresh))
     ways = {
-        SUPERVISED: ("supervised", None, 0.9280),
+        SUPERVISED: ("supervised", "net", 0.9280),
         f"{RANDOM}, {CONV}": ("random-conv", "conv2", 0.7250),
         f"RotNet, {MLP}": ("rotnet-4-mlp", "conv2", 0.8906),
         f"RotNet, {MLP}, fine-tuned": ("rotnet-4-mlp-tuned", "conv2", 0.9173),
         f"RotNet, {CONV}": ("rotnet-4-conv", "conv2", 0.9116),
         f"RotNet, {CONV}, fine-tuned": ("rotnet-4-conv-tuned", "conv2", 0.9217),
     }
-    for line, (job, stage, paper) in ways.items():
-        score = f"top1_{stage}" if stage else "accuracy"
+    for line, (job, head, paper) in ways.items():
+        score = "accuracy" if head == "net" else f"top1_{head}"
         reach = job in ("rotnet-4-mlp", "rotnet-4-conv")
-        figures.append(Figure(WAYS, line, "top-1", job, score, paper, reach))
+        cell(WAYS, line, "top-1", job, score, paper=paper, reach=reach)
         jobs[f"{job}-classes"] = Job(("classes",), of=job, asks=True)
-        for name in NAMES:
-            shown = f"{stage or 'net'}.classes.{name}"
-            figures.append(Figure(CLASSES, line, name, f"{job}-classes", shown))
+        for name in CLASSES:
+            cell(CLASS, line, name, f"{job}-classes", f"{head}.classes.{name}")
 
     # as RotNet is trained longer
     for epochs in size.at:
         job = f"rotnet-4-at-{epochs}-mlp"
-        jobs[job] = Job((*mlp, *on_conv2), of="rotnet-4", step=size.steps_of(epochs))
-        cell(LENGTH, NET, f"{epochs}", job, "conv2")
+        jobs[job] = Job((*mlp, *on_conv2), of="rotnet-4", step=size.steps(epochs))
+        cell(LENGTH, NET, f"{epochs}", job)
 
     # from few labels
     for count in size.labels:
-        few = ("--rows", count, "--schedule.steps", size.steps)
+        few = ("--rows", count, "--schedule.steps", size.few_steps)
         jobs[f"rotnet-4-conv-{count}"] = Job((*conv, *few), of="rotnet-4")
-        jobs[f"supervised-{count}"] = Job(("supervised-nin-cifar10", *same, *few))
-        cell(LABELS, f"RotNet, {CONV}", f"{count}", f"rotnet-4-conv-{count}", "conv2")
-        figures.append(Figure(LABELS, SUPERVISED, f"{count}", f"supervised-{count}", "accuracy"))
+        jobs[f"supervised-{count}"] = Job((*labels_alone, *few))
+        cell(LABELS, f"RotNet, {CONV}", f"{count}", f"rotnet-4-conv-{count}")
+        cell(LABELS, SUPERVISED, f"{count}", f"supervised-{count}", "accuracy")
 
     # all copies of a picture in a step, or one of four times as many pictures: as many steps and views
-    steps = size.steps_of(size.epochs or PAPERS)
-    one = ("--method.copies", "one", "--batch", 4 * size.batch, "--schedule.steps", steps)
-    jobs["rotnet-4-one"] = Job(("rotnet-nin-cifar10", *same, *one))
+    one = ("--method.copies", "one", "--batch", 4 * size.batch)
+    jobs["rotnet-4-one"] = Job((*rotnet, *one, "--schedule.steps", size.steps(size.epochs)))
     jobs["rotnet-4-one-mlp"] = Job((*mlp, *on_conv2), of="rotnet-4-one")
-    cell(VIEWS, "all four rotations of each", MLP, "rotnet-4-mlp", "conv2")
-    cell(VIEWS, "one of them, of four times as many", MLP, "rotnet-4-one-mlp", "conv2")
+    cell(VIEWS, ALL, MLP, "rotnet-4-mlp")
+    cell(VIEWS, ONE, MLP, "rotnet-4-one-mlp")
 
     least = f"{min(size.labels)}"
     orders = (
-        Order(
-            "4 rotations over 2",
-            (ROTATIONS, "4 rotations", MLP),
-            (ROTATIONS, "2 rotations (0, 180)", MLP),
-        ),
+        Order("4 rotations over 2", *((ROTATIONS, each, MLP) for each in (FOUR, TWO))),
         Order("the second block over the last", (BLOCK, NET, "conv2"), (BLOCK, NET, "conv4")),
         Order("RotNet over a random net", (BLOCK, NET, "conv2"), (BLOCK, RANDOM, "conv2")),
         Order(
@@ -180,8 +190,7 @@ def study_of(data: tuple, size: Size, about: str) -> Study:
         ),
         Order(
             "all four rotations of a picture over one",
-            (VIEWS, "all four rotations of each", MLP),
-            (VIEWS, "one of them, of four times as many", MLP),
+            *((VIEWS, copies, MLP) for copies in (ALL, ONE)),
         ),
     )
     probes = ("rotnet-4", "rotnet-4-mlp", "rotnet-4-conv")
@@ -189,19 +198,13 @@ def study_of(data: tuple, size: Size, about: str) -> Study:
     return Study("cifar10", about, jobs, tuple(figures), orders, (spent,))
 
 
-NAMES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
-
-
-def prepared(root: Path, work: Path, pictures: int | None) -> tuple:
-    """Training pictures, of `pictures` the first, and the test pictures, as raw .beton: the knobs that name them."""
+def prepared(root: Path, work: Path, pictures: int) -> tuple:
+    """The first training pictures and the test pictures, as raw .beton: the knobs that name them."""
     words: tuple = ()
-    for knob, split, some in (("--data", "train", pictures), ("--val", "test", None)):
-        out = work / f"cifar10-{split}{some or ''}.beton"
-        of = ("--source", "cifar10", "--root", root, "--split", split, "--encoding", "raw")
-        words += (knob, runs.convert("to_ffcv.py", out, *of, *(("--limit", some) if some else ())))
+    for knob, split, count in (("--data", "train", pictures), ("--val", "test", 10_000)):
+        of = ("--source", "cifar10", "--root", root, "--split", split, "--limit", count)
+        out = work / f"cifar10-{split}-{count}.beton"
+        words += (knob, runs.convert("to_ffcv.py", out, *of, "--encoding", "raw"))
     return words
 
 
@@ -211,8 +214,8 @@ def main(args: list[str] | None = None) -> int:
     size = SIZES[asked.device]
     root, about = bench_cifar.pictures(asked.root, asked.work)
     data = prepared(root, asked.work, size.pictures)
-    shape = {"width": size.width, "pictures": size.pictures or 10 * LABELLED, "seeds": asked.seeds}
-    shape |= {"epochs": size.epochs or PAPERS, "batch": size.batch}
+    shape = {name: getattr(size, name) for name in ("width", "pictures", "batch")}
+    shape |= {"epochs": size.epochs or EPOCHS, "seeds": asked.seeds}
     about += "; the last step is judged, where the paper tells the best epoch on the test pictures"
     runs.keep(study.rows(study_of(data, size, about), asked, shape), asked, study.said)
     return 0

@@ -1,0 +1,245 @@
+"""Studies: each job is a command that exists, is done once and gone on with; a figure is its seeds', an order is judged by all."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import measure, plots, report, runs
+from benchmarks.studies import cifar10, imagenette, study
+from benchmarks.studies.study import Figure, Job, Order, Spent, Study
+from fastrot import cli, config, evaluate, ranges, train
+from fastrot.config import RunError
+
+DATA = ("--data", "train.beton", "--val", "test.beton")
+STUDIES = {
+    "imagenette": imagenette.study_of(DATA),
+    **{f"cifar10 {d}": cifar10.study_of(DATA, size, "") for d, size in cifar10.SIZES.items()},
+}
+
+
+@pytest.fixture(autouse=True)
+def commit(monkeypatch):
+    monkeypatch.setenv("COMMIT", "f" * 40)
+    monkeypatch.setenv("DIRTY", "1")
+
+
+def asked(work, *more: str) -> argparse.Namespace:
+    words = ["--work", str(work), "--device", "cpu", "--seeds", "2", *more]
+    return study.parser("x").parse_args(words)
+
+
+# ---- the tables ----
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_job_is_a_command_with_knobs_that_exist(name):
+    of = STUDIES[name]
+    names = list(of.jobs)
+    for at, (job, each) in enumerate(of.jobs.items()):
+        assert each.of is None or names.index(each.of) < at, job
+        first, *words = map(str, each.words)
+        if each.asks:
+            ranges.check_ranges(cli.parse(evaluate.EVALUATIONS[first], words, "x"))
+            continue
+        cfg = train.command_line([first, *words, *(["--start-from", "x"] if each.of else [])])
+        ranges.check(config.resolved(cfg))
+        if each.step is not None:
+            whose = train.command_line(list(map(str, of.jobs[each.of].words)))
+            assert each.step % whose.keep_every == 0
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_figure_has_a_job_that_has_its_score(name):
+    of = STUDIES[name]
+    cells = [(f.table, f.line, f.column) for f in of.figures]
+    assert len(set(cells)) == len(cells)
+    assert {f.job for f in of.figures} <= set(of.jobs)
+    for order in of.orders:
+        assert {order.more, order.less} <= set(cells)
+    for f in of.figures:
+        words = [*map(str, of.jobs[f.job].words)]
+        if "--method.stages" in words and f.score.startswith("top1_"):
+            assert f.score.removeprefix("top1_") in words
+
+
+def test_at_equal_views_one_copy_has_as_many_steps_of_as_many_views():
+    for size in cifar10.SIZES.values():
+        jobs = cifar10.study_of(DATA, size, "").jobs
+        one, every = (
+            train.command_line([*map(str, jobs[name].words)])
+            for name in ("rotnet-4-one", "rotnet-4")
+        )
+        epochs = every.epochs or every.schedule.epochs
+        assert one.batch == 4 * every.batch
+        assert one.schedule.steps == epochs * (size.pictures // every.batch)
+        assert one.schedule.table == every.schedule.table
+
+
+# ---- how they are done ----
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[list[str]]:
+    """Commands that were given, each by a stand-in that writes what a run would."""
+    calls: list[list[str]] = []
+
+    def run(script, *words, quiet=False):
+        words = [*map(str, words)]
+        calls.append([script, *words])
+        if "fail" in words:
+            raise RunError("it failed")
+        if script.endswith("evaluate.py"):
+            found = {"stages": {"conv1": {"top1": 0.3, "classes": {"cat": 0.1}}}}
+            Path(words[words.index("--json") + 1]).write_text(json.dumps(found))
+            return
+        out, seed = Path(words[words.index("--out") + 1]), int(words[words.index("--seed") + 1])
+        out.mkdir(parents=True)
+        val = {"accuracy": 0.5 + 0.1 * seed, "top1_conv1": 0.6 - 0.1 * seed}
+        (out / "summary.json").write_text(json.dumps({"val": val, "seconds_in_all": 10.0 + seed}))
+
+    monkeypatch.setattr(runs, "run", run)
+    return calls
+
+
+JOBS = {
+    "net": Job(("demo", "--data", "x")),
+    "probe": Job(("probe-linear",), of="net", step=40),
+    "asked": Job(("classes",), of="probe", asks=True),
+    "other": Job(("demo",)),
+}
+FIGURES = (
+    Figure("first", "a", "x", "probe", "accuracy", paper=0.5, reach=True),
+    Figure("first", "b", "x", "probe", "top1_conv1"),
+    Figure("second", "a", "cat", "asked", "conv1.classes.cat"),
+)
+ORDERS = (
+    Order("a over cat", ("first", "a", "x"), ("second", "a", "cat")),
+    Order("a over b", ("first", "a", "x"), ("first", "b", "x")),
+)
+SMALL = Study("imagenette", "about", JOBS, FIGURES, ORDERS, (Spent("both", ("net", "probe"), 5.0),))
+
+
+def test_jobs_are_done_once_each_behind_the_one_that_it_is_of(done, tmp_path):
+    found = list(study.rows(SMALL, asked(tmp_path), {}))
+    assert [[Path(c[0]).stem, c[1]] for c in done[:2]] == [
+        ["train", "demo"],
+        ["train", "probe-linear"],
+    ]
+    folder = tmp_path / "studies" / f"imagenette-cpu-{'f' * 12}"
+    begin = done[1][done[1].index("--start-from") + 1]
+    assert begin == str(folder / "net-0" / "checkpoints" / "step_40.pt")
+    assert done[2][:3] == ["fastrot/evaluate.py", str(folder / "probe-0"), "classes"]
+    assert len(done) == 6  # not `other`, which no figure wants
+    assert next(study.rows(SMALL, asked(tmp_path), {}))["values"] == found[0]["values"]
+    assert len(done) == 6
+    only = asked(tmp_path / "new", "--tables", "second")
+    assert [row["what"] for row in study.rows(SMALL, only, {})] == ["second", "seconds"]
+
+
+def test_a_figure_is_of_all_seeds_and_an_order_holds_in_each(done, tmp_path):
+    a, _, cat, over_cat, over_b, spent = study.rows(SMALL, asked(tmp_path), {"width": 1})
+    assert a["values"] == [0.5, 0.6]
+    assert a["p50"] == pytest.approx(0.55)
+    assert (a["what"], a["variant"], a["mode"], a["paper"]) == ("first", "a", "x", 0.5)
+    assert "target" not in a  # on a CPU sizes are not the paper's
+    assert a["seconds"] == 20.0
+    assert cat["values"] == [0.1, 0.1]
+    assert "a over cat: shown, in 2 of 2 seeds, by +40.0% to +50.0%" in over_cat["judgement"]
+    assert "a over b: NOT shown, in 1 of 2 seeds" in over_b["judgement"]
+    assert (spent["p50"], spent["unit"]) == (20.0, "s")
+    assert "target" not in spent
+
+
+def test_what_fails_leaves_what_was_done(done, tmp_path):
+    broken = {**JOBS, "probe": Job(("probe-linear", "fail"), of="net")}
+    of = Study("x", "", broken, FIGURES)
+    with pytest.raises(RunError):
+        list(study.rows(of, asked(tmp_path), {}))
+    with pytest.raises(RunError):
+        list(study.rows(of, asked(tmp_path), {}))
+    assert [call[1] for call in done] == ["demo", "probe-linear", "probe-linear"]
+
+
+# ---- how they are told ----
+
+
+def test_a_page_has_each_cell_beside_the_papers(done, tmp_path):
+    file = tmp_path / "results" / "x.jsonl"
+    for row in study.rows(SMALL, asked(tmp_path), {}):
+        measure.append(file, row)
+    report.write(file.parent, tmp_path / "reports")
+    page = (tmp_path / "reports" / "imagenette.md").read_text()
+    assert "1 of 2 expectations, stated before they were measured, hold in every seed." in page
+    assert "- a over b: NOT shown" in page
+    assert "| first | x | seconds |" in page
+    assert "| a | 55.0% † (50.0 to 60.0, paper 50.00%) | 20 |" in page
+    assert "| b | 55.0% † (50.0 to 60.0) | 20 |" in page
+
+
+def test_a_picture_has_a_panel_for_each_table_of_columns():
+    rows = [
+        measure.row(
+            *("linear probe, top-1",), variant=line, mode=stage, theme="imagenette", values=[v, v + 0.1]
+        )
+        for line, v in (("RotNet", 0.4), ("random net", 0.3))
+        for stage in ("conv1", "conv2")
+    ]  # fmt: skip
+    (panel,) = plots.study(plots.Rows(rows)).axes
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["RotNet", "random net"]
+    low, high = panel.get_ylim()
+    assert low < 0.3
+    assert high > 0.5
+    assert plots.study(plots.Rows(rows[:1])) is None
+
+
+# ---- for real ----
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_small_study_of_cifar10_runs_through_the_commands(monkeypatch, tmp_path):
+    """Every kind of job, in this process, on made-up pictures: the numbers of the rows are those of the runs."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for name in cifar10.CLASSES:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+
+    def run(script, *words, quiet=False):
+        main = {"train": train, "evaluate": evaluate}[Path(script).stem].main
+        assert main([*map(str, words)]) == 0
+
+    monkeypatch.setattr(runs, "run", run)
+    monkeypatch.setattr(
+        study, "_precision", lambda device: "fp32"
+    )  # ten times as fast at this size
+    size = cifar10.Size(
+        width=0.02, pictures=20, batch=4, few_steps=2, at=(1,), labels=(1,), epochs=1, probe_epochs=1,
+        blocks=(4,), rotations=(cifar10.FOUR, "8 rotations"), words=("--workers", 1),
+    )  # fmt: skip
+    data = ("--data", tmp_path / "train", "--val", tmp_path / "test")
+    of = cifar10.study_of(data, size, "noise")
+    how = asked(tmp_path / "work")
+    how.seeds = 1
+    how.tables = [cifar10.LENGTH, cifar10.ROTATIONS, cifar10.VIEWS]
+    rows = {(row["what"], row["variant"]): row for row in study.rows(of, how, {})}
+    folder = next((tmp_path / "work" / "studies").iterdir())
+
+    def summary(job: str) -> dict:
+        return json.loads((folder / f"{job}-0" / "summary.json").read_text())
+
+    eight = "rotnet-0-45-90-135-180-225-270-315"
+    assert summary(eight)["chance"] == 0.125
+    found = rows[cifar10.ROTATIONS, "8 rotations"]
+    assert found["values"] == [summary(f"{eight}-mlp")["val"]["top1_conv2"]]
+    assert (summary("rotnet-4-one")["steps"], summary("rotnet-4-one")["images"]) == (5, 5 * 16)
+    jobs = {"net": of.jobs["supervised"], "asked": Job(("classes",), of="net", asks=True)}
+    how.tables = None
+    of = Study("x", "", jobs, (Figure("by class", "net", "cat", "asked", "net.classes.cat"),))
+    (row,) = study.rows(of, how, {})
+    assert row["values"][0] in (0, 1)
