@@ -449,7 +449,7 @@ def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     orders, spent = rows.all("order"), rows.all("seconds")
     shown = sum(min(row["values"]) > 0 for row in orders)
     said = [
-        f"{shown} of {len(orders)} expectations, stated before they were measured, hold in every seed.",
+        f"{shown} of {len(orders)} expectations, which the papers give, hold in every seed.",
         "\n".join(f"- {row['judgement']}" for row in orders),
         "Top-1, mean of the seeds, in brackets the lowest and the highest; seconds are of all runs that a line needs.",
         *_about(rows),

@@ -173,7 +173,7 @@ def test_a_page_has_each_cell_beside_the_papers(done, tmp_path):
         measure.append(file, row)
     report.write(file.parent, tmp_path / "reports")
     page = (tmp_path / "reports" / "imagenette.md").read_text()
-    assert "1 of 2 expectations, stated before they were measured, hold in every seed." in page
+    assert "1 of 2 expectations, which the papers give, hold in every seed." in page
     assert "- a over b: NOT shown" in page
     assert "| first | x | seconds |" in page
     assert "| a | 55.0% † (50.0 to 60.0, paper 50.00%) | 20 |" in page
