@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrot import config
+from fastrot.arrays import Numbers
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
@@ -189,12 +190,12 @@ def open_loader(
     return Loader(data, view, batch=batch, workers=cores() if workers is None else workers, **how)
 
 
-def training_view(cfg: Config, rows: Path | None = None) -> View:
+def training_view(cfg: Config, rows: Path | Numbers | None = None) -> View:
     kind, own = METHODS[type(cfg.method)], cfg.method
     return View(crops=kind.crops(own), rows=rows, owned=kind.owned(own), blocks=config.blocks(cfg))
 
 
-def evaluation_view(cfg: Config, rows: Path | None = None) -> View:
+def evaluation_view(cfg: Config, rows: Path | Numbers | None = None) -> View:
     return View(crops=(crops.plain(cfg.method.crop),), shuffled=False, rows=rows)
 
 

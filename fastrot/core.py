@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from fastrot.arrays import Boxes, Bytes, Keys, Numbers, Picture, Rows, RowSizes
+from fastrot.arrays import Boxes, Bytes, Keys, Numbers, Picture, Rows, RowSizes, Sizes
 from fastrot.config import Config, Crop, RunError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their knobs
@@ -26,7 +26,7 @@ class View:
 
     crops: tuple[Crop, ...]
     shuffled: bool = True  # False: data order, with the ragged tail
-    rows: Path | None = None  # int64 .npy of rows: a fold, a hold-out; None: all
+    rows: Path | Numbers | None = None  # or a .npy of them: a fold, a hold-out; None: all
     owned: bool = False  # rank r permutes the rows i % world == r
     blocks: tuple[int, int] | None = None  # pictures a block, blocks a window; None: all are mixed
 
@@ -127,6 +127,7 @@ class Data(ABC):
     labels: Numbers  # -1 where there is none
     classes: tuple[str, ...]
     keys: Keys  # hash of each path relative to the source's root
+    _sizes: Sizes
     fingerprint: str  # of keys and labels: which picture is which row
     mean: tuple[float, ...] | None = None  # pixel statistics, where the format carries them
     std: tuple[float, ...] | None = None
@@ -135,9 +136,9 @@ class Data(ABC):
     decoder: str = "fastrot's own"
     chosen: str | None = None  # where `place` has put the pictures for a GPU: resident, pinned
 
-    @abstractmethod
     def sizes(self, rows: Rows) -> RowSizes:
         """Heights and widths after EXIF orientation."""
+        return self._sizes[rows]
 
     @abstractmethod
     def name(self, row: int) -> str:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # torch takes seconds: the command line is read before
     from fastrot.data.pack.read import Pack
 
 ROTATIONS = ("upright", "90°", "180°", "270°")
-INK, FAINT = "#1f2328", "#7a828c"
 GAP, MARGIN, LINE = 6, 28, 26  # pixels; LINE: for the class name under a row
 TASK = 64  # pictures a thread verifies at once
 
@@ -219,27 +218,26 @@ def beside(path: Path) -> Path:
 
 def draw(data: "Data", options: Look, out: Path) -> None:
     """The crops that the first step of a training run would see, each rotated four ways."""
-    import io
-
     from fastrot.assemble import open_loader
     from fastrot.config import RandomResized
     from fastrot.core import View
-    from fastrot.disk import replace_bytes
+    from fastrot.disk import write_atomically
 
     view = View(crops=(RandomResized(size=options.size),))
     shown = min(options.pictures, data.rows)
     loader = open_loader(data, view, batch=shown, seed=options.seed, workers=0, enlarge=True)
     batches = loader.epoch(0)
-    memory = io.BytesIO()
-    sheet(data, next(batches), options).save(memory, "PNG")
+    drawn = sheet(data, next(batches), options)
     batches.close()
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(out, memory.getvalue())
+    write_atomically(out, lambda file: drawn.save(file, "PNG"))
 
 
 def sheet(data: "Data", batch: "Batch", options: Look) -> "Image.Image":
     """Two pictures side by side, four rotations each (numpy.rot90), the class name under them."""
     from PIL import Image, ImageDraw, ImageFont
+
+    from fastrot.evals.picture import FAINT, INK, legible
 
     font, bold = ImageFont.load_default(13), ImageFont.load_default(20)
     size, count = options.size, len(batch.images)
@@ -267,11 +265,6 @@ def sheet(data: "Data", batch: "Batch", options: Look) -> "Image.Image":
         pen.text((x, y + size + 5), legible(name_of(data, label)), fill=INK, font=font)
         pen.text((x + block, y + size + 5), f"row {row:,}", fill=FAINT, font=font, anchor="ra")
     return page
-
-
-def legible(text: str) -> str:
-    """The text, with a question mark for what the font may lack."""
-    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
 
 
 if __name__ == "__main__":

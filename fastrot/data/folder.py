@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastrot import dist, entry
-from fastrot.arrays import Bytes, Picture, Rows, RowSizes
+from fastrot.arrays import Bytes, Picture, RowSizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending, Reader
 from fastrot.data import pictures
@@ -79,9 +79,6 @@ class Folder(Data):
 
     def name(self, row: int) -> str:
         return self._paths[row]
-
-    def sizes(self, rows: Rows) -> RowSizes:
-        return self._sizes[rows]
 
     def record(self, row: int) -> Bytes:
         """The bytes of a file. Raises DamagedRecord."""

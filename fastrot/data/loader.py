@@ -199,8 +199,9 @@ def _beside(work: Callable[[int], sampler.Sampler], epoch: int) -> Future[sample
         thread.shutdown(wait=False)
 
 
-def _read_rows(path: Path, rows: int) -> np.ndarray:
-    chosen, why = np.load(path, allow_pickle=False), None
+def _read_rows(given: Path | np.ndarray, rows: int) -> np.ndarray:
+    file = isinstance(given, Path)
+    chosen, why = np.load(given, allow_pickle=False) if file else given, None
     if chosen.ndim != 1 or chosen.dtype != np.int64:
         why = f"holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array"
     elif len(beyond := chosen[(chosen < 0) | (chosen >= rows)]):
@@ -208,7 +209,7 @@ def _read_rows(path: Path, rows: int) -> np.ndarray:
     elif len(np.unique(chosen)) != len(chosen):
         why = "names a row twice: each row may stand in it once"
     if why:
-        raise UsageError(f"{path} {why}")
+        raise UsageError(f"{given if file else 'the array of rows'} {why}")
     return chosen
 
 

@@ -47,10 +47,10 @@ def known(facts: dict[str, Any]) -> tuple[Triple | None, Triple | None, np.ndarr
     return mean, std, None if numbers is None else np.array(numbers, np.int64)
 
 
-def named_beside(document: Path) -> dict[str, int]:
-    """Files that the source laid beside prepared pictures (boxes.npz, ...), and their crc32; none where it is damaged."""
+def said_in(document: Path) -> dict[str, Any]:
+    """What it says; empty where it is missing or damaged. `beside`: files that the source laid there, and their crc32."""
     try:
-        return unsealed(document.read_bytes()).get("beside", {})
+        return unsealed(document.read_bytes())
     except (OSError, ValueError):
         return {}
 

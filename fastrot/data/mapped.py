@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrot.arrays import Bytes, Picture, Rows, RowSizes, Sizes
+from fastrot.arrays import Bytes, Picture, Rows, Sizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Reader
 from fastrot.data.manifest import Paths
@@ -47,9 +47,6 @@ class MappedData(Data):
 
     def __init__(self) -> None:
         self._scratch = Scratch()
-
-    def sizes(self, rows: Rows) -> RowSizes:
-        return self._sizes[rows]
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""

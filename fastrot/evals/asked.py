@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fastrot import assemble, dist, entry, paths
+from fastrot.arrays import Numbers
 from fastrot.config import Config, UsageError
 from fastrot.core import Data
 from fastrot.data.loader import Loader
@@ -157,20 +158,22 @@ def _named(run: str, trunk: Trunk, name: str | None, knob: str, knobs: OfStages)
     return given(name, knobs, f"--{knob}")
 
 
-def loader_of(named: Named, cfg: Config, knobs: Asked, device: torch.device) -> Loader:
-    """This rank's share of pictures, in data order, as a run of `cfg` is judged."""
+def loader_of(
+    data: Data, rows: Path | Numbers | None, cfg: Config, knobs: Asked, device: torch.device
+) -> Loader:
+    """This rank's share of rows (see `View.rows`), in data order, as a run of `cfg` is judged."""
     here = dist.place()
     workers = entry.share_of_cores(here.local_world) if knobs.workers is None else knobs.workers
     how: dict[str, Any] = {"rank": here.rank, "world": here.world, "device": device}
     how |= {"batch": knobs.batch or cfg.batch, "enlarge": cfg.enlarge, "workers": workers}
-    view = assemble.evaluation_view(cfg, named.rows)
-    return assemble.open_loader(named.data, view, **how, on_bad_record=knobs.on_bad_record)
+    view = assemble.evaluation_view(cfg, rows)
+    return assemble.open_loader(data, view, **how, on_bad_record=knobs.on_bad_record)
 
 
 def seen(trunk: Trunk, named: Named, knobs: OfStages, device: torch.device) -> Pictures:
     """What could be read of them, with its features. Called on all ranks."""
     data = named.data
-    loader = loader_of(named, trunk.config, knobs, device)
+    loader = loader_of(data, named.rows, trunk.config, knobs, device)
     stages = trunk.stages if knobs.stages == ("all",) else knobs.stages
     found = features(trunk, loader, stages, knobs.pool)
     read = found.read

@@ -36,7 +36,7 @@ def evaluate(run: str, knobs: Classes) -> int:
         writable(knobs.json.parent, "--json")
     with dist.joined(device, "give the same command again"):
         method = trained_method(run, device)
-        loader = loader_of(pictures, net.cfg, knobs, device)
+        loader = loader_of(pictures.data, pictures.rows, net.cfg, knobs, device)
         right, count = _counted(method, loader, len(names))
     if not count.any():
         raise RunError(f"no picture of {pictures.name} can be read, or none has a label")

@@ -1,7 +1,6 @@
 """Several runs over each other: their curves, and what their probes say of each stage, as a PNG and a page."""
 
 import html
-import io
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +9,8 @@ import numpy as np
 
 from fastrot.config import UsageError
 from fastrot.core import Headline
-from fastrot.disk import replace_bytes
 from fastrot.evals.page import COLOURS, RunLog
-from fastrot.evals.picture import INK, legible, page_of
+from fastrot.evals.picture import INK, legible, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,13 +55,8 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
         axes[0].get_lines(), names, loc="upper center", ncols=4, frameon=False, fontsize=9
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(logs) // 4)))
-    out.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    replace_bytes(out / "compare.png", png.getvalue())
     table = _table(logs, tables, scores)
-    replace_bytes(out / "index.html", page_of("Runs compared", png.getvalue(), behind=table))
-    return out / "index.html"
+    return write_page(out / "compare.png", figure.savefig, "Runs compared", behind=table)
 
 
 def _names(runs: tuple[Path, ...]) -> list[str]:

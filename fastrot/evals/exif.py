@@ -20,11 +20,6 @@ LOSSLESS: dict[str, dict[str, Any]] = {  # formats that Pillow writes so, and ho
     "TIFF": {"compression": "tiff_lzw"},
     "WEBP": {"lossless": True, "exact": True},
 }  # fmt: skip
-TURNS = {
-    90: Image.Transpose.ROTATE_270,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_90,
-}
 
 
 def upright_copy(source: Path, to: Path, degrees: int) -> bool:
@@ -60,7 +55,7 @@ def _made(data: bytes, degrees: int) -> bytes | Image.Image:
             raise ValueError("it has several frames, of which a copy would keep one")
         if is_deep(image) and image.mode in ("RGB", "RGBA"):
             raise ValueError("it has 16 bits a colour, of which a copy would keep 8")
-        upright = ImageOps.exif_transpose(image).transpose(TURNS[degrees])
+        upright = ImageOps.exif_transpose(image).rotate(-degrees, expand=True)
         upright.info["icc_profile"] = image.info.get("icc_profile")
         if image.format not in LOSSLESS:
             return upright

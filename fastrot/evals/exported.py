@@ -72,6 +72,7 @@ def _about(e: Exported) -> dict[str, Any]:
 
 def _torchvision(e: Exported) -> None:
     """Torchvision's AlexNet has no batch norm: what the norms do is put into the layers before them, as in eval mode."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
     from torchvision.models import alexnet
 
     cfg = e.net.cfg.backbone
@@ -80,16 +81,17 @@ def _torchvision(e: Exported) -> None:
     if not plain or size != 224:
         told = f"{e.net.source} is {_named(cfg)} of {size} pixels"
         raise UsageError(f"{told}, torchvision has AlexNet of 224: use --to safetensors, or onnx")
-    layers = [stage for stage in e.trunk.net.children() if isinstance(stage, Convolved)]
-    weights: dict[str, Tensor] = {}
-    for place, stage in zip((0, 3, 6, 8, 10), layers, strict=True):
-        weights |= _folded(stage.conv, stage.bn, f"features.{place}")
-    block: Any = e.trunk.net.get_submodule("fc_block")
-    weights |= _folded(block.fc1, block.bn1, "classifier.1")
-    weights |= _folded(block.fc2, block.bn2, "classifier.4")
-    e.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(e.out, lambda file: torch.save(weights, file))
     theirs: Any = alexnet()
+    layers = [stage for stage in e.trunk.net.children() if isinstance(stage, Convolved)]
+    for place, stage in zip((0, 3, 6, 8, 10), layers, strict=True):
+        theirs.features[place] = fuse_conv_bn_eval(stage.conv, stage.bn)
+    block: Any = e.trunk.net.get_submodule("fc_block")
+    theirs.classifier[1] = fuse_linear_bn_eval(block.fc1, block.bn1)
+    theirs.classifier[4] = fuse_linear_bn_eval(block.fc2, block.bn2)
+    theirs.classifier[6] = nn.Identity()
+    e.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(e.out, lambda file: torch.save(theirs.state_dict(), file))
+    theirs = alexnet()
     theirs.load_state_dict(torch.load(e.out, weights_only=True), strict=False)
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -97,17 +99,6 @@ def _torchvision(e: Exported) -> None:
         theirs.eval().classifier[6] = nn.Identity()
         _check(torch.allclose(theirs(pixels), own, NEAR, NEAR), e.out)
     print("the last layer, classifier.6, is not in it: load_state_dict(..., strict=False)")
-
-
-def _folded(layer: Any, norm: Any, name: str) -> dict[str, Tensor]:
-    """Weight and bias of a layer and the batch norm behind it as one layer's."""
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    bias = torch.zeros_like(norm.running_mean) if layer.bias is None else layer.bias
-    weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    return {
-        f"{name}.weight": weight,
-        f"{name}.bias": (bias - norm.running_mean) * scale + norm.bias,
-    }
 
 
 def _timm(e: Exported) -> None:

@@ -1,28 +1,29 @@
 """A gallery of queries and what was found for each: gallery.png, and an index.html that opens from disk."""
 
 import html
-import io
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
-from PIL import Image, ImageDraw
-from torch import Tensor
+import torch
+from jaxtyping import Int64
+from PIL import Image, ImageDraw, ImageOps
 
 from fastrot.core import DamagedRecord
-from fastrot.disk import replace_bytes
 from fastrot.evals.asked import Pictures, Search
-from fastrot.evals.picture import BLUE, FAINT, FRAME, GAP, INK, MARGIN, RED, font, legible, page_of
+from fastrot.evals.picture import (
+    BLUE,
+    FAINT,
+    FRAME,
+    GAP,
+    INK,
+    MARGIN,
+    RED,
+    font,
+    legible,
+    write_page,
+)
 
 SIDE = 112  # pixels of a picture with its frames
-
-
-class Found(NamedTuple):
-    """Of each query the most alike pictures, the most alike first."""
-
-    cosine: Float[Tensor, "q k"]
-    place: Int64[Tensor, "q k"]  # in the gallery
 
 
 def write(
@@ -30,26 +31,26 @@ def write(
     search: Search,
     stage: str,
     asked: Int64[np.ndarray, " q"],
-    found: Found,
+    found: torch.return_types.topk,
     said: str,
 ) -> None:
-    """The queries at the places `asked`, a row each, with what was found for it; `said`: the scores of the stage."""
+    """The queries at the places `asked`, a row each, with the most alike pictures; `said`: the scores of the stage."""
     title = f"Found by {stage} of {search.run}"
     sheet = _sheet(search, asked, found, title, said)
-    folder.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    replace_bytes(folder / "gallery.png", png.getvalue())
     told = html.escape(f"{search.queries.name} among {search.gallery.name}: {said}")
-    replace_bytes(folder / "index.html", page_of(title, png.getvalue(), before=f"<p>{told}</p>"))
-    print(f"gallery: {folder / 'index.html'}")
+    png, save = folder / "gallery.png", lambda file: sheet.save(file, "PNG")
+    print(f"gallery: {write_page(png, save, title, before=f'<p>{told}</p>')}")
 
 
 def _sheet(
-    search: Search, asked: Int64[np.ndarray, " q"], found: Found, title: str, said: str
+    search: Search,
+    asked: Int64[np.ndarray, " q"],
+    found: torch.return_types.topk,
+    title: str,
+    said: str,
 ) -> Image.Image:
     queries, gallery, top, high = search.queries, search.gallery, 104, SIDE + 26
-    wide = 2 * MARGIN + SIDE + 2 * GAP + found.place.shape[1] * (SIDE + GAP)
+    wide = 2 * MARGIN + SIDE + 2 * GAP + found.indices.shape[1] * (SIDE + GAP)
     sheet = Image.new("RGB", (wide, top + len(asked) * high + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 18), legible(title), fill=INK, font=font(19, bold=True))
@@ -60,7 +61,7 @@ def _sheet(
         _paste(sheet, MARGIN, y, queries, place, INK)
         draw.text((MARGIN, y + SIDE + 3), name, fill=INK, font=font(11, bold=True))
         for j, (cosine, other) in enumerate(
-            zip(found.cosine[i].tolist(), found.place[i].tolist(), strict=True)
+            zip(found.values[i].tolist(), found.indices[i].tolist(), strict=True)
         ):
             right = bool(queries.labels[place] == gallery.labels[other])
             x, colour = MARGIN + SIDE + 2 * GAP + j * (SIDE + GAP), BLUE if right else RED
@@ -85,9 +86,5 @@ def _paste(sheet: Image.Image, x: int, y: int, pictures: Pictures, place: int, c
         picture = Image.fromarray(pictures.data.picture(int(pictures.rows[place])))
     except DamagedRecord:
         picture = Image.new("RGB", (inner, inner), FAINT)
-    side = min(picture.size)
-    left, above = (picture.width - side) // 2, (picture.height - side) // 2
-    middle = picture.crop((left, above, left + side, above + side))
-    sheet.paste(
-        middle.resize((inner, inner), Image.Resampling.LANCZOS), (x + FRAME // 2, y + FRAME // 2)
-    )
+    middle = ImageOps.fit(picture, (inner, inner), Image.Resampling.LANCZOS)
+    sheet.paste(middle, (x + FRAME // 2, y + FRAME // 2))

@@ -10,7 +10,7 @@ from fastrot import dist
 from fastrot.config import UsageError
 from fastrot.evals.asked import Search, keep, say, searched
 from fastrot.evals.knobs import Knn
-from fastrot.evals.nearest import nearest
+from fastrot.evals.nearest import similarities
 
 
 def knn_top1(
@@ -73,7 +73,8 @@ def _right(
     """Shares of top-1 and top-5, over all ranks."""
     (gallery, known), (queries, truth) = train, test
     known, right = known.to(device), torch.zeros(2, dtype=torch.int64)
-    for places, cosine, rows in nearest(queries, gallery, k, device, same=same):
+    for places, found in similarities(queries, gallery, device, same=same):
+        cosine, rows = found.topk(k, dim=1)
         votes = torch.zeros(len(places), classes, device=device)
         weights = ((cosine - cosine[:, :1]) / sigma).exp()  # of the nearest 1: none overflows
         votes.scatter_add_(1, known[rows], weights)

@@ -31,17 +31,3 @@ def similarities(
         if same:
             found[torch.arange(len(places)), places.to(device)] = -torch.inf
         yield places, found
-
-
-def nearest(
-    queries: Float[Tensor, "q d"],
-    gallery: Float[Tensor, "n d"],
-    k: int,
-    device: torch.device,
-    *,
-    same: bool = False,
-) -> Iterator[tuple[Int64[Tensor, " b"], Float[Tensor, "b k"], Int64[Tensor, "b k"]]]:
-    """As `similarities`: of each query the k most alike, the most alike first, with their places in the gallery."""
-    for places, found in similarities(queries, gallery, device, same=same):
-        best = found.topk(k, dim=1)
-        yield places, best.values, best.indices

@@ -1,7 +1,6 @@
 """How good the features are while they are being learnt: `--online-probe knn`, at each validation."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastrot import assemble, dist
+from fastrot import assemble
 from fastrot.data.keys import some
 from fastrot.data.loader import Loader
-from fastrot.disk import write_atomically
 from fastrot.evals.features import Bare, features
 from fastrot.evals.knn import knn_top1
 from fastrot.training.state import Session
@@ -34,8 +32,8 @@ class OnlineKnn:
         self.net: Any = s.state.method.net
         self.trunk = Bare(self.net.trunk, s.cfg.mean, s.cfg.std)
         self.stage = self.net.trunk.telling
-        self.learnt = _few(s, s.loader, LEARNT, "rows-online.npy")
-        self.asked = _few(s, s.val_loader, ASKED, "rows-online-val.npy")
+        self.learnt = _few(s, s.loader, LEARNT)
+        self.asked = _few(s, s.val_loader, ASKED)
         self.classes = len(s.loader.data.classes) or int(s.loader.data.labels.max()) + 1
 
     def __call__(self, alive: Callable[[], object]) -> dict[str, float]:
@@ -56,15 +54,11 @@ class OnlineKnn:
         return F.normalize(found[self.stage][found.read]), labels[found.read]
 
 
-def _few(s: Session, whole: Loader, count: int, name: str) -> Loader:
+def _few(s: Session, whole: Loader, count: int) -> Loader:
     """A loader of the evaluation's view over so many of a view's pictures."""
     rows = np.arange(whole.data.rows) if whole.rows is None else whole.rows
     rows = rows[some(whole.data.keys[rows], count)]
-    path: Path = s.folder / name
-    if dist.rank() == 0:
-        write_atomically(path, lambda file: np.save(file, rows))
-    dist.barrier()
-    view = assemble.evaluation_view(s.cfg, path)
+    view = assemble.evaluation_view(s.cfg, rows)
     how: dict[str, Any] = {n: getattr(whole, n) for n in ("batch", "rank", "world", "device")}
     how |= {"workers": whole.workers, "on_bad_record": whole.on_bad_record}
     return Loader(whole.data, view, enlarge=s.cfg.enlarge, **how)

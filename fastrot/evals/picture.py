@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fastrot.arrays import Picture
 from fastrot.core import DamagedRecord
-from fastrot.disk import write_atomically
+from fastrot.disk import replace_bytes, write_atomically
 
 BLUE, RED, INK, FAINT = "#0072B2", "#D55E00", "#1f2328", "#7a828c"
 SIDE, FRAME, GAP, MARGIN = 188, 6, 14, 22  # pixels; a side includes its two frames
@@ -101,14 +102,22 @@ def turned_sheet(
     write_atomically(path, lambda file: sheet.save(file, "PNG", compress_level=3))
 
 
-def page_of(title: str, png: bytes, *, before: str = "", behind: str = "") -> bytes:
-    """A page that opens from disk: its title and a picture, with HTML before it and behind it."""
-    coded, head = base64.b64encode(png).decode(), html.escape(title)
+def write_page(
+    png: Path, save: Callable[[Any], object], title: str, *, before: str = "", behind: str = ""
+) -> Path:
+    """Write a picture, by `save` into a file, and index.html beside it, which shows it with HTML before and behind.
+
+    Returns the page, which opens from disk.
+    """
+    png.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(png, save)
+    coded, head = base64.b64encode(png.read_bytes()).decode(), html.escape(title)
     image = f'<img alt="{head}" src="data:image/png;base64,{coded}">'
     style = f'<meta charset="utf-8"><title>{head}</title><style>{STYLE}</style>'
     body = "\n".join([f"<h1>{head}</h1>", before, image, behind])
     text = f"<!doctype html>\n<html lang=en>{style}\n{body}\n</html>\n"
-    return text.encode("utf-8", "replace")
+    replace_bytes(page := png.with_name("index.html"), text.encode("utf-8", "replace"))
+    return page
 
 
 def legible(text: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastrot import dist
 from fastrot.config import UsageError
 from fastrot.evals.asked import Search, keep, say, searched, writable
-from fastrot.evals.gallery import Found, write
+from fastrot.evals.gallery import write
 from fastrot.evals.knobs import Retrieval
 from fastrot.evals.nearest import similarities
 
@@ -101,4 +101,4 @@ def _draw(search: Search, stage: str, folder: Path, said: str) -> None:
     if search.same:
         rows[torch.arange(len(few)), torch.from_numpy(few)] = -torch.inf
     best = rows.topk(min(NEIGHBOURS, rows.shape[1] - search.same), dim=1)
-    write(folder, search, stage, few, Found(best.values, best.indices), said)
+    write(folder, search, stage, few, best, said)

@@ -1,8 +1,5 @@
 """What nets say of pictures' rotations: `evaluate.py RUN rotation`, and a few pictures' probabilities for a run's page."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int8, UInt8
@@ -14,7 +11,7 @@ from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.keys import fold_of
 from fastrot.data.loader import Loader
-from fastrot.evals.asked import Named, loader_of
+from fastrot.evals.asked import loader_of
 from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Rotation
 from fastrot.evals.trained import Trained, nets_of, trained_method
@@ -74,13 +71,10 @@ def _answers(
     """What the nets say of all rows, each of those of its fold; on every rank."""
     answers = np.zeros((data.rows, ROTATIONS, ROTATIONS), np.float32)
     right = np.zeros((data.rows, ROTATIONS), np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        for number, net in enumerate(nets):
-            rows = Path(folder) / f"fold{number}.npy" if len(nets) > 1 else None
-            if rows is not None:
-                np.save(rows, np.flatnonzero(fold == number))
-            loader = loader_of(Named(data, "", rows), net.cfg, knobs, device)
-            _ask(trained_method(net.source, device), loader, answers, right)
+    for number, net in enumerate(nets):
+        rows = np.flatnonzero(fold == number) if len(nets) > 1 else None
+        loader = loader_of(data, rows, net.cfg, knobs, device)
+        _ask(trained_method(net.source, device), loader, answers, right)
     # the shares of ranks do not overlap: each sum is exact
     whole = [dist.sum_over_ranks(torch.from_numpy(mine)).numpy() for mine in (answers, right)]
     return whole[0], whole[1]

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,10 +127,9 @@ def _asked(
     if not left:
         return [each for path, each in known.items() if path in there], set()
     end: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with tempfile.TemporaryDirectory() as folder, file.open("a", **end) as to:
-        rows = Path(folder) / "rows.npy"
-        np.save(rows, np.array(left))
-        loader = assemble.open_loader(data, assemble.evaluation_view(cfg, rows), **how)
+    with file.open("a", **end) as to:
+        view = assemble.evaluation_view(cfg, np.array(left))
+        loader = assemble.open_loader(data, view, **how)
         for batch in followed(loader):
             with exact():
                 shares = (evidence(method, batch) / temperature).softmax(dim=1)
@@ -199,9 +197,8 @@ def _calibration(
         data, name, file = assemble.open_data(knobs.data), knobs.data, None
     held = np.arange(data.rows) if file is None else np.load(file)
     held = held[np.linspace(0, len(held) - 1, min(HELD, len(held))).round().astype(int)]
-    with tempfile.TemporaryDirectory() as at, exact():
-        np.save(few := Path(at) / "rows.npy", held)
-        loader = assemble.open_loader(data, assemble.evaluation_view(cfg, few), **how)
+    loader = assemble.open_loader(data, assemble.evaluation_view(cfg, held), **how)
+    with exact():
         found = [evidence(method, batch) for batch in followed(loader)]
     if not found:
         raise UsageError(f"no picture of {name} can be read: name others, by --data")

@@ -200,7 +200,7 @@ def _loaders(
                 "give the same --data and --val, or --out NEW"
             )
         if here.rank == 0 and saved is None:
-            _save_rows(path, rows)
+            write_atomically(path, lambda file, rows=rows: np.save(file, rows))
     dist.barrier()
     loader = Loader(data, assemble.training_view(cfg, files.get("train")), **how)
     if val is None and cfg.hold_out == 0:
@@ -224,10 +224,6 @@ def _chosen(cfg: Config, data: Data) -> dict[str, Numbers]:
     return chosen | ({"train": np.flatnonzero(~left_out)} if left_out.any() else {})
 
 
-def _save_rows(path: Path, rows: Numbers) -> None:
-    write_atomically(path, lambda file: np.save(file, rows))
-
-
 def _shown(s: Session) -> Batch | None:
     """A few held-out pictures, evenly spread over the view, for the run's contact sheet."""
     if s.val_loader is None:
@@ -236,9 +232,7 @@ def _shown(s: Session) -> Batch | None:
     rows = np.linspace(0, images - 1, min(SHOWN, images)).round().astype(np.int64)
     if s.val_loader.rows is not None:
         rows = s.val_loader.rows[rows]
-    path = s.folder / "rows-shown.npy"
-    _save_rows(path, rows)
     how = {"device": s.state.device, "enlarge": True, "on_bad_record": s.cfg.on_bad_record}
-    view = assemble.evaluation_view(s.cfg, path)
+    view = assemble.evaluation_view(s.cfg, rows)
     few = Loader(s.val_loader.data, view, batch=len(rows), workers=0, **how)
     return next(few.epoch(0), None)

@@ -220,6 +220,8 @@ def test_index_keeps_its_meaning_in_a_subset(data, tmp_path):
     part = by_index(epoch(data, View(crops=TRAINING.crops, rows=rows), 4))
     assert sorted(part) == sorted(np.load(rows).tolist())
     assert all(np.array_equal(part[i], whole[i]) for i in part)
+    array = by_index(epoch(data, View(crops=TRAINING.crops, rows=np.load(rows)), 4))
+    assert list(array) == list(part)
 
 
 def test_an_epoch_by_blocks_visits_neighbours_and_each_picture_as_it_is(data, tmp_path):
@@ -257,6 +259,8 @@ def test_blocks_larger_than_the_view_are_refused(data):
 def test_a_subset_that_cannot_be_is_refused(data, tmp_path, rows, words):
     with pytest.raises(UsageError, match=words):
         epoch(data, View(crops=TRAINING.crops, rows=subset(tmp_path, rows)))
+    with pytest.raises(UsageError, match=words):
+        epoch(data, View(crops=TRAINING.crops, rows=np.array(rows, np.int64)))
 
 
 def test_two_crops_in_one_view(data):

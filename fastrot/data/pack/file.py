@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrot.arrays import Bytes, Picture, Rows, RowSizes
+from fastrot.arrays import Bytes, Picture, Rows
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data
 from fastrot.data.keys import order_fingerprint
@@ -66,9 +66,6 @@ class PackFile(Data):
         self.mean, self.std, self.numbers = known(self.meta)  # before encoding
         self._paths = Paths(self.path / "paths.jsonl")
         self._agree()
-
-    def sizes(self, rows: Rows) -> RowSizes:
-        return self._sizes[rows]
 
     def name(self, row: int) -> str:
         """Where the picture came from, if paths.jsonl tells."""

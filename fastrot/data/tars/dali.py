@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from fastrot.arrays import Bytes, Picture, Rows, RowSizes
+from fastrot.arrays import Bytes, Picture, RowSizes
 from fastrot.config import UsageError
 from fastrot.core import CropRequest, DamagedRecord, Data, Decoded, Pending
 from fastrot.data import pictures
@@ -50,9 +50,6 @@ class ThroughDali(Data):
 
     def describe(self) -> list[str]:
         return [f"pictures are decoded by {self.decoder}, in our order"]
-
-    def sizes(self, rows: Rows) -> RowSizes:
-        return self.data.sizes(rows)
 
     def name(self, row: int) -> str:
         return self.data.name(row)
