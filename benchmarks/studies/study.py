@@ -6,6 +6,7 @@ was, in mid-epoch too. A figure is a number of a job over all seeds; its row is 
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,13 +98,19 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     same: dict[str, Any] = {"theme": study.theme, "dtype": _precision(asked.device), "warmup": 0}
     same |= {"shape": shape, "about": study.about}
     full = asked.device == "cuda"
+
+    def took(names: Iterable[str]) -> float:
+        """Seconds of the jobs one after the other, starts and validations included: medians of the seeds."""
+        each = ([found[name, seed]["seconds"] for seed in range(asked.seeds)] for name in names)
+        return sum(map(statistics.median, each))
+
     for f in figures:
         values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
         made[f.table, f.line, f.column] = values
         aim = {"target": f.paper, "better": "higher"} if f.reach and full else {}
         yield measure.row(
             f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"), **aim,
-            values=values, paper=f.paper, seconds=_seconds(found, _wanted(study, [f.job])),
+            values=values, paper=f.paper, seconds=took(_wanted(study, [f.job])),
         )  # fmt: skip
     for order in study.orders:
         if order.more in made and order.less in made:
@@ -111,13 +118,8 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     for spent in study.spent:
         if all((name, 0) in found for name in spent.jobs):
             aim = {"target": spent.seconds, "better": "lower"} if full else {}
-            took = measure.middle([_seconds(found, spent.jobs)], "s")
-            yield measure.row("seconds", variant=spent.words, mode="", **same, **took, **aim)
-
-
-def _seconds(found: dict[tuple[str, int], dict[str, float]], names: Iterable[str]) -> float:
-    """What the jobs take one after the other, starts and validations included, of the first seed."""
-    return sum(found[name, 0]["seconds"] for name in names)
+            seconds = measure.middle([took(spent.jobs)], "s")
+            yield measure.row("seconds", variant=spent.words, mode="", **same, **seconds, **aim)
 
 
 def _wanted(study: Study, names: Iterable[str]) -> list[str]:
