@@ -59,6 +59,12 @@ class Rows(list[dict[str, Any]]):
         return max(found, key=lambda row: row["when"], default=None)
 
 
+def latest(rows: Rows) -> Rows:
+    """Those of a study's sizes that were measured last."""
+    newest = max(rows, key=lambda row: row["when"], default=None)
+    return Rows(row for row in rows if newest and row.get("shape") == newest.get("shape"))
+
+
 def steps(rows: Rows) -> list[dict[str, Any]]:
     """Whole steps that say their form and loader; older rows do not."""
     return [row for row in rows.all("step") if row.get("form") and row.get("preset") == PRESET]
@@ -349,7 +355,7 @@ def scale(rows: Rows):
 def study(rows: Rows):
     """A panel for each table of more than one column: a line for each of its lines, over the seeds' means and spread."""
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
+    for row in latest(rows):
         if row.get("values") and row["what"] != "order":
             tables.setdefault(row["what"], {}).setdefault(row["variant"], []).append(row)
     tables = {name: t for name, t in tables.items() if max(map(len, t.values())) > 1}
@@ -360,8 +366,11 @@ def study(rows: Rows):
         looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), "os^Dv*", strict=True)
         for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
             means = [sum(row["values"]) / len(row["values"]) for row in cells]
-            low = [mean - min(row["values"]) for mean, row in zip(means, cells, strict=True)]
-            high = [max(row["values"]) - mean for mean, row in zip(means, cells, strict=True)]
+            both = list(
+                zip(means, cells, strict=True)
+            )  # a mean of equal numbers may be beyond them
+            low = [max(0.0, mean - min(row["values"])) for mean, row in both]
+            high = [max(0.0, max(row["values"]) - mean) for mean, row in both]
             columns = [row["mode"] for row in cells]
             style = {"color": colour, "marker": mark, "ms": 4, "capsize": 2}
             axes.errorbar(columns, means, (low, high), label=line, **style)

@@ -446,28 +446,33 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
 
 def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     """A table for each that the study makes, and what was expected of them."""
-    orders, spent = rows.all("order"), rows.all("seconds")
+    rows = plots.latest(rows)
+    orders, limits = rows.all("order"), rows.all("seconds")
     shown = sum(min(row["values"]) > 0 for row in orders)
-    said = [
+    judged = [
         f"{shown} of {len(orders)} expectations, which the papers give, hold in every seed.",
         "\n".join(f"- {row['judgement']}" for row in orders),
-        "Top-1, mean of the seeds, in brackets the lowest and the highest; seconds are of all runs that a line needs.",
+    ]
+    said = [
+        *(judged if orders else ()),
+        "Top-1, mean of the seeds, in brackets the lowest and the highest; seconds are of the runs that a line's longest cell needs.",
         *_about(rows),
     ]
-    tables = dict.fromkeys(row["what"] for row in rows if row not in orders and row not in spent)
+    tables = dict.fromkeys(row["what"] for row in rows if row not in orders and row not in limits)
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
         low, high = (f"{100 * f(row['values']):.1f}" for f in (min, max))
         mean = f"{sum(row['values']) / len(row['values']):.1%}" + " †" * bool(row.get("dirty"))
         paper = f", paper {row['paper']:.2%}" if row["paper"] is not None else ""
-        return {row["mode"]: f"{mean} ({low} to {high}{paper})"}
+        aim = f", {target(row)}" if row.get("target") else ""
+        return {row["mode"]: f"{mean} ({low} to {high}{paper}{aim})"}
 
     each = [pivot(rows.all(what), what, _variant, cells) for what in tables]
     for table in each:
         table.cells[0].append("seconds")
         for line in table.cells[1:]:
             line.append(number(max(r["seconds"] for r in table.rows if r["variant"] == line[0])))
-    return said, [*each, figures(spent)]
+    return said, [*each, figures(limits)]
 
 
 def versions(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
@@ -652,13 +657,13 @@ def readme_table(rows: Rows) -> str:
     )
     return (
         "\n".join(table)
-        + f"\n\nMedians on {'; '.join(machines)}. [All pages](benchmarks/reports/README.md).\n"
+        + f"\n\nMedians, and of nets for ten classes means, on {'; '.join(machines)}. [All pages](benchmarks/reports/README.md).\n"
     )
 
 
 def features(rows: Rows, name: str) -> str:
     """By a method: means of the linear probe by stage with its widest spread, kNN of its best stage, and the time of net and probe."""
-    linear, knn = rows.all(plots.LINEAR, name), rows.all(plots.KNN, name)
+    linear, knn = (plots.latest(rows).all(table, name) for table in (plots.LINEAR, plots.KNN))
     if not linear or not knn:
         return "not measured"
     means = [100 * sum(row["values"]) / len(row["values"]) for row in linear]

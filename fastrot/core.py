@@ -127,7 +127,7 @@ class Data(ABC):
     labels: Numbers  # -1 where there is none
     classes: tuple[str, ...]
     keys: Keys  # hash of each path relative to the source's root
-    _sizes: Sizes
+    _sizes: Sizes  # where `sizes` is as it stands
     fingerprint: str  # of keys and labels: which picture is which row
     mean: tuple[float, ...] | None = None  # pixel statistics, where the format carries them
     std: tuple[float, ...] | None = None

@@ -113,7 +113,7 @@ def check(cfg: Config) -> None:
         angles = {angle % 360 for angle in method.angles}
         apart = 2 <= len(method.angles) == len(angles)
         want("method.angles", apart, "two or more, each another rotation")
-        room = crop.size >= 24 or not any(angle % 90 for angle in angles)
+        room = (cfg.image_size or crop.size) >= 24 or not any(angle % 90 for angle in angles)
         want("method.angles", room, "crops of 24 pixels or more, or multiples of 90 degrees")
     if isinstance(method, Probe):
         one = (cfg.start_from is None) == method.random

@@ -250,6 +250,6 @@ def test_angles_are_each_another(angles):
 def test_angles_between_quarters_want_room():
     words = ["rotnet-nin-cifar10", "--method.angles", "0", "45"]
     ranges.check(train.command_line(words))
-    small = train.command_line([*words, "--method.crop.size", "23"])
-    with pytest.raises(UsageError, match="crops of 24 pixels or more"):
-        ranges.check(small)
+    for knob in ("--method.crop.size", "--image-size"):
+        with pytest.raises(UsageError, match="crops of 24 pixels or more"):
+            ranges.check(train.command_line([*words, knob, "23"]))

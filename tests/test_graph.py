@@ -60,6 +60,7 @@ METHODS: dict[str, Callable] = {
     **{kind.__name__: lambda kind=kind: build(kind) for kind in assemble.METHODS},
     "moving": moving,
     "bfloat16": halves,
+    "tilted": lambda: test_methods.rotnet(angles=(0, 45), copies="one"),
 }
 
 

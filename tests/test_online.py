@@ -81,6 +81,22 @@ def test_it_costs_under_three_hundredths_of_imagenets_epoch(run):
     assert read / IMAGENET < 0.03
 
 
+def test_it_asks_about_so_many_pictures(pictures, tmp_path, monkeypatch):
+    asked = []
+
+    def counted(trunk, loader, *more, **how):
+        asked.append(loader.images)
+        return features(trunk, loader, *more, **how)
+
+    monkeypatch.setattr(online, "features", counted)
+    monkeypatch.setattr(online, "LEARNT", 9)
+    monkeypatch.setattr(online, "ASKED", 4)
+    few = ["--online-probe", "knn", "--hold-out", "0.3", "--max-steps", "2"]
+    go(pictures, tmp_path / "run", *few)
+    assert asked
+    assert set(asked) == {9, 4}
+
+
 def test_what_it_cannot_judge_is_refused(pictures, tmp_path):
     more = ["--online-probe", "knn"]
     with pytest.raises(UsageError, match="--online-probe got knn: it wants held-out pictures"):

@@ -1,5 +1,6 @@
 """Probes: heads as the originals compute them, on trunks that provably stay as they were, in runs like any other."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from test_run import TINY, assert_same_bits
 from truth import golden
 
-from fastrot import assemble, config, evaluate, train
+from fastrot import assemble, config, dist, evaluate, train
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.heads import HEADS
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import HALVES
-from fastrot.config import UsageError
+from fastrot.config import RunError, UsageError
+from fastrot.entry import Place
 from fastrot.evals.trained import load, trained_method
 from fastrot.methods.probe import ProbeNet
 from fastrot.presets import PRESETS
@@ -245,15 +247,52 @@ def test_classes_are_counted_each_alone(probed, pictures, tmp_path, capsys):
         assert each["top1"] == sum(right[stage].values()) / len(rows)
     said = capsys.readouterr().out.splitlines()
     assert said[1].split() == ["class", *found]
-    assert said[-2].split() == ["all", *(f"{each['top1']:.2%}" for each in found.values())]
+    assert said[-2].split() == [
+        "all",
+        "classes",
+        *(f"{each['top1']:.2%}" for each in found.values()),
+    ]
 
 
 def test_of_classes_nothing_else_can_tell(straight, probed, pictures, tmp_path):
     with pytest.raises(UsageError, match="has learnt no classes"):
         evaluate.main([str(straight), "classes"])
     shutil.copytree(pictures / "class0", tmp_path / "data" / "class0")
-    with pytest.raises(UsageError, match=r"has 1 classes, .* 3: prepare both"):
+    with pytest.raises(UsageError, match=r"other classes than .* has learnt \(1 and 3\): prepare"):
         evaluate.main([str(probed), "classes", "--data", str(tmp_path / "data")])
+    for name in ("a", "b", "c"):
+        shutil.copytree(pictures / "class0", tmp_path / "three" / name)
+    with pytest.raises(UsageError, match=r"other classes than .* has learnt \(3 and 3\)"):
+        evaluate.main([str(probed), "classes", "--data", str(tmp_path / "three")])
+
+
+def test_classes_of_pictures_without_a_label_are_refused(probed, monkeypatch):
+    opened = assemble.open_data
+
+    def without(*given, **how):
+        data = opened(*given, **how)
+        data.labels = data.labels.copy()
+        data.labels[np.load(probed / "rows-val.npy")[0]] = -1
+        return data
+
+    monkeypatch.setattr(assemble, "open_data", without)
+    with pytest.raises(UsageError, match=r"1 of 2 pictures of .* have no label"):
+        evaluate.main([str(probed), "classes", "--device", "cpu"])
+
+
+def test_ranks_share_the_classes(probed, monkeypatch):
+    """Each counts its own: the sum over ranks is what one counts, with one rank more than there are pictures."""
+    counted, ranks = [], len(np.load(probed / "rows-val.npy")) + 1
+    monkeypatch.setattr(dist, "sum_over_ranks", lambda each: counted.append(each) or each)
+    monkeypatch.setattr(dist, "joined", lambda *_: contextlib.nullcontext())
+    for rank, world in ((0, 1), *((rank, ranks) for rank in range(ranks))):
+        here = Place(rank, world)
+        monkeypatch.setattr(dist, "place", lambda here=here: here)
+        with contextlib.suppress(RunError):  # a share that is empty
+            evaluate.main([str(probed), "classes", "--device", "cpu"])
+    whole, *shares = counted
+    assert torch.equal(sum(shares), whole)
+    assert not shares[-1].any()
 
 
 def test_a_frozen_trunk_costs_no_backward(probed):

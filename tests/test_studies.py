@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import measure, plots, report, runs
 from benchmarks.studies import cifar10, imagenette, study
-from benchmarks.studies.study import Figure, Job, Order, Spent, Study
+from benchmarks.studies.study import Figure, Job, Limit, Order, Study
 from fastrot import cli, config, evaluate, ranges, train
-from fastrot.config import RunError
+from fastrot.config import RunError, UsageError
 
 DATA = ("--data", "train.beton", "--val", "test.beton")
 STUDIES = {
@@ -29,7 +30,7 @@ def commit(monkeypatch):
 
 def asked(work, *more: str) -> argparse.Namespace:
     words = ["--work", str(work), "--device", "cpu", "--seeds", "2", *more]
-    return study.parser("x").parse_args(words)
+    return study.parser("x", "pictures").parse_args(words)
 
 
 # ---- the tables ----
@@ -66,6 +67,18 @@ def test_each_figure_has_a_job_that_has_its_score(name):
             assert f.score.removeprefix("top1_") in words
 
 
+def test_from_few_labels_both_sides_take_as_many_steps():
+    for size in cifar10.SIZES.values():
+        jobs, steps = cifar10.study_of(DATA, size, "").jobs, set()
+        for count in size.labels:
+            for job in (f"rotnet-4-conv-{count}", f"supervised-{count}"):
+                begin = ["--start-from", "x"] * (jobs[job].of is not None)
+                cfg = config.resolved(train.command_line([*map(str, jobs[job].words), *begin]))
+                assert (cfg.rows, cfg.epochs) == (str(count), None)
+                steps.add(cfg.schedule.steps)
+        assert steps == {size.few_steps}
+
+
 def test_at_equal_views_one_copy_has_as_many_steps_of_as_many_views():
     for size in cifar10.SIZES.values():
         jobs = cifar10.study_of(DATA, size, "").jobs
@@ -86,20 +99,25 @@ def test_at_equal_views_one_copy_has_as_many_steps_of_as_many_views():
 def done(monkeypatch) -> list[list[str]]:
     """Commands that were given, each by a stand-in that writes what a run would."""
     calls: list[list[str]] = []
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
 
     def run(script, *words, quiet=False):
         words = [*map(str, words)]
         calls.append([script, *words])
         if "fail" in words:
+            clock[0] += 7.0
             raise RunError("it failed")
         if script.endswith("evaluate.py"):
             found = {"stages": {"conv1": {"top1": 0.3, "classes": {"cat": 0.1}}}}
             Path(words[words.index("--json") + 1]).write_text(json.dumps(found))
+            clock[0] += 3.0
             return
         out, seed = Path(words[words.index("--out") + 1]), int(words[words.index("--seed") + 1])
         out.mkdir(parents=True)
+        clock[0] += 10.0 + seed
         val = {"accuracy": 0.5 + 0.1 * seed, "top1_conv1": 0.6 - 0.1 * seed}
-        (out / "summary.json").write_text(json.dumps({"val": val, "seconds_in_all": 10.0 + seed}))
+        (out / "summary.json").write_text(json.dumps({"val": val, "steps": 1}))
 
     monkeypatch.setattr(runs, "run", run)
     return calls
@@ -112,7 +130,7 @@ JOBS = {
     "other": Job(("demo",)),
 }
 FIGURES = (
-    Figure("first", "a", "x", "probe", "accuracy", paper=0.5, reach=True),
+    Figure("first", "a", "x", "probe", "accuracy", paper=0.5, to_reach=True),
     Figure("first", "b", "x", "probe", "top1_conv1"),
     Figure("second", "a", "cat", "asked", "conv1.classes.cat"),
 )
@@ -120,7 +138,7 @@ ORDERS = (
     Order("a over cat", ("first", "a", "x"), ("second", "a", "cat")),
     Order("a over b", ("first", "a", "x"), ("first", "b", "x")),
 )
-SMALL = Study("imagenette", "about", JOBS, FIGURES, ORDERS, (Spent("both", ("net", "probe"), 5.0),))
+SMALL = Study("imagenette", "about", JOBS, FIGURES, ORDERS, (Limit("both", ("net", "probe"), 5.0),))
 
 
 def test_jobs_are_done_once_each_behind_the_one_that_it_is_of(done, tmp_path):
@@ -129,7 +147,8 @@ def test_jobs_are_done_once_each_behind_the_one_that_it_is_of(done, tmp_path):
         ["train", "demo"],
         ["train", "probe-linear"],
     ]
-    folder = tmp_path / "studies" / f"imagenette-cpu-{'f' * 12}"
+    (folder,) = (tmp_path / "studies").iterdir()
+    assert folder.name.startswith(f"imagenette-cpu-{'f' * 12}-")
     begin = done[1][done[1].index("--start-from") + 1]
     assert begin == str(folder / "net-0" / "checkpoints" / "step_40.pt")
     assert done[2][:3] == ["fastrot/evaluate.py", str(folder / "probe-0"), "classes"]
@@ -162,6 +181,34 @@ def test_what_fails_leaves_what_was_done(done, tmp_path):
     with pytest.raises(RunError):
         list(study.rows(of, asked(tmp_path), {}))
     assert [call[1] for call in done] == ["demo", "probe-linear", "probe-linear"]
+    (clock,) = (tmp_path / "studies").glob("*/probe-0.seconds")
+    assert float(clock.read_text()) == 14.0  # of both tries
+
+
+def test_jobs_on_other_pictures_are_others(done, tmp_path):
+    list(study.rows(SMALL, asked(tmp_path), {}))
+    others = {**JOBS, "net": Job(("demo", "--data", "y"))}
+    list(study.rows(Study("imagenette", "", others, FIGURES), asked(tmp_path), {}))
+    assert len(done) == 12
+    assert len(list((tmp_path / "studies").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seeds", "0"], "--seeds got 0: it wants at least 1"),
+        (["--tables", "third"], "--tables got third: choose of 'first', 'second'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_a_study_cannot_do_is_refused_in_a_sentence(done, tmp_path, more, words):
+    with pytest.raises(UsageError, match=words):
+        list(study.rows(SMALL, asked(tmp_path, *more), {}))
+    assert not done
 
 
 # ---- how they are told ----
@@ -194,6 +241,23 @@ def test_a_picture_has_a_panel_for_each_table_of_columns():
     assert low < 0.3
     assert high > 0.5
     assert plots.study(plots.Rows(rows[:1])) is None
+    same = [row | {"values": [0.1] * 3} for row in rows]  # whose mean is a little more
+    assert plots.study(plots.Rows(same)) is not None
+
+
+def test_of_several_sizes_the_last_is_told(done, tmp_path):
+    file = tmp_path / "results" / "x.jsonl"
+    for width, when in ((1, "2031-01-02"), (2, "2031-01-01")):
+        for row in study.rows(SMALL, asked(tmp_path), {"width": width}):
+            measure.append(file, row | {"when": when, "judgement": f"width {width}"})
+    found = report.read(file.parent)
+    said, (table, *_) = report.study(found)
+    assert len(plots.latest(found)) == len(found) // 2
+    assert "width 1" in "".join(said)
+    assert "width 2" not in "".join(said)
+    assert table.cells[0] == ["first", "x", "seconds"]
+    none = plots.Rows(row for row in found if row["what"] != "order")
+    assert "expectations" not in "".join(report.study(none)[0])
 
 
 # ---- for real ----
@@ -220,7 +284,7 @@ def test_a_small_study_of_cifar10_runs_through_the_commands(monkeypatch, tmp_pat
     )  # ten times as fast at this size
     size = cifar10.Size(
         width=0.02, pictures=20, batch=4, few_steps=2, at=(1,), labels=(1,), epochs=1, probe_epochs=1,
-        blocks=(4,), rotations=(cifar10.FOUR, "8 rotations"), words=("--workers", 1),
+        blocks=(4,), rotations=(cifar10.FOUR, cifar10.EIGHT), words=("--workers", 1),
     )  # fmt: skip
     data = ("--data", tmp_path / "train", "--val", tmp_path / "test")
     of = cifar10.study_of(data, size, "noise")
@@ -235,7 +299,7 @@ def test_a_small_study_of_cifar10_runs_through_the_commands(monkeypatch, tmp_pat
 
     eight = "rotnet-0-45-90-135-180-225-270-315"
     assert summary(eight)["chance"] == 0.125
-    found = rows[cifar10.ROTATIONS, "8 rotations"]
+    found = rows[cifar10.ROTATIONS, cifar10.EIGHT]
     assert found["values"] == [summary(f"{eight}-mlp")["val"]["top1_conv2"]]
     assert (summary("rotnet-4-one")["steps"], summary("rotnet-4-one")["images"]) == (5, 5 * 16)
     jobs = {"net": of.jobs["supervised"], "asked": Job(("classes",), of="net", asks=True)}

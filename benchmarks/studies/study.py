@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 
 from benchmarks import measure, runs
-from fastrot import machine
-from fastrot.config import flat
+from fastrot import dist, machine
+from fastrot.config import UsageError, flat
+from fastrot.training.device import choose_device
 
 Words = tuple[Any, ...]  # of a command line
-LAST = 10**6  # epochs from one validation to the next: there is one, at the end
+LAST = (
+    10**6
+)  # epochs from one validation to the next: there is one before the first step, one at the end
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Figure:
     job: str
     score: str  # of `val` in summary.json, or as conv3.top1 of what evaluate.py writes
     paper: float | None = None  # the same in the paper, as a share
-    reach: bool = False  # whether the paper's is to be reached at its own sizes
+    to_reach: bool = False  # whether the paper's is an aim at its own sizes
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Jobs whose seconds are to be within a limit on a GPU."""
+class Limit:
+    """Jobs that together are to take so many seconds at most on a GPU."""
 
     words: str
     jobs: tuple[str, ...]
@@ -57,7 +61,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Order:
-    """What is expected, stated before it is measured: one cell above another, in every seed."""
+    """What is expected: one cell above another, in every seed."""
 
     words: str
     more: tuple[str, str, str]  # table, line and column
@@ -73,41 +77,54 @@ class Study:
     jobs: Mapping[str, Job]
     figures: tuple[Figure, ...]
     orders: tuple[Order, ...] = ()
-    spent: tuple[Spent, ...] = ()
+    limits: tuple[Limit, ...] = ()
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The command line of a study."""
-    made = runs.parser(doc, "root", "work", "device")
+def parser(doc: str | None, pictures: str) -> argparse.ArgumentParser:
+    """The command line of a study; `pictures`: what --root is to hold."""
+    made = runs.parser(doc, "work", "device")
+    made.add_argument(
+        "--root", type=Path, help=f"{pictures}; default: what lies beside the checkout"
+    )
     made.add_argument("--seeds", type=int, default=3, help="of everything that is drawn")
-    made.add_argument("--tables", nargs="+", help="only these; default: all")
+    made.add_argument("--tables", nargs="+", metavar="TABLE", help="only these; default: all")
     return made
 
 
 def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iterator[dict]:
-    """Do the jobs seed by seed, and give a row for each figure and order behind the last."""
+    """Do the jobs seed by seed, and give a row for each figure, order and limit behind the last."""
+    known = dict.fromkeys(f.table for f in study.figures)
+    if asked.seeds < 1:
+        raise UsageError(f"--seeds got {asked.seeds}: it wants at least 1")
+    if wrong := {*(asked.tables or ())} - {*known}:
+        raise UsageError(
+            f"--tables got {', '.join(wrong)}: choose of {', '.join(map(repr, known))}"
+        )
+    choose_device(asked.device, dist.place())  # refused here, not by a job
     figures = [f for f in study.figures if asked.tables is None or f.table in asked.tables]
-    commit = measure.row("study")["commit"][:12]  # a run of other code is not gone on with
-    folder = asked.work / "studies" / f"{study.theme}-{asked.device}-{commit}"
+    # a run of other code, pictures or sizes is not gone on with
+    commit = measure.row("study")["commit"][:12]
+    kind = f"{zlib.crc32(repr(study.jobs).encode()):08x}"
+    folder = asked.work / "studies" / f"{study.theme}-{asked.device}-{commit}-{kind}"
     found: dict[tuple[str, int], dict[str, float]] = {}
     for seed in range(asked.seeds):
         for name in _wanted(study, (f.job for f in figures)):
             found[name, seed] = _done(study, name, seed, folder, asked.device)
             print(f"{name}, seed {seed}: {found[name, seed]['seconds']:,.0f} s", flush=True)
-    made: dict[tuple[str, str, str], list[float]] = {}
-    same: dict[str, Any] = {"theme": study.theme, "dtype": _precision(asked.device), "warmup": 0}
-    same |= {"shape": shape, "about": study.about}
-    full = asked.device == "cuda"
 
     def took(names: Iterable[str]) -> float:
         """Seconds of the jobs one after the other, starts and validations included: medians of the seeds."""
         each = ([found[name, seed]["seconds"] for seed in range(asked.seeds)] for name in names)
         return sum(map(statistics.median, each))
 
+    made: dict[tuple[str, str, str], list[float]] = {}
+    same: dict[str, Any] = {"theme": study.theme, "dtype": _precision(asked.device), "warmup": 0}
+    same |= {"shape": shape | {"device": asked.device}, "about": study.about}
+    full = asked.device == "cuda"  # the sizes of the paper
     for f in figures:
         values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
         made[f.table, f.line, f.column] = values
-        aim = {"target": f.paper, "better": "higher"} if f.reach and full else {}
+        aim = {"target": f.paper, "better": "higher"} if f.to_reach and full else {}
         yield measure.row(
             f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"), **aim,
             values=values, paper=f.paper, seconds=took(_wanted(study, [f.job])),
@@ -115,11 +132,11 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     for order in study.orders:
         if order.more in made and order.less in made:
             yield _judged(order, made[order.more], made[order.less], same)
-    for spent in study.spent:
-        if all((name, 0) in found for name in spent.jobs):
-            aim = {"target": spent.seconds, "better": "lower"} if full else {}
-            seconds = measure.middle([took(spent.jobs)], "s")
-            yield measure.row("seconds", variant=spent.words, mode="", **same, **seconds, **aim)
+    for limit in study.limits:
+        if all((name, 0) in found for name in limit.jobs):
+            aim = {"target": limit.seconds, "better": "lower"} if full else {}
+            seconds = measure.middle([took(limit.jobs)], "s")
+            yield measure.row("seconds", variant=limit.words, mode="", **same, **seconds, **aim)
 
 
 def _wanted(study: Study, names: Iterable[str]) -> list[str]:
@@ -139,17 +156,34 @@ def _done(study: Study, name: str, seed: int, folder: Path, device: str) -> dict
     of = folder / f"{job.of}-{seed}"
     if job.step is not None:
         of = of / "checkpoints" / f"step_{job.step}.pt"
+    clock = mine.with_suffix(".seconds")
     if job.asks:
-        return _asked((of, *job.words, "--device", device), mine.with_suffix(".json"))
-    summary = mine / "summary.json"
-    if not summary.exists():
-        preset, *words = job.words
-        words += ("--start-from", of) if job.of else ()
-        words += ("--seed", seed, "--device", device, "--precision", _precision(device))
-        words += ("--validate-every", LAST, "--out", mine, "--no-tensorboard")
-        runs.run("fastrot/train.py", preset, *words, quiet=True)
-    found = json.loads(summary.read_text())
-    return {**found["val"], "seconds": found["seconds_in_all"]}
+        file = mine.with_suffix(".json")
+        if not file.exists():
+            words = (of, *job.words, "--device", device, "--json", file)
+            _timed(clock, "fastrot/evaluate.py", *words)
+        scores = flat(json.loads(file.read_text())["stages"])
+    else:
+        file = mine / "summary.json"
+        if not file.exists():
+            preset, *words = job.words
+            words += ("--start-from", of) if job.of else ()
+            words += ("--seed", seed, "--device", device, "--precision", _precision(device))
+            words += ("--validate-every", LAST, "--out", mine, "--no-tensorboard")
+            _timed(clock, "fastrot/train.py", preset, *words)
+        scores = json.loads(file.read_text())["val"]
+    return {**scores, "seconds": float(clock.read_text())}
+
+
+def _timed(clock: Path, *command: Any) -> None:
+    """Run it, and add its seconds to those in the file `clock`, also where it is broken off."""
+    clock.parent.mkdir(parents=True, exist_ok=True)
+    before = float(clock.read_text()) if clock.exists() else 0.0
+    begin = time.perf_counter()
+    try:
+        runs.run(*command, quiet=True)
+    finally:
+        clock.write_text(f"{before + time.perf_counter() - begin:.3f}")
 
 
 def _precision(device: str) -> str:
@@ -186,5 +220,5 @@ def said(row: dict[str, Any]) -> str:
         return f"\n{row['judgement']}"
     if not row.get("values"):
         return ""
-    paper = "" if row["paper"] is None else f", paper {row['paper']:.2%}"
+    paper = "" if row["paper"] is None else f", full size in the paper {row['paper']:.2%}"
     return f" ({row['mode']}, {min(row['values']):.1%} to {max(row['values']):.1%}{paper})"

@@ -200,8 +200,8 @@ def _beside(work: Callable[[int], sampler.Sampler], epoch: int) -> Future[sample
 
 
 def _read_rows(given: Path | np.ndarray, rows: int) -> np.ndarray:
-    file = isinstance(given, Path)
-    chosen, why = np.load(given, allow_pickle=False) if file else given, None
+    array = isinstance(given, np.ndarray)
+    chosen, why = given if array else np.load(given, allow_pickle=False), None
     if chosen.ndim != 1 or chosen.dtype != np.int64:
         why = f"holds {chosen.dtype}{list(chosen.shape)}: rows are one int64 array"
     elif len(beyond := chosen[(chosen < 0) | (chosen >= rows)]):
@@ -209,7 +209,7 @@ def _read_rows(given: Path | np.ndarray, rows: int) -> np.ndarray:
     elif len(np.unique(chosen)) != len(chosen):
         why = "names a row twice: each row may stand in it once"
     if why:
-        raise UsageError(f"{given if file else 'the array of rows'} {why}")
+        raise UsageError(f"{'the array of rows' if array else given} {why}")
     return chosen
 
 

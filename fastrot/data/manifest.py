@@ -47,7 +47,7 @@ def known(facts: dict[str, Any]) -> tuple[Triple | None, Triple | None, np.ndarr
     return mean, std, None if numbers is None else np.array(numbers, np.int64)
 
 
-def said_in(document: Path) -> dict[str, Any]:
+def read_manifest(document: Path) -> dict[str, Any]:
     """What it says; empty where it is missing or damaged. `beside`: files that the source laid there, and their crc32."""
     try:
         return unsealed(document.read_bytes())

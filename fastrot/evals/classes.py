@@ -19,7 +19,9 @@ from fastrot.training.device import choose_device
 
 def evaluate(run: str, knobs: Classes) -> int:
     """Print the shares, a class a row and a head a column."""
-    net = nets_of(run)[0]
+    net, *more = nets_of(run)
+    if more:
+        raise UsageError(f"{run} holds several nets: name one of them, such as {net.source}")
     if not assemble.METHODS[type(net.cfg.method)].wants_labels:
         told = f"{run} has learnt no classes ({type(net.cfg.method).__name__})"
         raise UsageError(f"{told}: name a supervised run or a probe")
@@ -29,17 +31,25 @@ def evaluate(run: str, knobs: Classes) -> int:
     else:
         pictures = given(knobs.data, knobs)
     names = pictures.data.classes
-    if len(names) != net.identity["classes"]:
-        told = f"{pictures.name} has {len(names)} classes, {run} {net.identity['classes']}"
-        raise UsageError(f"--data: {told}: prepare both from the same class folders")
+    learnt = net.identity.get("class_names", [*names])  # which older checkpoints do not tell
+    if [*names] != learnt or len(names) != net.identity["classes"]:
+        told = f"{pictures.name} has other classes than {run} has learnt"
+        way = "prepare both from the same class folders"
+        raise UsageError(f"--data: {told} ({len(names)} and {net.identity['classes']}): {way}")
     if knobs.json is not None:
         writable(knobs.json.parent, "--json")
     with dist.joined(device, "give the same command again"):
         method = trained_method(run, device)
         loader = loader_of(pictures.data, pictures.rows, net.cfg, knobs, device)
+        labels = loader.data.labels if loader.rows is None else loader.data.labels[loader.rows]
+        if without := int((labels < 0).sum()):
+            told = f"{without:,} of {len(labels):,} pictures of {pictures.name} have no label"
+            raise UsageError(f"{told}: prepare them with --label-from folder")
         right, count = _counted(method, loader, len(names))
     if not count.any():
-        raise RunError(f"no picture of {pictures.name} can be read, or none has a label")
+        raise RunError(f"no picture of {pictures.name} can be read: prepare it anew")
+    if unread := len(labels) - int(count.sum()):
+        say(f"{unread:,} pictures of {pictures.name} cannot be read, and are left out")
     some = [(name, n) for n, name in enumerate(names) if count[n]]
     found = {
         head: {
@@ -63,7 +73,7 @@ def _counted(
         with exact():
             outputs = method.net(method.views(batch))
         truth = batch.label.cpu()
-        found[-1] += truth[truth >= 0].bincount(minlength=classes)
+        found[-1] += truth.bincount(minlength=classes)
         for n, logits in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
             right = logits.argmax(dim=1).cpu() == truth
             found[n] += truth[right].bincount(minlength=classes)
@@ -75,6 +85,8 @@ def _lines(found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """A row for each class, with a column for each head, and one for all."""
     first = next(iter(found.values()))
     rows = {name: [each["classes"][name] for each in found.values()] for name in first["classes"]}
-    rows["all"] = [each["top1"] for each in found.values()]
-    shares = {name: " ".join(f"{share:>7.2%}" for share in row) for name, row in rows.items()}
-    return {"class": " ".join(f"{head:>7}" for head in found), **shares}
+    wide = max(7, *map(len, found))
+    lines = {name: " ".join(f"{each:>{wide}.2%}" for each in row) for name, row in rows.items()}
+    heads = {"class": " ".join(f"{head:>{wide}}" for head in found)}
+    every = {"all classes": " ".join(f"{each['top1']:>{wide}.2%}" for each in found.values())}
+    return heads | lines | every

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastrot.ops.rows import misfit
 
+SMALLEST = 24  # pixels a side: of a smaller image too little would be seen
 REACH = 4  # pixels to each side that the kernel reads: at 3 its own edges tell the angle
 
 
@@ -27,8 +28,11 @@ def rotated_by(
     images: UInt8[Tensor, "b s s 3"], degrees: Sequence[int]
 ) -> UInt8[Tensor, "w s s 3"]:
     """Every angle of every crop, image-major. No gradient; the same bits each time on one kind of device."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
-        raise misfit("images are", images, "square ones, torch.uint8 [B, S, S, 3]")
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.dtype != torch.uint8 or not square or images.shape[1] < SMALLEST:
+        raise misfit(
+            "images are", images, f"square ones, torch.uint8 [B, S, S, 3], S >= {SMALLEST}"
+        )
     size = images.shape[1]
     places, weights = _taps(size, tuple(degrees), images.device)
     pixels = (

@@ -153,5 +153,6 @@ def run_identity_of(cfg: Config, loader: Loader, info: DataInfo, method: Method)
         "data": f"{data.format} {cfg.data}",
         "method": method.resume_contract(),
         "classes": info.classes,
+        "class_names": list(data.classes),
         "folder": os.getcwd(),  # to which the config's paths are relative
     }

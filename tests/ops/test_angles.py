@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastrot.config import UsageError
 from fastrot.ops.angles import REACH, rotated_by
 
 EIGHT = (0, 45, 90, 135, 180, 225, 270, 315)
@@ -35,6 +36,11 @@ def by_the_formula(image: np.ndarray, degrees: float) -> np.ndarray:
                     total += weight
             out[i, j] /= total
     return out
+
+
+def test_crops_without_room_are_refused():
+    with pytest.raises(UsageError, match="S >= 24"):
+        rotated_by(noise(1, 23), (0, 45))
 
 
 @pytest.mark.parametrize("size", [24, 31])
@@ -90,7 +96,15 @@ def test_noise_does_not_tell_its_angle(angles):
 
 
 def test_the_judge_can_tell():
-    """A copy that is resampled from one that is not."""
+    """A copy that is resampled from one that is not; and 0 from 45 degrees, where the kernel is bilinear."""
     images, labels = noise(2000, 32), torch.arange(2000) % 2
     views = torch.where(labels[:, None, None, None] == 0, images, rotated_by(images, (0,)))
     assert min(told(features, labels) for features in of_noise(views).values()) > 0.95
+    angle = torch.pi / 4 * labels
+    half = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1) * 0.5**0.5
+    where = F.affine_grid(
+        F.pad(half.view(-1, 2, 2), (0, 1)), [2000, 3, 32, 32], align_corners=False
+    )
+    pixels = images.permute(0, 3, 1, 2).float()
+    bilinear = F.grid_sample(pixels, where, align_corners=False).round().permute(0, 2, 3, 1)
+    assert told(of_noise(bilinear)["windowed"], labels) > 0.95

@@ -19,7 +19,7 @@ from fastrot.arrays import Picture
 from fastrot.config import UsageError
 from fastrot.data.beton import layout
 from fastrot.data.files import BadPicture
-from fastrot.data.manifest import said_in, sealed, side
+from fastrot.data.manifest import read_manifest, sealed, side
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import WAYS, Options
@@ -214,7 +214,7 @@ class BetonWriter(FormatWriter):
             return Existing()
         own = {**plan, "part": begun.get("part", part) if begun else part}
         if out.exists():
-            manifest = said_in(side(out, "json"))
+            manifest = read_manifest(side(out, "json"))
             if not _is_whole(out, manifest):
                 raise UsageError(f"{out} is there, but is no whole file of ours: {WAYS}")
             refuse_other(out, plan, manifest["options"])
@@ -225,7 +225,7 @@ class BetonWriter(FormatWriter):
         if begun is None:
             return Existing()
         refuse_other(kept, own, begun)
-        manifest = said_in(side(kept / "set", "json"))
+        manifest = read_manifest(side(kept / "set", "json"))
         if not _is_whole(kept / "set", manifest):
             self._take_apart(manifest)
             return Existing()
@@ -264,7 +264,7 @@ class BetonWriter(FormatWriter):
             body = {name: found[name] for name in (*CRCS, "bytes", "page")}
             manifest = _write_beside(new, converted, body)
         # all of it is on the disk: from here on names change, which needs no space
-        beside = {*manifest.get("beside", ()), *said_in(side(out, "json")).get("beside", ())}
+        beside = {*manifest.get("beside", ()), *read_manifest(side(out, "json")).get("beside", ())}
         out.unlink(missing_ok=True)
         for name in (*sorted(beside), *BESIDE):
             if side(new, name).exists():

@@ -18,7 +18,7 @@ import numpy as np
 import fastrot
 from fastrot.config import UsageError
 from fastrot.data.keys import order_fingerprint, path_keys
-from fastrot.data.manifest import said_in, side
+from fastrot.data.manifest import read_manifest, side
 from fastrot.data.prepare import parts as part_files
 from fastrot.data.prepare.encode import EncodedPicture, EncodeSpec
 from fastrot.data.prepare.options import WAYS, Options, difference
@@ -193,7 +193,7 @@ class FolderWriter(FormatWriter):
             out.rmdir()  # where it is empty
         if not out.exists():
             return Existing()
-        beside = said_in(out / self.manifest_name).get("beside", {})
+        beside = read_manifest(out / self.manifest_name).get("beside", {})
         foreign = sorted(f.name for f in out.iterdir() if not self.ours(f) and f.name not in beside)
         if foreign:
             raise UsageError(
