@@ -19,6 +19,7 @@ ORIGINALS = {  # preset -> the original's configuration
     "supervised-nin-cifar10": "rot__CIFAR10_supervised_NIN__model",
     "probe-linear": "fd__ImageNet_LinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
     "probe-linear-places205": "fd__Places205_LinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
+    "probe-linear-rotnet": "rot__ImageNet_LinearClassifiers_ImageNet_RotNet_AlexNet_Features__classifier",
     "probe-nonlinear": "fd__ImageNet_NonLinearClassifiers_ImageNet_Decoupling_AlexNet_Features__classifier",
     "probe-mlp-cifar10": "rot__CIFAR10_MultLayerClassifier_on_RotNet_NIN4blocks_Conv2_feats__classifier",
     "probe-conv-cifar10": "rot__CIFAR10_ConvClassifier_on_RotNet_NIN4blocks_Conv2_feats__classifier",

@@ -437,6 +437,11 @@ def test_few_rows_of_each_class(straight, pictures, tmp_path):
     assert set(two) < set(four)
     assert not set(four) & set(aside)
     assert set(rows("2", "1")[0]) != set(two)
+    said = "--rows 4: 4 pictures in each of 3 classes\n"
+    assert said in (tmp_path / "4-0" / "log.txt").read_text()
+    count = np.bincount(data.labels[rows("12")[0]])  # more than some class has
+    few = f"--rows 12: {count.min()} to {count.max()} pictures in each of 3 classes\n"
+    assert few in (tmp_path / "12-0" / "log.txt").read_text()
     share, _ = rows("25%")
     others = np.setdiff1d(np.arange(data.rows), aside)
     expected = np.ceil(np.bincount(data.labels[others]) / 4)

@@ -28,6 +28,11 @@ def greeting(s: Session) -> list[str]:
         f"{s.loader.images:,} pictures of {cfg.data}, judged on {judged}",
         *_judged_by_what_it_learns_from(s),
     ]
+    if cfg.rows:
+        labels = s.loader.data.labels[slice(None) if s.loader.rows is None else s.loader.rows]
+        _, count = np.unique(labels, return_counts=True)
+        each = " to ".join(f"{n:,}" for n in sorted({count.min(), count.max()}))
+        lines.append(f"--rows {cfg.rows}: {each} pictures in each of {len(count)} classes")
     if cfg.folds:
         lines.append(f"fold {cfg.fold} of 0 to {cfg.folds - 1} is left out of training")
     if trunk := assemble.METHODS[type(cfg.method)].trunk(cfg):
