@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -19,18 +18,6 @@ from truth import photo
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # which a shell's & has its commands ignore
-
-if sys.version_info < (3, 11):
-    # Triton wants kernels bare: they are marked no_type_check, which the last jaxtyping for Python 3.10 does not look at
-    from jaxtyping._import_hook import JaxtypingTransformer
-
-    wrapped = JaxtypingTransformer.visit_FunctionDef
-
-    def visit(self, node):
-        bare = any(getattr(mark, "id", "") == "no_type_check" for mark in node.decorator_list)
-        return node if bare else wrapped(self, node)
-
-    JaxtypingTransformer.visit_FunctionDef = visit
 
 with contextlib.suppress(ModuleNotFoundError):  # torch's builds for the CPU come without Triton
     from triton.runtime import interpreter

@@ -24,7 +24,7 @@ Digits.  The same bits everywhere, as all of it is whole numbers, but for the pl
 """
 
 from dataclasses import dataclass
-from typing import Literal, no_type_check
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, form_for, tl, triton
+from fastrot.ops.choice import check_kernel, form_for, kernel, tl, triton
 from fastrot.ops.resample import Box, resample
 from fastrot.ops.rows import check_device, misfit
 from fastrot.ops.tiles import decoded
@@ -89,8 +89,7 @@ REGISTERS = {"maxnreg": 128}  # of decoding: 16 warps an SM; Triton 3.6 takes 15
 
 if triton is not None:
 
-    @triton.jit
-    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    @kernel
     def _unpack_kernel(
         tiles, first, sizes, boxes, out, size,
         PACKED: tl.constexpr,  # ycc: `tiles` are words of 8 bytes
@@ -119,8 +118,7 @@ if triton is not None:
             target = out + image * 3 * size * size + (top + line) * 3 * size + 3 * left + element
             tl.store(target, value.to(tl.uint8), mask=inside)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _crop_pixels(tiles, first, sizes, box, index, row, column, size, PACKED: tl.constexpr):
         """Red, green and blue of the crop's pixels at row [R, 1] and column [1, C]."""
         y, x = tl.load(box + 1).to(tl.int32), tl.load(box + 2).to(tl.int32)
@@ -156,56 +154,48 @@ if triton is not None:
                 blue += b >> 2
         return _kernel_mean(red, n, bits), _kernel_mean(green, n, bits), _kernel_mean(blue, n, bits)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kernel_mean(total, n, bits):
         half = n * n // 2
         mean = (total + half) >> bits
         return tl.where(((total & (n * n - 1)) == half) & (n > 2), mean & ~1, mean)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kernel_scale(length, size):
         return 1.0 / (size.to(tl.float64) / length.to(tl.float64))
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kernel_places(at, scale):
         place = ((at.to(tl.float64) + 0.5) * scale - 0.5).to(tl.float32)
         floor = tl.floor(place)
         return floor.to(tl.int32), place - floor
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kernel_columns(at, length, scale):
         place, share = _kernel_places(at, scale)
         share = tl.where((place < 0) | (place >= length - 1), 0.0, share)
         place = tl.minimum(tl.maximum(place, 0), length - 1)
         return place, tl.minimum(place + 1, length - 1), _weight(1 - share), _weight(share)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kernel_rows(at, length, scale):
         place, share = _kernel_places(at, scale)
         above = tl.minimum(tl.maximum(place, 0), length - 1)
         below = tl.minimum(tl.maximum(place + 1, 0), length - 1)
         return above, below, _weight(1 - share), _weight(share)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _weight(share):
         """2048ths, halves to even: where float32 has no room for a fraction."""
         return (share * 2048.0 + 8388608.0 - 8388608.0).to(tl.int32)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _kept_inside(at, weight, length):
         """A tap outside the picture weighs nothing, as if it were 0; it is read at the edge."""
         inside = (at >= 0) & (at < length)
         return tl.minimum(tl.maximum(at, 0), length - 1), tl.where(inside, weight, 0)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _pixel(picture, across, y, x, PACKED: tl.constexpr):
         """Red, green and blue at y [R, 1] and x [1, C] of a picture."""
         if PACKED:
@@ -227,13 +217,11 @@ if triton is not None:
             b = tl.load(at + 2).to(tl.int32)
         return r, g, b
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _clipped(value):
         return tl.minimum(tl.maximum(value, 0), 255)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _sample(block, shift):
         """The sample of a BC4 block whose 3 bits begin at `shift`. A digit of a number is its weight of e1."""
         low = block.to(tl.int32)

@@ -1,8 +1,11 @@
 """Which form of an op runs: the PyTorch reference, or the Triton kernel. Triton itself, where there is one."""
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,13 @@ except ModuleNotFoundError:  # torch's builds for the CPU come without it
 
 FORMS = ("reference", "triton")
 _forced: list[str] = []
+
+
+def kernel(function: Callable[..., Any] | None = None, **how: Any) -> Any:
+    """triton.jit, with its options, of the function as it is written: tests wrap functions, and Triton reads their source."""
+    if function is None:
+        return functools.partial(kernel, **how)
+    return triton.jit(inspect.unwrap(function), **how)
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 """The kernels behind ops/nce.py, which has the maths, the idea and the bytes, and how they are launched."""
 
 import math
-from typing import no_type_check
 
 import torch
 from torch import Tensor
 
-from fastrot.ops.choice import check_kernel, processors, tl, triton
+from fastrot.ops.choice import check_kernel, kernel, processors, tl, triton
 from fastrot.ops.rows import check_width
 
 # ---- kernel ----
@@ -22,8 +21,7 @@ if triton is not None:
     LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
     LOWEST = tl.constexpr(-3.0e38)  # below every score, and finite: minus itself it is 0
 
-    @triton.jit(do_not_specialize=["size", "seed"])
-    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    @kernel(do_not_specialize=["size", "seed"])
     def _nce_kernel(
         x, rows, positive, negatives, index, step, z, sums, grads,
         count, size, splits, turns, seed, in_log2, level,
@@ -105,8 +103,7 @@ if triton is not None:
         target = grads + program.to(tl.int64) * D + column
         tl.store(target, tl.sum(grad, 1), mask=column < D)
 
-    @triton.jit(do_not_specialize=["size"])
-    @no_type_check
+    @kernel(do_not_specialize=["size"])
     def _finish_kernel(
         x, rows, positive, z, sums, grads, loss, mass, grad,
         size, splits, in_log2, level, over_temperature, floor,
@@ -166,15 +163,13 @@ if triton is not None:
         tl.store(mass + image, total)
         tl.store(grad + image * D + column, weighted * over_temperature, mask=column < D)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _soft(u):
         """Of 2**u: its share of 1 + 2**u, and the logarithm of that in two parts, max(u, 0) and t of log(1 + t)."""
         tail = tl.exp2(-tl.abs(u))
         return tl.where(u >= 0, 1.0, tail) / (1 + tail), tl.maximum(u, 0.0), tail
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _log1p(t):
         """With what 1 + t lost to rounding given back."""
         grown = 1 + t

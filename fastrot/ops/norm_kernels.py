@@ -2,13 +2,12 @@
 """The kernels behind ops/norm.py, which has the maths, the idea and the bytes, and how they are launched."""
 
 from collections.abc import Sequence
-from typing import no_type_check
 
 import torch
 from torch import Tensor
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, processors, tl, triton
+from fastrot.ops.choice import check_kernel, kernel, processors, tl, triton
 
 CHANNELS_LAST = torch.channels_last
 CUT_OFF = 9  # a winner that ReLU cut
@@ -28,8 +27,7 @@ FINISH, SHARES = 8, 128  # channels of a program that merges, and shares that it
 if triton is not None:
     CUT = tl.constexpr(CUT_OFF)
 
-    @triton.jit
-    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    @kernel
     def _statistics_kernel(
         y, parts, rows, tiles, shares,
         C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
@@ -64,8 +62,7 @@ if triton is not None:
         tl.store(target, merged, mask=known)
         tl.store(target + shares * C, tl.sum(squares, 0), mask=known)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _finish_statistics_kernel(
         parts, mean, var, running_mean, running_var, shift, rows, per_share, shares, momentum,
         SHIFTED: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, SHARES: tl.constexpr,
@@ -97,8 +94,7 @@ if triton is not None:
         spread = spread * (rows.to(tl.float32) / (rows - 1))
         tl.store(running_var + column, (1 - momentum) * old + momentum * spread, mask=known)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _norm_relu_kernel(
         y, weight, bias, mean, var, out, peak, winner, places, height, width, down, across, eps,
         POOL: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
@@ -143,8 +139,7 @@ if triton is not None:
         normal = tl.where(normal <= 0, 0.0, normal)  # a NaN stays one
         tl.store(_at(out, place, column, C), normal.to(out.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _sums_kernel(
         grad, y, winner, weight, bias, mean, var, parts, rows, tiles, shares, eps,
         POOL: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
@@ -172,8 +167,7 @@ if triton is not None:
         tl.store(target, tl.sum(plain, 0), mask=known)
         tl.store(target + shares * C, tl.sum(times * rstd, 0), mask=known)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _finish_sums_kernel(
         parts, dweight, dbias, shares,
         C: tl.constexpr, BLOCK_C: tl.constexpr, SHARES: tl.constexpr,
@@ -188,8 +182,7 @@ if triton is not None:
         tl.store(dbias + column, tl.sum(plain, 0), mask=known)
         tl.store(dweight + column, tl.sum(times, 0), mask=known)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _back_kernel(
         grad, y, winner, weight, bias, mean, var, dweight, dbias, dy,
         blocks, height, width, down, across, over_rows, eps,
@@ -240,34 +233,29 @@ if triton is not None:
             value = scale * (g - level - off * slope)
             tl.store(_at(dy, block, column, C), value.to(dy.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _at(first, row, column, C: tl.constexpr):
         return first + row.to(tl.int64)[:, None] * C + column[None, :]  # M C can pass 2**31
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _values(first, row, column, inside, C: tl.constexpr):
         return tl.load(_at(first, row, column, C), mask=inside, other=0).to(tl.float32)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _channels(AXIS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
         """A program's channels, and which of them there are: all, where blocks divide them."""
         column = tl.program_id(AXIS) * BLOCK_C + tl.arange(0, BLOCK_C)
         known = tl.full((BLOCK_C,), True, tl.int1) if C % BLOCK_C == 0 else column < C
         return column, known
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _shares(parts, first, shares, column, known, C: tl.constexpr, SHARES: tl.constexpr):
         """SHARES shares from `first` on: their numbers, where their parts lie, and which there are."""
         share = first + tl.arange(0, SHARES)
         there = (share < shares)[:, None] & known[None, :]
         return share, parts + share[:, None] * C + column[None, :], there
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _scales(weight, bias, mean, var, eps, column, known):
         """[1, BLOCK_C] each: mean, 1 / sqrt(var + eps), that times weight, and bias."""
         rstd = tl.rsqrt(tl.load(var + column, mask=known, other=1) + eps)  # one instruction, 1 ulp

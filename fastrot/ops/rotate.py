@@ -19,7 +19,6 @@ Digits.  Reference and kernel give the same bits on every device: u / 255 is wri
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot.config import UsageError
-from fastrot.ops.choice import check_kernel, form_for, tl, triton
+from fastrot.ops.choice import check_kernel, form_for, kernel, tl, triton
 from fastrot.ops.rows import misfit
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -120,8 +119,7 @@ if triton is not None:
     HI = tl.constexpr(float.fromhex("0x1.0102p-8"))  # 1 / 255 to 16 bits: times a byte it is exact
     LO = tl.constexpr(float.fromhex("-0x1.fdfdfep-25"))  # the rest
 
-    @triton.jit
-    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    @kernel
     def _rotated_views_kernel(
         images, rotations, out, size, count, mean0, mean1, mean2, std0, std1, std2,
         VIEWS: tl.constexpr, PATTERN: tl.constexpr,  # rotations as digits to base 4, the first lowest; -1: read `rotations`
@@ -179,8 +177,7 @@ if triton is not None:
             target = out + (image * VIEWS + view) * count * width + cell_row * width + element
             tl.store(target, value.to(out.dtype.element_ty), mask=written)
 
-    @triton.jit
-    @no_type_check
+    @kernel
     def _of(channel, first, second, third):
         return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
 

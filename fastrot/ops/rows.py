@@ -10,14 +10,12 @@ Bytes.   B D (4 + 2 * itemsize) + 4 B**2, the indices from the cache.
 Digits.  Blend and norm are float32, added in another order than the reference's: the last bit may differ.
 """
 
-from typing import no_type_check
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fastrot.config import WIDEST_EMBEDDING, NotFinite, UsageError
-from fastrot.ops.choice import check_kernel, form_for, tl, triton
+from fastrot.ops.choice import check_kernel, form_for, kernel, tl, triton
 
 WIDEST = WIDEST_EMBEDDING  # features that a kernel's program holds
 Bank = Float[Tensor, "n d"]
@@ -47,8 +45,7 @@ WARPS = 1
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["size", "images"])
-    @no_type_check  # the tests' shape checks would wrap it, and Triton wants the bare function
+    @kernel(do_not_specialize=["size", "images"])
     def _update_rows_kernel(
         rows, index, features, size, images, momentum, rest, eps,
         D: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
