@@ -22,7 +22,7 @@ from fastrot.evals.trained import load, trained_method
 from fastrot.methods.probe import ProbeNet
 from fastrot.presets import PRESETS
 from fastrot.speed.cost import step_cost
-from fastrot.training import checkpoint
+from fastrot.training import checkpoint, foreign
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -380,6 +380,30 @@ def test_a_checkpoint_of_the_original_code_is_probed(wrapped, pictures, tmp_path
         (found,) = trunk.outputs(torch.from_numpy(nin["x"]), ["conv2"])
     (name,) = (k for k in nin if k.startswith("s4__eval") and k.endswith("conv2"))
     torch.testing.assert_close(found, torch.from_numpy(nin[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_trunk_of_vissl_is_probed(pictures, tmp_path, caplog):
+    """Its AlexNet for rotations, narrowed: convolutions alone, by the names of RotNet's code, nested as it nests them."""
+    ours = alexnet(config.AlexNet(width=0.1), 64).eval()
+    theirs = {}
+    for name, value in ours.state_dict().items():
+        stage, layer, leaf = name.split(".")
+        if stage != "fc_block":
+            block = next(number for number, each in foreign.BLOCKS.items() if each == stage)
+            theirs[f"_feature_blocks.{block}.{('conv', 'bn').index(layer)}.{leaf}"] = value
+    model = {"model": {"trunk": theirs, "heads": {}}}
+    state = {"phase_idx": 9, "classy_state_dict": {"base_model": model, "optimizer": {}}}
+    torch.save(state, file := tmp_path / "model_final.torch")
+    words = ["--start-from", str(file), "--backbone.width", "0.1", "--image-size", "64"]
+    run = probe(pictures, tmp_path / "run", *words, "--max-steps", "1")
+    assert "has no fc_block: it begins anew" in caplog.text
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for stage in ("conv1", "conv5"):
+            assert torch.equal(ours.outputs(x, [stage])[0], load(run).net.outputs(x, [stage])[0])
+    for stage in ("fc_block", "f2"):
+        with pytest.raises(UsageError, match="has no fc_block: leave it"):
+            probe(pictures, tmp_path / stage, *words, "--method.stages", stage)
 
 
 def test_a_probe_goes_on_without_the_run_that_it_stands_on(straight, pictures, tmp_path):

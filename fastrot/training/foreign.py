@@ -46,8 +46,9 @@ def read_exported(file: Path) -> dict[str, Any]:
 def original_weights(path: Path) -> dict[str, Tensor] | None:
     """The weights in a file of the papers' code, those of the trunk behind `trunk.`; None: it is no such file, or damaged.
 
-    A dict of tensors, or one with such as its `network`, in whatever form torch has saved. No pickled code is run. Raises
-    UsageError for layers that their networks do not have.
+    A dict of tensors, or one with such as its `network`, in whatever form torch has saved; a checkpoint of VISSL, whose
+    AlexNet for rotations has the same trunk, without fc_block. No pickled code is run. Raises UsageError for layers that
+    their networks do not have.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -55,7 +56,8 @@ def original_weights(path: Path) -> dict[str, Tensor] | None:
         raise  # says nothing of the file's bytes
     except Exception:  # whoever asks has a sentence for a file that is not ours either
         return None
-    state = state.get("network", state) if isinstance(state, dict) else None
+    for name in ("classy_state_dict", "base_model", "model", "trunk", "network"):
+        state = state.get(name, state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         return None
     named = {

@@ -1,6 +1,7 @@
 """What a run goes on from: its last checkpoint, and what must agree with it."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 
 from fastrot import assemble, config, dist, machine, paths
+from fastrot.backbones.staged import HALVES
 from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
+from fastrot.methods.probe import ProbeNet
 from fastrot.training import checkpoint
 from fastrot.training.foreign import exported, original_weights, read_exported
 
@@ -113,12 +116,21 @@ def other_machine(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def start_from(net: torch.nn.Module, source: str) -> None:
     """The weights of another run or checkpoint: all of them, or where its head is another task's its trunk's."""
-    mine, theirs = net.state_dict(), _begun_with(source)["net"]
+    begun: Any = _begun_with(source)
+    mine, theirs = net.state_dict(), begun["net"]
     if mine.keys() == theirs.keys() and all(mine[k].shape == theirs[k].shape for k in mine):
         net.load_state_dict(theirs)
     else:
-        trunk = checkpoint.trunk_weights(theirs)
-        checkpoint.load_weights(net.get_submodule("trunk"), trunk, source)
+        trunk, weights = net.get_submodule("trunk"), checkpoint.trunk_weights(theirs)
+        linears = {k: v for k, v in trunk.state_dict().items() if k.startswith("fc_block.")}
+        if linears and "config" not in begun and not linears.keys() & weights.keys():  # VISSL's
+            heads = {*net.heads} if isinstance(net, ProbeNet) and net.frozen else set()
+            if heads & {"fc_block", *HALVES}:
+                told = f"--start-from: {source} has no fc_block"
+                raise UsageError(f"{told}: leave it and its halves out of --method.stages")
+            logging.getLogger("fastrot").warning("%s has no fc_block: it begins anew", source)
+            weights |= linears
+        checkpoint.load_weights(trunk, weights, source)
 
 
 def _begun_with(source: str) -> dict[str, Any]:

@@ -108,3 +108,10 @@ def test_the_judge_can_tell():
     pixels = images.permute(0, 3, 1, 2).float()
     bilinear = F.grid_sample(pixels, where, align_corners=False).round().permute(0, 2, 3, 1)
     assert told(of_noise(bilinear)["windowed"], labels) > 0.95
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_to_rounding():
+    images = noise(8, 40)
+    there = rotated_by(images.cuda(), EIGHT).cpu()
+    assert (there.int() - rotated_by(images, EIGHT).int()).abs().max() <= 1
