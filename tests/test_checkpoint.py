@@ -107,6 +107,9 @@ def test_random_numbers_go_on_where_they_were():
     assert torch.equal(torch.rand(3), first)
 
 
+NEW = {"folder": "", "budget": None, "class_names": []}
+
+
 @pytest.mark.parametrize("fused", [False, None], ids=["as-then", "as-now"])
 def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it(
     tmp_path, fused, monkeypatch
@@ -134,7 +137,7 @@ def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it
     if fused is not None and wide and all(then[name] == now[name] for name in alike):
         for state in (mine, theirs):
             state["config"] = config.to_plain(config.from_plain(state["config"]))  # knobs' names
-            state["run_identity"] |= {"folder": "", "budget": None}  # not known then
+            state["run_identity"] |= NEW  # not known then
         own, others = leaves(mine), leaves(theirs)
         assert own.keys() == others.keys()
         assert [name for name in own if not chaos.same(own[name], others[name])] == []

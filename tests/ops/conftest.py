@@ -22,6 +22,8 @@ def poisoned(make):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
+    # `with torch.device(...)` notes once what makes tensors: not while empty is another
+    torch.utils._device._device_constructors()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
