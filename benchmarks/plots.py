@@ -354,6 +354,8 @@ def scale(rows: Rows):
 
 def study(rows: Rows):
     """A panel for each table of more than one column: a line for each of its lines, over the seeds' means and spread."""
+    from matplotlib.ticker import PercentFormatter
+
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in latest(rows):
         if row.get("values") and row["what"] != "order":
@@ -361,7 +363,7 @@ def study(rows: Rows):
     tables = {name: t for name, t in tables.items() if max(map(len, t.values())) > 1}
     if not tables:
         return None
-    figure, every = panels(len(tables), 3.4 * len(tables))
+    figure, every = panels(len(tables), 2.8 * len(tables), width=11)
     for axes, (name, lines) in zip(every, tables.items(), strict=True):
         looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), "os^Dv*", strict=True)
         for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
@@ -375,6 +377,6 @@ def study(rows: Rows):
             style = {"color": colour, "marker": mark, "ms": 4, "capsize": 2}
             axes.errorbar(columns, means, (low, high), label=line, **style)
         axes.set_title(name, loc="left", fontsize=10)
-        axes.yaxis.set_major_formatter("{x:.0%}")
-        axes.legend(fontsize=8, ncols=2)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
