@@ -154,7 +154,7 @@ def test_pictures_that_are_made_are_neither_read_nor_decoded_however_long_it_tak
 
 
 def test_a_large_net_is_bound_by_its_own_step(formats):
-    large = cfg_of(size=96, backbone=AlexNet(width=0.5))
+    large = cfg_of(size=96, backbone=AlexNet(width=1.0))
     found = measured(assemble.open_data(formats["pack"]), cfg=large)
     assert bound(found) in ("arithmetic", "memory", "launch", "neighbours")
     assert found.load > found.step
