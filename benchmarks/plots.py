@@ -368,9 +368,8 @@ def study(rows: Rows):
         looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), "os^Dv*", strict=True)
         for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
             means = [sum(row["values"]) / len(row["values"]) for row in cells]
-            both = list(
-                zip(means, cells, strict=True)
-            )  # a mean of equal numbers may be beyond them
+            # a mean of equal numbers may be beyond them
+            both = list(zip(means, cells, strict=True))
             low = [max(0.0, mean - min(row["values"])) for mean, row in both]
             high = [max(0.0, max(row["values"]) - mean) for mean, row in both]
             columns = [row["mode"] for row in cells]

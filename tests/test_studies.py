@@ -279,9 +279,8 @@ def test_a_small_study_of_cifar10_runs_through_the_commands(monkeypatch, tmp_pat
         assert main([*map(str, words)]) == 0
 
     monkeypatch.setattr(runs, "run", run)
-    monkeypatch.setattr(
-        study, "_precision", lambda device: "fp32"
-    )  # ten times as fast at this size
+    # ten times as fast at this size
+    monkeypatch.setattr(study, "_precision", lambda device: "fp32")
     size = cifar10.Size(
         width=0.02, pictures=20, batch=4, few_steps=2, at=(1,), labels=(1,), epochs=1, probe_epochs=1,
         blocks=(4,), rotations=(cifar10.FOUR, cifar10.EIGHT), words=("--workers", 1),

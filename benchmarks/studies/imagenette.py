@@ -25,10 +25,8 @@ METHODS = {
     "RotNet": ("rotnet-alexnet", "--lr", 0.03),
     "Feature Decoupling": (
         *("decoupling-alexnet", "--lr", 0.02, "--method.negatives", 512, "--method.z", "ema"),
-        *(
-            "--method.lambda-nce",
-            0.1,
-        ),  # 1 is the paper's, by which a run this short learns less (LOG.md)
+        # 1 is the paper's, by which a run this short learns less (LOG.md)
+        *("--method.lambda-nce", 0.1),
     ),
 }
 RANDOM = "random net"

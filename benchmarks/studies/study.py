@@ -22,9 +22,8 @@ from fastrot.config import UsageError, flat
 from fastrot.training.device import choose_device
 
 Words = tuple[Any, ...]  # of a command line
-LAST = (
-    10**6
-)  # epochs from one validation to the next: there is one before the first step, one at the end
+# epochs from one validation to the next: there is one before the first step, one at the end
+LAST = 10**6
 
 
 @dataclass(frozen=True)
@@ -189,17 +188,6 @@ def _timed(clock: Path, *command: Any) -> None:
 def _precision(device: str) -> str:
     """Of training; evaluate.py asks in float32."""
     return "bf16" if machine.multiplies_bf16(torch.device(device)) else "fp32"
-
-
-def _asked(words: Words, file: Path) -> dict[str, float]:
-    """The numbers that an evaluation writes, kept in `file` with the seconds it took."""
-    if not file.exists():
-        begin, partial = time.perf_counter(), file.with_suffix(".partial")
-        runs.run("fastrot/evaluate.py", *words, "--json", partial, quiet=True)
-        found = json.loads(partial.read_text())["stages"]
-        file.write_text(json.dumps({**found, "seconds": time.perf_counter() - begin}))
-        partial.unlink()
-    return flat(json.loads(file.read_text()))
 
 
 def _judged(order: Order, more: list[float], less: list[float], same: dict[str, Any]) -> dict:

@@ -35,9 +35,8 @@ def rotated_by(
         )
     size = images.shape[1]
     places, weights = _taps(size, tuple(degrees), images.device)
-    pixels = (
-        images.permute(1, 2, 0, 3).reshape(size * size, -1).float()
-    )  # a row: all images' colours
+    # a row of `pixels`: the colours of all images there
+    pixels = images.permute(1, 2, 0, 3).reshape(size * size, -1).float()
     found = F.embedding_bag(places, pixels, per_sample_weights=weights, mode="sum")
     copies = found.round().to(torch.uint8).view(len(degrees), size, size, len(images), 3)
     return copies.permute(3, 0, 1, 2, 4).flatten(0, 1).contiguous()
