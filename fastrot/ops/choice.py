@@ -26,6 +26,7 @@ def kernel(function: Callable[..., Any] | None = None, **how: Any) -> Any:
     """triton.jit, with its options, of the function as it is written: tests wrap functions, and Triton reads their source."""
     if function is None:
         return functools.partial(kernel, **how)
+    assert triton is not None
     return triton.jit(inspect.unwrap(function), **how)
 
 

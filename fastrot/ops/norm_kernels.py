@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 """The kernels behind ops/norm.py, which has the maths, the idea and the bytes, and how they are launched."""
 
 from collections.abc import Sequence
