@@ -35,6 +35,9 @@ def start(here: Place, device: torch.device, *, patience: timedelta | None = Non
     global _patient
     if here.world == 1:
         return
+    # DDP imports it; imported behind the group it keeps that for ever, and gloo's threads abort the end of some processes
+    from torch import _dynamo  # noqa: F401
+
     where = _meeting_place(here)
     entry.met_others = True
     backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
