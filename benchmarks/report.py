@@ -23,7 +23,7 @@ from benchmarks import forms, measure, plots
 from benchmarks.measure import IMAGENET, number
 from benchmarks.plots import CORES, PRESET, Rows
 from fastrot import entry
-from fastrot.config import UsageError
+from fastrot.config import UsageError, net_name
 from fastrot.entry import in_bytes, in_time
 from fastrot.presets import PRESETS
 
@@ -691,7 +691,7 @@ def fastest_forms(rows: Rows) -> dict[str, dict[str, Any]]:
             found[row["gpu"]] = {
                 **{name: row[name] for name in ("form", "preset", "commit", "when")},
                 "knobs": forms.knobs(row["form"]),
-                "backbone": type(PRESETS[row["preset"]]().backbone).__name__,
+                "backbone": net_name(PRESETS[row["preset"]]().backbone),
                 "precision": row["dtype"],
                 "ms": row["p50"],
             }

@@ -72,7 +72,7 @@ def floor(cfg: Config, net: nn.Module, tflops: float, gb_per_s: float) -> dict[s
     """Milliseconds of a step, seconds of an epoch, and the terms that they are made of."""
     dtype, views = DTYPES[cfg.precision], views_shape(cfg)
     layers = [*beside(cfg), *cost.layers(net, views, dtype)]
-    optimiser = cost.optimiser_bytes(net, dtype, momentum=cfg.optim.momentum > 0)
+    optimiser = cost.optimiser_bytes(net, dtype, cfg.optim)
     flop, traffic, unfused = (
         sum(getattr(layer, term) for layer in layers)
         for term in ("flop", "traffic", "traffic_unfused")

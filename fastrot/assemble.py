@@ -14,6 +14,7 @@ import torch
 from fastrot import config
 from fastrot.arrays import Numbers
 from fastrot.backbones.alexnet import alexnet
+from fastrot.backbones.named import named
 from fastrot.backbones.nin import nin
 from fastrot.backbones.staged import Staged
 from fastrot.config import Config, Placement, UsageError
@@ -31,7 +32,7 @@ from fastrot.methods.probe import Probe
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
 
-BACKBONES = {config.AlexNet: alexnet, config.Nin: nin}
+BACKBONES = {config.AlexNet: alexnet, config.Nin: nin, config.Named: named}
 METHODS = {
     config.RotNet: RotNet,
     config.Decoupling: Decoupling,

@@ -104,7 +104,20 @@ class Nin:
     pool_conv3: bool = False  # average-pool behind the third block, where there is a fourth
 
 
-Backbone = AlexNet | Nin
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A network by its name, with random weights and named stages; the last is `embedding`."""
+
+    # six-layer, resnet18, resnet50, mobilenet_v2, efficientnet_b0; or timm/NAME, any of timm's
+    name: str = "resnet50"
+
+
+Backbone = AlexNet | Nin | Named
+
+
+def net_name(backbone: Backbone) -> str:
+    """What people call a network: AlexNet, Nin, resnet50."""
+    return backbone.name if isinstance(backbone, Named) else type(backbone).__name__
 
 
 # ---- methods ----
@@ -182,18 +195,30 @@ class Sgd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RMSprop:
+    """RMSprop as torch writes it: a = .99 a + .01 g^2; v = momentum v + g / sqrt(a); w -= rate v."""
+
+    momentum: float = 0.5  # share of the last step's direction that is kept
+    weight_decay: float = 0.0  # share of each weight that is added to its gradient
+    decay_norms: bool = True  # also decay biases and batch-norm weights
+
+
+Optim = Sgd | RMSprop
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The learning rate over a run; a table keeps the paper's whole epochs, scaled to the run's."""
 
     # the table's steps, a fall from the first rate to the last, or no fall at all
-    kind: Literal["table", "cosine", "linear", "constant"] = "table"
+    kind: Literal["table", "cosine", "linear", "exponential", "constant"] = "table"
     # (epoch behind it, rate) pairs; the other kinds begin with the first rate
     table: tuple[tuple[int, float], ...] = ((15, 0.01), (30, 0.001), (45, 1e-4), (50, 1e-5))
     epochs: int = 50  # the paper's epochs, to which the table refers
     as_published: bool = False  # keep the table's epochs as printed, whatever --epochs says
     steps: int | None = None  # length of the run in steps, instead of epochs
     warmup: float = 0.0  # epochs over which the rate rises from zero, step by step
-    last: float = 0.0  # where cosine and linear end, as a share of the first rate
+    last: float = 0.0  # where a fall ends, as a share of the first rate
 
 
 # ---- the run ----
@@ -253,7 +278,7 @@ class Config:
     preset: str = "rotnet-alexnet"  # names the run's folder; set by the preset
     method: MethodConfig = RotNet()
     backbone: Backbone = AlexNet()
-    optim: Sgd = Sgd()
+    optim: Optim = Sgd()
     schedule: Schedule = Schedule()
 
 

@@ -4,7 +4,7 @@ Shapes.  b pictures, s pixels a side of a crop. A `row` is a picture's number in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +133,7 @@ class Data(ABC):
     std: tuple[float, ...] | None = None
     numbers: Numbers | None = None  # in torchvision's ImageFolder; None: the row
     rejected: Sequence[tuple[str, str]] = ()  # path and reason of files that are no row
+    beside: Mapping[str, tuple[Path, int]] = {}  # files of data/beside.py by name, and their crc32
     decoder: str = "fastrot's own"
     chosen: str | None = None  # where `place` has put the pictures for a GPU: resident, pinned
 

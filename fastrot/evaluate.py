@@ -20,6 +20,7 @@ EVALUATIONS: dict[str, type] = {
     "knn": knobs.Knn,
     "retrieval": knobs.Retrieval,
     "pairs": knobs.Pairs,
+    "saliency": knobs.Saliency,
     "upright": knobs.Upright,
 }
 

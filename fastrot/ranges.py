@@ -101,6 +101,8 @@ def check(cfg: Config) -> None:
     rising = bool(ends) and ends == sorted(set(ends)) and rates[0] > 0
     words = "(epoch, rate) pairs, epochs rising, rates of 0 or more, the first above 0"
     want("schedule.table", rising and all(0 <= rate < math.inf for rate in rates), words)
+    falls = cfg.schedule.kind != "exponential" or cfg.schedule.last > 0
+    want("schedule.last", falls, "a number above 0 for an exponential fall, such as 0.1")
     if isinstance(crop, Within):
         words = f"at least the crop's size, {crop.size}"
         want("method.crop.short", crop.short >= crop.size, words)

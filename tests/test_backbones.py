@@ -1,6 +1,7 @@
 """Backbones: the originals' outputs to the digit, their sizes, and what every trunk promises."""
 
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from truth import golden
 
 from fastrot import assemble, config
 from fastrot.backbones import alexnet, nin
+from fastrot.backbones.named import NETS
 from fastrot.backbones.staged import Classifier, Staged
 from fastrot.config import UsageError
 from fastrot.ops.rotate import rotated_views
@@ -225,16 +227,21 @@ def test_alexnet_refuses_smaller_images_and_names_the_way_out():
 # ---- what every trunk promises ----
 
 SMALL = {
-    config.AlexNet: (config.AlexNet(width=0.05), 64),
-    config.Nin: (config.Nin(width=0.05), 32),
+    "AlexNet": (config.AlexNet(width=0.05), 64),
+    "Nin": (config.Nin(width=0.05), 32),
+    **{name: (config.Named(name=name), 64) for name in NETS},
+    "timm": (config.Named(name="timm/resnet10t"), 64),
+    "transformer": (config.Named(name="timm/vit_tiny_patch16_224"), 64),
 }
 
 
-@pytest.fixture(params=assemble.BACKBONES, ids=lambda kind: kind.__name__)
+@pytest.fixture(params=SMALL)
 def trunk_and_images(request):
+    if request.param in ("timm", "transformer"):
+        pytest.importorskip("timm")
     cfg, size = SMALL[request.param]
     torch.manual_seed(0)
-    return assemble.BACKBONES[request.param](cfg, size), torch.rand(3, 3, size, size)
+    return assemble.backbone(cfg, size), torch.rand(3, 3, size, size)
 
 
 @torch.no_grad()
@@ -253,14 +260,14 @@ def test_later_stages_are_not_run(trunk_and_images):
     trunk, images = trunk_and_images
     ran = []
     for name in trunk.stages:
-        getattr(trunk, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        trunk.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     trunk.outputs(images, (trunk.stages[1], trunk.stages[0]))
     assert ran == list(trunk.stages[:2])
 
 
 def test_an_unknown_stage_is_refused(trunk_and_images):
     trunk, images = trunk_and_images
-    with pytest.raises(UsageError, match="no stage 'conv9': choose from conv1"):
+    with pytest.raises(UsageError, match=f"no stage 'conv9': choose from {trunk.stages[0]}"):
         trunk.outputs(images, ("conv9",))
 
 
@@ -275,6 +282,8 @@ def test_a_classifier_learns_in_bfloat16_and_channels_last(trunk_and_images):
 
 
 TRACE = """
+import sys
+
 import torch
 from fastrot import assemble, config
 from fastrot.backbones.staged import Classifier
@@ -298,11 +307,18 @@ for cfg, size in ((config.AlexNet(width=0.05, space_to_depth=True), 64), (config
         torch.testing.assert_close(mine, own)
         (mine,), (own,) = (torch.autograd.grad(out.square().sum(), first) for out in (mine, own))
         torch.testing.assert_close(mine, own, rtol=1e-3, atol=1e-4)
+
+for name in sys.argv[1:]:
+    torch._dynamo.reset()
+    net = Classifier(assemble.backbone(config.Named(name=name), 64), 4)
+    torch.compile(net, fullgraph=True, backend="eager")(torch.rand(2, 3, 64, 64))
 """
 
 
 @pytest.mark.versions
 def test_views_and_networks_trace_without_a_graph_break():
     # in a process of its own: the shape checks that tests switch on cannot be traced
-    done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True)
+    names = [*NETS, *(["timm/resnet10t"] if importlib.util.find_spec("timm") else [])]
+    command = [sys.executable, "-c", TRACE, *names]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def test_torch_counts_the_same_in_a_real_step(preset):
     mine = cost.layers(net, (16, 3, 64, 64), FP32)
     whole = counted.get_total_flops()
     assert (sum(layer.flop for layer in mine), eager.flop, fused.flop) == (whole, whole, whole)
-    optimiser = cost.optimiser_bytes(net, FP32)
+    optimiser = cost.optimiser_bytes(net, FP32, config.Sgd())
     assert eager.traffic - optimiser == sum(layer.traffic_unfused for layer in mine)
     assert fused.traffic - optimiser == sum(layer.traffic for layer in mine)
     assert all(p.device.type == "cpu" for p in net.parameters())
@@ -154,8 +154,9 @@ def test_a_product_that_is_not_called_is_told():
 
 def test_the_optimiser_reads_three_and_writes_two():
     net = nn.Sequential(nn.Linear(10, 6, bias=False), nn.BatchNorm1d(6))
-    assert cost.optimiser_bytes(net, FP32) == 20 * (60 + 12)
-    assert cost.optimiser_bytes(net, FP32, momentum=False) == 12 * (60 + 12)
-    assert cost.optimiser_bytes(net, BF16) == 20 * (60 + 12) + 12 * 60
+    assert cost.optimiser_bytes(net, FP32, config.Sgd()) == 20 * (60 + 12)
+    assert cost.optimiser_bytes(net, FP32, config.Sgd(momentum=0.0)) == 12 * (60 + 12)
+    assert cost.optimiser_bytes(net, FP32, config.RMSprop()) == 28 * (60 + 12)
+    assert cost.optimiser_bytes(net, BF16, config.Sgd()) == 20 * (60 + 12) + 12 * 60
     net[0].requires_grad_(False)
-    assert cost.optimiser_bytes(net, BF16) == 20 * 12
+    assert cost.optimiser_bytes(net, BF16, config.Sgd()) == 20 * 12

@@ -17,9 +17,12 @@ from truth import golden
 
 from fastrot import assemble, dist, evaluate
 from fastrot.config import UsageError
+from fastrot.data.beton.write import BetonOptions
+from fastrot.data.pairs import read_pairs
+from fastrot.data.prepare.convert import convert
 from fastrot.evals import nearest
 from fastrot.evals.knn import knn_top1
-from fastrot.evals.pairs import accuracy, area, read_pairs
+from fastrot.evals.pairs import accuracy, area
 from fastrot.evals.retrieval import retrieval_scores
 
 CPU = torch.device("cpu")
@@ -221,6 +224,19 @@ def test_pairs_of_people(straight, people, tmp_path, capsys):
     assert names[0] == ("Ann_A/Ann_A_0001.jpg", "Ann_A/Ann_A_0002.jpg")
     assert names[9] == ("Ann_A/Ann_A_0001.jpg", "Bob_B/Bob_B_0001.jpg")
     assert same.sum() == 9
+
+
+def test_pairs_that_lie_beside_the_data(straight, people, tmp_path):
+    """As those of the file; where all of one person are left, they are refused."""
+    out = {"out": tmp_path / "a.beton", "encoding": "raw", "workers": 0}
+    convert(BetonOptions(source="lfw", root=people, **out))
+    more = ["--pool", "2", "--data"]
+    found = numbers(straight, "pairs", tmp_path / "a.json", *more, str(out["out"]))
+    data = [str(people / "faces"), "--pairs", str(people / "pairs.txt")]
+    assert found == numbers(straight, "pairs", tmp_path / "b.json", *more, *data)
+    convert(BetonOptions(source="lfw", root=people, **out, limit=4, overwrite=True))
+    with pytest.raises(UsageError, match="lacks pairs of one person, or of two: prepare all"):
+        ask(straight, "pairs", "--data", str(out["out"]))
 
 
 def test_folds_of_pairs_are_those_of_the_file(tmp_path):

@@ -77,6 +77,7 @@ class Study:
     figures: tuple[Figure, ...]
     orders: tuple[Order, ...] = ()
     limits: tuple[Limit, ...] = ()
+    precision: str | None = None  # of training; None: bf16 where the device multiplies in it
 
 
 def parser(doc: str | None, pictures: str) -> argparse.ArgumentParser:
@@ -105,10 +106,11 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     commit = measure.row("study")["commit"][:12]
     kind = f"{zlib.crc32(repr(study.jobs).encode()):08x}"
     folder = asked.work / "studies" / f"{study.theme}-{asked.device}-{commit}-{kind}"
+    same = shared(study, asked, shape)
     found: dict[tuple[str, int], dict[str, float]] = {}
     for seed in range(asked.seeds):
         for name in _wanted(study, (f.job for f in figures)):
-            found[name, seed] = _done(study, name, seed, folder, asked.device)
+            found[name, seed] = _done(study, name, seed, folder, asked.device, same["dtype"])
             print(f"{name}, seed {seed}: {found[name, seed]['seconds']:,.0f} s", flush=True)
 
     def took(names: Iterable[str]) -> float:
@@ -117,25 +119,39 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
         return sum(map(statistics.median, each))
 
     made: dict[tuple[str, str, str], list[float]] = {}
-    same: dict[str, Any] = {"theme": study.theme, "dtype": _precision(asked.device), "warmup": 0}
-    same |= {"shape": shape | {"device": asked.device}, "about": study.about}
-    full = asked.device == "cuda"  # the sizes of the paper
     for f in figures:
         values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
         made[f.table, f.line, f.column] = values
-        aim = {"target": f.paper, "better": "higher"} if f.to_reach and full else {}
-        yield measure.row(
-            f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"), **aim,
-            values=values, paper=f.paper, seconds=took(_wanted(study, [f.job])),
-        )  # fmt: skip
+        yield cell(f, values, took(_wanted(study, [f.job])), same)
     for order in study.orders:
         if order.more in made and order.less in made:
             yield _judged(order, made[order.more], made[order.less], same)
     for limit in study.limits:
         if all((name, 0) in found for name in limit.jobs):
-            aim = {"target": limit.seconds, "better": "lower"} if full else {}
+            aim = {"target": limit.seconds, "better": "lower"} if _full(same) else {}
             seconds = measure.middle([took(limit.jobs)], "s")
             yield measure.row("seconds", variant=limit.words, mode="", **same, **seconds, **aim)
+
+
+def shared(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a study have."""
+    precision = study.precision or _precision(asked.device)
+    same = {"theme": study.theme, "dtype": precision, "warmup": 0, "about": study.about}
+    return same | {"shape": shape | {"device": asked.device}}
+
+
+def cell(f: Figure, values: list[float], seconds: float, same: dict[str, Any]) -> dict[str, Any]:
+    """The row of a figure, of its values by seed; `same` as `shared` gives it."""
+    aim = {"target": f.paper, "better": "higher"} if f.to_reach and _full(same) else {}
+    return measure.row(
+        f.table, variant=f.line, mode=f.column, **same, **measure.middle(values, "share"), **aim,
+        values=values, paper=f.paper, seconds=seconds,
+    )  # fmt: skip
+
+
+def _full(same: dict[str, Any]) -> bool:
+    """Whether these are the sizes of the paper."""
+    return same["shape"]["device"] == "cuda"
 
 
 def _wanted(study: Study, names: Iterable[str]) -> list[str]:
@@ -149,7 +165,9 @@ def _wanted(study: Study, names: Iterable[str]) -> list[str]:
     return [name for name in study.jobs if name in every]
 
 
-def _done(study: Study, name: str, seed: int, folder: Path, device: str) -> dict[str, float]:
+def _done(
+    study: Study, name: str, seed: int, folder: Path, device: str, precision: str
+) -> dict[str, float]:
     """The scores of a job, and the seconds it took; it is done where it is not yet."""
     job, mine = study.jobs[name], folder / f"{name}-{seed}"
     of = folder / f"{job.of}-{seed}"
@@ -167,7 +185,7 @@ def _done(study: Study, name: str, seed: int, folder: Path, device: str) -> dict
         if not file.exists():
             preset, *words = job.words
             words += ("--start-from", of) if job.of else ()
-            words += ("--seed", seed, "--device", device, "--precision", _precision(device))
+            words += ("--seed", seed, "--device", device, "--precision", precision)
             words += ("--validate-every", LAST, "--out", mine, "--no-tensorboard")
             _timed(clock, "fastrot/train.py", preset, *words)
         scores = json.loads(file.read_text())["val"]

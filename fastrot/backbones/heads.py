@@ -35,7 +35,7 @@ def linear(trunk: Staged, stage: str, shapes: Shapes, classes: int) -> nn.Sequen
 
 def nonlinear(trunk: Staged, stage: str, shapes: Shapes, classes: int) -> nn.Sequential:
     """All of the trunk that follows the stage, to be learnt anew, and a linear layer."""
-    if stage not in trunk.stages:
+    if stage not in trunk.stages or not trunk.in_a_row:
         raise UsageError(f"nothing follows {stage}: for it give --method.head linear, or mlp")
     behind = trunk.stages[trunk.stages.index(stage) + 1 :]
     layers = {name: copy.deepcopy(trunk.get_submodule(name)) for name in behind}

@@ -25,6 +25,8 @@ class Staged(nn.Module):
     trained it, that which predicts the rotation, and that which is the same for all four.
     """
 
+    in_a_row = True  # whether each stage is a module of its own that takes what the one before gave
+
     def __init__(
         self,
         stages: Mapping[str, nn.Module],
@@ -60,9 +62,14 @@ class Staged(nn.Module):
             else:
                 x = stage(x)
             seen[name] = x
+        return self.of(asked, seen)
+
+    def of(self, asked: Sequence[str], seen: Mapping[str, Tensor]) -> list[Tensor]:
+        """What was asked for, halves of the last stage among it, of what stages have given."""
+        last = self.stages[-1]
         return [
-            seen[name] if each == name else seen[name].chunk(2, dim=1)[HALVES.index(each)]
-            for each, name in zip(asked, names, strict=True)
+            seen[last].chunk(2, dim=1)[HALVES.index(each)] if each in HALVES else seen[each]
+            for each in asked
         ]
 
     def check_stage(self, name: str) -> str:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fastrot import config
 from fastrot.backbones.convolved import Convolved
-from fastrot.config import RunError, UsageError
+from fastrot.backbones.named import OF_TORCHVISION, TimmNet, library_names, named
+from fastrot.config import RunError, UsageError, net_name
 from fastrot.disk import replace_bytes, write_atomically
 from fastrot.evals.trained import Trained, Trunk, load, nets_of
 from fastrot.training import checkpoint
@@ -71,43 +73,62 @@ def _about(e: Exported) -> dict[str, Any]:
 
 
 def _torchvision(e: Exported) -> None:
-    """Torchvision's AlexNet has no batch norm: what the norms do is put into the layers before them, as in eval mode."""
-    from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-    from torchvision.models import alexnet
+    """Under torchvision's names. Its AlexNet has no batch norm: what ours does is put into the layers before, as in eval mode."""
+    from torchvision.models import get_model
 
     cfg = e.net.cfg.backbone
-    size = e.trunk.size
+    if net_name(cfg) in OF_TORCHVISION:
+        theirs: Any = get_model(net_name(cfg), weights=None)
+        last = "fc" if hasattr(theirs, "fc") else "classifier"
+        theirs.load_state_dict(library_names(e.trunk.net), strict=False)
+    else:
+        last, theirs = "classifier.6", _folded_alexnet(e, get_model("alexnet", weights=None))
+    weights = {k: v for k, v in theirs.state_dict().items() if not k.startswith(f"{last}.")}
+    e.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(e.out, lambda file: torch.save(weights, file))
+    again: Any = get_model(net_name(cfg).lower(), weights=None)
+    again.load_state_dict(torch.load(e.out, weights_only=True), strict=False)
+    again.set_submodule(last, nn.Identity())
+    _check_same(e, again)
+    print(f"the last layer, {last}, is not in it: load_state_dict(..., strict=False)")
+
+
+def _folded_alexnet(e: Exported, theirs: Any) -> Any:
+    cfg, size = e.net.cfg.backbone, e.trunk.size
     plain = isinstance(cfg, config.AlexNet) and (cfg.width, cfg.kernel, cfg.stride) == (1.0, 11, 4)
     if not plain or size != 224:
-        told = f"{e.net.source} is {_named(cfg)} of {size} pixels"
-        raise UsageError(f"{told}, torchvision has AlexNet of 224: use --to safetensors, or onnx")
-    theirs: Any = alexnet()
+        told = f"{e.net.source} is {net_name(cfg)} of {size} pixels"
+        known = "AlexNet of 224, ResNets, MobileNetV2 and EfficientNet-B0"
+        raise UsageError(f"{told}, torchvision has {known}: use --to safetensors, or onnx")
     layers = [stage for stage in e.trunk.net.children() if isinstance(stage, Convolved)]
     for place, stage in zip((0, 3, 6, 8, 10), layers, strict=True):
         theirs.features[place] = fuse_conv_bn_eval(stage.conv, stage.bn)
     block: Any = e.trunk.net.get_submodule("fc_block")
     theirs.classifier[1] = fuse_linear_bn_eval(block.fc1, block.bn1)
     theirs.classifier[4] = fuse_linear_bn_eval(block.fc2, block.bn2)
-    theirs.classifier[6] = nn.Identity()
-    e.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(e.out, lambda file: torch.save(theirs.state_dict(), file))
-    theirs = alexnet()
-    theirs.load_state_dict(torch.load(e.out, weights_only=True), strict=False)
-    pixels = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        own = e.trunk.net(pixels)
-        theirs.eval().classifier[6] = nn.Identity()
-        _check(torch.allclose(theirs(pixels), own, NEAR, NEAR), e.out)
-    print("the last layer, classifier.6, is not in it: load_state_dict(..., strict=False)")
+    return theirs
 
 
 def _timm(e: Exported) -> None:
-    kind = _named(e.net.cfg.backbone)
-    raise UsageError(f"timm has no {kind}, which {e.net.source} is: use --to safetensors, or onnx")
+    """Weights as timm.create_model(NAME, num_classes=0, checkpoint_path=FILE) takes them."""
+    name, size = net_name(e.net.cfg.backbone), e.trunk.size
+    if not isinstance(e.trunk.net, TimmNet):
+        told = f"{e.net.source} is {name}, which was not built by timm"
+        raise UsageError(f"{told}: use --to safetensors, torchvision or onnx")
+    weights = {k: v.contiguous() for k, v in e.trunk.net.net.state_dict().items()}
+    e.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(e.out, _needed("safetensors.torch").save(weights, {"format": "pt"}))
+    again = named(e.net.cfg.backbone, size)
+    assert isinstance(again, TimmNet)
+    _needed("timm.models").load_checkpoint(again.net, str(e.out))
+    _check_same(e, again.net)
 
 
-def _named(backbone: Any) -> str:
-    return type(backbone).__name__
+def _check_same(e: Exported, theirs: nn.Module) -> None:
+    """That a library's net says what ours does."""
+    pixels = torch.randn(2, 3, e.trunk.size, e.trunk.size)
+    with torch.no_grad():
+        _check(torch.allclose(theirs.eval()(pixels), e.trunk.net(pixels), NEAR, NEAR), e.out)
 
 
 # ---- graphs ----
@@ -183,7 +204,7 @@ def _card(e: Exported) -> str:
     lines = [
         "---", "library_name: fastrot", "tags: [self-supervised, rotation, image-feature-extraction]",
         "---", "", f"# {cfg.preset}", "",
-        f"{_named(cfg.backbone)} trained by {_named(cfg.method)} with fastrot, "
+        f"{net_name(cfg.backbone)} trained by {net_name(cfg.method)} with fastrot, "
         f"to step {e.net.step:,}; crops of {e.trunk.size} pixels.", "",
         "| what | |", "| --- | --- |",
         f"| data | {e.net.identity.get('images', 0):,} pictures, fingerprint {e.net.identity['data_fingerprint']} |",

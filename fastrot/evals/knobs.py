@@ -66,7 +66,21 @@ class Retrieval(OfStages):
 class Pairs(OfStages):
     """Tell pairs of the same person from others, as Labelled Faces in the Wild asks, from each stage."""
 
-    pairs: Path | None = None  # a file in the form of LFW's pairs.txt
+    pairs: Path | None = None  # a file in the form of LFW's pairs.txt; default: that beside --data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency(Asked):
+    """Tell how well the pixels that a net's answers hang on agree with boxes of objects, beside a random net."""
+
+    data: str | None = None  # pictures with boxes beside them; default: those the run was judged on
+    # the rotations' scores, and the mean of the last map; default: those that the run has
+    layers: tuple[Literal["rotation", "embedding"], ...] = ()
+    threshold: float = 8e-3  # a pixel is salient from this gradient on
+    reduce: Literal["max", "mean"] = "max"  # over a layer's neurons
+    categories: str | None = None  # boxes of these alone, as cat,dog
+    pictures: int | None = None  # ask so many, spread evenly; default: all with a box
+    json: Path | None = None  # write the numbers: FILE.json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,38 @@
 """Verification of pairs, by the protocol of Labelled Faces in the Wild (Huang 2007): `evaluate.py RUN pairs`."""
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from fastrot import dist
 from fastrot.config import UsageError
+from fastrot.core import Data
+from fastrot.data.beside import read_beside
 from fastrot.data.keys import path_keys
+from fastrot.data.pairs import read_pairs
 from fastrot.evals.asked import begin, given, keep, say, seen
 from fastrot.evals.knobs import Pairs
 from fastrot.evals.trained import load
 from fastrot.training.device import choose_device
 
-FOLDS = 10  # where the file does not tell
-
-
-class PairList(NamedTuple):
-    """The pairs of a file."""
-
-    names: list[tuple[str, str]]  # of pictures, as Name/Name_0001.jpg
-    same: Bool[np.ndarray, " n"]  # both show one person
-    fold: Int64[np.ndarray, " n"]
+WANTS = (
+    "pairs wants --data of people's folders, and --pairs FILE in the form of pairs.txt, or --data that was "
+    "prepared with --source lfw"
+)
 
 
 def evaluate(run: str, knobs: Pairs) -> int:
     """Print accuracy and area under the curve of each stage."""
-    if knobs.pairs is None or knobs.data is None:
-        raise UsageError(
-            "pairs wants --data of people's folders, and --pairs FILE in the form of pairs.txt"
-        )
+    if knobs.data is None:
+        raise UsageError(WANTS)
     device = choose_device(knobs.device, dist.place())
-    asked, trunk, named = read_pairs(knobs.pairs), load(run, device), given(knobs.data, knobs)
-    rows = _rows(asked.names, named.data.keys, knobs)
+    listed = None if knobs.pairs is None else read_pairs(knobs.pairs, "--pairs")
+    trunk, named = load(run, device), given(knobs.data, knobs)
+    if listed is not None:
+        rows, same, fold = _rows(listed.names, named.data.keys, knobs), listed.same, listed.fold
+    else:
+        rows, same, fold = _beside(named.data, knobs)
     begin(trunk, knobs)
     with dist.joined(device, "give the same command again"):
         pictures = seen(trunk, named, knobs, device)
@@ -41,7 +40,7 @@ def evaluate(run: str, knobs: Pairs) -> int:
     place[pictures.rows] = np.arange(len(pictures.rows))
     places = place[rows]
     whole = (places >= 0).all(axis=1)  # both can be read
-    same, fold, found = asked.same[whole], asked.fold[whole], dict[str, Any]()
+    same, fold, found = same[whole], fold[whole], dict[str, Any]()
     for stage, features in pictures.features.items():
         first, second = (features[places[whole, side]] for side in (0, 1))
         cosine = (first * second).sum(dim=1).double().numpy()
@@ -58,34 +57,15 @@ def evaluate(run: str, knobs: Pairs) -> int:
     return 0
 
 
-def read_pairs(file: Path) -> PairList:
-    """The pairs of a file. A line is `Name 1 4`, or `Name 1 Other 3`; before them stands how many there are.
-
-    `10 300` says ten folds, each of 300 pairs of one person and then 300 of two; else every tenth pair is in one fold,
-    since files have those of one person and of two in runs. Raises UsageError for other lines.
-    """
-    try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--pairs {file} cannot be read ({error}): name a pairs.txt") from None
-    head = lines[0] if lines and all(word.isdecimal() for word in lines[0]) else []
-    names, same = [], []
-    for number, words in enumerate(lines, 1):
-        if not words or words is head:
-            continue
-        four = [*words[:2], words[0], words[2]] if len(words) == 3 else words
-        if len(four) != 4 or not (four[1].isdecimal() and four[3].isdecimal()):
-            told = f"--pairs {file} has {' '.join(words)!r} in line {number}"
-            raise UsageError(f"{told}: it wants Name 1 4, or Name 1 Other 3")
-        first, second = (f"{who}/{who}_{int(n):04}.jpg" for who, n in (four[:2], four[2:]))
-        names.append((first, second))
-        same.append(four[0] == four[2])
-    if not any(same) or all(same):
-        raise UsageError(f"--pairs {file} wants pairs of one person, and of two")
-    fold = np.arange(len(names)) % FOLDS
-    if len(head) == 2 and int(head[0]) > 1 and int(head[0]) * int(head[1]) * 2 == len(names):
-        fold = np.arange(len(names)) // (2 * int(head[1]))
-    return PairList(names, np.array(same), fold)
+def _beside(data: Data, knobs: Pairs) -> list[np.ndarray]:
+    """Rows [n, 2] of the pairs that lie beside the data, whether both show one person [n], and folds [n]."""
+    arrays = read_beside(data, "pairs")
+    if arrays is None:
+        raise UsageError(WANTS)
+    if arrays["same"].all() or not arrays["same"].any():
+        told = f"--data {knobs.data} lacks pairs of one person, or of two"
+        raise UsageError(f"{told}: prepare all of its pictures, or name --pairs FILE")
+    return [arrays[name] for name in ("pair", "same", "fold")]
 
 
 def _rows(names: list[tuple[str, str]], keys: np.ndarray, knobs: Pairs) -> Int64[np.ndarray, "n 2"]:

@@ -104,10 +104,10 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
     return Trunk(trunk, saved.cfg).to(device)
 
 
-def trained_method(run: str | Path, device: torch.device) -> Method:
+def trained_method(run: str | Path, device: torch.device, *, learnt: bool = True) -> Method:
     """The task and net of a run folder or checkpoint, in eval mode and float32: to be asked, not trained further.
 
-    What a method keeps for training alone is left out.
+    What a method keeps for training alone is left out. Not `learnt`: the same net with the weights that its seed gives.
     """
     if (file := exported(run)) is not None:
         raise UsageError(f"{file} holds a trunk alone: name the run that it was exported from")
@@ -118,8 +118,11 @@ def trained_method(run: str | Path, device: torch.device) -> Method:
     none = {"images": 1, "rows": None, "data_rows": 1, "data_fingerprint": ""}
     own = {"mean": cfg.mean, "std": cfg.std, "size": cfg.method.crop.size, "seed": cfg.seed}
     own |= {"classes": known.get("classes", 0), "fingerprint": known["fingerprint"]}
-    built = assemble.method(cfg, DataInfo(**none, **own, device=device, dtype=torch.float32))
-    checkpoint.load_weights(built.net, weights, str(run))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        built = assemble.method(cfg, DataInfo(**none, **own, device=device, dtype=torch.float32))
+    if learnt:
+        checkpoint.load_weights(built.net, weights, str(run))
     built.net.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     return built
 

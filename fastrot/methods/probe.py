@@ -25,10 +25,9 @@ class ProbeNet(nn.Module):
         self.trunk, self.heads, self.frozen = trunk, nn.ModuleDict(heads), frozen
         read = {trunk.check_stage(stage) for stage in heads}
         last = max(trunk.stages.index(stage) for stage in read)
-        for number, name in enumerate(
-            trunk.stages
-        ):  # what no head reads has no gradient, which DDP refuses
-            trunk.get_submodule(name).requires_grad_(not frozen and number <= last)
+        trunk.requires_grad_(not frozen)
+        for name in trunk.stages[last + 1 :]:  # no head reads it: DDP refuses what has no gradient
+            trunk.get_submodule(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ProbeNet":
         super().train(mode)

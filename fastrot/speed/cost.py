@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastrot.config import Config
+from fastrot.config import Config, Optim, RMSprop
 from fastrot.core import DTYPES, Batch, Method, View
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid)
 PRODUCTS = (nn.Conv2d, nn.Linear)
-SEEN = (*PRODUCTS, *NORMS, *POOLS, nn.ReLU, nn.Flatten)
+SEEN = (*PRODUCTS, *NORMS, *POOLS, *ACTIVATIONS, nn.Flatten)
 PLACE = 8  # bytes that a max pool notes for each value that it gives
 FLOAT32 = 4  # bytes of a weight, its gradient and its momentum, whatever the arithmetic
 
@@ -58,7 +59,7 @@ def step_cost(method: Method, view: View, cfg: Config, device: torch.device) -> 
     fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
     each = layers(method.net, shapes, dtype)
     traffic = sum(layer.traffic if fused else layer.traffic_unfused for layer in each)
-    traffic += optimiser_bytes(method.net, dtype, momentum=cfg.optim.momentum > 0)
+    traffic += optimiser_bytes(method.net, dtype, cfg.optim)
     return StepCost(flop=sum(layer.flop for layer in each), traffic=traffic)
 
 
@@ -96,7 +97,7 @@ def layers(
     dtype        of the activations
     training     forward and backward; False: forward alone, as in a validation
 
-    What is no module is not seen (an average over a map, a loss). A net with --backbone.space-to-depth or --backbone.fuse
+    What is no module is not seen (an average over a map, the sum of two branches, a loss). A net with --backbone.space-to-depth or --backbone.fuse
     costs what the plain one does: an operation that only fills a matrix kernel's shape is none that the task asks for.
     """
     groups: list[list[Call]] = []
@@ -124,13 +125,14 @@ def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def optimiser_bytes(net: nn.Module, dtype: torch.dtype, *, momentum: bool = True) -> int:
-    """Bytes a step of SGD as one kernel: it reads weight, gradient and momentum, writes weight and momentum.
+def optimiser_bytes(net: nn.Module, dtype: torch.dtype, optim: Optim) -> int:
+    """Bytes a step of the optimiser as one kernel: it reads and writes weight, momentum, and RMSprop's mean square, and reads the gradient.
 
     With activations of two bytes autocast also casts the weights of products before a step, and their gradients back.
     """
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    moved = (5 if momentum else 3) * FLOAT32 * trained
+    states = (optim.momentum > 0) + isinstance(optim, RMSprop)
+    moved = (3 + 2 * states) * FLOAT32 * trained
     if dtype.itemsize < FLOAT32:
         products = (each for each in net.modules() if isinstance(each, PRODUCTS))
         cast = sum(p.numel() for each in products for p in each.parameters() if p.requires_grad)
@@ -183,7 +185,7 @@ def _fused(group: list[Call], itemsize: int, training: bool) -> int:
     def has(*kinds: type[nn.Module]) -> bool:
         return any(isinstance(call.module, kinds) for call in rest)
 
-    if not has(*NORMS, *POOLS, nn.ReLU):
+    if not has(*NORMS, *POOLS, *ACTIVATIONS):
         return training * _has_bias(product) * n * itemsize
     if not training:
         return (n + m) * itemsize
@@ -204,7 +206,7 @@ def _eager(group: list[Call], itemsize: int, training: bool) -> int:
     for _, module, taken, given in rest:
         if isinstance(module, NORMS):
             moved += taken + given + training * (5 * taken + given)
-        elif isinstance(module, nn.ReLU):
+        elif isinstance(module, ACTIVATIONS):
             moved += (2 + 3 * training) * given
         elif isinstance(module, POOLS):
             moved += passes * (taken + given)

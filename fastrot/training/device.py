@@ -86,12 +86,16 @@ def choose_precision(wish: config.Precision, device: torch.device) -> config.Pre
 
 def check_fast_forms(cfg: Config, here: dist.Place, device: torch.device) -> None:
     """Refuse faster forms of a step that this device, or what else is asked for, does not admit."""
-    if cfg.optim.kernel == "apex" and device.type != "cuda":
+    if _by_apex(cfg) and device.type != "cuda":
         raise UsageError("--optim.kernel apex wants a GPU: use --optim.kernel torch")
     if cfg.graph and (reason := _hindrance(cfg, here, device)):
         raise UsageError(
             f"--graph records the step of one process on a GPU, but {reason}: use --no-graph"
         )
+
+
+def _by_apex(cfg: Config) -> bool:
+    return isinstance(cfg.optim, config.Sgd) and cfg.optim.kernel == "apex"
 
 
 def _hindrance(cfg: Config, here: dist.Place, device: torch.device) -> str | None:
@@ -101,7 +105,7 @@ def _hindrance(cfg: Config, here: dist.Place, device: torch.device) -> str | Non
         f"there are {here.world} processes": here.world > 1,
         "--precision fp16 looks at its gradients in each step, as bf16 does not": cfg.precision
         == "fp16",
-        "--optim.kernel apex has no rate that a graph can read": cfg.optim.kernel == "apex",
+        "--optim.kernel apex has no rate that a graph can read": _by_apex(cfg),
         "FASTROT_OPS=reference waits for the GPU": os.environ.get("FASTROT_OPS") == "reference",
         "--deterministic promises bits that nobody has compared with a graph's": cfg.deterministic,
     }
@@ -123,7 +127,7 @@ def choose_form(
         why = f"no other was measured on {gpu} with this backbone and precision"
         row = FORMS.get(gpu, {})
         if (row.get("backbone"), row.get("precision")) == (
-            type(cfg.backbone).__name__,
+            config.net_name(cfg.backbone),
             cfg.precision,
         ):
             known = row["knobs"]

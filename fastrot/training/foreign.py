@@ -47,7 +47,7 @@ def original_weights(path: Path) -> dict[str, Tensor] | None:
     """The weights in a file of the papers' code, those of the trunk behind `trunk.`; None: it is no such file, or damaged.
 
     A dict of tensors, or one with such as its `network`, in whatever form torch has saved; a checkpoint of VISSL, whose
-    AlexNet for rotations has the same trunk, without fc_block. No pickled code is run. Raises UsageError for layers that
+    AlexNet for rotations has the same trunk, without fc_block, and whose ResNets have torchvision's. No pickled code is run. Raises UsageError for layers that
     their networks do not have.
     """
     try:
@@ -68,7 +68,7 @@ def original_weights(path: Path) -> dict[str, Tensor] | None:
     try:
         ours = from_original(named, "trunk.")
     except (AssertionError, KeyError) as error:
-        told = f"{path} has a layer {error}, unlike the AlexNet and the NIN of the papers' code"
+        told = f"{path} has a layer {error}, unlike the AlexNet and the NIN of the papers' code, or VISSL's ResNets"
         raise UsageError(f"{told}: name a file that this code has saved") from None
     for name in [
         name for name in ours if name.endswith(".running_mean")
@@ -91,6 +91,8 @@ def our_name(key: str) -> str:
         return f"conv{block}.{LAYERS[layer]}.{'conv' if kind == 'Conv' else 'bn'}.{leaf}"
     if match := re.fullmatch(start + r"\d+\.Classifier\.(\w+)", key):
         return f"head.{match[1]}"
+    if match := re.fullmatch(start + r"((?:conv1|bn1|layer\d)\..+)", key):  # a ResNet of VISSL's
+        return match[1] if match[1].startswith("layer") else f"conv1.{match[1]}"
     match = re.fullmatch(start + r"(\d)\.(\d)\.(\w+)", key)
     assert match, key
     block, layer, leaf = match.groups()

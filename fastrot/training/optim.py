@@ -1,4 +1,4 @@
-"""Parameter groups, SGD and learning-rate schedules (the papers' tables, in whole epochs)."""
+"""Parameter groups, optimisers and learning-rate schedules (the papers' tables, in whole epochs)."""
 
 import importlib
 import itertools
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastrot.config import Schedule, Sgd, UsageError
+from fastrot.config import Optim, Schedule, Sgd, UsageError
 
 
-def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
+def parameter_groups(net: nn.Module, cfg: Optim) -> list[dict]:
     """All parameters that learn; where `decay_norms` is off those of one dimension, biases and norms, undecayed."""
     learning = [p for p in net.parameters() if p.requires_grad]
     if cfg.decay_norms:
@@ -23,6 +23,17 @@ def parameter_groups(net: nn.Module, cfg: Sgd) -> list[dict]:
         {"params": [p for p in learning if p.ndim > 1], "weight_decay": cfg.weight_decay},
         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def optimizer_of(net: nn.Module, cfg: Optim, rate: float) -> Optimizer:
+    """The config's. On a GPU its rate is a 0-d float32 tensor there, so that a captured graph reads today's."""
+    if isinstance(cfg, Sgd):
+        return sgd(net, cfg, rate)
+    groups = parameter_groups(net, cfg)
+    device = groups[0]["params"][0].device
+    on_gpu = device.type == "cuda"
+    lr = torch.full((), rate, device=device) if on_gpu else rate
+    return torch.optim.RMSprop(groups, lr=lr, momentum=cfg.momentum, capturable=on_gpu)
 
 
 def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> Optimizer:
@@ -53,7 +64,7 @@ def sgd(net: nn.Module, cfg: Sgd, rate: float, *, fused: bool | None = None) -> 
 
 
 def _with_momenta(optimizer: Optimizer) -> Optimizer:
-    """With a momentum for each parameter, zero where there is none yet: in its layout, as fused kernels go by addresses."""
+    """SGD with a momentum for each parameter, zero where there is none yet: in its layout, as fused kernels go by addresses."""
     for group in optimizer.param_groups:
         for p in group["params"] if group["momentum"] else ():
             known = optimizer.state[p].get("momentum_buffer")
@@ -86,7 +97,8 @@ def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
-    _with_momenta(optimizer)
+    if not isinstance(optimizer, torch.optim.RMSprop):
+        _with_momenta(optimizer)
     set_lr(optimizer, float(state["param_groups"][0]["lr"]))
 
 
@@ -110,6 +122,8 @@ class LRSchedule:
             rate = first * (plan.last + (1 - plan.last) * (0.5 * (1 + math.cos(math.pi * share))))
         elif plan.kind == "linear":
             rate = first * (plan.last + (1 - plan.last) * (1 - share))
+        elif plan.kind == "exponential":
+            rate = first * plan.last**share
         warm = self.schedule.warmup * self.batches  # steps
         if step + 1 < warm:
             rate *= (step + 1) / warm

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastrot import assemble, machine
+from fastrot.config import net_name
 from fastrot.entry import table
 from fastrot.presets import PRESETS
 from fastrot.speed import bounds
@@ -23,7 +24,7 @@ def greeting(s: Session) -> list[str]:
     on_cpu = state.device.type == "cpu"
     threads = f", {who['threads']} thread(s) for the network" if on_cpu else ""
     lines = [
-        f"{cfg.preset}: {type(cfg.method).__name__} with {type(cfg.backbone).__name__}, "
+        f"{cfg.preset}: {type(cfg.method).__name__} with {net_name(cfg.backbone)}, "
         f"{trained:,} parameters, {cfg.precision} on {who['device']}",
         f"{s.loader.images:,} pictures of {cfg.data}, judged on {judged}",
         *_judged_by_what_it_learns_from(s),

@@ -20,7 +20,7 @@ from fastrot.speed.timer import StepTimer
 from fastrot.training import checkpoint
 from fastrot.training.graph import Cuda, Graphed
 from fastrot.training.journal import Meter
-from fastrot.training.optim import LRSchedule, load_state, sgd, state_of
+from fastrot.training.optim import LRSchedule, load_state, optimizer_of, state_of
 
 
 @dataclass
@@ -125,7 +125,7 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
     return TrainState(
         method=method,
         net=wrapped(method.net, cfg, info.device),
-        optimizer=sgd(method.net, cfg.optim, 0.0),
+        optimizer=optimizer_of(method.net, cfg.optim, 0.0),
         schedule=schedule,
         device=info.device,
         dtype=info.dtype,

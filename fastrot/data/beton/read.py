@@ -66,6 +66,8 @@ class Beton(MappedData):
         counted = map(str, range(most if most <= MOST_CLASSES else 0))
         self.classes = tuple(self.manifest.get("classes", counted))
         self.mean, self.std, self.numbers = known(self.manifest)
+        laid = self.manifest.get("beside", {})
+        self.beside = {name: (side(base, name), crc) for name, crc in laid.items()}
         self._paths = Paths(side(base, "paths.jsonl"))
         self._records_in = native.Files([file.bytes for file in self._files])
         self.native = native.load() is not None

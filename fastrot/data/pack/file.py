@@ -64,6 +64,8 @@ class PackFile(Data):
         )
         self.classes, self.fingerprint = tuple(self.meta["classes"]), self.meta["fingerprint"]
         self.mean, self.std, self.numbers = known(self.meta)  # before encoding
+        laid = self.meta.get("beside", {})
+        self.beside = {name: (self.path / name, crc) for name, crc in laid.items()}
         self._paths = Paths(self.path / "paths.jsonl")
         self._agree()
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from fastrot.config import UsageError, knob
-from fastrot.data.sources.open import Layout, open_source
+from fastrot.data.sources.open import KINDS, Layout, open_source
 from fastrot.data.sources.records import Source
 
 WAYS = "add --overwrite or choose another --out"
@@ -30,6 +32,7 @@ class Options(ABC):
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
     image_column: str | None = None  # of parquet or a list; default: the first with pictures
     label_column: str | None = None  # of parquet or a list; default: a ClassLabel, label, class...
+    categories: str | None = None  # of coco and voc: take boxes of "cat,traffic light" alone
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
     limit: int | None = None  # convert the first N records only
@@ -55,10 +58,13 @@ class Options(ABC):
             raise UsageError(
                 f"--short-side {self.short_side} and --max-side {self.max_side} both set the size: give one"
             )
+        if KINDS[self.source].categories and self.writer().encode_spec.center_crop:
+            told = f"--center-crop cuts pictures to which boxes of --source {self.source} belong"
+            raise UsageError(f"{told}: leave it out")
 
     def open_source(self) -> Source:
         """The source, in the order in which it is to be written."""
-        names = ("split", "label_from", "image_column", "label_column")
+        names = ("split", "label_from", "image_column", "label_column", "categories")
         how = {name: getattr(self, name) for name in names}
         source = open_source(self.source, self.root, **how)
         return source if self.shuffle is None else source.shuffled(self.shuffle)
@@ -67,8 +73,12 @@ class Options(ABC):
 def plan_of(options: Options, source: Source) -> dict[str, Any]:
     """What decides the bytes of a conversion: parts and finished files made from another plan are not ours."""
     listing = hashlib.blake2b(digest_size=16)
-    for record in source.records[: options.limit]:
+    records = source.records[: options.limit]
+    for record in records:
         listing.update(record.path.encode("utf-8", "surrogateescape") + b"\0%d\n" % record.label)
+    for name, arrays in source.beside(np.arange(len(records))).items():
+        for of, array in arrays.items():
+            listing.update(f"{name} {of} {array.dtype} {array.shape}".encode() + array.tobytes())
     knobs = {k: v for k, v in dataclasses.asdict(options).items() if k not in NOT_IN_PLAN}
     knobs["allow_truncated"] = options.allow_truncated or None  # as before it was an option
     return {**knobs, "listing": listing.hexdigest()}
@@ -87,7 +97,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
         was, now = theirs.get(name), ours.get(name)
         if was != now:
             if name == "listing":
-                return "from other pictures or labels than the source lists now"
+                return "from other pictures, labels or annotations than the source lists now"
             if was is None:
                 return f"without {knob(name)}"
             value = "" if was is True else f" {was}"

@@ -13,6 +13,9 @@ from fastrot.config import UsageError
 from fastrot.data.files import counted, shown
 from fastrot.data.sources.archives import archives
 from fastrot.data.sources.cifar10 import cifar10
+from fastrot.data.sources.cityscapes import cityscapes
+from fastrot.data.sources.coco import coco
+from fastrot.data.sources.lfw import lfw
 from fastrot.data.sources.lists import text_list
 from fastrot.data.sources.members import tar_members, zip_members
 from fastrot.data.sources.parquet import parquet_files
@@ -20,6 +23,7 @@ from fastrot.data.sources.prepared import beton_rows
 from fastrot.data.sources.records import Listing, Source
 from fastrot.data.sources.shards import webdataset
 from fastrot.data.sources.tree import image_folder
+from fastrot.data.sources.voc import voc
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Kind:
     patterns: bool = False  # whether --root may stand for many names
     splits: bool = True
     columns: bool = False
+    categories: bool = False
 
 
 KINDS = {
@@ -40,6 +45,10 @@ KINDS = {
     "zip": Kind(partial(archives, ".zip", zip_members), "a zip, or of a folder of zips"),
     "webdataset": Kind(webdataset, "WebDataset shards: a tar, a folder, NAME-{000..146}.tar", True),
     "parquet": Kind(parquet_files, "a folder of parquet or Arrow files", columns=True),
+    "coco": Kind(coco, "COCO's folder, or an instances file of it", categories=True),
+    "voc": Kind(voc, "VOCdevkit/VOC2007", categories=True),
+    "cityscapes": Kind(cityscapes, "the folder that holds leftImg8bit"),
+    "lfw": Kind(lfw, "a folder of people's folders", splits=False),
 }
 
 
@@ -59,6 +68,7 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     loose: bool = False,
+    categories: str | None = None,
 ) -> Source:
     """Open a source by the name of its layout, one of the table KINDS. Raises UsageError where it has no picture."""
     if kind not in KINDS:
@@ -71,7 +81,12 @@ def open_source(
     for name, column in {"--image-column": image_column, "--label-column": label_column}.items():
         if column is not None and not layout.columns:
             raise UsageError(f"{name} {column}: {layout.wants} has no columns; parquet has")
-    how = Listing(split, label_from == "folder", by_name, image_column, label_column, loose)
+    if categories is not None and not layout.categories:
+        raise UsageError(
+            f"--categories {categories}: {layout.wants} has no boxes; coco and voc have"
+        )
+    columns = image_column, label_column
+    how = Listing(split, label_from == "folder", by_name, *columns, loose, categories)
     source = layout.open(Path(root), how)
     if source.records:
         return source

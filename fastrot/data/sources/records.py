@@ -25,6 +25,7 @@ class Listing(NamedTuple):
     image_column: str | None = None  # of a table
     label_column: str | None = None
     loose: bool = False  # pictures beside class folders are taken too: their label is -1
+    categories: str | None = None  # of boxes, with commas between
 
 
 @dataclass(frozen=True, slots=True)

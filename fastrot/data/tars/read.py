@@ -39,6 +39,8 @@ class Tars(MappedData):
         self.fingerprint = str(self.manifest["fingerprint"])
         self.classes = tuple(self.manifest["classes"])
         self.mean, self.std, self.numbers = known(self.manifest)
+        laid = self.manifest.get("beside", {})
+        self.beside = {name: (self.path / name, crc) for name, crc in laid.items()}
         self._paths = Paths(self.path / PATHS)
 
     def _decode(self, row: int, memory: Memory) -> Picture:

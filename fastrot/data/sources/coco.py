@@ -1,0 +1,142 @@
+"""COCO's instances: a JSON file of pictures, boxes and categories, with the pictures around it."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from fastrot.config import UsageError
+from fastrot.data.files import one_line, shown, some
+from fastrot.data.sources.annotated import Annotated, Box, Odd, Told, annotated, size_told
+from fastrot.data.sources.lists import _Folder
+from fastrot.data.sources.records import Listing, no_split
+
+_PREFIX = "instances_"
+_WAY = "name a file as COCO's annotations/instances_val2017.json"
+_OTHERS = {"caption": "captions", "keypoints": "keypoints", "segments_info": "panoptic segments"}
+
+
+def coco(root: Path, how: Listing) -> Annotated:
+    """The pictures of an instances file, in its order, or of COCO's folder, where the split names the file.
+
+    Crowds are `ignore`. Of pictures with the same id the first counts.
+    """
+    file = _file(Path(os.path.abspath(root)), how.split)
+    images, annotations, categories = _read(file)
+    odd, told = Odd(list), dict[Any, Told]()
+    for each in images:
+        key, path = (_of(each, name, file) for name in ("id", "file_name"))
+        size = size_told(*_numbers([each.get("height"), each.get("width")], 2))
+        first = told.setdefault(key, new := Told(str(path), size, []))
+        if first.path != new.path:
+            both = f"{first.path} and {path}"
+            raise UsageError(f"{file} has the id {key} for {both}: give each picture its own")
+        if first is not new:
+            odd["pictures listed again, ignored"].append(new.path)
+    paths = set()
+    for each in told.values():
+        if each.path in paths:
+            odd["pictures with several ids, taken for each"].append(each.path)
+        paths.add(each.path)
+    names = {_of(each, "id", file): str(_of(each, "name", file)) for each in categories}
+    names = {key: names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))}
+    used, ids = set(), set()
+    for each in annotations:
+        key, image, category = (_key(each.get(k)) for k in ("id", "image_id", "category_id"))
+        if key is not None and key in ids:
+            odd["annotations with the id of another, taken too"].append(f"id {key}")
+        ids.add(key)
+        if image not in told:
+            odd["annotations of no picture, left out"].append(f"id {key}")
+        elif category not in names:
+            odd["annotations of no category, left out"].append(f"id {key}")
+        else:
+            used.add(category)
+            x, y, width, height = _numbers(each.get("bbox"), 4)
+            edges, area = (y, x, y + height, x + width), _numbers([each.get("area")], 1)[0]
+            crowd = each.get("iscrowd") == 1
+            told[image].boxes.append(Box(edges, names[category], crowd, area))
+    known = [*dict.fromkeys(names.values())]
+    in_use = [*dict.fromkeys(name for key, name in names.items() if key in used)]
+    folder = _folder(file, [each.path for each in told.values()])
+    return annotated(folder, how, [*told.values()], known, in_use, odd)
+
+
+def _file(root: Path, split: str | None) -> Path:
+    """The instances file that --root and --split mean."""
+    if not root.is_dir():
+        if split is not None:
+            raise UsageError(f"--split {split}: {root} is the file of one; leave --split out")
+        return root
+    folder = root / "annotations"
+    folder = folder if folder.is_dir() else root
+    there = {path.stem.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*.json")}
+    if not there:
+        raise UsageError(f"{folder} has no {_PREFIX}*.json: {_WAY}")
+    if split is None and len(there) > 1:
+        raise UsageError(f"{folder} has {some(sorted(there), 10)}: name one with --split")
+    split = split or min(there)
+    if split not in there:
+        raise no_split(split, folder, there)
+    return there[split]
+
+
+def _read(file: Path) -> list[list[dict[str, Any]]]:
+    """Images, annotations and categories."""
+    try:
+        told = json.loads(file.read_bytes(), object_hook=_without_outline)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is no JSON, or cut short ({one_line(error)}): {_WAY}") from None
+    found = []
+    for name in ("images", "annotations", "categories"):
+        each = told.get(name) if isinstance(told, dict) else None
+        if not isinstance(each, list) or not all(isinstance(one, dict) for one in each):
+            raise UsageError(f"{file} has no list of {name}: {_WAY}")
+        for key, word in _OTHERS.items():
+            if name == "annotations" and each and each[0].get(key):
+                raise UsageError(f"{file} is of {word}: {_WAY}")
+        found.append(each)
+    return found
+
+
+def _without_outline(read: dict[str, Any]) -> dict[str, Any]:
+    """An object of the file; outlines are most of it."""
+    read.pop("segmentation", None)
+    return read
+
+
+def _folder(file: Path, paths: list[str]) -> Path:
+    """Where the first picture is that is anywhere: one of the folders around the file."""
+    above, split = file.parent.parent, file.stem.removeprefix(_PREFIX)
+    places = [file.parent, above, above / "images", above / split, above / "images" / split]
+    folders = {place: _Folder(str(place), True) for place in places}
+    for path in sorted(paths, key=os.path.isabs):  # absolute ones do not tell where others are
+        for place, folder in folders.items():
+            if folder.has(path):
+                return place
+    if not paths:
+        return file.parent
+    where = ", ".join(map(str, places))
+    raise UsageError(f"no picture of {file} is in {where}: move the pictures, or the file")
+
+
+def _of(each: dict[str, Any], name: str, file: Path) -> int | str:
+    """What a picture or category has under a name."""
+    if (found := _key(each.get(name))) is None:
+        raise UsageError(f"{file} has {shown(str(each))} without {name}: mend it, or {_WAY}")
+    return found
+
+
+def _key(value: Any) -> int | str | None:
+    """A value that may be an id or a name."""
+    return value if isinstance(value, (int, str)) else None
+
+
+def _numbers(values: Any, count: int) -> list[float]:
+    """So many numbers; not finite where they are none."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        found = []
+    return found if len(found) == count else [math.nan] * count
