@@ -365,7 +365,7 @@ def study(rows: Rows):
         return None
     figure, every = panels(len(tables), 2.8 * len(tables), width=11)
     for axes, (name, lines) in zip(every, tables.items(), strict=True):
-        looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), "os^Dv*", strict=True)
+        looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK, SKY, GREY), "os^Dv*PX", strict=True)
         for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
             means = [sum(row["values"]) / len(row["values"]) for row in cells]
             # a mean of equal numbers may be beyond them

@@ -455,7 +455,7 @@ def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     ]
     said = [
         *(judged if orders else ()),
-        "Top-1, mean of the seeds, in brackets the lowest and the highest; seconds are of the runs that a line's longest cell needs.",
+        "Top-1 where a table names nothing else, mean of the seeds, in brackets the lowest and the highest; seconds are of the runs that a line's longest cell needs.",
         *_about(rows),
     ]
     tables = dict.fromkeys(row["what"] for row in rows if row not in orders and row not in limits)
@@ -515,6 +515,9 @@ TOPICS = {  # by the name of the page; rows of the theme `train` are throughput'
     "decoupling": Topic("Learning: Rotation Feature Decoupling", decoupling, plots.decoupling),
     "imagenette": Topic("How good features are: ten ImageNet classes", study, plots.study),
     "cifar10": Topic("How good features are: CIFAR-10, the tables of RotNet", study, plots.study),
+    "centric": Topic(
+        "Faces, pets and streets: rotations, and what nets look at", study, plots.study
+    ),
     "chaos": Topic("Killed, and gone on", chaos, plots.chaos),
     "neighbours": Topic("Beside other processes", neighbours),
     "ops": Topic("The kernels", ops, plots.ops),

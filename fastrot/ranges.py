@@ -22,7 +22,7 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("budget", "a time such as 90s, 30min or 2h", lambda v: seconds_of(v) > 0),
     ("checkpoint_every", "a time such as 10min, or steps such as 500", lambda v: _is_interval(v)),
     ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
-    ("k pool", "at least 1", lambda v: v >= 1),
+    ("k pool pictures", "at least 1", lambda v: v >= 1),
     ("sigma", "a number above 0", lambda v: 0 < v < math.inf),
     ("sure", "a share from 0 to 1", lambda v: 0 <= v <= 1),
     ("at", "numbers of at least 1", lambda v: min(v, default=0) >= 1),

@@ -69,6 +69,10 @@ BAD = {
     "lr-infinite": (["--lr", "inf"], "--lr"),
     "mean": (["--mean", "nan", "0", "0"], "--mean"),
     "order-window": (["--order", "blocks", "--order-window", "0"], "--order-window got 0"),
+    "exponential": (
+        ["--schedule.kind", "exponential"],
+        "--schedule.last got 0.0: it wants .*above 0",
+    ),
     "order-block": (["--order", "blocks", "--order-block", "-3"], "--order-block got -3"),
     "block-without-blocks": (["--order-block", "64"], "--order-block got 64.*--order blocks"),
     "seed": (["--seed", "99999999999999999999"], "--seed"),

@@ -9,8 +9,16 @@ from torch import nn
 from truth import golden
 
 from fastrot import presets
-from fastrot.config import Schedule, Sgd, UsageError
-from fastrot.training.optim import LRSchedule, load_state, parameter_groups, set_lr, sgd, state_of
+from fastrot.config import RMSprop, Schedule, Sgd, UsageError
+from fastrot.training.optim import (
+    LRSchedule,
+    load_state,
+    optimizer_of,
+    parameter_groups,
+    set_lr,
+    sgd,
+    state_of,
+)
 
 ORIGINALS = {  # preset -> the original's configuration
     "rotnet-alexnet": "rot__ImageNet_RotNet_AlexNet__model",
@@ -53,20 +61,21 @@ def test_as_published_keeps_the_tables_epochs():
     assert [rates(14), rates(15), rates(19)] == [0.01, 0.001, 0.001]
 
 
-@pytest.mark.parametrize("kind", ["table", "cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", ["table", "cosine", "linear", "exponential", "constant"])
 def test_lr_scales_the_schedule_so_that_it_begins_with_it(kind):
-    plain = LRSchedule(Schedule(kind=kind), epochs=50, batches=4, steps=200)
-    scaled = LRSchedule(Schedule(kind=kind), epochs=50, batches=4, steps=200, lr=0.3)
+    plain = LRSchedule(Schedule(kind=kind, last=0.5), epochs=50, batches=4, steps=200)
+    scaled = LRSchedule(Schedule(kind=kind, last=0.5), epochs=50, batches=4, steps=200, lr=0.3)
     assert scaled(0) == pytest.approx(0.3)
     for step in (1, 60, 150, 199):
         assert scaled(step) == pytest.approx(30 * plain(step))
 
 
-def test_cosine_and_linear_end_at_last():
-    for kind in ("cosine", "linear"):
+def test_a_fall_ends_at_last():
+    for kind in ("cosine", "linear", "exponential"):
         rates = LRSchedule(Schedule(kind=kind, last=0.1), epochs=1, batches=100, steps=100)
         assert rates(100) == pytest.approx(0.001)
-        assert rates(50) == pytest.approx(0.01 * 0.55)
+        middle = 0.1**0.5 if kind == "exponential" else 0.55
+        assert rates(50) == pytest.approx(0.01 * middle)
 
 
 def test_warm_up_rises_step_by_step():
@@ -105,6 +114,45 @@ def test_sgd_is_the_papers():
         velocity = gradient if velocity is None else 0.9 * velocity + gradient
         mine = mine - 0.1 * (gradient + 0.9 * velocity)
     torch.testing.assert_close(w.detach(), mine, rtol=1e-12, atol=0)
+
+
+def test_an_exponential_fall_takes_the_same_share_in_each_step():
+    rates = LRSchedule(Schedule(kind="exponential", last=0.01), epochs=1, batches=100, steps=100)
+    shares = [rates(step + 1) / rates(step) for step in range(99)]
+    assert shares == pytest.approx([0.01**0.01] * 99)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_rmsprop_is_as_its_knobs_say(momentum):
+    """a = .99 a + .01 g^2; v = momentum v + g / (sqrt(a) + eps); w -= rate v."""
+    w = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
+    net = nn.Module()
+    net.w = w
+    optimizer = optimizer_of(net, RMSprop(momentum=momentum, weight_decay=0.1), 0.01)
+    mine, mean, velocity = w.detach().clone(), torch.zeros(1, 2), torch.zeros(1, 2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (w**3).sum().backward()
+        optimizer.step()
+        gradient = 3 * mine**2 + 0.1 * mine
+        mean = 0.99 * mean + 0.01 * gradient**2
+        velocity = momentum * velocity + gradient / (mean.sqrt() + 1e-8)
+        mine = mine - 0.01 * velocity
+    torch.testing.assert_close(w.detach(), mine, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_rmsprop_goes_on_from_what_it_saved(steps):
+    first, second = a_net(), a_net()
+    writer, reader = (optimizer_of(net, RMSprop(), 0.0) for net in (first, second))
+    for step in range(steps):
+        descend(first, writer, 0.01, step)
+    second.load_state_dict(first.state_dict())
+    load_state(reader, copy.deepcopy(state_of(writer)))
+    for step in range(steps, 4):
+        for net, optimizer in ((first, writer), (second, reader)):
+            descend(net, optimizer, 0.01, step)
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
 def a_net(seed: int = 0) -> nn.Module:

@@ -367,6 +367,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(pictures, tmp_path):
         go(pictures, tmp_path)
 
 
+def test_a_run_by_rmsprop_goes_on_to_the_same_bits(pictures, tmp_path):
+    words = ["rotnet-six-layer", "--image-size", "32", "--data", str(pictures), *TINY[3:]]
+    own = {"--backbone.width", "0.1"}
+    words = [word for word in words if word not in own]
+    for folder, more in (("straight", ()), ("broken", ("--max-steps", "7")), ("broken", ())):
+        assert train.main([*words, "--out", str(tmp_path / folder), *more]) == 0
+    last = "checkpoints/last.pt"
+    assert_same_bits(tmp_path / "straight" / last, tmp_path / "broken" / last)
+
+
 def test_a_run_on_one_copy_goes_on_to_the_same_bits(pictures, tmp_path):
     more = ["--method.copies", "one", "--method.angles", "0", "180"]
     go(pictures, tmp_path / "straight", *more)

@@ -194,7 +194,8 @@ def test_a_gallery_shows_what_was_found(straight, pictures, tmp_path, capsys):
     assert {(0, 114, 178), (213, 94, 0)} & colours  # frames: of its class, of another
     page = (tmp_path / "g" / "index.html").read_text()
     assert "data:image/png;base64," in page
-    assert "http" not in page
+    assert "http://" not in page
+    assert "https://" not in page
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks import measure, plots, report, runs
-from benchmarks.studies import cifar10, imagenette, study
+from benchmarks.studies import centric, cifar10, imagenette, study
 from benchmarks.studies.study import Figure, Job, Limit, Order, Study
 from fastrot import cli, config, evaluate, ranges, train
 from fastrot.config import RunError, UsageError
@@ -18,6 +18,12 @@ from fastrot.config import RunError, UsageError
 DATA = ("--data", "train.beton", "--val", "test.beton")
 STUDIES = {
     "imagenette": imagenette.study_of(DATA),
+    **{
+        f"centric {d}": centric.study_of(
+            dict.fromkeys((*centric.SETS, centric.EVENED), DATA), size, ""
+        )
+        for d, size in centric.SIZES.items()
+    },
     **{f"cifar10 {d}": cifar10.study_of(DATA, size, "") for d, size in cifar10.SIZES.items()},
 }
 
@@ -258,6 +264,40 @@ def test_of_several_sizes_the_last_is_told(done, tmp_path):
     assert table.cells[0] == ["first", "x", "seconds"]
     none = plots.Rows(row for row in found if row["what"] != "order")
     assert "expectations" not in "".join(report.study(none)[0])
+
+
+# ---- brightness alone ----
+
+
+def skies(count: int, seed: int) -> np.ndarray:
+    """Pictures whose upper half is bright, with noise: uint8 [count, 32, 32, 3]."""
+    draw = np.random.default_rng(seed)
+    noise = draw.normal(0, 20, (count, 32, 32, 3))
+    return (noise + np.linspace(200, 60, 32)[None, :, None, None]).clip(0, 255).astype(np.uint8)
+
+
+def test_evened_pictures_have_one_mean_in_every_row_and_column():
+    picture = skies(1, 0)[0]
+    even = centric.evened(picture)
+    whole = even.mean(axis=(0, 1))
+    assert np.abs(even.mean(axis=0) - whole).max() < 0.2  # what rounding leaves
+    assert np.abs(even.mean(axis=1) - whole).max() < 0.2
+    assert np.abs(whole - (picture.mean(axis=(0, 1)) + 128) / 2).max() < 0.2
+    assert even.std() > 8  # the noise, at half of its contrast
+
+
+def test_brightness_tells_skies_and_nothing_where_it_is_evened(monkeypatch, tmp_path):
+    pictures = {"train": skies(60, 1), "val": skies(40, 2)}
+    pictures |= {f"{k} even": np.stack([*map(centric.evened, v)]) for k, v in pictures.items()}
+    monkeypatch.setattr(centric, "squashed", lambda frames, side: pictures[frames])
+    data = {
+        centric.STREETS: ("--data", "train", "--val", "val"),
+        centric.EVENED: ("--data", "train even", "--val", "val even"),
+    }
+    same = study.shared(STUDIES["centric cpu"], asked(tmp_path), {})
+    plain, even = (row["values"][0] for row in centric.brightness(data, 32, same))
+    assert plain == 1
+    assert 0.1 < even < 0.4  # 160 views: chance is .25, three standard errors .1
 
 
 # ---- for real ----

@@ -78,8 +78,8 @@ def library_names(trunk: Staged) -> dict[str, Tensor]:
     features = "conv2" in trunk.stages
     named = {}
     for name, value in trunk.state_dict().items():
-        stage, _, rest = name.partition(".")
-        named[f"features.{rest}" if features else name.removeprefix("conv1.")] = value
+        inside = name.partition(".")[2]
+        named[f"features.{inside}" if features else name.removeprefix("conv1.")] = value
     return named
 
 
@@ -109,7 +109,9 @@ class TimmNet(Staged):
             raise UsageError(f"--backbone.name {TIMM}{name} tells nothing of its stages: {way}")
         modules = {each["module"].replace(".", "_"): each["module"] for each in net.feature_info}
         widths = [each["num_chs"] for each in net.feature_info]
-        channels = dict(zip((*modules, EMBEDDING), (*widths, net.head_hidden_size), strict=True))
+        channels: dict[str, int] = dict(
+            zip((*modules, EMBEDDING), (*widths, net.head_hidden_size), strict=True)
+        )
         super().__init__({EMBEDDING: nn.Identity()}, channels)
         self.net, self.modules_of, self.maps = net, modules, tuple(modules)
         self.stages = (*self.maps, EMBEDDING)

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from fastrot import config
 from fastrot.backbones.convolved import Convolved
-from fastrot.backbones.named import OF_TORCHVISION, TimmNet, library_names, named
+from fastrot.backbones.named import OF_TORCHVISION, TIMM, TimmNet, library_names
 from fastrot.config import RunError, UsageError, net_name
 from fastrot.disk import replace_bytes, write_atomically
 from fastrot.evals.trained import Trained, Trunk, load, nets_of
@@ -118,10 +118,9 @@ def _timm(e: Exported) -> None:
     weights = {k: v.contiguous() for k, v in e.trunk.net.net.state_dict().items()}
     e.out.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(e.out, _needed("safetensors.torch").save(weights, {"format": "pt"}))
-    again = named(e.net.cfg.backbone, size)
-    assert isinstance(again, TimmNet)
-    _needed("timm.models").load_checkpoint(again.net, str(e.out))
-    _check_same(e, again.net)
+    again = TimmNet(name.removeprefix(TIMM), size).net
+    _needed("timm.models").load_checkpoint(again, str(e.out))
+    _check_same(e, again)
 
 
 def _check_same(e: Exported, theirs: nn.Module) -> None:
@@ -204,7 +203,7 @@ def _card(e: Exported) -> str:
     lines = [
         "---", "library_name: fastrot", "tags: [self-supervised, rotation, image-feature-extraction]",
         "---", "", f"# {cfg.preset}", "",
-        f"{net_name(cfg.backbone)} trained by {net_name(cfg.method)} with fastrot, "
+        f"{net_name(cfg.backbone)} trained by {type(cfg.method).__name__} with fastrot, "
         f"to step {e.net.step:,}; crops of {e.trunk.size} pixels.", "",
         "| what | |", "| --- | --- |",
         f"| data | {e.net.identity.get('images', 0):,} pictures, fingerprint {e.net.identity['data_fingerprint']} |",

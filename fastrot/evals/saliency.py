@@ -59,7 +59,7 @@ def evaluate(run: str, knobs: Saliency) -> int:
         named = given(knobs.data, knobs)
     asked = None if knobs.categories is None else knobs.categories.split(",")
     boxes = read_boxes(named.data, named.name)
-    rows = _boxed(boxes, named, asked, knobs.pictures)
+    rows = boxed(boxes, named, asked, knobs.pictures)
     if knobs.json is not None:
         writable(knobs.json.parent, "--json")
     found: dict[str, Scores] = {}
@@ -136,7 +136,7 @@ def maps_of(
         return saliency(ask, views, reduce)
 
 
-def _boxed(
+def boxed(
     boxes: Annotations, named: Named, asked: list[str] | None, count: int | None
 ) -> np.ndarray:
     """Rows with a box that counts, all or so many of them, evenly spread."""

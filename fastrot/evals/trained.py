@@ -96,11 +96,17 @@ class Trunk(nn.Module):
         return UsageError(f"features got {got.removeprefix('torch.')}: it wants {wants}; {side}")
 
 
-def load(run: str | Path, device: torch.device | str = "cpu") -> Trunk:
-    """The trained backbone of a run's folder, its checkpoints/ or one of these: `load("runs/x").features(images, "conv5")`."""
+def load(run: str | Path, device: torch.device | str = "cpu", *, learnt: bool = True) -> Trunk:
+    """The trained backbone of a run's folder, its checkpoints/ or one of these: `load("runs/x").features(images, "conv5")`.
+
+    Not `learnt`: the same network with random weights, always the same.
+    """
     saved, weights = _read(run)
-    trunk = assemble.backbone(saved.cfg.backbone, saved.cfg.method.crop.size)
-    checkpoint.load_weights(trunk, checkpoint.trunk_weights(weights), str(run))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(saved.cfg.seed)  # a caller's GPU keeps its own
+        trunk = assemble.backbone(saved.cfg.backbone, saved.cfg.method.crop.size)
+    if learnt:
+        checkpoint.load_weights(trunk, checkpoint.trunk_weights(weights), str(run))
     return Trunk(trunk, saved.cfg).to(device)
 
 

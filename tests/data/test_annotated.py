@@ -253,6 +253,13 @@ def test_boxes_of_pictures_that_are_cut_are_refused(sets, tmp_path):
         convert_all(tmp_path, "pack", **cut)
 
 
+def test_boxes_that_stay_behind_are_named(sets, tmp_path):
+    """They do not come along where the prepared file itself is prepared again."""
+    done = convert_all(tmp_path / "a.beton", "beton", source="coco", root=sets["coco"])
+    (note,) = open_source("beton", done.out).notes
+    assert note.startswith("boxes.npz beside it stay behind: prepare the pictures anew")
+
+
 def test_without_labels_boxes_stay(sets):
     source = open_source("coco", sets["coco"], label_from="none")
     assert {record.label for record in source.records} == {-1}

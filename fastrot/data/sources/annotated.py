@@ -19,7 +19,7 @@ from fastrot.arrays import Numbers
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture, Verdict, rejected, shown, some
 from fastrot.data.pictures import size_of
-from fastrot.data.sources.lists import _Folder
+from fastrot.data.sources.lists import PathFinder
 from fastrot.data.sources.records import LeftOut, Listing, Source
 from fastrot.data.sources.tree import OPENED_AT_ONCE
 
@@ -94,7 +94,7 @@ def annotated(
             wanted.append(mine)
         else:  # its file is not looked for
             source.left_out.append(LeftOut(each.path, _OTHERS.reason))
-    folder, boxes, sizes = _Folder(os.path.abspath(root), how.by_name), [], []
+    folder, boxes, sizes = PathFinder(os.path.abspath(root), how.by_name), [], []
     blocks = [wanted[at : at + _BLOCK] for at in range(0, len(wanted), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
         looked = pool.map(lambda block: [_look(folder, each) for each in block], blocks)
@@ -135,7 +135,7 @@ def _asked(categories: str | None, known: Sequence[str]) -> list[str] | None:
     return names
 
 
-def _look(folder: _Folder, told: Told) -> tuple[str, Verdict, tuple[int, int] | None]:
+def _look(folder: PathFinder, told: Told) -> tuple[str, Verdict, tuple[int, int] | None]:
     """What a picture is called, the verdict on it, and its height and width where its header tells."""
     if told.fault:
         return told.path, rejected(told.fault), None

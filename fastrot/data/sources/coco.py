@@ -9,7 +9,7 @@ from typing import Any
 from fastrot.config import UsageError
 from fastrot.data.files import one_line, shown, some
 from fastrot.data.sources.annotated import Annotated, Box, Odd, Told, annotated, size_told
-from fastrot.data.sources.lists import _Folder
+from fastrot.data.sources.lists import PathFinder
 from fastrot.data.sources.records import Listing, no_split
 
 _PREFIX = "instances_"
@@ -110,7 +110,7 @@ def _folder(file: Path, paths: list[str]) -> Path:
     """Where the first picture is that is anywhere: one of the folders around the file."""
     above, split = file.parent.parent, file.stem.removeprefix(_PREFIX)
     places = [file.parent, above, above / "images", above / split, above / "images" / split]
-    folders = {place: _Folder(str(place), True) for place in places}
+    folders = {place: PathFinder(str(place), True) for place in places}
     for path in sorted(paths, key=os.path.isabs):  # absolute ones do not tell where others are
         for place, folder in folders.items():
             if folder.has(path):

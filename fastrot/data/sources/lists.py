@@ -48,7 +48,7 @@ def text_list(root: Path, how: Listing) -> Source:
     """
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
-    folder, source = _Folder(os.path.abspath(root.parent), how.by_name), Source(root=root.parent)
+    folder, source = PathFinder(os.path.abspath(root.parent), how.by_name), Source(root=root.parent)
     named = _named(root, folder, how, source.notes)
     blocks = [named[at : at + _BLOCK] for at in range(0, len(named), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
@@ -72,8 +72,8 @@ def text_list(root: Path, how: Listing) -> Source:
     return source
 
 
-class _Folder(NamedTuple):
-    """Where a list lies."""
+class PathFinder(NamedTuple):
+    """Finds pictures by what a list in a folder calls them."""
 
     path: str  # absolute
     by_name: bool
@@ -153,7 +153,7 @@ _WAYS: dict[str, Callable[[list[str]], list[Any]]] = {
 _UNREADABLE = (csv.Error, ValueError, RecursionError, TypeError)
 
 
-def _named(root: Path, folder: _Folder, how: Listing, notes: list[str]) -> list[tuple[str, Any]]:
+def _named(root: Path, folder: PathFinder, how: Listing, notes: list[str]) -> list[tuple[str, Any]]:
     """Each line's path, and what it says of the label."""
     lines = [line for line in _text(root).split("\n") if line.strip()]  # not at odd separators
     filled = len(lines)
@@ -189,7 +189,7 @@ def _cell(row: Sequence[Any], column: int | None) -> str:
     return row[column].strip() if column is not None and column < len(row) else ""
 
 
-def _way(lines: list[str], folder: _Folder, asked: str | None) -> tuple[str, int]:
+def _way(lines: list[str], folder: PathFinder, asked: str | None) -> tuple[str, int]:
     """How lines are to be read, and in which column paths stand then. `asked`: its name, if it has to be that."""
     best, chosen = (-1, 0, 0), (_PLAIN, 0)
     for way, read in _WAYS.items():

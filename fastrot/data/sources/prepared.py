@@ -61,10 +61,12 @@ def beton_rows(root: Path, how: Listing) -> BetonRows:
     places["crc"] = -1 if data._crc is None else data._crc
     places["height"], places["width"] = data.contents.sizes.T
     places["raw"] = data.contents.raw
+    stay = f"{' and '.join(data.beside)} beside it stay behind: prepare the pictures anew to have them"
     return BetonRows(
         root=root,
         records=[*map(Record, paths, labels)],
         classes=data.classes if how.labelled else (),
+        notes=[stay] if data.beside else [],
         numbers=data.numbers,
         keys=data.keys,
         files=[Archive.at(file.path) for file in data._files],

@@ -1,0 +1,169 @@
+"""Each network by name, through everything that a network is used for: trained, probed, searched, asked, exported."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from truth import photo
+
+import fastrot
+from fastrot import config, evaluate, export, train
+from fastrot.backbones.heads import HEADS
+from fastrot.backbones.named import NETS, OF_TORCHVISION, library_names, named
+from fastrot.config import UsageError
+from fastrot.evals.trained import nets_of
+from fastrot.training.foreign import our_name
+
+NAMES = [*NETS, *(["timm/resnet10t"] if importlib.util.find_spec("timm") else [])]
+FEW = ["--device", "cpu", "--workers", "0"]
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+def learn(pictures, out, *words) -> int:
+    own = ["--data", str(pictures), "--out", str(out), "--batch", "6", "--max-steps", "1"]
+    return train.main([*words, *own, *FEW, "--enlarge", "--no-tensorboard", "--epochs", "1"])
+
+
+@pytest.fixture(scope="module", params=NAMES, ids=lambda name: name.replace("/", "-"))
+def run(request, pictures, tmp_path_factory):
+    """A step of RotNet on 64 pixels, by the study's optimiser."""
+    out = tmp_path_factory.mktemp("nets") / "run"
+    words = ("rotnet-six-layer", "--backbone.name", request.param, "--image-size", "64")
+    assert learn(pictures, out, *words) == 0
+    return out
+
+
+def test_a_probe_learns_on_it_and_leaves_it_as_it_is(run, pictures, tmp_path):
+    stages = fastrot.load(run).stages
+    words = ("--start-from", str(run), "--method.stages", stages[-3], stages[-1])
+    assert learn(pictures, tmp_path / "probe", "probe-linear", *words) == 0
+    val = json.loads((tmp_path / "probe" / "summary.json").read_text())["val"]
+    assert {f"top1_{stages[-3]}", f"top1_{stages[-1]}"} <= val.keys()
+    before, after = (fastrot.load(each).net.state_dict() for each in (run, tmp_path / "probe"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_fine_tuned_probe_trains_what_its_stage_needs(run, pictures, tmp_path):
+    stage = fastrot.load(run).stages[-2]
+    words = ("--start-from", str(run), "--method.stages", stage, "--method.tune")
+    assert learn(pictures, tmp_path / "probe", "probe-linear", *words) == 0
+
+
+def test_its_stages_are_searched(run, pictures, tmp_path):
+    file = tmp_path / "knn.json"
+    words = ["--data", str(pictures), "--k", "5", "--json", str(file), *FEW]
+    assert evaluate.main([str(run), "knn", *words]) == 0
+    found = json.loads(file.read_text())["stages"]
+    assert (*found,) == fastrot.load(run).stages
+
+
+def test_it_says_which_photographs_lie_on_their_side(run, tmp_path):
+    album = tmp_path / "album"
+    album.mkdir()
+    for i in range(3):
+        Image.fromarray(photo(i, 60, 90)).save(album / f"{i}.jpg")
+    words = ["--out", str(tmp_path / "upright"), *FEW]
+    assert evaluate.main([str(run), "upright", str(album), *words]) == 0
+    assert len((tmp_path / "upright" / "upright.csv").read_text().splitlines()) == 4
+
+
+def test_it_is_exported(run, tmp_path, capsys):
+    """Each form compares what is read back with what the net says."""
+    name = nets_of(run)[0].cfg.backbone.name
+    forms = {"safetensors": True, "torchvision": name in OF_TORCHVISION, "timm": "/" in name}
+    for form, fits in {**forms, "torch-export": True}.items():
+        words = [
+            str(run),
+            "--to",
+            form,
+            "--out",
+            str(tmp_path / f"{form}.{'pt2' * (form[:5] == 'torch') or 'safetensors'}"),
+        ]
+        if fits:
+            assert export.main(words) == 0
+        else:
+            with pytest.raises(UsageError, match="use --to"):
+                export.main(words)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name in ("six-layer", "efficientnet_b0")]
+)
+def test_onnx_says_what_it_says(name, pictures, tmp_path):
+    words = ("rotnet-six-layer", "--backbone.name", name, "--image-size", "64")
+    assert learn(pictures, tmp_path / "run", *words) == 0
+    assert export.main([str(tmp_path / "run"), "--to", "onnx"]) == 0
+
+
+def test_torchvision_knows_its_weights():
+    from torchvision.models import get_model
+
+    for name in OF_TORCHVISION:
+        theirs = get_model(name, weights=None).state_dict()
+        own = library_names(named(config.Named(name=name), 64))
+        left = theirs.keys() - own.keys()
+        assert own.keys() <= theirs.keys()
+        assert {key.split(".")[0] for key in left} <= {"fc", "classifier"}
+
+
+def test_a_resnet_of_vissl_has_its_names():
+    ours = named(config.Named(name="resnet50"), 64).state_dict()
+    theirs = {f"_feature_blocks.{key}" for key in library_names(named(config.Named(), 64))}
+    assert {our_name(key) for key in theirs} == ours.keys()
+
+
+def test_six_layers_have_about_100_thousand_weights_and_no_residual():
+    net = named(config.Named(name="six-layer"), 128)
+    assert sum(p.numel() for p in net.parameters()) == 106_960
+    assert net.stages == (*(f"conv{n}" for n in range(1, 7)), "embedding")
+    assert [net.channels[stage] for stage in net.stages] == [16, 32, 32, 64, 64, 64, 64]
+
+
+def test_stages_go_from_fine_to_coarse():
+    for name in ("mobilenet_v2", "efficientnet_b0", "resnet18"):
+        net = named(config.Named(name=name), 64).eval()
+        maps = net.outputs(
+            torch.rand(1, 3, 64, 64), ("conv1", "layer1", "layer2", "layer3", "layer4")
+        )
+        assert [each.shape[-1] for each in maps] == [32, 16, 8, 4, 2], name
+
+
+def test_names_that_nobody_has(pictures, tmp_path):
+    for name, words in {
+        "resnet51": "choose from six-layer, .*, or timm/NAME",
+        "timm/no-such-net": "cannot be built .*timm.list_models",
+        "torchvision/resnet50": "choose from",
+    }.items():
+        if not name.startswith("timm") or importlib.util.find_spec("timm"):
+            with pytest.raises(UsageError, match=f"--backbone.name got {name}: {words}|{words}"):
+                named(config.Named(name=name), 64)
+
+
+def test_without_timm_the_way_to_it_is_told(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UsageError, match=r"timm/resnet18 wants timm .*fastrot\[timm\]"):
+        named(config.Named(name="timm/resnet18"), 64)
+
+
+@pytest.mark.skipif(len(NAMES) == len(NETS), reason="needs timm")
+def test_nothing_follows_a_stage_of_timm():
+    net = named(config.Named(name="timm/resnet10t"), 64)
+    with pytest.raises(UsageError, match=r"nothing follows layer3: .*--method.head linear"):
+        HEADS["nonlinear"](net, "layer3", {"layer3": (8, 4, 4)}, 3)
+
+
+@pytest.mark.skipif(len(NAMES) == len(NETS), reason="needs timm")
+def test_a_net_of_timm_is_timms_own():
+    import timm
+
+    net = named(config.Named(name="timm/resnet10t"), 64).eval()
+    theirs = timm.create_model("resnet10t", num_classes=0).eval()
+    theirs.load_state_dict(net.net.state_dict())
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        last, layer2 = net.outputs(pixels, ("embedding", "layer2"))
+        np.testing.assert_allclose(last, theirs(pixels), rtol=1e-5, atol=1e-5)
+        assert layer2.shape == (2, net.channels["layer2"], 8, 8)
