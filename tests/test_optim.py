@@ -155,6 +155,20 @@ def test_rmsprop_goes_on_from_what_it_saved(steps):
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
+def test_rmsprop_goes_on_where_steps_are_counted_on_the_device():
+    """As on a GPU, for a run that a CPU began; the meta device stands in."""
+    first = a_net()
+    writer = optimizer_of(first, RMSprop(), 0.01)
+    descend(first, writer, 0.01, 0)
+    second = a_net().to("meta")
+    reader = torch.optim.RMSprop(second.parameters(), momentum=0.5, capturable=True)
+    load_state(reader, state_of(writer))
+    assert {kept.device.type for each in reader.state.values() for kept in each.values()} == {
+        "meta"
+    }
+    assert reader.param_groups[0]["capturable"]
+
+
 def a_net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))

@@ -94,7 +94,9 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 def load_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """What `state_of` gave, on whatever device: momenta and rate; how a step is computed stays this run's."""
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    both = zip(state["param_groups"], own, strict=True)
+    # by the options in it torch decides where a number of steps is to lie
+    optimizer.load_state_dict({**state, "param_groups": [{**was, **mine} for was, mine in both]})
     for group, mine in zip(optimizer.param_groups, own, strict=True):
         group.update(mine)
     if not isinstance(optimizer, torch.optim.RMSprop):
