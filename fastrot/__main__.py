@@ -15,7 +15,7 @@ COMMANDS = {  # what each does, and an example
     "look": ("what is in prepared data, and crops of it rotated four ways", "pictures.beton"),
     "train": ("train a network", "demo --data pictures.beton --out runs/mine"),
     "evaluate": ("ask a trained network", "runs/mine rotation --data other.beton"),
-    "draw": ("several runs over each other", "compare runs/mine runs/other"),
+    "draw": ("figures of runs, for papers", "runs/mine attention --beside runs/other"),
     "export": ("a trained network for others to use", "runs/mine --to onnx"),
     "doctor": ("what a run would wait for, and what to change", "pictures.beton"),
     "pack": (

@@ -85,10 +85,10 @@ def test_runs_without_probes_have_curves_alone(runs, tmp_path):
     ("words", "says"),
     [
         (["compare", "{0}"], r"compare got 1 run\(s\): name two or more"),
-        (["compare", "{0}", "{0}"], "compare got a run twice: name each once"),
+        (["compare", "{0}", "{0}"], "a run is named twice: name each once"),
         (["compare", "{0}", "nowhere"], "nowhere holds no metrics.jsonl of a run"),
         (["compare", "{0}", "{1}", "--scores", "mAP"], "--scores got mAP, which no run has: choose of epoch"),
-        (["compete", "{0}"], "there is no picture 'compete': did you mean compare"),
+        (["compete", "{0}"], "there is no figure .*choose one of compare, filters"),
     ],
 )  # fmt: skip
 def test_wrong_use_gets_one_sentence(runs, tmp_path, words, says):

@@ -13,15 +13,13 @@ from fastrot.data.loader import Loader
 from fastrot.evals.asked import given, keep, loader_of, own_pictures, say, writable
 from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Classes
-from fastrot.evals.trained import nets_of, trained_method
+from fastrot.evals.trained import net_of, trained_method
 from fastrot.training.device import choose_device
 
 
 def evaluate(run: str, knobs: Classes) -> int:
     """Print the shares, a class a row and a head a column."""
-    net, *more = nets_of(run)
-    if more:
-        raise UsageError(f"{run} holds several nets: name one of them, such as {net.source}")
+    net = net_of(run)
     if not assemble.METHODS[type(net.cfg.method)].wants_labels:
         told = f"{run} has learnt no classes ({type(net.cfg.method).__name__})"
         raise UsageError(f"{told}: name a supervised run or a probe")

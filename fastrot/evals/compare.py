@@ -3,7 +3,7 @@
 import html
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,17 +19,20 @@ SHARES = ("accuracy", "top1_", "top5_", "prec_", "knn_", "wait_share")  # scores
 MARKERS = "os^Dv*PX"
 
 
-def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against: str) -> Path:
+def compare(knobs: Any) -> Path:
     """Draw `scores` of the runs' metrics.jsonl against epoch or step, and top-1 by stage where they probe; return the page.
+
+    knobs  a draw.Compare
 
     Raises UsageError for fewer than two runs, for a folder that holds none, and for a score that none of them has.
     """
     from matplotlib.figure import Figure
 
+    runs, scores = knobs.runs, knobs.scores
     if len(runs) < 2:
         raise UsageError(f"compare got {len(runs)} run(s): name two or more")
     logs = {}
-    for run, name in zip(runs, _names(runs), strict=True):
+    for run, name in zip(runs, names_of(runs), strict=True):
         if not (log := RunLog(run, Headline())).lines:
             raise UsageError(f"{run} holds no metrics.jsonl of a run: name runs' folders")
         logs[name] = log
@@ -47,7 +50,7 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
     own = zip(logs, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     looks = {name: {"color": colour, "marker": marker} for name, colour, marker in own}
     for each, score in zip(axes, scores, strict=False):
-        _curves(each, logs, score, against, looks)
+        _curves(each, logs, score, knobs.against, looks)
     if tables:
         _stages(axes[-1], tables, looks)
     names = [legible(name).replace("$", r"\$") for name in logs]  # which would begin a formula
@@ -56,17 +59,17 @@ def compare(runs: tuple[Path, ...], out: Path, scores: tuple[str, ...], against:
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.08 * -(-len(logs) // 4)))
     table = _table(logs, tables, scores)
-    return write_page(out / "compare.png", figure.savefig, "Runs compared", behind=table)
+    return write_page(knobs.out / "compare.png", figure.savefig, "Runs compared", behind=table)
 
 
-def _names(runs: tuple[Path, ...]) -> list[str]:
+def names_of(runs: tuple[Path, ...]) -> list[str]:
     """The ends of their paths that tell them apart."""
     parts = [run.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    raise UsageError("compare got a run twice: name each once")
+    raise UsageError("a run is named twice: name each once")
 
 
 def _by_stage(log: RunLog) -> dict[str, float]:

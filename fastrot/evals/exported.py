@@ -17,7 +17,7 @@ from fastrot.backbones.convolved import Convolved
 from fastrot.backbones.named import OF_TORCHVISION, TIMM, TimmNet, library_names
 from fastrot.config import RunError, UsageError, net_name
 from fastrot.disk import replace_bytes, write_atomically
-from fastrot.evals.trained import Trained, Trunk, load, nets_of
+from fastrot.evals.trained import Trained, Trunk, load, net_of
 from fastrot.training import checkpoint
 from fastrot.training.foreign import MODEL
 
@@ -38,9 +38,7 @@ def write(
     run: str, to: str, out: Path | None, stages: tuple[str, ...], probes: tuple[Path, ...]
 ) -> Path:
     """Write a run's network in the form `to`, and return where. Raises UsageError where it has no such form."""
-    net, *more = nets_of(run)
-    if more:
-        raise UsageError(f"{run} holds several nets: name one of them, such as {net.source}")
+    net = net_of(run)
     writer, name = FORMS[to]
     out = out or checkpoint.of_run(run).parent.parent / "exported" / name
     trunk = load(run)

@@ -111,12 +111,22 @@ def write_page(
     """
     png.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(png, save)
-    coded, head = base64.b64encode(png.read_bytes()).decode(), html.escape(title)
-    image = f'<img alt="{head}" src="data:image/png;base64,{coded}">'
+    return write_html(png.with_name("index.html"), title, before, embedded(png, title), behind)
+
+
+def embedded(png: Path, alt: str) -> str:
+    """HTML that holds a picture."""
+    coded = base64.b64encode(png.read_bytes()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{coded}">'
+
+
+def write_html(page: Path, title: str, *parts: str) -> Path:
+    """Write a page of some HTML under its title."""
+    head = html.escape(title)
     style = f'<meta charset="utf-8"><title>{head}</title><style>{STYLE}</style>'
-    body = "\n".join([f"<h1>{head}</h1>", before, image, behind])
+    body = "\n".join([f"<h1>{head}</h1>", *parts])
     text = f"<!doctype html>\n<html lang=en>{style}\n{body}\n</html>\n"
-    replace_bytes(page := png.with_name("index.html"), text.encode("utf-8", "replace"))
+    replace_bytes(page, text.encode("utf-8", "replace"))
     return page
 
 

@@ -23,7 +23,7 @@ from fastrot.evals.asked import Named, given, keep, loader_of, own_pictures, say
 from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Saliency
 from fastrot.evals.maps import inside_of, qualities, saliency
-from fastrot.evals.trained import Trained, nets_of, trained_method
+from fastrot.evals.trained import Trained, net_of, trained_method
 from fastrot.methods.rotation_table import ROTATIONS
 from fastrot.ops.rotate import rotated_views
 from fastrot.training.device import choose_device
@@ -48,9 +48,7 @@ class Scores(NamedTuple):
 
 def evaluate(run: str, knobs: Saliency) -> int:
     """Print Q of each layer, of the run's net and of one with random weights."""
-    net, *more = nets_of(run)
-    if more:
-        raise UsageError(f"{run} holds several nets: name one of them, such as {net.source}")
+    net = net_of(run)
     layers = layers_of(net, knobs.layers)
     device = choose_device(knobs.device, dist.place())
     if knobs.data is None:

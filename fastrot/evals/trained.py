@@ -157,6 +157,14 @@ def nets_of(run: str | Path) -> list[Trained]:
     return [begun[Path(run) / f"fold{fold}"] for fold in range(folds)]
 
 
+def net_of(run: str | Path) -> Trained:
+    """The one net of a run or checkpoint. Raises UsageError for a folder of folds."""
+    net, *more = nets_of(run)
+    if more:
+        raise UsageError(f"{run} holds several nets: name one of them, such as {net.source}")
+    return net
+
+
 def _read(source: str | Path) -> tuple[Trained, dict[str, Tensor]]:
     """What the last checkpoint of a run, or what was exported of it, says of itself, and its net's weights."""
     file = exported(source)

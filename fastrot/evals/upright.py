@@ -29,7 +29,7 @@ from fastrot.evals.features import exact, followed
 from fastrot.evals.knobs import Upright
 from fastrot.evals.picture import turned_sheet
 from fastrot.evals.rotation import rotation_logits
-from fastrot.evals.trained import Trained, nets_of, trained_method
+from fastrot.evals.trained import Trained, net_of, trained_method
 from fastrot.methods.rotation_table import ROTATIONS
 from fastrot.training.device import choose_device
 
@@ -82,15 +82,13 @@ def evaluate(run: str, knobs: Upright) -> int:
 
 
 def _one(run: str) -> Trained:
-    nets = nets_of(run)
-    if len(nets) > 1:
-        raise UsageError(f"{run} holds several nets: name one of them, such as {nets[0].source}")
-    if not assemble.METHODS[type(nets[0].cfg.method)].predicts_rotation(nets[0].cfg.method):
-        kind = type(nets[0].cfg.method).__name__
+    net = net_of(run)
+    if not assemble.METHODS[type(net.cfg.method)].predicts_rotation(net.cfg.method):
+        kind = type(net.cfg.method).__name__
         raise UsageError(
             f"{run} predicts no rotations ({kind}): name a run of rotnet or decoupling"
         )
-    return nets[0]
+    return net
 
 
 def _how(cfg: Config, knobs: Upright, device: torch.device) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def beton_rows(root: Path, how: Listing) -> BetonRows:
     places["crc"] = -1 if data._crc is None else data._crc
     places["height"], places["width"] = data.contents.sizes.T
     places["raw"] = data.contents.raw
-    stay = f"{' and '.join(data.beside)} beside it stay behind: prepare the pictures anew to have them"
+    stay = (
+        f"{' and '.join(data.beside)} beside it stay behind: prepare the pictures anew to have them"
+    )
     return BetonRows(
         root=root,
         records=[*map(Record, paths, labels)],
