@@ -82,10 +82,12 @@ def qualities(
     maps: Float[Tensor, "b h w"], inside: Float[Tensor, "b h w"], thresholds: Float[Tensor, "b t"]
 ) -> Float[Tensor, "b t"]:
     """Q of each map at each of its thresholds; see `saliency_quality`."""
-    seen = maps.flatten(1)[:, None] >= thresholds[:, :, None].to(maps.dtype)
-    box = inside.flatten(1)[:, None] > 0
-    both, either = (each.sum(dim=2).double() for each in (seen & box, seen | box))
-    return both / either.clamp_min(1)
+    box, found = inside.flatten(1) > 0, []
+    for threshold in thresholds.to(maps.dtype).T:  # one after the other: all at once fill gigabytes
+        seen = maps.flatten(1) >= threshold[:, None]
+        both, either = (each.sum(dim=1).double() for each in (seen & box, seen | box))
+        found.append(both / either.clamp_min(1))
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
