@@ -196,7 +196,7 @@ class Sgd:
 
 @dataclass(frozen=True, kw_only=True)
 class RMSprop:
-    """RMSprop as torch writes it: a = .99 a + .01 g^2; v = momentum v + g / sqrt(a); w -= rate v."""
+    """RMSprop as torch writes it: a = .99 a + .01 g^2; v = momentum v + g / (sqrt(a) + 1e-8); w -= rate v."""
 
     momentum: float = 0.5  # share of the last step's direction that is kept
     weight_decay: float = 0.0  # share of each weight that is added to its gradient

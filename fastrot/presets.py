@@ -101,8 +101,8 @@ def rotnet_resnet50() -> Config:
 def rotnet_six_layer() -> Config:
     """RotNet on faces, cats and dogs, or streets (LFW, COCO, Cityscapes), with six layers: 50 epochs, 64 pictures x 4 rotations.
 
-    Whole pictures squashed to 128 pixels and RMSprop are the study's; that its exponential decay ends at a tenth, and the length,
-    are ours, since it names neither.
+    Whole pictures squashed to 128 pixels and RMSprop are the study's. Of its exponential decay it tells a step of 10 and no factor:
+    here the rate falls evenly to a tenth over the run, whose length is ours too.
     """
     return Config(
         preset="rotnet-six-layer",

@@ -23,6 +23,7 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("checkpoint_every", "a time such as 10min, or steps such as 500", lambda v: _is_interval(v)),
     ("order_block order_window schedule.steps schedule.epochs", "at least 1", lambda v: v >= 1),
     ("k pool pictures", "at least 1", lambda v: v >= 1),
+    ("threshold", "0 or more", lambda v: 0 <= v < math.inf),
     ("sigma", "a number above 0", lambda v: 0 < v < math.inf),
     ("sure", "a share from 0 to 1", lambda v: 0 <= v <= 1),
     ("at", "numbers of at least 1", lambda v: min(v, default=0) >= 1),

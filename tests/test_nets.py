@@ -10,14 +10,21 @@ from PIL import Image
 from truth import photo
 
 import fastrot
-from fastrot import config, evaluate, export, train
+from fastrot import assemble, config, evaluate, export, train
 from fastrot.backbones.heads import HEADS
 from fastrot.backbones.named import NETS, OF_TORCHVISION, library_names, named
 from fastrot.config import UsageError
+from fastrot.core import DataInfo
 from fastrot.evals.trained import nets_of
 from fastrot.training.foreign import our_name
 
-NAMES = [*NETS, *(["timm/resnet10t"] if importlib.util.find_spec("timm") else [])]
+HAS_TIMM = importlib.util.find_spec("timm") is not None
+NAMES = [*NETS, *(["timm/resnet10t", "timm/vit_tiny_patch16_224"] if HAS_TIMM else [])]
+# built as others are
+SOAKED = [
+    pytest.param(n, marks=pytest.mark.soak) if n in ("resnet50", "mobilenet_v2") else n
+    for n in NAMES
+]
 FEW = ["--device", "cpu", "--workers", "0"]
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -27,7 +34,7 @@ def learn(pictures, out, *words) -> int:
     return train.main([*words, *own, *FEW, "--enlarge", "--no-tensorboard", "--epochs", "1"])
 
 
-@pytest.fixture(scope="module", params=NAMES, ids=lambda name: name.replace("/", "-"))
+@pytest.fixture(scope="module", params=SOAKED, ids=lambda name: name.replace("/", "-"))
 def run(request, pictures, tmp_path_factory):
     """A step of RotNet on 64 pixels, by the study's optimiser."""
     out = tmp_path_factory.mktemp("nets") / "run"
@@ -134,11 +141,11 @@ def test_stages_go_from_fine_to_coarse():
 def test_names_that_nobody_has(pictures, tmp_path):
     for name, words in {
         "resnet51": "choose from six-layer, .*, or timm/NAME",
-        "timm/no-such-net": "cannot be built .*timm.list_models",
+        "timm/no-such-net": "gives no stages of 64 pixels .*timm.list_models",
         "torchvision/resnet50": "choose from",
     }.items():
-        if not name.startswith("timm") or importlib.util.find_spec("timm"):
-            with pytest.raises(UsageError, match=f"--backbone.name got {name}: {words}|{words}"):
+        if not name.startswith("timm") or HAS_TIMM:
+            with pytest.raises(UsageError, match=words):
                 named(config.Named(name=name), 64)
 
 
@@ -148,14 +155,49 @@ def test_without_timm_the_way_to_it_is_told(monkeypatch):
         named(config.Named(name="timm/resnet18"), 64)
 
 
-@pytest.mark.skipif(len(NAMES) == len(NETS), reason="needs timm")
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
+@pytest.mark.parametrize("name", ["crossvit_tiny_240", "tresnet_m"])
+def test_nets_of_timm_whose_stages_cannot_be_told_apart_are_refused(name):
+    with pytest.raises(UsageError, match=f"timm/{name} gives no stages of 64 pixels"):
+        named(config.Named(name=f"timm/{name}"), 64)
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
+def test_what_no_head_of_a_tuned_probe_reads_wants_no_gradient():
+    """Else DDP stops; of this net blocks behind the stage belong to no other stage."""
+    cfg = config.Config(
+        method=config.Probe(stages=("blocks_2",), tune=True, crop=config.Whole(size=64)),
+        backbone=config.Named(name="timm/efficientnet_b0"),
+    )
+    info = {"images": 1, "rows": None, "data_rows": 1, "data_fingerprint": "", "fingerprint": ""}
+    info |= {"classes": 3, "mean": cfg.mean, "std": cfg.std, "size": 64, "seed": 0}
+    net = assemble.method(
+        cfg, DataInfo(**info, device=torch.device("cpu"), dtype=torch.float32)
+    ).net
+    net.train()(torch.rand(4, 3, 64, 64))[0].sum().backward()
+    learning = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in learning.values())
+    assert any("blocks.2." in name for name in learning)
+    assert not any("conv_head" in name or "blocks.3." in name for name in learning)
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
+def test_timms_weights_are_a_safetensors(pictures, tmp_path):
+    words = ("rotnet-six-layer", "--backbone.name", "timm/resnet10t", "--image-size", "32")
+    assert learn(pictures, tmp_path / "run", *words) == 0
+    with pytest.raises(UsageError, match=r"timm is given its weights as NAME\.safetensors"):
+        export.main([str(tmp_path / "run"), "--to", "timm", "--out", str(tmp_path / "net.pth")])
+    assert not (tmp_path / "net.pth").exists()
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
 def test_nothing_follows_a_stage_of_timm():
     net = named(config.Named(name="timm/resnet10t"), 64)
     with pytest.raises(UsageError, match=r"nothing follows layer3: .*--method.head linear"):
         HEADS["nonlinear"](net, "layer3", {"layer3": (8, 4, 4)}, 3)
 
 
-@pytest.mark.skipif(len(NAMES) == len(NETS), reason="needs timm")
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
 def test_a_net_of_timm_is_timms_own():
     import timm
 

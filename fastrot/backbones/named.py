@@ -98,29 +98,22 @@ class TimmNet(Staged):
             # those of a fixed size, as transformers are, are told it
             fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
             net = timm.create_model(name, num_classes=0, **({"img_size": size} if fixed else {}))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            why = str(error).splitlines()[0] if str(error) else f"not at {size} pixels"
-            way = "name another of timm.list_models()"
-            raise UsageError(
-                f"--backbone.name {TIMM}{name} cannot be built ({why}): {way}"
-            ) from None
-        if not hasattr(net, "forward_intermediates"):
-            way = "name another of timm.list_models()"
-            raise UsageError(f"--backbone.name {TIMM}{name} tells nothing of its stages: {way}")
-        modules = {each["module"].replace(".", "_"): each["module"] for each in net.feature_info}
-        widths = [each["num_chs"] for each in net.feature_info]
-        channels: dict[str, int] = dict(
-            zip((*modules, EMBEDDING), (*widths, net.head_hidden_size), strict=True)
-        )
-        super().__init__({EMBEDDING: nn.Identity()}, channels)
-        self.net, self.modules_of, self.maps = net, modules, tuple(modules)
+            with torch.no_grad():  # one picture tells what each stage gives
+                last, maps = net.eval().forward_intermediates(torch.zeros(1, 3, size, size))
+                last = net.forward_head(last)
+            names = [each["module"].replace(".", "_") for each in net.feature_info]
+            found = dict(zip(names, maps, strict=True))
+            if not all(names) or len(found) < len(names) or last.ndim != 2:
+                raise ValueError("its stages have no names of their own")
+        except Exception as error:  # timm's nets each fail in a way of their own
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            way = "name another of timm.list_models(), or another --image-size"
+            told = f"--backbone.name {TIMM}{name} gives no stages of {size} pixels ({why}): {way}"
+            raise UsageError(told) from None
+        channels = {stage: each.shape[1] for stage, each in found.items()}
+        super().__init__({EMBEDDING: nn.Identity()}, channels | {EMBEDDING: last.shape[1]})
+        self.net, self.maps = net.train(), tuple(found)
         self.stages = (*self.maps, EMBEDDING)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A stage's module too; of `embedding` an empty one."""
-        return super().get_submodule(
-            f"net.{self.modules_of[target]}" if target in self.modules_of else target
-        )
 
     def outputs(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         """See Staged. Without the embedding later stages are not run."""

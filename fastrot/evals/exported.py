@@ -113,6 +113,8 @@ def _timm(e: Exported) -> None:
     if not isinstance(e.trunk.net, TimmNet):
         told = f"{e.net.source} is {name}, which was not built by timm"
         raise UsageError(f"{told}: use --to safetensors, torchvision or onnx")
+    if e.out.suffix != ".safetensors":
+        raise UsageError(f"--out {e.out}: timm is given its weights as NAME.safetensors")
     weights = {k: v.contiguous() for k, v in e.trunk.net.net.state_dict().items()}
     e.out.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(e.out, _needed("safetensors.torch").save(weights, {"format": "pt"}))

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fastrot.backbones.staged import Staged
 
-# gradients of so many views lie in memory at once; on a CPU more than its caches hold take up to twice the time
-VIEWS = {"cpu": 32, "cuda": 1024}
+# views of so many pixels in all go through a net at once; on a CPU more than its caches hold take up to twice the time
+PIXELS = {"cpu": 2**17, "cuda": 2**22}
 Reduce = Literal["max", "mean"]
 
 
@@ -26,15 +26,17 @@ def saliency(
     ask    from normalised views to n neurons of each; its parameters want no gradient
     views  as the network takes them, by which the gradients are: normalised, not from 0 to 1
 
-    Gradients of several neurons are taken at once (batched vector-Jacobian products), of VIEWS views in all, however many
-    neurons there are.
+    Gradients of several neurons are taken at once (batched vector-Jacobian products), of views of PIXELS pixels in all, however many
+    views and neurons there are.
     """
+    at_once = max(1, PIXELS.get(views.device.type, PIXELS["cpu"]) // views[0, 0].numel())
+    if len(views) > at_once:
+        return torch.cat([saliency(ask, part, reduce) for part in views.split(at_once)])
     views = views.detach().requires_grad_()
     neurons = ask(views)
     count, width = neurons.shape
     found = views.new_zeros(count, *views.shape[2:])
-    at_once = max(1, VIEWS.get(views.device.type, 1) // count)
-    for some in torch.eye(width, device=views.device).split(at_once):
+    for some in torch.eye(width, device=views.device).split(at_once // count):
         (slope,) = torch.autograd.grad(
             neurons,
             views,

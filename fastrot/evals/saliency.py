@@ -29,7 +29,8 @@ from fastrot.ops.rotate import rotated_views
 from fastrot.training.device import choose_device
 
 LAYERS = ("rotation", "embedding")
-SWEEP = np.logspace(-12, 1, 53)  # thresholds
+# thresholds; batch norm that has seen nothing leaves a random EfficientNet gradients of 1e-18
+SWEEP = np.logspace(-20, 1, 85)
 SHARES = np.arange(0.05, 1, 0.05)  # of a picture's pixels, the most salient
 
 
@@ -37,7 +38,7 @@ class Scores(NamedTuple):
     """Q of a layer's maps, means over pictures."""
 
     q: float  # at the threshold that was asked for
-    best: float  # of the sweep
+    best: float  # of the sweep, and this one
     at: float  # the threshold that is the best
     ranked: float  # mean over shares of most salient pixels
 
@@ -55,7 +56,9 @@ def evaluate(run: str, knobs: Saliency) -> int:
         named = own_pictures(run, net.cfg, "val", knobs.loader, "--data")
     else:
         named = given(knobs.data, knobs)
-    asked = None if knobs.categories is None else knobs.categories.split(",")
+    asked = (
+        None if knobs.categories is None else [each.strip() for each in knobs.categories.split(",")]
+    )
     boxes = read_boxes(named.data, named.name)
     rows = boxed(boxes, named, asked, knobs.pictures)
     if knobs.json is not None:
@@ -170,20 +173,20 @@ def _scores(
     assert loader.rows is not None
     place = torch.full((loader.data.rows,), -1)
     place[torch.from_numpy(loader.rows)] = torch.arange(len(loader.rows))
-    fixed = torch.tensor([knobs.threshold, *SWEEP])
+    fixed = torch.tensor([knobs.threshold, *SWEEP], dtype=torch.float64)
     found = torch.zeros(len(loader.rows), 1 + len(fixed) + len(SHARES), dtype=torch.float64)
     for batch in followed(loader):
         maps = maps_of(ask, batch, net.cfg, knobs.reduce).double().cpu()
         at = place[batch.index.cpu()]
         ordered = maps.flatten(1).sort(dim=1, descending=True).values
         ranked = ordered[:, (SHARES * ordered.shape[1]).astype(int)]
-        thresholds = torch.hstack([fixed.double().expand(len(maps), -1), ranked])
+        thresholds = torch.hstack([fixed.expand(len(maps), -1), ranked])
         read = torch.ones(len(maps), 1)
         found[at] = torch.hstack([read, qualities(maps, inside[at], thresholds)])
     count, *means = dist.sum_over_ranks(found).sum(dim=0).tolist()
     if not count:
         raise RunError("no picture with a box can be read: prepare them anew")
-    q, *others = (mean / count for mean in means)
-    swept, ranked = others[: len(SWEEP)], others[len(SWEEP) :]
+    q, *_ = swept = [mean / count for mean in means[: len(fixed)]]
+    ranked = [mean / count for mean in means[len(fixed) :]]
     best = int(np.argmax(swept))
-    return Scores(q, swept[best], float(SWEEP[best]), float(np.mean(ranked)))
+    return Scores(q, swept[best], float(fixed[best]), float(np.mean(ranked)))

@@ -23,11 +23,6 @@ class ProbeNet(nn.Module):
     def __init__(self, trunk: Staged, heads: Mapping[str, nn.Module], *, frozen: bool):
         super().__init__()
         self.trunk, self.heads, self.frozen = trunk, nn.ModuleDict(heads), frozen
-        read = {trunk.check_stage(stage) for stage in heads}
-        last = max(trunk.stages.index(stage) for stage in read)
-        trunk.requires_grad_(not frozen)
-        for name in trunk.stages[last + 1 :]:  # no head reads it: DDP refuses what has no gradient
-            trunk.get_submodule(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ProbeNet":
         super().train(mode)
@@ -48,9 +43,13 @@ class Probe(Method):
 
     def __init__(self, cfg: config.Probe, trunk: Staged, info: DataInfo):
         self.info, self.space_to_depth = info, trunk.space_to_depth
-        with torch.no_grad():  # one black picture tells the shapes
-            stages = (*cfg.stages, trunk.stages[-1])
-            seen = trunk.eval().outputs(torch.zeros(1, 3, info.size, info.size), stages)
+        stages = (*cfg.stages, trunk.stages[-1])  # one black picture tells their shapes
+        seen = trunk.eval().outputs(torch.zeros(1, 3, info.size, info.size), stages)
+        if cfg.tune:
+            torch.stack([each.sum() for each in seen[:-1]]).sum().backward()
+        for p in trunk.parameters():  # what no head reads has no gradient, which DDP refuses
+            p.requires_grad_(p.grad is not None)
+            p.grad = None
         shapes = {name: tuple(each.shape[1:]) for name, each in zip(stages, seen, strict=True)}
         head = HEADS[cfg.head]
         heads = {stage: head(trunk, stage, shapes, info.classes) for stage in cfg.stages}

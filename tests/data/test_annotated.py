@@ -264,7 +264,7 @@ def test_without_labels_boxes_stay(sets):
     source = open_source("coco", sets["coco"], label_from="none")
     assert {record.label for record in source.records} == {-1}
     assert source.classes == ()
-    assert source.categories == ("traffic light", "cat", "dog")  # by id; those in use
+    assert source.categories == ("traffic light", "cat", "dog", "unicorn")  # by id
     assert sum(map(len, source.boxes)) == 6
 
 

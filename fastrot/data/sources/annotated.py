@@ -76,15 +76,15 @@ class Annotated(Source):
 
 
 def annotated(
-    root: Path, how: Listing, told: list[Told], known: Sequence[str], used: Sequence[str], odd: Odd
+    root: Path, how: Listing, told: list[Told], known: Sequence[str], odd: Odd
 ) -> Annotated:
     """The pictures of a folder, each with the category of its largest box that is not `ignore` as its label.
 
     `how.categories` names some of the `known` categories: boxes of others are left out, and so are pictures without a
-    box of these that is not `ignore`. Where it names none, those in `used` are meant. `odd` becomes notes.
+    box of these that is not `ignore`. Where it names none, all are meant. `odd` becomes notes.
     """
     asked = _asked(how.categories, known)
-    categories = tuple(used if asked is None else asked)
+    categories = tuple(known if asked is None else asked)
     number = {name: i for i, name in enumerate(categories)}
     source = Source(root=root, classes=categories if how.labelled else ())
     wanted = []
@@ -118,7 +118,7 @@ def annotated(
             sizes.append(size)
     source.notes += [f"{what}: {len(at):,}, the first {shown(at[0])}" for what, at in odd.items()]
     having = {categories[i] for each in boxes for i in each["category"].tolist()}
-    if none := [name for name in asked or () if name not in having]:
+    if none := [name for name in categories if name not in having]:
         source.notes.append(f"no picture has a box of {some(none, 5)}")
     shapes = np.array(sizes, np.int64).reshape(-1, 2)
     return Annotated(**vars(source), boxes=boxes, size=shapes, categories=categories)

@@ -39,9 +39,14 @@ def coco(root: Path, how: Listing) -> Annotated:
         if each.path in paths:
             odd["pictures with several ids, taken for each"].append(each.path)
         paths.add(each.path)
-    names = {_of(each, "id", file): str(_of(each, "name", file)) for each in categories}
+    names = {}
+    for each in categories:
+        key, name = _of(each, "id", file), str(_of(each, "name", file))
+        if names.setdefault(key, name) != name:
+            both = f"{names[key]} and {name}"
+            raise UsageError(f"{file} has the id {key} for {both}: give each category its own")
     names = {key: names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))}
-    used, ids = set(), set()
+    ids = set()
     for each in annotations:
         key, image, category = (_key(each.get(k)) for k in ("id", "image_id", "category_id"))
         if key is not None and key in ids:
@@ -52,15 +57,13 @@ def coco(root: Path, how: Listing) -> Annotated:
         elif category not in names:
             odd["annotations of no category, left out"].append(f"id {key}")
         else:
-            used.add(category)
             x, y, width, height = _numbers(each.get("bbox"), 4)
             edges, area = (y, x, y + height, x + width), _numbers([each.get("area")], 1)[0]
-            crowd = each.get("iscrowd") == 1
+            crowd = _numbers([each.get("iscrowd")], 1)[0] == 1
             told[image].boxes.append(Box(edges, names[category], crowd, area))
     known = [*dict.fromkeys(names.values())]
-    in_use = [*dict.fromkeys(name for key, name in names.items() if key in used)]
     folder = _folder(file, [each.path for each in told.values()])
-    return annotated(folder, how, [*told.values()], known, in_use, odd)
+    return annotated(folder, how, [*told.values()], known, odd)
 
 
 def _file(root: Path, split: str | None) -> Path:
@@ -129,7 +132,9 @@ def _of(each: dict[str, Any], name: str, file: Path) -> int | str:
 
 
 def _key(value: Any) -> int | str | None:
-    """A value that may be an id or a name."""
+    """A value that may be an id or a name; a table may have made numbers of it."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value if isinstance(value, (int, str)) else None
 
 

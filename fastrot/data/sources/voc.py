@@ -31,7 +31,7 @@ def voc(root: Path, how: Listing) -> Annotated:
     told = [_told(root, name, odd) for name in _names(root, how.split)]
     used = sorted({box.category for each in told for box in each.boxes})
     known = VOC_CLASSES if {*used} <= {*VOC_CLASSES} else used
-    return annotated(root / "JPEGImages", how, told, known, known, odd)
+    return annotated(root / "JPEGImages", how, told, known, odd)
 
 
 def _names(root: Path, split: str | None) -> list[str]:
