@@ -221,7 +221,7 @@ def main(args: list[str] | None = None) -> int:
     length = "the presets' epochs" if size.steps is None else f"{size.steps} steps of {size.batch}"
     about = (
         f"crops of {size.side} pixels (the study: 128), {length}, pictures: {pictures} (of faces {HELD:.0%} are judged); "
-        f"saliency of {size.pictures or 'all'} pictures of cats and dogs"
+        f"saliency of {size.pictures or 'all'} pictures of cats and dogs; evened streets also have half the contrast of the others"
     )
     shape = {"side": size.side, "batch": size.batch, "steps": size.steps or "preset"}
     made = study_of(data, size, about)
