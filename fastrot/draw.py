@@ -58,7 +58,7 @@ class Saliency(Asked):
     out: Path = Path("saliency")  # the folder
     data: str | None = None  # pictures to draw; default: those that the run was judged on
     pictures: int = 4  # so many, spread evenly over those with boxes, where some have; up to 12
-    # the rotations' scores, and the mean of the last map; default: those that the run has
+    # the rotations' scores, and the last stage's features; default: those that the run has
     layers: tuple[Literal["rotation", "embedding"], ...] = ()
     reduce: Literal["max", "mean"] = "max"  # over a layer's neurons
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_version_2_goes_on_to_the_bits_of_the_code_that_wrote_it
 
     That code's SGD was the plain one; to rounding today's goes on from it too.
     """
-    monkeypatch.setattr("fastrot.training.state.sgd", functools.partial(sgd, fused=fused))
+    monkeypatch.setattr("fastrot.training.optim.sgd", functools.partial(sgd, fused=fused))
     kept, last = GOLDEN / "checkpoint_v2", tmp_path / "checkpoints" / "last.pt"
     args = ["decoupling-alexnet", "--image-size", "32", "--enlarge", "--batch", "4", "--workers"]
     args += ["0", "--backbone.width", "0.0098", "--backbone.kernel", "5", "--backbone.stride", "2"]

@@ -174,7 +174,7 @@ def test_saliency_with_boxes(straight, boxed, tmp_path, monkeypatch, capsys):
     pngs = drawn_by(tmp_path, straight, "saliency", "--data", boxed, "--pictures", "12", *CPU)
     said = " ".join(capsys.readouterr().out.split())
     assert "5 pictures of" in said  # the sixth's box is of a crowd
-    assert "gradient of the rotations' scores and of the mean of the last map" in said
+    assert "gradient of the rotations' scores and of the features of the last stage" in said
     assert (
         "the max over neurons, each map from 0 (dark) to its 99th percentile (yellow, viridis)"
         in said

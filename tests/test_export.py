@@ -184,7 +184,10 @@ def test_what_differs_is_not_handed_on(straight, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--to", "timm"], "timm has no AlexNet, which .* is: use --to safetensors, or onnx"),
+        (
+            ["--to", "timm"],
+            "is AlexNet, which was not built by timm: use --to safetensors, torchvision or onnx",
+        ),
         (["--to", "torchvision"], "is AlexNet of 32 pixels, torchvision has AlexNet of 224"),
         (["--to", "onnx", "--stages", "conv9"], "there is no stage 'conv9': choose from"),
         (["--to", "hub", "--probes", "nowhere"], "--probes nowhere has no summary.json"),

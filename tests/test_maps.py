@@ -44,6 +44,7 @@ def test_quality_by_the_mean_of_several_boxes_and_of_none():
     assert saliency_quality(both, 0.5, boxes[:1]) == 0.5
     assert saliency_quality(both, 0.5, np.zeros((0, 4), np.int64)) == 0
     assert saliency_quality(both, 0.0, boxes) == 0.5  # every pixel
+    assert saliency_quality(np.ones((1, 4, 4)), 1.0, np.array([[-2, -2, 9, 9]])) == 1
 
 
 class Sums(nn.Module):
@@ -110,6 +111,11 @@ def test_attention_is_the_power_sum_of_a_stage_from_0_to_1():
         (found,) = attention(net, views, ("conv1",), (power,))
         assert found[0].tolist() == [[1, 0], [0, pytest.approx(corner)]]
     assert upscaled(found, 8).shape == (1, 8, 8)
+    (small,) = attention(
+        net, 1e-12 * views, ("conv1",), (4.0,)
+    )  # as of a net that has learnt nothing
+    (same,) = attention(net, views, ("conv1",), (4.0,))
+    torch.testing.assert_close(small, same)
 
 
 def test_thresholds_are_each_pictures_own():
@@ -189,7 +195,7 @@ def test_the_command_gives_what_the_function_gives(straight, boxed, tmp_path):
 
 
 def test_categories_and_few_pictures(straight, boxed, tmp_path):
-    assert ask(straight, boxed, tmp_path / "a.json", "--categories", "cat")["pictures"] == 3
+    assert ask(straight, boxed, tmp_path / "a.json", "--categories", "cat ")["pictures"] == 3
     assert ask(straight, boxed, tmp_path / "b.json", "--pictures", "2")["pictures"] == 2
     with pytest.raises(UsageError, match=r"--categories got cow: .* has cat, dog"):
         ask(straight, boxed, tmp_path / "c.json", "--categories", "cow,dog")
@@ -223,6 +229,9 @@ def test_what_it_refuses(straight, boxed, pictures, tmp_path):
         ask(straight, pictures, tmp_path / "s.json")
     with pytest.raises(UsageError, match="--pictures got 0: it wants at least 1"):
         ask(straight, boxed, tmp_path / "s.json", "--pictures", "0")
+    for got in ("nan", "-1"):
+        with pytest.raises(UsageError, match=f"--threshold got {got}.*: it wants 0 or more"):
+            ask(straight, boxed, tmp_path / "s.json", f"--threshold={got}")
     lone = tmp_path / "lone"
     lone.mkdir()
     for file in boxed.parent.glob("b.beton*"):

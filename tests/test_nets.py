@@ -163,6 +163,13 @@ def test_nets_of_timm_whose_stages_cannot_be_told_apart_are_refused(name):
 
 
 @pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
+@pytest.mark.parametrize("name", ["ghostnet_050", "nest_tiny"])
+def test_nets_of_timm_leave_nothing_out_at_random(name):
+    net, pixels = named(config.Named(name=f"timm/{name}"), 64).train(), torch.rand(2, 3, 64, 64)
+    assert torch.equal(net(pixels), net(pixels))
+
+
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
 def test_what_no_head_of_a_tuned_probe_reads_wants_no_gradient():
     """Else DDP stops; of this net blocks behind the stage belong to no other stage."""
     cfg = config.Config(

@@ -236,7 +236,9 @@ def test_pairs_that_lie_beside_the_data(straight, people, tmp_path):
     data = [str(people / "faces"), "--pairs", str(people / "pairs.txt")]
     assert found == numbers(straight, "pairs", tmp_path / "b.json", *more, *data)
     convert(BetonOptions(source="lfw", root=people, **out, limit=4, overwrite=True))
-    with pytest.raises(UsageError, match="lacks pairs of one person, or of two: prepare all"):
+    with pytest.raises(
+        UsageError, match="are not of one person and of two, in two folds or more: prepare all"
+    ):
         ask(straight, "pairs", "--data", str(out["out"]))
 
 

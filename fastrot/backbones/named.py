@@ -20,6 +20,7 @@ from fastrot.config import UsageError
 EMBEDDING = "embedding"
 SIX = ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (64, 2))  # channels and stride of each layer
 TIMM = "timm/"
+DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
 def named(cfg: config.Named, size: int) -> Staged:
@@ -110,6 +111,10 @@ class TimmNet(Staged):
             way = "name another of timm.list_models(), or another --image-size"
             told = f"--backbone.name {TIMM}{name} gives no stages of {size} pixels ({why}): {way}"
             raise UsageError(told) from None
+        for each in net.modules():  # ranks and restarts would each drop others
+            for drop in ("drop_prob", "drop_rate", "p" if isinstance(each, DROPOUTS) else ""):
+                if isinstance(getattr(each, drop, None), float):
+                    setattr(each, drop, 0.0)
         channels = {stage: each.shape[1] for stage, each in found.items()}
         super().__init__({EMBEDDING: nn.Identity()}, channels | {EMBEDDING: last.shape[1]})
         self.net, self.maps = net.train(), tuple(found)

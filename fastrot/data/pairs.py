@@ -27,7 +27,7 @@ def read_pairs(file: Path, knob: str = "") -> PairList:
     """
     named = f"{knob} {file}".strip()
     try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{named} cannot be read ({error}): name a pairs.txt") from None
     head = lines[0] if lines and all(word.isdecimal() for word in lines[0]) else []

@@ -79,6 +79,17 @@ def size_of(picture: bytes | str | os.PathLike) -> tuple[int, int]:
         return _sound(_size, file)
 
 
+def is_turned(file: str | os.PathLike) -> bool:
+    """Whether EXIF says that the pixels do not lie as they are to be seen. Raises BadPicture, or OSError."""
+    with picture_file(file) as opened:
+        return _sound(_turned, opened)
+
+
+def _turned(file: io.BytesIO | io.BufferedReader) -> bool:
+    with _opened(file) as image:
+        return orientation(image) != 1
+
+
 def _sound(read: Callable[[Any], _Read], file: io.BytesIO | io.BufferedReader) -> _Read:
     """What `read` makes of a picture; where that is refused, of its bytes without metadata. Raises BadPicture."""
     try:

@@ -132,7 +132,7 @@ def saliency(knobs: Any) -> Path:
         blocks.append(Block(name, columns))
     seen = torch.cat([batch.index for batch in batches]).tolist()
     frames = [] if boxes is None else [boxes.squashed(row, pictures.shape[1]) for row in seen]
-    of = {"rotation": "the rotations' scores", "embedding": "the mean of the last map"}
+    of = {"rotation": "the rotations' scores", "embedding": "the features of the last stage"}
     told = (
         f"Saliency: the gradient of {' and of '.join(of[layer] for layer in layers)} by the picture's pixels, its largest "
         f"absolute value over colours and the {knobs.reduce} over neurons, each map from 0 (dark) to its 99th percentile "

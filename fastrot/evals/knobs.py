@@ -74,7 +74,7 @@ class Saliency(Asked):
     """Tell how well the pixels that a net's answers hang on agree with boxes of objects, beside a random net."""
 
     data: str | None = None  # pictures with boxes beside them; default: those the run was judged on
-    # the rotations' scores, and the mean of the last map; default: those that the run has
+    # the rotations' scores, and the last stage's features; default: those that the run has
     layers: tuple[Literal["rotation", "embedding"], ...] = ()
     threshold: float = 8e-3  # a pixel is salient from this gradient on
     reduce: Literal["max", "mean"] = "max"  # over a layer's neurons

@@ -75,7 +75,7 @@ def saliency_quality(
 def inside_of(boxes: Int64[np.ndarray, "n 4"], height: int, width: int) -> Float[Tensor, "h w"]:
     """1 within any of the boxes, r0 c0 r1 c1 half open; else 0."""
     mask = torch.zeros(height, width)
-    for top, left, bottom, right in np.asarray(boxes).reshape(-1, 4).tolist():
+    for top, left, bottom, right in np.asarray(boxes).reshape(-1, 4).clip(0).tolist():
         mask[top:bottom, left:right] = 1
     return mask
 
@@ -99,7 +99,9 @@ def attention(
     """Of each stage, which gives maps, the sum over its channels of |activation|^p, from 0 to 1 in each picture (Zagoruyko 2017)."""
     found = []
     for each, power in zip(net.outputs(views, stages), powers, strict=True):
-        amount = each.abs().pow(power).sum(dim=1)
+        # of the picture's largest, so that no power of small ones is lost
+        share = each.abs() / each.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-38)
+        amount = share.pow(power).sum(dim=1)
         low, high = amount.amin(dim=(1, 2), keepdim=True), amount.amax(dim=(1, 2), keepdim=True)
         found.append((amount - low) / (high - low).clamp_min(1e-12))
     return found

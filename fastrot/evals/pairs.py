@@ -41,6 +41,11 @@ def evaluate(run: str, knobs: Pairs) -> int:
     places = place[rows]
     whole = (places >= 0).all(axis=1)  # both can be read
     same, fold, found = same[whole], fold[whole], dict[str, Any]()
+    if same.all() or not same.any() or len({*fold.tolist()}) < 2:
+        few = f"{len(same)} pairs of pictures that can be read are not of one person and of two, in two folds or more"
+        raise UsageError(
+            f"--data {knobs.data}: {few}: prepare all of its pictures, or name --pairs FILE"
+        )
     for stage, features in pictures.features.items():
         first, second = (features[places[whole, side]] for side in (0, 1))
         cosine = (first * second).sum(dim=1).double().numpy()
@@ -49,7 +54,7 @@ def evaluate(run: str, knobs: Pairs) -> int:
     told = f"{int(same.sum())} pairs of one person and {int((~same).sum())} of two"
     words = "accuracy {accuracy:.2%}, area under the curve {auc:.3f}"
     say(
-        f"{run}: {told}, of {named.name} (chance: 50%)",
+        f"{run}: {told}, of {named.name} (chance: {max(same.mean(), 1 - same.mean()):.0%})",
         found,
         lambda each: words.format(**each),
     )
@@ -62,9 +67,6 @@ def _beside(data: Data, knobs: Pairs) -> list[np.ndarray]:
     arrays = read_beside(data, "pairs")
     if arrays is None:
         raise UsageError(WANTS)
-    if arrays["same"].all() or not arrays["same"].any():
-        told = f"--data {knobs.data} lacks pairs of one person, or of two"
-        raise UsageError(f"{told}: prepare all of its pictures, or name --pairs FILE")
     return [arrays[name] for name in ("pair", "same", "fold")]
 
 

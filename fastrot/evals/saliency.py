@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastrot import assemble, config, dist
+from fastrot.backbones.staged import Classifier
 from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Data, Method
 from fastrot.data.boxes import Annotations, read_boxes
@@ -57,7 +58,9 @@ def evaluate(run: str, knobs: Saliency) -> int:
     else:
         named = given(knobs.data, knobs)
     asked = (
-        None if knobs.categories is None else [each.strip() for each in knobs.categories.split(",")]
+        None
+        if knobs.categories is None
+        else [each.strip() for each in knobs.categories.split(",") if each.strip()]
     )
     boxes = read_boxes(named.data, named.name)
     rows = boxed(boxes, named, asked, knobs.pictures)
@@ -66,14 +69,18 @@ def evaluate(run: str, knobs: Saliency) -> int:
     found: dict[str, Scores] = {}
     with dist.joined(device, "give the same command again"):
         loader = whole_pictures(named.data, rows, net, knobs, device)
-        inside = _inside(boxes, rows, loader.view.crops[0].size, asked)
+        side = loader.view.crops[0].size
+
+        def inside(row: int) -> Float[Tensor, "s s"]:
+            return inside_of(boxes.squashed(row, side, asked), side, side)
+
         begin = time.perf_counter()
         for words, learnt in (("", True), ("random ", False)):
             method = trained_method(net.source, device, learnt=learnt)
             for layer in layers:
                 found[words + layer] = _scores(asker(method, layer), net, loader, inside, knobs)
         seconds = time.perf_counter() - begin
-    every, drawn = _by_chance(inside)
+    every, drawn = _by_chance(np.array([float(inside(row).mean()) for row in rows.tolist()]))
     told = f"Q at {knobs.threshold:g} (every pixel: {every:.1%}; pixels at random, by rank: {drawn:.1%})"
     say(f"{run}: {len(rows):,} pictures of {named.name} with boxes; {told}", found, Scores.told)
     say(f"{len(found) * len(rows) / seconds:.3g} pictures/s, of which each layer's map is made")
@@ -83,12 +90,10 @@ def evaluate(run: str, knobs: Saliency) -> int:
     return 0
 
 
-def _by_chance(inside: Float[Tensor, "n s s"]) -> tuple[float, float]:
-    """Q of maps that hold every pixel, and by rank of pixels drawn at random: means over pictures."""
-    share = inside.double().mean(dim=(1, 2))[:, None]
-    drawn = torch.tensor(SHARES)
-    both = share * drawn
-    return float(share.mean()), float((both / (share + drawn - both)).mean())
+def _by_chance(share: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Q of maps that hold every pixel, and by rank of pixels drawn at random: means over pictures, of which boxes cover a share."""
+    both = share[:, None] * SHARES
+    return float(share.mean()), float((both / (share[:, None] + SHARES - both)).mean())
 
 
 def layers_of(net: Trained, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -105,11 +110,14 @@ def asker(method: Method, layer: str) -> Callable[[Tensor], Float[Tensor, "b n"]
     """From upright views to the neurons of a layer of the method's net, whose parameters want no gradient from here on."""
     net: Any = method.net.requires_grad_(False)
 
+    copies = (
+        1 if isinstance(net, Classifier) else ROTATIONS
+    )  # others want those of a picture together
+
     def rotation(views: Tensor) -> Tensor:
-        # some nets want the four copies of a picture together
-        logits = method.rotation_logits(net(views.repeat_interleave(ROTATIONS, dim=0)))
+        logits = method.rotation_logits(net(views.repeat_interleave(copies, dim=0)))
         assert logits is not None
-        return logits[::ROTATIONS]
+        return logits[::copies]
 
     def embedding(views: Tensor) -> Tensor:
         last = net.trunk(views)
@@ -153,23 +161,14 @@ def boxed(
     return rows
 
 
-def _inside(
-    boxes: Annotations, rows: np.ndarray, side: int, asked: list[str] | None
-) -> Float[Tensor, "n s s"]:
-    """1 in boxes, for each of the rows."""
-    return torch.stack(
-        [inside_of(boxes.squashed(row, side, asked), side, side) for row in rows.tolist()]
-    )
-
-
 def _scores(
     ask: Callable[[Tensor], Tensor],
     net: Trained,
     loader: Loader,
-    inside: Float[Tensor, "n s s"],
+    inside: Callable[[int], Float[Tensor, "s s"]],
     knobs: Saliency,
 ) -> Scores:
-    """Called on all ranks; each asks about its own share."""
+    """`inside`: 1 within boxes of a row, else 0. Called on all ranks; each asks about its own share."""
     assert loader.rows is not None
     place = torch.full((loader.data.rows,), -1)
     place[torch.from_numpy(loader.rows)] = torch.arange(len(loader.rows))
@@ -182,7 +181,8 @@ def _scores(
         ranked = ordered[:, (SHARES * ordered.shape[1]).astype(int)]
         thresholds = torch.hstack([fixed.expand(len(maps), -1), ranked])
         read = torch.ones(len(maps), 1)
-        found[at] = torch.hstack([read, qualities(maps, inside[at], thresholds)])
+        boxed = torch.stack([inside(row) for row in batch.index.tolist()])
+        found[at] = torch.hstack([read, qualities(maps, boxed, thresholds)])
     count, *means = dist.sum_over_ranks(found).sum(dim=0).tolist()
     if not count:
         raise RunError("no picture with a box can be read: prepare them anew")

@@ -125,7 +125,7 @@ def trained_method(run: str | Path, device: torch.device, *, learnt: bool = True
     own = {"mean": cfg.mean, "std": cfg.std, "size": cfg.method.crop.size, "seed": cfg.seed}
     own |= {"classes": known.get("classes", 0), "fingerprint": known["fingerprint"]}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
+        torch.default_generator.manual_seed(cfg.seed)  # a caller's GPU keeps its own
         built = assemble.method(cfg, DataInfo(**none, **own, device=device, dtype=torch.float32))
     if learnt:
         checkpoint.load_weights(built.net, weights, str(run))

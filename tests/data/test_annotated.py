@@ -357,9 +357,17 @@ ODD = {  # what is changed in the file; what a note says of it; boxes that are l
         "pictures without a box that counts, their label is -1: 2, the first 000000.png",
         6,
     ),
+    "a crowd in words, and ids as a table writes them": (
+        lambda i, a, c: [
+            each.update(iscrowd="1", image_id=float(each["image_id"])) for each in a[-1:]
+        ],
+        "pictures without a box that counts, their label is -1: 2, the first 000000.png",
+        6,
+    ),
+    "a category without pictures": (lambda i, a, c: None, "no picture has a box of unicorn", 6),
     "another shape": (
         lambda i, a, c: i[0].update(height=256, width=128),
-        "pictures not of the shape that is told, their boxes left out: 1, the first 000000.png",
+        "pictures not of the shape that is told, or turned by EXIF, their boxes left out: 1, the first 000000.png",
         5,
     ),
 }
@@ -466,6 +474,7 @@ def test_no_instances_get_one_sentence(sets, tmp_path):
             lambda i, a, c: i[1].update(id=i[0]["id"]),
             "has the id 500 for 000000.png and 000001.png",
         ),
+        (lambda i, a, c: c[1].update(id=c[0]["id"]), "has the id 17 for cat and dog"),
         (lambda i, a, c: [each.update(file_name="x.png") for each in i], "no picture of"),
     ):
         wrong[json.dumps(changed(change))] = says

@@ -18,7 +18,7 @@ from fastrot import cli
 from fastrot.arrays import Numbers
 from fastrot.config import UsageError
 from fastrot.data.files import BadPicture, Verdict, rejected, shown, some
-from fastrot.data.pictures import size_of
+from fastrot.data.pictures import is_turned, size_of
 from fastrot.data.sources.lists import PathFinder
 from fastrot.data.sources.records import LeftOut, Listing, Source
 from fastrot.data.sources.tree import OPENED_AT_ONCE
@@ -101,11 +101,13 @@ def annotated(
         found = [*itertools.chain.from_iterable(looked)]
     for each, (path, verdict, real) in zip(wanted, found, strict=True):
         size, mine = real or each.size or (0, 0), []
-        if verdict.kind == "picture" and _alike(each.size or size, size):
+        if verdict.kind == "picture" and size != (0, 0) and _alike(each.size or size, size):
             size = each.size or size
             mine = [*_sound(each.boxes, size, path, odd)]
         elif verdict.kind == "picture":
-            odd["pictures not of the shape that is told, their boxes left out"].append(path)
+            odd[
+                "pictures not of the shape that is told, or turned by EXIF, their boxes left out"
+            ].append(path)
         largest = _largest(mine)
         if asked is not None and verdict.kind == "picture" and not largest:
             verdict = _OTHERS
@@ -142,12 +144,14 @@ def _look(folder: PathFinder, told: Told) -> tuple[str, Verdict, tuple[int, int]
     path, _, verdict = folder.look(told.path, None)
     if verdict.kind == "picture":
         with contextlib.suppress(OSError, BadPicture):  # its conversion will say so
-            return path, verdict, size_of(os.path.join(folder.path, path))
+            file = os.path.join(folder.path, path)
+            # boxes were drawn as it lies, or as it is seen: nobody says
+            return path, verdict, (0, 0) if told.boxes and is_turned(file) else size_of(file)
     return path, verdict, None
 
 
 def _alike(told: tuple[int, int], real: tuple[int, int]) -> bool:
-    """Whether one is the other, shrunk or not; a picture that EXIF turns may be told as it lies."""
+    """Whether one is the other, shrunk or not."""
     (height, width), (h, w) = told, real
     return abs(height * w - width * h) <= height + width
 
