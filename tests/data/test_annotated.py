@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from truth import DATA, photo
 
 from fastrot import config
@@ -406,6 +406,20 @@ def test_a_copy_of_another_size_has_its_boxes(tmp_path):
     source = open_source("coco", root)
     assert source.size.tolist() == [[h, w] for h, w, _ in PICTURES]
     assert sum(map(len, source.boxes)) == 6
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6])
+def test_boxes_of_a_picture_that_exif_turns_are_left_out(tmp_path, turn):
+    """Upside down it keeps its shape, and its boxes would lie where nothing is."""
+    root, (height, width, boxes) = tmp_path, PICTURES[0]
+    (root / "images").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    white(height, width, boxes).save(root / "images" / "000000.png", exif=exif)
+    write_coco(root, coco_told(PICTURES[:1]))
+    source = open_source("coco", root)
+    assert [len(each) for each in source.boxes] == [int(turn == 1)]
+    assert any("turned by EXIF" in note for note in source.notes) == (turn != 1)
 
 
 def test_pictures_that_are_not_there_are_rejected(tmp_path):
