@@ -109,10 +109,8 @@ def layers_of(net: Trained, asked: tuple[str, ...]) -> tuple[str, ...]:
 def asker(method: Method, layer: str) -> Callable[[Tensor], Float[Tensor, "b n"]]:
     """From upright views to the neurons of a layer of the method's net, whose parameters want no gradient from here on."""
     net: Any = method.net.requires_grad_(False)
-
-    copies = (
-        1 if isinstance(net, Classifier) else ROTATIONS
-    )  # others want those of a picture together
+    # a net that is more than a classifier wants a picture's rotations together
+    copies = 1 if isinstance(net, Classifier) else ROTATIONS
 
     def rotation(views: Tensor) -> Tensor:
         logits = method.rotation_logits(net(views.repeat_interleave(copies, dim=0)))

@@ -47,8 +47,8 @@ def original_weights(path: Path) -> dict[str, Tensor] | None:
     """The weights in a file of the papers' code, those of the trunk behind `trunk.`; None: it is no such file, or damaged.
 
     A dict of tensors, or one with such as its `network`, in whatever form torch has saved; a checkpoint of VISSL, whose
-    AlexNet for rotations has the same trunk, without fc_block, and whose ResNets have torchvision's. No pickled code is run. Raises UsageError for layers that
-    their networks do not have.
+    AlexNet for rotations has the same trunk, without fc_block, and whose ResNets have torchvision's. No pickled code is run.
+    Raises UsageError for layers that their networks do not have.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
