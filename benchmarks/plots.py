@@ -353,7 +353,9 @@ def scale(rows: Rows):
 
 
 def study(rows: Rows):
-    """A panel for each table of more than one column: a line for each of its lines, over the seeds' means and spread."""
+    """A panel for each table of more than one column: a line for each of its lines, over the seeds' means and spread; and one of
+    histograms for each title of a study's spreads.
+    """
     from matplotlib.ticker import PercentFormatter
 
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -361,10 +363,21 @@ def study(rows: Rows):
         if row.get("values") and row["what"] != "order":
             tables.setdefault(row["what"], {}).setdefault(row["variant"], []).append(row)
     tables = {name: t for name, t in tables.items() if max(map(len, t.values())) > 1}
-    if not tables:
+    spreads: dict[str, list[dict[str, Any]]] = {}
+    for row in latest(rows).all("spread"):
+        spreads.setdefault(row["mode"], []).append(row)
+    count = len(tables) + len(spreads)
+    if not count:
         return None
-    figure, every = panels(len(tables), 2.8 * len(tables), width=11)
-    for axes, (name, lines) in zip(every, tables.items(), strict=True):
+    figure, every = panels(count, 2.8 * count, width=11)
+    for axes, (title, lines) in zip(every[len(tables) :], spreads.items(), strict=True):
+        for row, colour in zip(lines, (BLUE, SKY, ORANGE, RED, GREEN, BLACK), strict=False):
+            edges = [row["most"] * n / len(row["shares"]) for n in range(len(row["shares"]) + 1)]
+            axes.stairs(row["shares"], edges, color=colour, label=row["variant"], linewidth=1.6)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for axes, (name, lines) in zip(every, tables.items(), strict=False):
         looks = zip((BLUE, ORANGE, GREEN, RED, PURPLE, BLACK, SKY, GREY), "os^Dv*PX", strict=True)
         for (line, cells), (colour, mark) in zip(lines.items(), looks, strict=False):
             means = [sum(row["values"]) / len(row["values"]) for row in cells]

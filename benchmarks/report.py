@@ -448,7 +448,8 @@ def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
     """A table for each that the study makes, and what was expected of them."""
     rows = plots.latest(rows)
     orders, limits = rows.all("order"), rows.all("seconds")
-    shown = sum(min(row["values"]) > 0 for row in orders)
+    shown = sum(min(row["values"]) > row.get("by", 0) for row in orders)
+    spreads = rows.all("spread")
     judged = [
         f"{shown} of {len(orders)} expectations, which the papers give, hold in every seed.",
         "\n".join(f"- {row['judgement']}" for row in orders),
@@ -458,7 +459,7 @@ def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
         "Top-1 where a table names nothing else, mean of the seeds, in brackets the lowest and the highest; seconds are of the runs that a line's longest cell needs.",
         *_about(rows),
     ]
-    tables = dict.fromkeys(row["what"] for row in rows if row not in orders and row not in limits)
+    tables = dict.fromkeys(row["what"] for row in rows if row not in (*orders, *limits, *spreads))
 
     def cells(row: dict[str, Any]) -> dict[str, str]:
         low, high = (f"{100 * f(row['values']):.1f}" for f in (min, max))
@@ -472,7 +473,8 @@ def study(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
         table.cells[0].append("seconds")
         for line in table.cells[1:]:
             line.append(number(max(r["seconds"] for r in table.rows if r["variant"] == line[0])))
-    return said, [*each, figures(limits)]
+    means = pivot(spreads, "mean", _variant, lambda row: {row["mode"]: bare(row)})
+    return said, [*each, means, figures(limits)]
 
 
 def versions(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
@@ -518,6 +520,8 @@ TOPICS = {  # by the name of the page; rows of the theme `train` are throughput'
     "centric": Topic(
         "Faces, pets and streets: rotations, and what nets look at", study, plots.study
     ),
+    "pirl": Topic("PIRL, NPID, jigsaw and RotNet: alike and apart", study, plots.study),
+    "detection": Topic("How good features are: objects found", study, plots.study),
     "chaos": Topic("Killed, and gone on", chaos, plots.chaos),
     "neighbours": Topic("Beside other processes", neighbours),
     "ops": Topic("The kernels", ops, plots.ops),

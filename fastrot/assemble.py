@@ -28,6 +28,8 @@ from fastrot.data.synthetic import IMAGES, Synthetic
 from fastrot.data.tars.read import Tars
 from fastrot.entry import cores
 from fastrot.methods.decoupling import Decoupling
+from fastrot.methods.jigsaw import Jigsaw
+from fastrot.methods.pirl import Pirl
 from fastrot.methods.probe import Probe
 from fastrot.methods.rotnet import RotNet
 from fastrot.methods.supervised import Supervised
@@ -37,6 +39,8 @@ METHODS = {
     config.RotNet: RotNet,
     config.Decoupling: Decoupling,
     config.Supervised: Supervised,
+    config.Pirl: Pirl,
+    config.Jigsaw: Jigsaw,
     config.Probe: Probe,
 }
 

@@ -93,6 +93,7 @@ class AlexNet:
     stride: int = 4  # of the first convolution, pixels
     space_to_depth: bool | None = None  # conv1 by squares of pixels; default: see --compile
     fuse: bool | None = None  # batch norm, ReLU and pool as one op; default: see --compile
+    last: Literal["fc_block", "conv5"] = "fc_block"  # the last stage; behind conv5 nothing is built
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,23 +142,29 @@ class Supervised:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoupling:
-    """Predict the rotation from half of the features, tell pictures apart by the other half (Feng 2019)."""
+class MemoryBank:
+    """Knobs of methods that tell pictures apart by a row each."""
 
-    crop: Crop = RandomResized()
     dim: int = 128  # numbers in a picture's embedding, and in its row of the memory bank
     negatives: int = 4096  # K: rows of other pictures that each picture is told from, each step
     temperature: float = 0.07  # T: similarities are divided by it
     bank_momentum: float = 0.5  # share of the old row in a new one
-    lambda_cls: float = 1.0  # weight of the rotation loss; a term at 0 is not built
-    lambda_mse: float = 1.0  # weight of the other half's spread over a picture's four rotations
-    lambda_nce: float = 1.0  # weight of telling pictures apart
-    proximal: float = 0.0  # weight of |embedding - row|^2 (Wu 2018, eq 9); no original code has it
     contrast: Literal["nce", "infonce"] = "nce"  # the original's loss, or a softmax over K + 1
     z: Literal["frozen", "ema"] = "frozen"  # nce's constant Z: of the first batch, or a moving mean
     exclude_self: bool = False  # never draw a picture's own row among its negatives
     bank: Literal["replicated", "sharded"] = "replicated"  # all rows on each rank, or its own
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of its rows; bf16 takes half the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoupling(MemoryBank):
+    """Predict the rotation from half of the features, tell pictures apart by the other half (Feng 2019)."""
+
+    crop: Crop = RandomResized()
+    lambda_cls: float = 1.0  # weight of the rotation loss; a term at 0 is not built
+    lambda_mse: float = 1.0  # weight of the other half's spread over a picture's four rotations
+    lambda_nce: float = 1.0  # weight of telling pictures apart
+    proximal: float = 0.0  # weight of |embedding - row|^2 (Wu 2018, eq 9); no original code has it
     pu_table: str | None = None  # rotation probabilities: of evaluate --table, or prob.dat
     pu_from: int = 210  # epoch of the paper from which they weigh the rotation loss
     gamma: float = 2.0  # a rotated copy weighs 1 - p ** gamma, p: how upright it looks
@@ -177,7 +184,43 @@ class Probe:
     random: bool = False  # in place of --start-from: a network that has learnt nothing
 
 
-MethodConfig = RotNet | Supervised | Decoupling | Probe
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """How a view's colours change on the device, drawn by (seed, epoch, row, view): the authors' of PIRL (Misra 2020)."""
+
+    brightness: float = 0.4  # a factor of 1 - this to 1 + this; the first four in any order
+    contrast: float = 0.4  # such a factor of the distance from the mean grey
+    saturation: float = 0.4  # such a factor of the distance from each pixel's grey
+    hue: float = 0.2  # shifted by up to this share of the colour circle
+    photometric: float = 0.66  # how often: fewer bits, sharpness, solarised, auto-contrast, all four
+    grey: float = 0.2  # how often without colour
+    blur: float = 0.0  # how often blurred by a Gaussian, of .1 to 2 pixels in 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pirl(MemoryBank):
+    """Make a picture's features like those of its transform, unlike those of others (PIRL, Misra 2020; NPID, Wu 2018)."""
+
+    crop: Crop = RandomResized()
+    transform: Literal["rotation", "jigsaw", "both"] = "rotation"  # of a second crop
+    lambda_transform: float = 0.5  # weight of the transform's loss, the picture's has the rest; 0: NPID
+    head: Literal["linear", "mlp"] = "linear"  # what embeds features; mlp: a hidden layer as wide
+    permutations: int | None = None  # of the patches, far apart; default: all 362,880
+    patch_scale: tuple[float, float] = (0.6, 1.0)  # share of the area that patches are cut of
+    negatives: int = 32000  # K, as above, of each view
+    augment: Augment = Augment()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jigsaw:
+    """Predict in which of some orders a picture's nine patches are shown (Noroozi 2016, Goyal 2019)."""
+
+    crop: Crop = RandomResized(scale=(0.6, 1.0))  # patches are cut of one 255/224 as large
+    permutations: int = 2000  # orders of the patches, far apart; a class each
+    augment: Augment = Augment()
+
+
+MethodConfig = RotNet | Supervised | Decoupling | Pirl | Jigsaw | Probe
 
 
 # ---- optimiser and schedule ----

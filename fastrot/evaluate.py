@@ -20,7 +20,9 @@ EVALUATIONS: dict[str, type] = {
     "knn": knobs.Knn,
     "retrieval": knobs.Retrieval,
     "pairs": knobs.Pairs,
+    "svm": knobs.Svm,
     "saliency": knobs.Saliency,
+    "invariance": knobs.Invariance,
     "upright": knobs.Upright,
 }
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from fastrot import config
 from fastrot.config import Config, Schedule
 
+PLAIN_SGD = config.Sgd(nesterov=False, weight_decay=1e-4, decay_norms=False)
+TO_CONV5 = config.AlexNet(last="conv5")
 LINEAR = Schedule(table=((5, 0.01), (25, 0.002), (45, 4e-4), (65, 8e-5)), epochs=65)
 
 
@@ -93,6 +95,94 @@ def supervised_nin_cifar10() -> Config:
     return dataclasses.replace(rotnet_nin_cifar10(), **own, method=method)
 
 
+def pirl_resnet50() -> Config:
+    """PIRL with ResNet-50 on ImageNet, --method.transform rotation, jigsaw or both: 800 epochs, 256 pictures (Misra 2020)."""
+    return Config(
+        preset="pirl-resnet50",
+        batch=256,
+        method=config.Pirl(),
+        backbone=config.Named(),
+        optim=PLAIN_SGD,
+        # the paper's .12 for 1024 pictures
+        schedule=Schedule(kind="cosine", table=((800, 0.03),), epochs=800, last=0.001),
+    )
+
+
+def pirl_alexnet() -> Config:
+    """The same with AlexNet up to conv5."""
+    own = {"preset": "pirl-alexnet", "backbone": TO_CONV5}
+    return dataclasses.replace(pirl_resnet50(), **own)
+
+
+def pirl_nin_cifar10() -> Config:
+    """PIRL with rotations and a 4-block NIN on CIFAR-10, a small setting of ours: 200 epochs, 128 pictures."""
+    own = {"preset": "pirl-nin-cifar10", "batch": 128}
+    return dataclasses.replace(
+        rotnet_nin_cifar10(),
+        **own,
+        method=config.Pirl(
+            crop=config.RandomResized(size=32, scale=(0.2, 1.0)),
+            negatives=4096,
+            augment=config.Augment(photometric=0.0),
+        ),
+        optim=PLAIN_SGD,
+        schedule=Schedule(kind="cosine", table=((200, 0.03),), epochs=200),
+    )
+
+
+def npid_resnet50() -> Config:
+    """NPID with ResNet-50 on ImageNet: 200 epochs, 256 pictures (Wu 2018)."""
+    return Config(
+        preset="npid-resnet50",
+        batch=256,
+        method=config.Pirl(
+            crop=config.RandomResized(scale=(0.2, 1.0)),
+            lambda_transform=0.0,
+            negatives=4096,
+            augment=config.Augment(hue=0.4, photometric=0.0),
+        ),
+        backbone=config.Named(),
+        optim=dataclasses.replace(PLAIN_SGD, decay_norms=True),
+        schedule=Schedule(table=((120, 0.03), (160, 0.003), (200, 3e-4)), epochs=200),
+    )
+
+
+def npid_alexnet() -> Config:
+    """The same with AlexNet up to conv5."""
+    own = {"preset": "npid-alexnet", "backbone": TO_CONV5}
+    return dataclasses.replace(npid_resnet50(), **own)
+
+
+def jigsaw_resnet50() -> Config:
+    """Jigsaw of 2,000 orders with ResNet-50 on ImageNet: 105 epochs, 256 pictures (Goyal 2019)."""
+    rates = ((30, 0.1), (60, 0.01), (90, 0.001), (100, 1e-4), (105, 1e-5))
+    return Config(
+        preset="jigsaw-resnet50",
+        batch=256,
+        method=config.Jigsaw(),
+        backbone=config.Named(),
+        optim=PLAIN_SGD,
+        schedule=Schedule(table=rates, epochs=105),
+    )
+
+
+def jigsaw_alexnet() -> Config:
+    """The same with AlexNet up to conv5, at a tenth of the rate."""
+    own = {"preset": "jigsaw-alexnet", "backbone": TO_CONV5}
+    return dataclasses.replace(jigsaw_resnet50(), **own, lr=0.01)
+
+
+def finetune() -> Config:
+    """All of another run's network on labels, such as --rows 1% or 10% of them: 20 epochs, 256 pictures (after Misra 2020)."""
+    return Config(
+        preset="finetune",
+        batch=256,
+        method=config.Probe(crop=config.RandomResized(), stages=("last",), tune=True),
+        optim=PLAIN_SGD,
+        schedule=Schedule(table=((12, 0.01), (16, 0.001), (20, 1e-4)), epochs=20),
+    )
+
+
 def rotnet_resnet50() -> Config:
     """RotNet with ResNet-50, or any --backbone.name, on ImageNet: 50 epochs, 64 pictures x 4 rotations (after Gidaris 2018)."""
     return Config(preset="rotnet-resnet50", batch=64, backbone=config.Named())
@@ -151,6 +241,14 @@ MAKERS = (
     probe_nonlinear,
     probe_mlp_cifar10,
     probe_conv_cifar10,
+    finetune,
+    pirl_resnet50,
+    pirl_alexnet,
+    pirl_nin_cifar10,
+    npid_resnet50,
+    npid_alexnet,
+    jigsaw_resnet50,
+    jigsaw_alexnet,
     rotnet_resnet50,
     rotnet_six_layer,
     rotnet_mobilenet_v2,

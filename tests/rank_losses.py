@@ -23,9 +23,10 @@ CROP = config.RandomResized(size=SIZE)
 METHODS = {
     "rotnet": config.RotNet(crop=CROP),
     "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema", proximal=0.1),
+    "pirl": config.Pirl(crop=CROP, dim=16, negatives=20, z="ema"),
 }
 
-RATES = {"rotnet": 0.05, "decoupling": 0.002}  # without BatchNorm's help more would not last
+RATES = {"rotnet": 0.05, "decoupling": 0.002, "pirl": 0.002}  # without BatchNorm's help more would not last
 
 
 def main(pictures: str, out: str, name: str) -> None:
@@ -49,9 +50,10 @@ def main(pictures: str, out: str, name: str) -> None:
     torch.manual_seed(0)
     method = assemble.method(cfg, info)
     method.net.double().eval()
-    bank = getattr(method, "bank", None)
-    if bank is not None:
-        bank.rows = bank.rows.double()
+    contrast = getattr(method, "contrast", None)
+    if contrast is not None:
+        bank = contrast.bank
+        bank.rows, contrast.mean_exp = bank.rows.double(), contrast.mean_exp.double()
     rates = LRSchedule(cfg.schedule, epochs=9, batches=len(loader), steps=STEPS, lr=RATES[name])
     state = TrainState(
         method=method,
@@ -68,8 +70,8 @@ def main(pictures: str, out: str, name: str) -> None:
             losses.append((dist.sum_over_ranks(total) / here.world).item())
             index = dist.gather_rows(batch.index)
             seen.append(sorted(index.tolist()))
-            if bank is not None:
-                draw = method.negatives(batch)
+            if contrast is not None:
+                draw = contrast.negatives(batch)
                 mine = drawn(draw, bank.place[batch.index], len(bank.rows))
                 negatives.append(dist.gather_rows(mine)[index.argsort()].tolist())
             state.step += 1
@@ -77,9 +79,9 @@ def main(pictures: str, out: str, name: str) -> None:
                 break
     weights = torch.cat([p.detach().flatten() for p in method.net.parameters()])
     told = {"losses": losses, "seen": seen, "weights": weights[:2000].tolist()}
-    if bank is not None:
+    if contrast is not None:
         told |= {"negatives": negatives, "bank": bank.rows.flatten().tolist()}
-        told |= {"z": float(method.mean_exp)}
+        told |= {"z": float(contrast.mean_exp)}
         of_all = dist.gather_rows(bank.rows[None])
         assert all(torch.equal(of_all[0], other) for other in of_all), "banks differ"
     if here.rank == 0:

@@ -29,7 +29,7 @@ def run(*command: str, **more) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("method", ["rotnet", "decoupling"])
+@pytest.mark.parametrize("method", ["rotnet", "decoupling", "pirl"])
 def test_two_ranks_give_the_losses_of_one_process(pictures, tmp_path, method):
     """With the same global batch; BatchNorm in eval mode in both (see rank_losses.py)."""
     script = ROOT / "tests" / "rank_losses.py"

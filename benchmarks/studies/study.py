@@ -24,6 +24,7 @@ from fastrot.training.device import choose_device
 Words = tuple[Any, ...]  # of a command line
 # epochs from one validation to the next: there is one before the first step, one at the end
 LAST = 10**6
+SPREAD = "spread"  # a row's `what`
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How a number is spread over pictures: a curve beside the tables."""
+
+    title: str
+    line: str
+    job: str
+    score: str  # shares that are as wide, from 0 to `most`, as last.histogram of what evaluate.py writes
+    most: float
+
+
+@dataclass(frozen=True)
 class Limit:
     """Jobs that together are to take so many seconds at most on a GPU."""
 
@@ -65,6 +77,7 @@ class Order:
     words: str
     more: tuple[str, str, str]  # table, line and column
     less: tuple[str, str, str]
+    by: float = 0.0  # at least, as a share
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class Study:
     figures: tuple[Figure, ...]
     orders: tuple[Order, ...] = ()
     limits: tuple[Limit, ...] = ()
+    spreads: tuple[Spread, ...] = ()
     precision: str | None = None  # of training; None: bf16 where the device multiplies in it
 
 
@@ -107,7 +121,7 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
     kind = f"{zlib.crc32(repr(study.jobs).encode()):08x}"
     folder = asked.work / "studies" / f"{study.theme}-{asked.device}-{commit}-{kind}"
     same = shared(study, asked, shape)
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in range(asked.seeds):
         for name in _wanted(study, (f.job for f in figures)):
             found[name, seed] = _done(study, name, seed, folder, asked.device, same["dtype"])
@@ -123,6 +137,11 @@ def rows(study: Study, asked: argparse.Namespace, shape: dict[str, Any]) -> Iter
         values = [found[f.job, seed][f.score] for seed in range(asked.seeds)]
         made[f.table, f.line, f.column] = values
         yield cell(f, values, took(_wanted(study, [f.job])), same)
+    for each in study.spreads:
+        if (each.job, 0) in found:
+            yield _spread(
+                each, [found[each.job, seed][each.score] for seed in range(asked.seeds)], same
+            )
     for order in study.orders:
         if order.more in made and order.less in made:
             yield _judged(order, made[order.more], made[order.less], same)
@@ -167,7 +186,7 @@ def _wanted(study: Study, names: Iterable[str]) -> list[str]:
 
 def _done(
     study: Study, name: str, seed: int, folder: Path, device: str, precision: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The scores of a job, and the seconds it took; it is done where it is not yet."""
     job, mine = study.jobs[name], folder / f"{name}-{seed}"
     of = folder / f"{job.of}-{seed}"
@@ -211,12 +230,23 @@ def _precision(device: str) -> str:
 def _judged(order: Order, more: list[float], less: list[float], same: dict[str, Any]) -> dict:
     """How far the one is above the other, seed by seed, and whether it is in each."""
     apart = [a - b for a, b in zip(more, less, strict=True)]
-    shown = sum(each > 0 for each in apart)
+    shown = sum(each > order.by for each in apart)
     verdict = "shown" if shown == len(apart) else "NOT shown"
-    told = f"{order.words}: {verdict}, in {shown} of {len(apart)} seeds, by {min(apart):+.1%} to {max(apart):+.1%}"
+    least = f" by {order.by:.1%} at least" if order.by else ""
+    told = f"{order.words}{least}: {verdict}, in {shown} of {len(apart)} seeds, by {min(apart):+.1%} to {max(apart):+.1%}"
     return measure.row(
         "order", variant=order.words, mode=" / ".join((*order.more, *order.less)), **same,
-        **measure.middle(apart, "share"), values=apart, judgement=told,
+        **measure.middle(apart, "share"), values=apart, judgement=told, by=order.by,
+    )  # fmt: skip
+
+
+def _spread(each: Spread, shares: list[list[float]], same: dict[str, Any]) -> dict[str, Any]:
+    """The mean of the seeds' shares, and of each seed's numbers."""
+    width = each.most / len(shares[0])
+    means = [sum((n + 0.5) * width * share for n, share in enumerate(one)) for one in shares]
+    mean = [statistics.fmean(of_seeds) for of_seeds in zip(*shares, strict=True)]
+    return measure.row(
+        SPREAD, variant=each.line, mode=each.title, **same, **measure.middle(means, ""), shares=mean, most=each.most,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ PROBED = {"conv1": 12, "conv2": 7, "conv3": 5, "conv4": 6, "conv5": 6, "pool1": 
 def alexnet(
     cfg: config.AlexNet, size: int, channels: tuple[int, ...] = CHANNELS, hidden: int = HIDDEN
 ) -> Staged:
-    """For images of `size` pixels a side. Stages conv1 pool1 ... pool5 fc_block, each after its ReLU.
+    """For images of `size` pixels a side. Stages conv1 pool1 ... pool5 fc_block, each after its ReLU; with `last` conv5 those up to it.
 
     The first convolution is padded by 2 pixels, as in the paper (11x11, stride 4) and for 5x5, and by
     half the kernel below that. `space_to_depth` is done by space_to_depth.py, `fuse` by convolved.py.
@@ -37,11 +37,12 @@ def alexnet(
         "conv3": Convolved(nn.Conv2d(c2, c3, 3, 1, 1), fuse),
         "conv4": Convolved(nn.Conv2d(c3, c4, 3, 1, 1), fuse),
         "conv5": Convolved(nn.Conv2d(c4, c5, 3, 1, 1), fuse),
-        "pool5": nn.MaxPool2d(3, 2),
-        "fc_block": _linears(c5 * side * side, hidden),
     }
-    widths = dict(zip(stages, (c1, c1, c2, c2, c3, c4, c5, c5, hidden), strict=True))
-    return Staged(stages, widths, cells, telling="conv5", probed=PROBED)
+    if cfg.last == "fc_block":
+        stages |= {"pool5": nn.MaxPool2d(3, 2), "fc_block": _linears(c5 * side * side, hidden)}
+    widths = dict(zip(stages, (c1, c1, c2, c2, c3, c4, c5, c5, hidden), strict=False))
+    least = smallest(cfg.kernel, cfg.stride)
+    return Staged(stages, widths, cells, telling="conv5", probed=PROBED, least=least)
 
 
 def pool5_side(size: int, kernel: int, stride: int) -> int:
@@ -49,8 +50,7 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     for name, value in {"kernel": kernel, "stride": stride}.items():
         if value < 1:
             raise UsageError(f"--backbone.{name} got {value}: it wants at least 1 pixel")
-    padding = min(2, kernel // 2)
-    least = 14 * stride + kernel - 2 * padding  # conv1 of 15, pool1 of 7, pool2 of 3, pool5 of 1
+    padding, least = min(2, kernel // 2), smallest(kernel, stride)
     if size < least:
         wants = f"AlexNet of kernel {kernel} and stride {stride} wants at least {least}"
         smaller = (
@@ -61,6 +61,11 @@ def pool5_side(size: int, kernel: int, stride: int) -> int:
     for _ in range(3):
         side = (side - 3) // 2 + 1
     return side
+
+
+def smallest(kernel: int, stride: int) -> int:
+    """Pixels a side of the smallest pictures: conv1 of 15, pool1 of 7, pool2 of 3, pool5 of 1."""
+    return 14 * stride + kernel - 2 * min(2, kernel // 2)
 
 
 def _linears(before: int, hidden: int) -> nn.Sequential:

@@ -31,7 +31,7 @@ def nin(cfg: config.Nin, size: int, channels: tuple[int, int, int] = CHANNELS) -
         blocks[f"conv{n}"] = block(wide, (wide, wide, wide), 3, pool)
     widths = {name: narrow if name == "conv1" else wide for name in blocks}
     return Staged(
-        blocks, widths, telling="conv2"
+        blocks, widths, telling="conv2", least=16
     )  # later blocks know rotations better than content
 
 

@@ -11,6 +11,7 @@ from fastrot.config import UsageError
 from fastrot.ops.rotate import SpaceToDepth
 
 HALVES = ("f1", "f2")  # of the last stage
+LAST = "last"
 PROBED = 9600  # numbers that a linear probe reads of a stage, about
 
 
@@ -20,8 +21,9 @@ class Staged(nn.Module):
     space_to_depth  the cells in which it would rather have its views than as [v, 3, s, s]; None: it takes these alone
     telling         the stage whose features say most of a picture's content; None: the last
     probed          pixels a side of the maps that a linear probe reads, by stage, where not as many as give 9,600 numbers
+    least           pixels a side of the smallest pictures that it should see
 
-    Beside its stages it can be asked for `f1` and `f2`, the two halves of the last one: where Feature Decoupling has
+    Beside its stages it can be asked for `last`, the last one, and for `f1` and `f2`, the two halves of the last one: where Feature Decoupling has
     trained it, that which predicts the rotation, and that which is the same for all four.
     """
 
@@ -34,13 +36,14 @@ class Staged(nn.Module):
         space_to_depth: SpaceToDepth | None = None,
         telling: str | None = None,
         probed: Mapping[str, int] | None = None,
+        least: int = 32,
     ):
         super().__init__()
         self.space_to_depth = space_to_depth
         self.stages = tuple(stages)
         self.channels = dict(channels)
         self.telling = telling or self.stages[-1]
-        self.probed = dict(probed or {})
+        self.probed, self.least = dict(probed or {}), least
         for name, stage in stages.items():
             self.add_module(name, stage)
 
@@ -68,16 +71,18 @@ class Staged(nn.Module):
         """What was asked for, halves of the last stage among it, of what stages have given."""
         last = self.stages[-1]
         return [
-            seen[last].chunk(2, dim=1)[HALVES.index(each)] if each in HALVES else seen[each]
+            seen[last].chunk(2, dim=1)[HALVES.index(each)]
+            if each in HALVES
+            else seen[self.check_stage(each)]
             for each in asked
         ]
 
     def check_stage(self, name: str) -> str:
-        """The stage that gives what is called `name`: itself, or of a half the last. Raises UsageError for another name."""
-        if name in HALVES:
+        """The stage that gives what is called `name`: itself, or the last. Raises UsageError for another name."""
+        if name in (*HALVES, LAST):
             return self.stages[-1]
         if name not in self.stages:
-            known = ", ".join((*self.stages, *HALVES))
+            known = ", ".join((*self.stages, *HALVES, LAST))
             raise UsageError(f"there is no stage {name!r}: choose from {known}")
         return name
 
@@ -95,10 +100,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(trunk.channels[trunk.stages[-1]], classes)
 
     def forward(self, x: Float[Tensor, "v c s s"]) -> Float[Tensor, "v k"]:
-        features = self.trunk(x)
-        if features.ndim == 4:
-            features = features.mean(dim=(2, 3))
-        return self.head(features)
+        return self.head(pooled(self.trunk(x)))
+
+
+def pooled(features: Float[Tensor, "v c ..."]) -> Float[Tensor, "v c"]:
+    """The mean of maps; what is no map as it is."""
+    return features.mean(dim=(2, 3)) if features.ndim == 4 else features
 
 
 def scaled(channels: int, width: float) -> int:

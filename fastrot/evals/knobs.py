@@ -70,6 +70,26 @@ class Pairs(OfStages):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Svm(OfStages):
+    """Learn a linear SVM for each class, several a picture as in VOC: mean average precision, from each stage."""
+
+    data: str | None = None  # pictures to learn from, with boxes beside them or with labels
+    val: str | None = None  # pictures to be judged on, of the same classes
+    workers: int | None = None  # that decode, then threads that learn SVMs; default: one a core
+    costs: tuple[float, ...] = ()  # C, of which each class takes its best; default: Goyal's 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invariance(OfStages):
+    """Tell how far features of a picture are from those of its transform, and from those of other pictures."""
+
+    data: str | None = None  # pictures to ask about; default: those that the run was judged on
+    stages: tuple[str, ...] = ("last",)  # those asked, beside the heads of a PIRL run
+    # of each picture; default: the run's own, else rotations
+    transform: Literal["rotation", "jigsaw"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saliency(Asked):
     """Tell how well the pixels that a net's answers hang on agree with boxes of objects, beside a random net."""
 

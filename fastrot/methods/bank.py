@@ -12,6 +12,7 @@ import math
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastrot import dist
 from fastrot.config import UsageError
@@ -29,12 +30,19 @@ class Bank:
     place       int64 [data rows]: the row of `rows` that is a picture's; -1: it has none here
     population  n, which NCE wants to know
 
-    A fresh row is uniform in +-sqrt(3 / dim) with a mean square length of 1, as in Wu 2018's code; it depends
-    on the seed and its place alone, not on the ranks.
+    A fresh row is uniform in +-sqrt(3 / dim) with a mean square length of 1, as in Wu 2018's code, with `unit` of length 1, as in
+    PIRL's; it depends on the seed and its place alone, not on the ranks.
     """
 
     def __init__(
-        self, info: DataInfo, dim: int, *, dtype: torch.dtype, sharded: bool, momentum: float
+        self,
+        info: DataInfo,
+        dim: int,
+        *,
+        dtype: torch.dtype,
+        sharded: bool,
+        momentum: float,
+        unit: bool = False,
     ):
         self.sharded, self.momentum = sharded and dist.world() > 1, momentum
         self.images, self.fingerprint = info.images, info.fingerprint
@@ -45,7 +53,7 @@ class Bank:
         place[mine] = torch.arange(len(mine))
         self.place, self.population = place.to(info.device), len(mine)
         self.rows = torch.empty(len(mine), dim, dtype=dtype, device=info.device)
-        self._fill(info.seed)
+        self._fill(info.seed, unit)
 
     def of(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """The rows of some pictures, in float32 at least; NaN for one that has none here."""
@@ -105,13 +113,15 @@ class Bank:
             f"and contrasts with its own: population {len(self.rows):,}"
         )
 
-    def _fill(self, seed: int) -> None:
+    def _fill(self, seed: int, unit: bool) -> None:
         """All ranks draw the same N rows, and keep their own."""
         draw = torch.Generator().manual_seed(seed ^ BANK)
         bound, done = math.sqrt(3 / self.rows.shape[1]), 0
         for start in range(0, self.images, CHUNK):
             whole = torch.empty(min(CHUNK, self.images - start), self.rows.shape[1])
             whole.uniform_(-bound, bound, generator=draw)
+            if unit:
+                whole = F.normalize(whole, dim=1)
             first = (self._rank - start) % self._world
             mine = whole[first :: self._world]
             self.rows[done : done + len(mine)] = mine.to(self.rows.device)

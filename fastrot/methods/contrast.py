@@ -23,32 +23,46 @@ class Contrast:
 
     cfg    a method's config, whose knobs of the bank are called as config.Decoupling's
     asked  whether for `loss`, whose constant Z is then kept up where it is NCE's
+    unit   whether fresh rows have unit length
+    eps    of NCE: see ops/nce.py
     """
 
-    def __init__(self, cfg: Any, info: DataInfo, *, asked: bool = True):
+    def __init__(
+        self,
+        cfg: Any,
+        info: DataInfo,
+        *,
+        asked: bool = True,
+        unit: bool = False,
+        eps: float = 1e-7,
+    ):
         self.cfg, self.info, self.wants_z = cfg, info, asked and cfg.contrast == "nce"
-        kind = {"dtype": DTYPES[cfg.bank_dtype], "sharded": cfg.bank == "sharded"}
+        self.eps = eps
+        kind = {"dtype": DTYPES[cfg.bank_dtype], "sharded": cfg.bank == "sharded", "unit": unit}
         self.bank = Bank(info, cfg.dim, **kind, momentum=cfg.bank_momentum)
         self.mean_exp = torch.full((), torch.nan, device=info.device)
 
-    def negatives(self, batch: Batch) -> Tensor | Draw:
-        """Drawn for each picture and step inside the kernel: the same whatever its rank or place."""
-        cfg, seed, step = self.cfg, self.info.seed, batch.epoch_step[1]
+    def negatives(self, batch: Batch, view: int = 0) -> Tensor | Draw:
+        """Drawn for each picture, view and step inside the kernel: the same whatever its rank or place."""
+        cfg, seed, step = self.cfg, self.info.seed ^ view << 48, batch.epoch_step[1]
         return Draw(cfg.negatives, seed, batch.index, step, exclude_self=cfg.exclude_self)
 
-    def before_first_step(self, features: Features, batch: Batch) -> None:
+    def before_first_step(self, features: Features, batch: Batch, view: int = 0) -> None:
         """Z, from the first batch of all ranks."""
         if self.wants_z:
-            asked = self._asked(features, batch)
+            asked = self._asked(features, batch, view)
             mean = estimate_z(*asked, temperature=self.cfg.temperature, population=1)
             self.mean_exp = dist.sum_over_ranks(mean) / dist.world()
 
-    def loss(self, features: Features, batch: Batch) -> tuple[Each, dict[str, Tensor]]:
-        """Each picture's loss, and of this batch `z`, where there is one."""
+    def loss(
+        self, features: Features, batch: Batch, view: int = 0
+    ) -> tuple[Each, dict[str, Tensor]]:
+        """Each picture's loss, and of this batch `z`, where there is one; each `view` of pictures has negatives of its own."""
         population = self.bank.population
         loss, mass = nce_loss_and_mass(
-            *self._asked(features, batch),
+            *self._asked(features, batch, view),
             temperature=self.cfg.temperature,
+            eps=self.eps,
             z=self.mean_exp * population if self.wants_z else None,
             population=population,
             kind=self.cfg.contrast,
@@ -90,6 +104,7 @@ class Contrast:
     def resume_contract(self) -> dict[str, Any]:
         return {"bank": {"rows": self.bank.images, "dim": self.cfg.dim}}
 
-    def _asked(self, features: Tensor, batch: Batch) -> tuple[Any, ...]:
+    def _asked(self, features: Tensor, batch: Batch, view: int = 0) -> tuple[Any, ...]:
         """The features, the bank, each picture's row of it, and its negatives."""
-        return features, self.bank.rows, self.bank.place[batch.index], self.negatives(batch)
+        place, negatives = self.bank.place[batch.index], self.negatives(batch, view)
+        return features, self.bank.rows, place, negatives

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastrot import config
-from fastrot.backbones.staged import Staged
+from fastrot.backbones.staged import Staged, pooled
 from fastrot.config import UsageError
 from fastrot.core import Batch, DataInfo, Headline, Losses, Method
 from fastrot.methods.contrast import Contrast
@@ -46,8 +46,7 @@ class DecouplingNet(nn.Module):
         self.embed = nn.Linear(self.each, cfg.dim) if _has_bank(cfg) else None
 
     def forward(self, x: Float[Tensor, "v c s s"]) -> Parts:
-        features = self.trunk(x)
-        return self.heads(features if features.ndim == 2 else features.mean(dim=(2, 3)))
+        return self.heads(pooled(self.trunk(x)))
 
     def heads(self, features: Float[Tensor, "v w"]) -> Parts:
         told, other = features.split(self.each, dim=1)

@@ -13,6 +13,17 @@ def wide(outputs: Tensor) -> Tensor:
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
+def told_apart(
+    cosine: Float[Tensor, "b b"],
+) -> tuple[Float[Tensor, "b b"], Float[Tensor, "b b"]]:
+    """Of cosines [of view i, picture j]: how far each view is nearer to its own picture than to j, and 1 where j is another.
+
+    A lone picture is another to itself.
+    """
+    apart, b = cosine.diagonal()[:, None] - cosine, len(cosine)
+    return apart, torch.ones_like(apart) - (torch.eye(b).to(apart) if b > 1 else 0)
+
+
 def classification_scores(logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]) -> Scores:
     """Cross-entropy and top-1 accuracy as (sum, count), in float32: counts of pictures stay exact to 2**24."""
     count = torch.full((), float(len(label)), device=logits.device)  # torch.tensor would wait

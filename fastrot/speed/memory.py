@@ -47,7 +47,7 @@ def out_of_memory_error(
     """
     where = _memory_of(device)
     if built is None:
-        bank = " and its memory bank" if isinstance(cfg.method, config.Decoupling) else ""
+        bank = " and its memory bank" if hasattr(cfg.method, "bank_dtype") else ""
         what = f"the network of {cfg.preset}{bank}"
         return UsageError(f"{what} is too large for {where}: {_less(cfg)}")
     state, view, step_timer = built
@@ -74,7 +74,7 @@ def _less(cfg: Config) -> str:
     ways = "choose smaller crops (--image-size)"
     if hasattr(cfg.backbone, "width"):
         ways += ", or a narrower net (--backbone.width)"
-    if isinstance(cfg.method, config.Decoupling) and cfg.method.bank_dtype == "fp32":
+    if getattr(cfg.method, "bank_dtype", None) == "fp32":
         ways += ", or --method.bank-dtype bf16"
     if cfg.placement != "pinned" and (cfg.data or "").rstrip("/").endswith(".pack"):
         ways += ", or --placement pinned"

@@ -22,11 +22,11 @@ def coco(root: Path, how: Listing) -> Annotated:
 
     Crowds are `ignore`. Of pictures with the same id the first counts.
     """
-    file = _file(Path(os.path.abspath(root)), how.split)
-    images, annotations, categories = _read(file)
+    file = json_file(Path(os.path.abspath(root)), how.split, _PREFIX, _WAY)
+    images, annotations, categories = read_lists(file, _WAY)
     odd, told = Odd(list), dict[Any, Told]()
     for each in images:
-        key, path = (_of(each, name, file) for name in ("id", "file_name"))
+        key, path = (own(each, name, file, _WAY) for name in ("id", "file_name"))
         size = size_told(*_numbers([each.get("height"), each.get("width")], 2))
         first = told.setdefault(key, new := Told(str(path), size, []))
         if first.path != new.path:
@@ -39,16 +39,9 @@ def coco(root: Path, how: Listing) -> Annotated:
         if each.path in paths:
             odd["pictures with several ids, taken for each"].append(each.path)
         paths.add(each.path)
-    names = {}
-    for each in categories:
-        key, name = _of(each, "id", file), str(_of(each, "name", file))
-        if names.setdefault(key, name) != name:
-            both = f"{names[key]} and {name}"
-            raise UsageError(f"{file} has the id {key} for {both}: give each category its own")
-    names = {key: names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))}
-    ids = set()
+    names, ids = category_names(categories, file, _WAY), set()
     for each in annotations:
-        key, image, category = (_key(each.get(k)) for k in ("id", "image_id", "category_id"))
+        key, image, category = (key_of(each.get(k)) for k in ("id", "image_id", "category_id"))
         if key is not None and key in ids:
             odd["annotations with the id of another, taken too"].append(f"id {key}")
         ids.add(key)
@@ -66,17 +59,17 @@ def coco(root: Path, how: Listing) -> Annotated:
     return annotated(folder, how, [*told.values()], known, odd)
 
 
-def _file(root: Path, split: str | None) -> Path:
-    """The instances file that --root and --split mean."""
+def json_file(root: Path, split: str | None, prefix: str, way: str) -> Path:
+    """The file that --root and --split mean: root itself, or in it, or in its annotations/, PREFIX + SPLIT.json; `way` out where there is none."""
     if not root.is_dir():
         if split is not None:
             raise UsageError(f"--split {split}: {root} is the file of one; leave --split out")
         return root
     folder = root / "annotations"
     folder = folder if folder.is_dir() else root
-    there = {path.stem.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*.json")}
+    there = {path.stem.removeprefix(prefix): path for path in folder.glob(f"{prefix}*.json")}
     if not there:
-        raise UsageError(f"{folder} has no {_PREFIX}*.json: {_WAY}")
+        raise UsageError(f"{folder} has no {prefix}*.json: {way}")
     if split is None and len(there) > 1:
         raise UsageError(f"{folder} has {some(sorted(there), 10)}: name one with --split")
     split = split or min(there)
@@ -85,20 +78,21 @@ def _file(root: Path, split: str | None) -> Path:
     return there[split]
 
 
-def _read(file: Path) -> list[list[dict[str, Any]]]:
-    """Images, annotations and categories."""
+def read_lists(file: Path, way: str, optional: tuple[str, ...] = ()) -> list[list[dict[str, Any]]]:
+    """Images, annotations and categories; a list that is `optional` may be missing. Raises UsageError with the `way` out."""
     try:
         told = json.loads(file.read_bytes(), object_hook=_without_outline)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is no JSON, or cut short ({one_line(error)}): {_WAY}") from None
+        raise UsageError(f"{file} is no JSON, or cut short ({one_line(error)}): {way}") from None
     found = []
     for name in ("images", "annotations", "categories"):
         each = told.get(name) if isinstance(told, dict) else None
+        each = [] if name in optional and each is None and isinstance(told, dict) else each
         if not isinstance(each, list) or not all(isinstance(one, dict) for one in each):
-            raise UsageError(f"{file} has no list of {name}: {_WAY}")
+            raise UsageError(f"{file} has no list of {name}: {way}")
         for key, word in _OTHERS.items():
             if name == "annotations" and each and each[0].get(key):
-                raise UsageError(f"{file} is of {word}: {_WAY}")
+                raise UsageError(f"{file} is of {word}: {way}")
         found.append(each)
     return found
 
@@ -124,14 +118,25 @@ def _folder(file: Path, paths: list[str]) -> Path:
     raise UsageError(f"no picture of {file} is in {where}: move the pictures, or the file")
 
 
-def _of(each: dict[str, Any], name: str, file: Path) -> int | str:
+def category_names(categories: list[dict[str, Any]], file: Path, way: str) -> dict[int | str, str]:
+    """Names by id, in the order of ids."""
+    names: dict[int | str, str] = {}
+    for each in categories:
+        key, name = own(each, "id", file, way), str(own(each, "name", file, way))
+        if names.setdefault(key, name) != name:
+            both = f"{names[key]} and {name}"
+            raise UsageError(f"{file} has the id {key} for {both}: give each category its own")
+    return {key: names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))}
+
+
+def own(each: dict[str, Any], name: str, file: Path, way: str) -> int | str:
     """What a picture or category has under a name."""
-    if (found := _key(each.get(name))) is None:
-        raise UsageError(f"{file} has {shown(str(each))} without {name}: mend it, or {_WAY}")
+    if (found := key_of(each.get(name))) is None:
+        raise UsageError(f"{file} has {shown(str(each))} without {name}: mend it, or {way}")
     return found
 
 
-def _key(value: Any) -> int | str | None:
+def key_of(value: Any) -> int | str | None:
     """A value that may be an id or a name; a table may have made numbers of it."""
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -15,6 +15,7 @@ from fastrot.data.sources.archives import archives
 from fastrot.data.sources.cifar10 import cifar10
 from fastrot.data.sources.cityscapes import cityscapes
 from fastrot.data.sources.coco import coco
+from fastrot.data.sources.inaturalist import inaturalist
 from fastrot.data.sources.lfw import lfw
 from fastrot.data.sources.lists import text_list
 from fastrot.data.sources.members import tar_members, zip_members
@@ -47,6 +48,7 @@ KINDS = {
     "parquet": Kind(parquet_files, "a folder of parquet or Arrow files", columns=True),
     "coco": Kind(coco, "COCO's folder, or an instances file of it", categories=True),
     "voc": Kind(voc, "VOCdevkit/VOC2007", categories=True),
+    "inaturalist": Kind(inaturalist, "iNaturalist's folder, or a train2018.json of it"),
     "cityscapes": Kind(cityscapes, "the folder that holds leftImg8bit"),
     "lfw": Kind(lfw, "a folder of people's folders", splits=False),
 }
