@@ -16,7 +16,7 @@ that gpu.py gives each a process of its own. profiles.txt beside the rows names 
     idle_share  of whole steps without marks: 1 - the time in which a kernel or a copy was at work, which the profiler
                 tells of some steps, over what steps take without it. A GPU's only
 
-With --preset decoupling-alexnet, `nce` is the loss against the memory bank, its gradient included, and `bank` the bank's
+With a preset that has a memory bank, `nce` is the loss against the memory bank, its gradient included, and `bank` the bank's
 write. The bank has ImageNet's 1,281,167 rows, however few pictures are learnt from. On a CPU the network has a quarter of the
 width and a batch 32 pictures.
 """
@@ -34,10 +34,9 @@ import torch
 
 from benchmarks import contestants, forms, full_epoch, measure, roofline, runs
 from fastrot import assemble, entry
-from fastrot.config import AlexNet, Config, Decoupling, UsageError
+from fastrot.config import AlexNet, Config, MemoryBank, UsageError
 from fastrot.core import DTYPES, Batch
 from fastrot.machine import wait_for
-from fastrot.methods.decoupling import Decoupling as DecouplingMethod
 from fastrot.presets import PRESETS
 from fastrot.speed import cost
 from fastrot.training.device import time_kernels
@@ -73,8 +72,8 @@ class Marks:
     def behind(self, part: str, function: Callable) -> Callable:
         """The same function, with a mark when it returns."""
 
-        def marked(*args: Any) -> Any:
-            out = function(*args)
+        def marked(*args: Any, **how: Any) -> Any:
+            out = function(*args, **how)
             self(part)
             return out
 
@@ -157,10 +156,9 @@ def _marked(state: TrainState, device: torch.device) -> Marks:
     marks = Marks(device)
     state.method.views = marks.behind("views", state.method.views)
     state.net = marks.behind("forward", state.net)
-    if isinstance(state.method, DecouplingMethod):
-        contrast: Any = state.method.contrast
+    if (contrast := getattr(state.method, "contrast", None)) is not None:
         loss = marks.behind("nce", contrast.loss)
-        contrast.loss = lambda *args: (marks("losses"), loss(*args))[1]
+        contrast.loss = lambda *args, **how: (marks("losses"), loss(*args, **how))[1]
     state.method.losses = marks.behind("losses", state.method.losses)
     state.optimizer.register_step_pre_hook(lambda *_: marks("backward"))
     state.optimizer.register_step_post_hook(lambda *_: marks("optimiser"))
@@ -247,10 +245,11 @@ def step_row(
 ) -> dict[str, Any]:
     """The row of one form over one loader."""
     cfg, seconds = trained.cfg, measure.middle(found["steps"], "s")["p50"]
-    views, dtype = roofline.views_shape(cfg), DTYPES[cfg.precision]
-    flop = sum(layer.flop for layer in cost.layers(trained.state.method.net, views, dtype))
+    method, dtype = trained.state.method, DTYPES[cfg.precision]
+    views = cost.views_shapes(method, assemble.training_view(cfg), cfg.batch, trained.device)
+    flop = sum(layer.flop for layer in cost.layers(method.net, views, dtype))
     shape: dict[str, Any] = roofline.shape_of(cfg)
-    if isinstance(cfg.method, Decoupling):
+    if isinstance(cfg.method, MemoryBank):
         shape |= {"negatives": cfg.method.negatives, "bank": bank}
     tflops, busy = flop / seconds / 1e12, found["busy"]
     return row(

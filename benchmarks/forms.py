@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastrot import assemble, config
-from fastrot.config import AlexNet, Config, Decoupling, UsageError, resolved
+from fastrot.config import AlexNet, Config, MemoryBank, UsageError, resolved
 from fastrot.core import DTYPES
 from fastrot.data.loader import Loader
 from fastrot.presets import PRESETS
@@ -40,7 +40,9 @@ def sized(preset: str, device: torch.device, *, quick: bool = False, **knobs: An
     """The preset as a benchmark runs it: whole on a GPU, of a quarter of the width on a CPU, small where quick."""
     made = PRESETS[preset]()
     if isinstance(made.backbone, AlexNet):
-        knobs = (QUICK if quick else SMALL if device.type == "cpu" else {}) | knobs
+        small = QUICK if quick else SMALL if device.type == "cpu" else {}
+        net = dataclasses.replace(small.get("backbone", made.backbone), last=made.backbone.last)
+        knobs = {**small, "backbone": net, **knobs}
     cfg = dataclasses.replace(made, **knobs)
     return resolved(
         dataclasses.replace(cfg, precision=choose_precision(cfg.precision, device), device="auto")
@@ -91,7 +93,7 @@ def state_of(
 ) -> TrainState:
     """What trains, as a run builds it. `bank`: rows of the memory bank; None: one a picture of the loader's data."""
     info = assemble.data_info(cfg, loader, None, device, DTYPES[cfg.precision])
-    if bank is not None and isinstance(cfg.method, Decoupling):
+    if bank is not None and isinstance(cfg.method, MemoryBank):
         info = dataclasses.replace(info, images=bank, data_rows=bank)
     schedule = LRSchedule(cfg.schedule, epochs=1, batches=len(loader), steps=steps, lr=cfg.lr)
     return build(cfg, info, schedule)

@@ -428,6 +428,16 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
             **idle,
         }
 
+    def apart(row: dict[str, Any]) -> dict[str, str]:
+        """What making the views takes of it, colours and transforms included."""
+        split = row["split"] or {}
+        share = f"{split['views'] / sum(split.values()):.1%}" if split else ""
+        return {
+            "ms a step": bare(row),
+            "images/s": bare(row, "images_per_s"),
+            "making views": share,
+        }
+
     def epoch(row: dict[str, Any]) -> dict[str, str]:
         seconds = row["p50"] if row["what"] == "epoch" else row.get("epoch_s")
         rate = bare(row) if row["what"] == "baseline" else bare(row, "images_per_s")
@@ -436,9 +446,11 @@ def throughput(rows: Rows) -> tuple[Iterable[str], Iterable[Table]]:
 
     kinds = ("roofline", "bank's share of a step", "checkpoint", "scaling", "learning")
     every = [*baselines, *rows.all("epoch")]
+    others = [r for r in rows.all("step") if r.get("form") and r.get("preset") != PRESET]
     name = lambda row: f"ours, {row['form']}, pack" if row["what"] == "epoch" else row["variant"]  # noqa: E731
     return said, [
         pivot(plots.steps(rows), "a step", lambda r: f"{r['form']}, {r['loader']}", step),
+        pivot(others, "a step of other presets", _variant, apart),
         pivot(every, "an epoch", name, epoch),
         figures(row for row in rows if row["what"] in kinds),
     ]

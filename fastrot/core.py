@@ -200,6 +200,9 @@ class Method(ABC):
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
+    augmented: Callable[..., Any] | None = (
+        None  # what changes views' colours: compiled with the net
+    )
     heads: tuple[str, ...] = ()  # names of the net's outputs that tell classes, [b, classes] each
 
     # static: told by the config alone, since data is opened before the method is built

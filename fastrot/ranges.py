@@ -45,7 +45,11 @@ RANGES = (  # knobs, what each must be, and whether its value is that
     ("method.bank_momentum method.lambda_transform", *SHARE),
     ("method.dim", f"1 to {WIDEST_EMBEDDING}, such as 128", lambda v: 1 <= v <= WIDEST_EMBEDDING),
     ("method.negatives", "1 to 2**31 - 4097, such as 4096", lambda v: 1 <= v < 2**31 - 2**12),
-    ("method.crop.scale method.patch_scale", "two shares, 0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
+    (
+        "method.crop.scale method.patch_scale",
+        "two shares, 0 < low <= high <= 1",
+        lambda v: 0 < v[0] <= v[1] <= 1,
+    ),
     ("method.crop.ratio", "0 < low <= high", lambda v: 0 < v[0] <= v[1]),
     ("backbone.width", "a number above 0 and up to 64, such as 0.25", lambda v: 0 < v <= 64),
     ("hold_out", "a share from 0 (none) to below 1, such as 0.05", lambda v: 0 <= v < 1),

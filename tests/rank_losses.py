@@ -26,7 +26,11 @@ METHODS = {
     "pirl": config.Pirl(crop=CROP, dim=16, negatives=20, z="ema"),
 }
 
-RATES = {"rotnet": 0.05, "decoupling": 0.002, "pirl": 0.002}  # without BatchNorm's help more would not last
+RATES = {
+    "rotnet": 0.05,
+    "decoupling": 0.002,
+    "pirl": 0.002,
+}  # without BatchNorm's help more would not last
 
 
 def main(pictures: str, out: str, name: str) -> None:

@@ -30,6 +30,7 @@ CROP = config.RandomResized(size=64)
 METHODS = {
     "rotnet": config.RotNet(crop=CROP),
     "decoupling": config.Decoupling(crop=CROP, z="ema", proximal=0.1),
+    "pirl": config.Pirl(crop=CROP, negatives=200),
     "decoupling-bf16-infonce": config.Decoupling(crop=CROP, bank_dtype="bf16", contrast="infonce"),
 }
 ON_GPU = [word if word != "cpu" else "cuda" for word in TINY]

@@ -236,12 +236,17 @@ DECOUPLING = ["decoupling-alexnet", *TINY[1:], "--backbone.kernel", "5", "--back
 DECOUPLING += ["--method.z", "ema", "--method.negatives", "20", "--method.dim", "16"]
 
 
-def test_a_whole_run_is_the_same_with_a_graph(pictures, tmp_path, on_tape, capsys):
+PIRL = ["pirl-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride", "2"]
+PIRL += ["--method.negatives", "20", "--method.dim", "16", "--lr", "0.003"]
+
+
+@pytest.mark.parametrize("task", [DECOUPLING, PIRL], ids=lambda task: task[0])
+def test_a_whole_run_is_the_same_with_a_graph(task, pictures, tmp_path, on_tape, capsys):
     """Validations, log lines, checkpoints and a resumption between and in the middle of recorded steps."""
 
     def go(name: str, *more: str) -> None:
         args = ["--data", str(pictures), "--out", str(tmp_path / name), "--schedule.steps", "30"]
-        assert train.main([*DECOUPLING, *args, "--schedule.kind", "cosine", *more]) == 0
+        assert train.main([*task, *args, "--schedule.kind", "cosine", *more]) == 0
 
     go("plain")
     assert "CUDA graph" not in capsys.readouterr().out

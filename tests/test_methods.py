@@ -31,7 +31,9 @@ def batch(seed: int = 0, kind: type = config.RotNet) -> Batch:
     for crop in assemble.METHODS[kind].crops(cfg):
         shape = (IMAGES, crop.size, crop.size, 3)
         crops.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw))
-        crops[-1][:, : crop.size // 2] //= 4  # dark above, bright below: there is something to learn
+        crops[-1][:, : crop.size // 2] //= (
+            4  # dark above, bright below: there is something to learn
+        )
     index = torch.arange(IMAGES)
     return Batch(tuple(crops), index, index % CLASSES, torch.tensor([0, 0]))
 

@@ -17,6 +17,7 @@ CROP = config.RandomResized(size=32)
 METHODS = {
     "rotnet": config.RotNet(crop=CROP),
     "decoupling": config.Decoupling(crop=CROP, dim=16, negatives=50, z="ema"),
+    "pirl": config.Pirl(crop=CROP, dim=16, negatives=50, z="ema"),
 }
 # Shares. Of the mean loss: the root mean square of the losses' differences. Of the way that the weights went: the distance
 # between their ends. Measured on a CPU, bfloat16 against float32: decoupling 0.037 and 0.43 eager, 0.032 and 0.40
@@ -98,10 +99,11 @@ def assert_near(fast: tuple, exact: tuple, method: str) -> None:
 
 @pytest.mark.soak
 @pytest.mark.versions
-def test_a_compiled_half_precision_run_stays_near_float32(shapes_unchecked):
+@pytest.mark.parametrize("method", ["decoupling", "pirl"])
+def test_a_compiled_half_precision_run_stays_near_float32(method, shapes_unchecked):
     cpu = torch.device("cpu")
-    exact = run("decoupling", cpu, torch.float32)
-    assert_near(run("decoupling", cpu, torch.bfloat16, compiled=True), exact, "decoupling")
+    exact = run(method, cpu, torch.float32)
+    assert_near(run(method, cpu, torch.bfloat16, compiled=True), exact, method)
 
 
 @pytest.mark.parametrize("method", METHODS)

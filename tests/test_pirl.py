@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_decoupling import Features, info
-from test_run import TINY, assert_same_bits
+from test_run import assert_same_bits
 from torch.nn import functional as F
 from truth import golden, photo
 
@@ -20,12 +20,15 @@ from fastrot.methods import jigsaw, pirl
 from fastrot.methods.contrast import Contrast
 from fastrot.methods.jigsaw import far_apart, puzzle_crop
 from fastrot.methods.pirl import EPS, Embeddings
+from fastrot.ops.augment import augmented
 from fastrot.ops.nce import estimate_z, nce_loss, nce_loss_and_mass
 from fastrot.ops.patches import patches
 from fastrot.ops.rows import update_rows
 from fastrot.presets import PRESETS
 from fastrot.speed.cost import layers, step_cost
 from fastrot.training import checkpoint, session
+from fastrot.training.optim import LRSchedule
+from fastrot.training.state import build
 
 VISSL, EQUATIONS, PORTS = (golden(f"pirl_{name}") for name in ("vissl", "equations", "ports"))
 CASES = json.loads(str(VISSL["meta_json"]))
@@ -34,6 +37,9 @@ LARGE = 102  # pixels a side: the least at which nine patches fit a small AlexNe
 CROP = config.RandomResized(size=LARGE)
 BOTH = config.Pirl(crop=CROP, negatives=5, transform="both")
 SMALL = config.AlexNet(width=0.125, kernel=5, stride=2, last="conv5")
+
+
+NET = ["--backbone.width", "0.1", "--backbone.kernel", "5", "--backbone.stride", "2"]
 
 
 def arrays_of(found: dict, name: str) -> dict[str, torch.Tensor]:
@@ -338,7 +344,7 @@ def test_patches_scale_with_the_crop(size, crop, side):
     puzzle = jigsaw.Puzzle(cut, None, NOTHING, trunk, info(9))
     assert puzzle.side == side
     shown = puzzle.shown(
-        torch.zeros(2, crop, crop, 3, dtype=torch.uint8), a_batch([1, 2]), plain=False
+        torch.zeros(2, crop, crop, 3, dtype=torch.uint8), a_batch([1, 2]), augmented
     )
     assert shown.shape == (18, side, side, 3)
 
@@ -353,7 +359,7 @@ def test_a_puzzle_shows_any_order_jitters_and_mirrors_each_patch():
         config.RandomResized(size=255), None, NOTHING, alexnet(SMALL, 224), info(9)
     )
     batch = a_batch(range(200))
-    found = puzzle.shown(crop, batch, plain=False).long().unflatten(0, (200, 9))
+    found = puzzle.shown(crop, batch, augmented).long().unflatten(0, (200, 9))
     top = found[:, :, 0, :, 0].amin(dim=2)
     left = found[:, :, 0, :, 1].amin(dim=2)
     cell = top // 85 * 3 + left // 85
@@ -364,7 +370,7 @@ def test_a_puzzle_shows_any_order_jitters_and_mirrors_each_patch():
     mirrored = found[:, :, 0, 0, 1] > found[:, :, 0, -1, 1]
     assert 0.45 < mirrored.float().mean() < 0.55
     assert len({tuple(each) for each in mirrored.tolist()}) > 100
-    plain = puzzle.shown(crop, batch, plain=True).long().unflatten(0, (200, 9))
+    plain = puzzle.shown(crop, batch).long().unflatten(0, (200, 9))
     assert (plain[:, :, 0, 0, 1] < plain[:, :, 0, -1, 1]).all()
 
 
@@ -420,12 +426,17 @@ def test_jigsaw_answers_with_the_order_that_is_shown():
 # ---- what is refused ----
 
 
-def bad(words: list[str], match: str, build: bool = True, images: int = 500) -> None:
-    cfg = train.command_line([*words, "--data", "synthetic"])
-    with pytest.raises(UsageError, match=match):
+def bad(words: list[str], match: str) -> None:
+    """Refused before anything is built, or as the method is, of 500 pictures."""
+
+    def asked():
+        cfg = train.command_line([*words, "--data", "synthetic"])
         ranges.check(cfg)
         cfg = config.resolved(cfg)
-        assemble.method(cfg, info(images, size=cfg.method.crop.size))
+        assemble.method(cfg, info(500, size=cfg.method.crop.size))
+
+    with pytest.raises(UsageError, match=match):
+        asked()
 
 
 def test_what_cannot_be_is_told_in_a_sentence():
@@ -499,10 +510,28 @@ def test_the_arithmetic_of_all_views_is_counted_of_a_resnet_too():
     assert cost["both"] == pytest.approx(cost["rotation"] + cost["jigsaw"] - one, rel=0.01)
 
 
+def test_colours_are_compiled_with_the_net(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda what, **how: asked.append((what, how)) or what)
+    for name, compiled in (
+        ("pirl-alexnet", True),
+        ("jigsaw-alexnet", True),
+        ("pirl-alexnet", False),
+    ):
+        cfg = train.command_line(
+            [name, *NET, "--method.negatives", "9"][: None if "pirl" in name else -2]
+        )
+        cfg = config.resolved(dataclasses.replace(cfg, compile=compiled, precision="fp32"))
+        known = info(9, dtype=torch.float32)
+        method = build(cfg, known, LRSchedule(cfg.schedule, epochs=1, batches=1, steps=1)).method
+        assert method.augmented is augmented
+        assert [what for what, _ in asked].count(augmented) == compiled
+        asked.clear()
+
+
 # ---- whole runs ----
 
 RUN = ["--enlarge", "--workers", "0", "--hold-out", "0.2", "--no-tensorboard", "--device", "cpu"]
-NET = ["--backbone.width", "0.1", "--backbone.kernel", "5", "--backbone.stride", "2"]
 TASKS = {
     "pirl": ["pirl-alexnet", "--method.negatives", "9", "--method.transform", "both"],
     "npid": ["npid-alexnet", "--method.negatives", "9", "--method.bank-dtype", "bf16"],
@@ -532,3 +561,20 @@ def test_a_run_resumes_to_the_bit_in_mid_epoch(task, pictures, tmp_path):
     assert 0 <= summary["val_accuracy"] <= 1
     state = checkpoint.load(straight / last)["method"]
     assert ("bank.rows" in state) == (task != "jigsaw")
+
+
+def test_all_of_the_net_is_tuned_on_few_labels(pictures, tmp_path):
+    """`finetune`, whatever the net: a head on its last stage, and the trunk learns too."""
+    run = go("pirl", pictures, tmp_path / "run", "--max-steps", "1")
+    out = tmp_path / "tuned"
+    words = ["finetune", "--start-from", str(run), "--data", str(pictures), "--out", str(out)]
+    words += [*RUN, "--rows", "4", "--batch", "4", "--schedule.steps", "2", "--log-every", "1"]
+    assert train.main(words) == 0
+    before, after = (checkpoint.load(checkpoint.of_run(each))["net"] for each in (run, out))
+    assert {k for k in after if k.startswith("heads.")} >= {"heads.last.out.weight"}
+    moved = [
+        k for k, v in before.items() if k.startswith("trunk.") and not torch.equal(v, after[k])
+    ]
+    assert {"trunk.conv1.conv.weight", "trunk.conv5.conv.weight"} <= {*moved}
+    assert "top1_last" in json.loads((out / "summary.json").read_text())["val"]
+    assert len(np.load(out / "rows-train.npy")) == 4 * len(list(pictures.iterdir()))

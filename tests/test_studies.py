@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from benchmarks import measure, plots, report, runs
-from benchmarks.studies import centric, cifar10, imagenette, study
-from benchmarks.studies.study import Figure, Job, Limit, Order, Study
+from benchmarks.studies import centric, cifar10, imagenette, pirl, study
+from benchmarks.studies.study import Figure, Job, Limit, Order, Spread, Study
 from fastrot import cli, config, evaluate, ranges, train
 from fastrot.config import RunError, UsageError
 
@@ -24,6 +24,7 @@ STUDIES = {
         )
         for d, size in centric.SIZES.items()
     },
+    **{f"pirl {d}": pirl.study_of(DATA, DATA, size, "") for d, size in pirl.SIZES.items()},
     **{f"cifar10 {d}": cifar10.study_of(DATA, size, "") for d, size in cifar10.SIZES.items()},
 }
 
@@ -115,7 +116,9 @@ def done(monkeypatch) -> list[list[str]]:
             clock[0] += 7.0
             raise RunError("it failed")
         if script.endswith("evaluate.py"):
-            found = {"stages": {"conv1": {"top1": 0.3, "classes": {"cat": 0.1}}}}
+            found = {
+                "stages": {"conv1": {"top1": 0.3, "classes": {"cat": 0.1}, "far": [0.25, 0.75]}}
+            }
             Path(words[words.index("--json") + 1]).write_text(json.dumps(found))
             clock[0] += 3.0
             return
@@ -177,6 +180,28 @@ def test_a_figure_is_of_all_seeds_and_an_order_holds_in_each(done, tmp_path):
     assert "a over b: NOT shown, in 1 of 2 seeds" in over_b["judgement"]
     assert (spent["p50"], spent["unit"]) == (21.0, "s")
     assert "target" not in spent
+
+
+def test_an_order_may_want_a_margin_and_a_spread_is_the_mean_of_the_seeds(done, tmp_path):
+    near, far = (Order("a over cat", ORDERS[0].more, ORDERS[0].less, by=by) for by in (0.39, 0.41))
+    spread = Spread("distances", "a", "asked", "conv1.far", 2.0)
+    of = Study("pirl", "about", JOBS, FIGURES, (near, far), spreads=(spread,))
+    *_, row, close, wide = study.rows(of, asked(tmp_path), {})
+    assert (row["what"], row["variant"], row["mode"]) == ("spread", "a", "distances")
+    assert row["shares"] == [0.25, 0.75]
+    assert row["p50"] == pytest.approx(0.25 * 0.5 + 0.75 * 1.5)
+    assert "a over cat by 39.0% at least: shown, in 2 of 2 seeds" in close["judgement"]
+    assert "NOT shown, in 1 of 2 seeds" in wide["judgement"]
+    file = tmp_path / "results" / "x.jsonl"
+    for each in (row, close, wide):
+        measure.append(file, each)
+    report.write(file.parent, tmp_path / "reports")
+    page = (tmp_path / "reports" / "pirl.md").read_text()
+    assert "0 of 1 expectations" in page  # of one key the last counts
+    assert "| mean | distances |" in page
+    (panel,) = plots.study(plots.Rows([row])).axes
+    assert panel.get_title(loc="left") == "distances"
+    assert [each.get_text() for each in panel.get_legend().get_texts()] == ["a"]
 
 
 def test_what_fails_leaves_what_was_done(done, tmp_path):

@@ -259,6 +259,7 @@ def test_class_folders_will_do_and_may_judge_themselves(straight, pictures, tmp_
     stages = found[0]["stages"]
     assert stages["conv1"] != stages["conv2"]
     for each in stages.values():
+        assert each["map"] < each["interpolated"]
         assert each["ap"].keys() == {"class0", "class1", "class2"}
         assert {*each["cost"].values()} <= {0.01, 1.0}
 
@@ -324,6 +325,7 @@ def test_real_voc(straight, tmp_path, capsys):
             "no class has 3 pictures with it and 3 without in --data .*d.beton, and",
         ),
         ("data", "val", ["--costs", "0"], r"--costs got \(0.0,\): it wants numbers above 0"),
+        ("data", "val", ["--json", "/dev/null/x/a.json"], "--json: /dev/null/x cannot be made"),
         ("data", "val", ["--stages", "conv9"], "there is no stage 'conv9': choose from conv1"),
     ],
 )

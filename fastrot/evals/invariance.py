@@ -103,7 +103,7 @@ def seen_by(
         if puzzle is None:
             others = [shown(batch.images, rotation) for rotation in ROTATIONS]
         else:
-            others = [shown(puzzle.shown(batch.images, batch, plain=True))]
+            others = [shown(puzzle.shown(batch.images, batch))]
         found: dict[str, Pair] = {}
         with exact():
             first = trunk.outputs(upright, stages)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,9 +80,9 @@ class Puzzle:
             self.orders = torch.from_numpy(far_apart(orders)).to(info.device)
 
     def shown(
-        self, images: UInt8[Tensor, "b c c 3"], batch: Batch, *, plain: bool
+        self, images: UInt8[Tensor, "b c c 3"], batch: Batch, augmented: Any = None
     ) -> UInt8[Tensor, "n s s 3"]:
-        """The nine patches of each crop, in the order that is drawn; unless `plain`, each mirrored or not and its colours changed."""
+        """The nine patches of each crop, in the order that is drawn; each mirrored or not and its colours changed where `augmented` is given."""
         draw = functools.partial(shares, self.seed, batch.index, batch.epoch_step[0])
         if self.orders is None:
             order = draw(_ORDER, CELLS).argsort(dim=1, stable=True)
@@ -90,7 +91,7 @@ class Puzzle:
         room = images.shape[1] // 3 - self.side
         shift = (draw(_SHIFT, 2 * CELLS) * room).long().unflatten(1, (CELLS, 2))
         found = patches(images, order, shift, self.side)
-        if plain:
+        if augmented is None:
             return found
         flip = draw(_FLIP, CELLS).flatten()[:, None, None, None] < 0.5
         found = torch.where(flip, found.flip(2), found)
@@ -130,7 +131,7 @@ class Jigsaw(Method):
     """Nine patches of each crop in one of some orders; mean cross-entropy over the B pictures."""
 
     def __init__(self, cfg: config.Jigsaw, trunk: Staged, info: DataInfo):
-        self.info = info
+        self.info, self.augmented = info, augmented
         cut = puzzle_crop(cfg.crop), cfg.permutations, cfg.augment
         self.puzzle = Puzzle(*cut, trunk, info)
         self.net = JigsawNet(trunk, cfg.permutations)
@@ -142,7 +143,9 @@ class Jigsaw(Method):
 
     def views(self, batch: Batch) -> Float[Tensor, "n c s s"]:
         info = self.info
-        shown = self.puzzle.shown(batch.images, batch, plain=not self.net.training)
+        shown = self.puzzle.shown(
+            batch.images, batch, self.augmented if self.net.training else None
+        )
         return rotated_views(shown, (0,), info.mean, info.std, info.dtype)
 
     def losses(self, outputs: Float[Tensor, "b k"], batch: Batch) -> Losses:

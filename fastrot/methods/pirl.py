@@ -71,6 +71,7 @@ class Pirl(Method):
 
     def __init__(self, cfg: config.Pirl, trunk: Staged, info: DataInfo):
         self.cfg, self.info, self.space_to_depth = cfg, info, trunk.space_to_depth
+        self.augmented = augmented
         self.names, self.puzzle = transforms(cfg), None
         if "jigsaw" in self.names:
             cut = _patch_crop(cfg), cfg.permutations, cfg.augment
@@ -110,12 +111,13 @@ class Pirl(Method):
         self, name: str, images: UInt8[Tensor, "b s s 3"], batch: Batch, view: int
     ) -> Float[Tensor, "n c h h"]:
         """Views of crops under a transform of `transforms`, as the net takes them."""
-        info, plain = self.info, not self.net.training
+        training = self.net.training
         if name == "jigsaw":
             assert self.puzzle is not None
-            return self._view(self.puzzle.shown(images, batch, plain=plain), cells=False)
-        drawn = shares(info.seed, batch.index, batch.epoch_step[0], _ROTATION, 1)
-        images = images if plain else self._coloured(images, batch, view)
+            shown = self.puzzle.shown(images, batch, self.augmented if training else None)
+            return self._view(shown, cells=False)
+        drawn = shares(self.info.seed, batch.index, batch.epoch_step[0], _ROTATION, 1)
+        images = self._coloured(images, batch, view) if training else images
         return self._view(images, (drawn * 4).long())
 
     def before_first_step(self, outputs: Embeddings, batch: Batch) -> None:
@@ -169,7 +171,7 @@ class Pirl(Method):
 
     def _coloured(self, images: Tensor, batch: Batch, view: int) -> UInt8[Tensor, "b s s 3"]:
         where = batch.index, batch.epoch_step[0], _COLOUR + view
-        return augmented(images, self.cfg.augment, shares(self.info.seed, *where, DRAWS))
+        return self.augmented(images, self.cfg.augment, shares(self.info.seed, *where, DRAWS))
 
     def _view(self, images: Tensor, rotations: Any = (0,), cells: bool = True) -> Tensor:
         info = self.info

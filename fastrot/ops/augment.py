@@ -47,38 +47,32 @@ def augmented(
     if not len(images):
         return images
     each = draws[:, :, None, None, None].unbind(1)
-    x = images.permute(0, 3, 1, 2).float() / 255
-    if how.brightness or how.contrast or how.saturation or how.hue:
-        x = _jittered(x, how, each)
+    x = (
+        images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    )  # in planes: two to three times as fast on a CPU
+    x = _jittered(x, how, each)
     if how.photometric:
         x = torch.where(each[_PHOTOMETRIC] < how.photometric, _photometric(x, each), x)
     if how.grey:
         x = torch.where(each[_GREY] < how.grey, _grey(x), x)
     if how.blur:
         x = torch.where(each[_BLUR] < how.blur, _blurred(x, each[_SIGMA]), x)
-    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (x * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _jittered(x: Pixels, how: config.Augment, each: tuple[Each, ...]) -> Pixels:
-    ranges = (_BRIGHTNESS, how.brightness), (_CONTRAST, how.contrast), (_SATURATION, how.saturation)
-    factors = []
-    for draw, range_ in ranges:
-        low = max(0.0, 1 - range_)
-        factors.append(low + (1 + range_ - low) * each[draw])
     places = _order((each[_ORDER] * 24).long())  # which op is done 1st, 2nd, 3rd, 4th; 3: hue
-    behind = torch.zeros_like(x[:, :1, :1, :1], dtype=torch.bool)
     if not how.hue:
         for op in places:
-            x = _blend(x, op, factors, op < 3)
+            x = _blended(x, op, how, each)
         return x
-    for op in places[:3]:
-        behind = behind | (op == 3)
-        x = _blend(x, op, factors, ~behind)
+    # up to the hue an op is itself, behind it is 3, which changes nothing; then the other way round
+    before = list(itertools.accumulate(places, lambda last, op: torch.where(last == 3, 3, op)))
+    for op in before[:3]:
+        x = _blended(x, op, how, each)
     x = _turned(x, how.hue * (2 * each[_HUE] - 1))
-    behind = torch.zeros_like(behind)
-    for before, op in itertools.pairwise(places):
-        behind = behind | (before == 3)
-        x = _blend(x, op, factors, behind)
+    for op, passed in zip(places[1:], before[1:], strict=True):
+        x = _blended(x, torch.where(passed == op, 3, op), how, each)
     return x
 
 
@@ -92,59 +86,61 @@ def _order(number: Int64[Tensor, "n 1 1 1"]) -> tuple[Tensor, ...]:
     return a, b, c, 6 - a - b - c
 
 
-def _blend(x: Pixels, op: Tensor, factors: list[Tensor], wanted: Tensor) -> Pixels:
-    """Brightness (0), contrast (1) or saturation (2) of those pictures for which it is wanted."""
-    factor = torch.where(op == 0, factors[0], torch.where(op == 1, factors[1], factors[2]))
-    factor = torch.where(wanted, factor, 1.0)
-    grey = _grey(x)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    other = torch.where(op == 0, 0.0, torch.where(op == 1, mean, grey))
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+def _blended(x: Pixels, op: Tensor, how: config.Augment, each: tuple[Each, ...]) -> Pixels:
+    """Brightness (0), contrast (1) or saturation (2) of each picture, or nothing (3), to the bit."""
+    ranges = how.brightness, how.contrast, how.saturation
+    if not any(ranges):
+        return x
+    factor = torch.ones_like(each[0])
+    for n, range_ in enumerate(ranges):
+        low = max(0.0, 1 - range_)
+        if range_:
+            factor = torch.where(op == n, low + (1 + range_ - low) * each[_BRIGHTNESS + n], factor)
+    changed = factor * x
+    if how.contrast or how.saturation:
+        grey, rest = _grey(x), 1 - factor
+        mean = grey.mean(dim=(2, 3), keepdim=True) * rest * (op == 1)
+        changed.add_(grey.mul_(rest * (op == 2)).add_(mean))
+    return changed.clamp_(0, 1)
 
 
 def _grey(x: Pixels) -> Float[Tensor, "n 1 s s"]:
     red, green, blue = x.split(1, dim=1)
-    return GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def _turned(x: Pixels, by: Each) -> Pixels:
-    """The hue shifted by a share of the circle, through HSV: v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1."""
+    """The hue shifted by a share of the circle, through HSV; with h in sixths of it red is v - v s clamp(2 - |h - 3|, 0, 1)."""
     red, green, blue = x.split(1, dim=1)
-    most = x.amax(dim=1, keepdim=True)
-    spread = most - x.amin(dim=1, keepdim=True)
-    over = torch.where(spread == 0, 1.0, spread)
-    hue = torch.where(
-        most == red,
-        (green - blue) / over,
-        torch.where(most == green, 2 + (blue - red) / over, 4 + (red - green) / over),
-    )
-    k = (hue + 6 * by + torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)) % 6
-    return most - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
+    most = torch.maximum(torch.maximum(red, green), blue)
+    spread = most - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = most == red, most == green
+    side = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    hue = side.div_(spread.clamp_min(1e-12)).add_(6 * by)
+    hue.add_(torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)))
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    lack = torch.cat([2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1], dim=1)
+    return most - lack.clamp_(0, 1).mul_(spread)
 
 
 def _photometric(x: Pixels, each: tuple[Each, ...]) -> Pixels:
-    step = 2.0 ** (4 - (each[_BITS] * 5).floor())  # of 4 to 8 bits
-    x = ((x * 255).round() / step).floor() * step / 255
-    if x.shape[-1] > 2:  # smaller ones have no inside
-        x = (_sharpened(x, 0.1 + 1.8 * each[_SHARPNESS]) * 255).round() / 255
-    x = torch.where(x >= (each[_THRESHOLD] * 257).floor() / 255, 1 - x, x)
-    low = x.amin(dim=(2, 3), keepdim=True)
-    spread = x.amax(dim=(2, 3), keepdim=True) - low
-    return torch.where(spread > 0, (x - low) / spread.clamp_min(1e-12), x)
+    """In whole numbers of 0 to 255, up to auto-contrast."""
+    step = 16 >> (each[_BITS] * 5).long()  # of 4 to 8 bits
+    x = (x * 255).round_().div_(step).floor_().mul_(step)
+    _sharpen(x, 0.1 + 1.8 * each[_SHARPNESS])
+    x = torch.where(x >= (each[_THRESHOLD] * 257).floor(), 255 - x, x)
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    flat = low == high  # stays
+    return x.sub_(torch.where(flat, 0.0, low)).div_(torch.where(flat, 255.0, high - low))
 
 
-def _sharpened(x: Pixels, factor: Each) -> Pixels:
-    """A blend with the mean of 3 x 3 pixels, the middle five times; pixels at the border stay."""
-    around = F.avg_pool2d(x, 3, 1) * (9 / 13) + x[:, :, 1:-1, 1:-1] * (4 / 13)
-    inside = factor * x[:, :, 1:-1, 1:-1] + (1 - factor) * around
-    return torch.cat(
-        [
-            x[:, :, :1],
-            torch.cat([x[:, :, 1:-1, :1], inside.clamp_(0, 1), x[:, :, 1:-1, -1:]], dim=3),
-            x[:, :, -1:],
-        ],
-        dim=2,
-    )
+def _sharpen(x: Pixels, factor: Each) -> None:
+    """In place, whole numbers: a blend with the mean of 3 x 3 pixels, the middle five times; pixels at the border stay."""
+    inside = x[:, :, 1:-1, 1:-1]
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    around = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    around.add_(inside, alpha=4).mul_((1 - factor) / 13)
+    inside.copy_(around.add_(factor * inside).clamp_(0, 255).round_())
 
 
 def _blurred(x: Pixels, draw: Each) -> Pixels:

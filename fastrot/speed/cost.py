@@ -52,15 +52,19 @@ def step_cost(method: Method, view: View, cfg: Config, device: torch.device) -> 
 
     The network is not run, and no random number is drawn.
     """
-    dtype = DTYPES[cfg.precision]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        views = method.views(random_batch(view, 1, device))
-    shapes = tree_map(lambda each: (cfg.batch * len(each), *each.shape[1:]), views)
+    dtype, shapes = DTYPES[cfg.precision], views_shapes(method, view, cfg.batch, device)
     fused = cfg.compile or getattr(cfg.backbone, "fuse", False)
     each = layers(method.net, shapes, dtype)
     traffic = sum(layer.traffic if fused else layer.traffic_unfused for layer in each)
     traffic += optimiser_bytes(method.net, dtype, cfg.optim)
     return StepCost(flop=sum(layer.flop for layer in each), traffic=traffic)
+
+
+def views_shapes(method: Method, view: View, images: int, device: torch.device) -> Any:
+    """The shape of the views of so many pictures, or a tuple of shapes. No random number is drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        views = method.views(random_batch(view, 1, device))
+    return tree_map(lambda each: (images * len(each), *each.shape[1:]), views)
 
 
 def random_batch(view: View, images: int, device: torch.device) -> Batch:

@@ -122,6 +122,8 @@ def build(cfg: Config, info: DataInfo, schedule: LRSchedule) -> TrainState:
     torch.manual_seed(cfg.seed)
     method = assemble.method(cfg, info)
     method.net.to(info.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if method.augmented is not None and cfg.compile:
+        method.augmented = torch.compile(method.augmented, fullgraph=True, dynamic=False)
     return TrainState(
         method=method,
         net=wrapped(method.net, cfg, info.device),

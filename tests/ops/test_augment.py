@@ -138,7 +138,9 @@ def test_what_is_off_changes_no_bit():
     assert torch.equal(augmented(images, NOTHING, draws()), images)
     still = draws()
     still[:, 1:5] = 0.5  # factors of 1, no shift of hue
-    quiet = Augment(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0, photometric=0.0, grey=0.0)
+    quiet = Augment(
+        brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0, photometric=0.0, grey=0.0
+    )
     assert torch.equal(augmented(images, quiet, still), images)
     never = dataclasses.replace(NOTHING, photometric=1e-9, grey=1e-9, blur=1e-9)
     assert torch.equal(augmented(images, never, draws()), images)
