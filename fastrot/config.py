@@ -192,9 +192,7 @@ class Augment:
     contrast: float = 0.4  # such a factor of the distance from the mean grey
     saturation: float = 0.4  # such a factor of the distance from each pixel's grey
     hue: float = 0.2  # shifted by up to this share of the colour circle
-    photometric: float = (
-        0.66  # how often: fewer bits, sharpness, solarised, auto-contrast, all four
-    )
+    photometric: float = 0.66  # how often fewer bits, sharpness, solarised, auto-contrast, all four
     grey: float = 0.2  # how often without colour
     blur: float = 0.0  # how often blurred by a Gaussian, of .1 to 2 pixels in 224
 
@@ -205,9 +203,7 @@ class Pirl(MemoryBank):
 
     crop: Crop = RandomResized()
     transform: Literal["rotation", "jigsaw", "both"] = "rotation"  # of a second crop
-    lambda_transform: float = (
-        0.5  # weight of the transform's loss, the picture's has the rest; 0: NPID
-    )
+    lambda_transform: float = 0.5  # its loss's weight; the picture's has the rest; 0: NPID
     head: Literal["linear", "mlp"] = "linear"  # what embeds features; mlp: a hidden layer as wide
     permutations: int | None = None  # of the patches, far apart; default: all 362,880
     patch_scale: tuple[float, float] = (0.6, 1.0)  # share of the area that patches are cut of

@@ -84,7 +84,7 @@ def seen_by(
     """
     net, info = method.net, getattr(method, "info")  # noqa: B009
     trunk: Any = net.trunk
-    heads = isinstance(net, PirlNet) and transform in net.heads
+    heads = net if isinstance(net, PirlNet) and transform in net.heads else None
     puzzle = None
     if transform == "jigsaw":
         cut = puzzle_crop(cfg.method.crop), None, config.Augment()
@@ -114,9 +114,9 @@ def seen_by(
                 for stage, (mine, theirs) in found.items():
                     mean = theirs.unflatten(1, (-1, CELLS)).mean(dim=2)
                     found[stage] = mine, F.normalize(mean, dim=2)
-            if heads:
-                views = torch.stack([net.embedded(transform, each) for each in others])
-                found[HEADS] = net.embedded(PICTURE, upright), views
+            if heads is not None:
+                views = torch.stack([heads.embedded(transform, each) for each in others])
+                found[HEADS] = heads.embedded(PICTURE, upright), views
         return found
 
     return seen

@@ -6,7 +6,6 @@ Without a transform it is NPID (Wu 2018). As the authors' code computes it (VISS
 import dataclasses
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -170,6 +169,7 @@ class Pirl(Method):
     # ---- inside ----
 
     def _coloured(self, images: Tensor, batch: Batch, view: int) -> UInt8[Tensor, "b s s 3"]:
+        assert self.augmented is not None
         where = batch.index, batch.epoch_step[0], _COLOUR + view
         return self.augmented(images, self.cfg.augment, shares(self.info.seed, *where, DRAWS))
 

@@ -57,7 +57,7 @@ def augmented(
         x = torch.where(each[_GREY] < how.grey, _grey(x), x)
     if how.blur:
         x = torch.where(each[_BLUR] < how.blur, _blurred(x, each[_SIGMA]), x)
-    return (x * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (x * 255).round_().to(torch.uint8, memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
 def _jittered(x: Pixels, how: config.Augment, each: tuple[Each, ...]) -> Pixels:
@@ -114,10 +114,13 @@ def _turned(x: Pixels, by: Each) -> Pixels:
     red, green, blue = x.split(1, dim=1)
     most = torch.maximum(torch.maximum(red, green), blue)
     spread = most - torch.minimum(torch.minimum(red, green), blue)
-    is_red, is_green = most == red, most == green
-    side = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    hue = side.div_(spread.clamp_min(1e-12)).add_(6 * by)
-    hue.add_(torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)))
+    # products of masks, since where() waits for a CPU's wrong guesses
+    is_red = (red == most).to(x.dtype)
+    is_green = (green == most).to(x.dtype).mul_(1 - is_red)
+    hue = is_red * (green - blue)
+    hue.addcmul_(is_green, (blue - red).add_(spread, alpha=2))
+    hue.addcmul_(1 - is_red - is_green, (red - green).add_(spread, alpha=4))
+    hue.div_(spread.clamp_min(1e-12)).add_(6 * by)
     hue.sub_((hue / 6).floor_(), alpha=6)
     lack = torch.cat([2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1], dim=1)
     return most - lack.clamp_(0, 1).mul_(spread)
@@ -128,7 +131,7 @@ def _photometric(x: Pixels, each: tuple[Each, ...]) -> Pixels:
     step = 16 >> (each[_BITS] * 5).long()  # of 4 to 8 bits
     x = (x * 255).round_().div_(step).floor_().mul_(step)
     _sharpen(x, 0.1 + 1.8 * each[_SHARPNESS])
-    x = torch.where(x >= (each[_THRESHOLD] * 257).floor(), 255 - x, x)
+    x.sub_((x >= (each[_THRESHOLD] * 257).floor()).to(x.dtype), alpha=255).abs_()  # 255 - x
     low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
     flat = low == high  # stays
     return x.sub_(torch.where(flat, 0.0, low)).div_(torch.where(flat, 255.0, high - low))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastrot import config, dist, machine
+from fastrot import dist, machine
 from fastrot.config import Config, RunError, UsageError
 from fastrot.core import View
 from fastrot.entry import in_bytes
