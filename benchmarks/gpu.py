@@ -95,7 +95,7 @@ def plan(device: str, out: Path, root: Path) -> dict[str, list[Step]]:
             tests("nce", 35, "tests/ops/test_nce.py", *shared),
             tests("norm", 20, "tests/ops/test_norm.py", *shared),
             tests("blocks", 15, "tests/ops/test_blocks.py"),
-            tests("rows", 15, "tests/ops/test_rows.py", "tests/ops/test_angles.py"),
+            tests("rows", 15, "tests/ops/test_rows.py", "tests/ops/test_angles.py", "tests/ops/test_augment.py"),
             tests("philox", 10, "tests/ops/test_philox.py"),
             tests("numbers", 30, "tests/test_numerics.py", *shared),
             *(ops(name, 25) for name in ("unpack", "norm", "nce")),
