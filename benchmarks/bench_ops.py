@@ -32,10 +32,11 @@ from benchmarks.measure import IMAGENET
 from fastrot import entry, native
 from fastrot.backbones.alexnet import alexnet
 from fastrot.backbones.space_to_depth import space_to_depth_of
-from fastrot.config import AlexNet, RandomResized
+from fastrot.config import AlexNet, Augment, RandomResized
 from fastrot.data import crops
 from fastrot.data.pack import layout
 from fastrot.ops import norm
+from fastrot.ops.augment import DRAWS, augmented
 from fastrot.ops.blocks import PackTensors, unpack_crops, unpack_crops_reference
 from fastrot.ops.choice import using
 from fastrot.ops.nce import Draw, estimate_z, nce_loss
@@ -60,6 +61,9 @@ OF_MEMORY = 0.05  # of the plain gather's extra memory
 SAVED_IN = 10.0  # seconds: "in seconds", for a row per picture of ImageNet
 FIRST = (11, 4, 2)  # kernel, stride and padding of AlexNet's first convolution
 IN_CELLS = "in cells"
+COLOURS = {  # what is changed: the four in any order alone; PIRL's; all there is
+    "jitter": Augment(photometric=0.0, grey=0.0), "default": Augment(), "all": Augment(blur=0.5),
+}  # fmt: skip
 PLAIN, AS_GRAPH, BOTH = "plain gather", "as a CUDA graph", "loss and gradient"
 NORMED = [  # AlexNet's layers: channels, pixels a side where conv1 has 55, whether a pool follows
     ("conv1", 64, 55, True), ("conv2", 192, 27, True), ("conv3", 384, 13, False),
@@ -117,6 +121,37 @@ def bench_rotate(device: str, seconds: float, peak: float, shapes: list[tuple], 
                 mode="forward",
                 shape={"images": images, "size": size, "rotations": len(ROTATIONS)},
                 dtype=_name(dtype),
+                **spread,
+                **rates(moved, spread, copy=peak),
+                images_per_s=images / (spread["p50"] / 1e3),
+            )
+
+
+# ---- colours ----
+
+
+def bench_augment(device: str, seconds: float, peak: float, shapes: list[tuple]):
+    """Rows for each shape (images, pixels a side) and kind of change."""
+    for images, size in shapes:
+        crops = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device)
+        draws = torch.rand(images, DRAWS, device=device)
+        runs = {}
+        for kind, how in COLOURS.items():
+            run = functools.partial(augmented, crops, how, draws)
+            runs[kind] = run
+            if device == "cuda":
+                runs[f"{kind}, compiled"] = functools.partial(
+                    torch.compile(augmented, fullgraph=True, dynamic=False), *run.args
+                )
+        moved = 2 * crops.numel() + draws.nbytes
+        for kind, times in measure.interleaved(runs, device, seconds=seconds).items():
+            spread = measure.spread(times)
+            yield row(
+                "augmented",
+                kind,
+                mode="forward" + by(device),
+                shape={"images": images, "size": size},
+                dtype="uint8",
                 **spread,
                 **rates(moved, spread, copy=peak),
                 images_per_s=images / (spread["p50"] / 1e3),
@@ -742,6 +777,7 @@ def rows_of(families: list[str], device: str, quick: bool) -> Iterator[dict[str,
     of_views = torch.bfloat16 if gpu else torch.float32
     if "views" in families:
         yield from bench_rotate(device, seconds, peak, shapes, of_views)
+        yield from bench_augment(device, seconds, peak, shapes)
         small = shapes[0] if gpu else (4, shapes[0][1])
         firsts = [small if quick else (BATCH if gpu else 4, 224)]
         yield from bench_first_convolution(device, seconds, firsts, of_views)

@@ -197,7 +197,8 @@ def open_loader(
 
 def training_view(cfg: Config, rows: Path | Numbers | None = None) -> View:
     kind, own = METHODS[type(cfg.method)], cfg.method
-    return View(crops=kind.crops(own), rows=rows, owned=kind.owned(own), blocks=config.blocks(cfg))
+    how: dict[str, Any] = {"owned": kind.owned(own), "blocks": config.blocks(cfg)}
+    return View(crops=kind.crops(own), rows=rows, asked=own.crop.size, **how)
 
 
 def evaluation_view(cfg: Config, rows: Path | Numbers | None = None) -> View:

@@ -28,6 +28,7 @@ class View:
     shuffled: bool = True  # False: data order, with the ragged tail
     rows: Path | Numbers | None = None  # or a .npy of them: a fold, a hold-out; None: all
     owned: bool = False  # rank r permutes the rows i % world == r
+    asked: int | None = None  # --image-size, where a crop has another size than that
     blocks: tuple[int, int] | None = None  # pictures a block, blocks a window; None: all are mixed
 
 

@@ -159,7 +159,12 @@ def jigsaw_resnet50() -> Config:
     return Config(
         preset="jigsaw-resnet50",
         batch=256,
-        method=config.Jigsaw(),
+        method=config.Jigsaw(
+            crop=config.Within(size=224, short=225),  # patches of 255 pixels of 256
+            augment=config.Augment(
+                brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, photometric=0.0, grey=0.66
+            ),
+        ),
         backbone=config.Named(),
         optim=PLAIN_SGD,
         schedule=Schedule(table=rates, epochs=105),

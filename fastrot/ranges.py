@@ -9,6 +9,7 @@ from fastrot.config import (
     WIDEST_EMBEDDING,
     Config,
     Decoupling,
+    Pirl,
     Probe,
     RotNet,
     UsageError,
@@ -124,6 +125,11 @@ def check(cfg: Config) -> None:
         want("method.lambda_cls", some > 0, "a number above 0: all other terms are 0 too")
         weighed = method.pu_table is None or method.lambda_cls > 0
         want("method.pu_table", weighed, "--method.lambda-cls above 0, the loss that it weighs")
+    if isinstance(method, Pirl):
+        puzzles = method.lambda_transform > 0 and method.transform != "rotation"
+        words = "--method.transform jigsaw or both, and a lambda above 0"
+        want("method.permutations", puzzles or method.permutations is None, words)
+        want("method.patch_scale", puzzles or method.patch_scale == Pirl.patch_scale, words)
     if isinstance(method, RotNet):
         angles = {angle % 360 for angle in method.angles}
         apart = 2 <= len(method.angles) == len(angles)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastrot import config, evaluate
 from fastrot.backbones.alexnet import alexnet
+from fastrot.config import RunError, UsageError
 from fastrot.data.loader import Loader
 from fastrot.evals import invariance
 from fastrot.evals.invariance import BINS, distances, own_transform, seen_by
@@ -161,3 +162,19 @@ def test_the_command_prints_and_keeps_what_it_found(pictures, tmp_path, capsys):
     assert set(found) == {"last", "heads"}
     assert sum(found["heads"]["histogram"]) == pytest.approx(1)
     assert invariance.HEADS in found
+
+
+def test_what_it_cannot_ask_is_refused_and_lone_pictures_have_no_others(pictures, tmp_path):
+    run = str(go("jigsaw", pictures, tmp_path / "run", "--max-steps", "1"))
+    with pytest.raises(UsageError, match="--pool 2: a puzzle's features are averaged"):
+        evaluate.main([run, "invariance", "--pool", "2"])
+    with pytest.raises(UsageError, match="--batch 2 or more"):
+        evaluate.main([run, "invariance", "--batch", "1"])
+    pair, lone = (unit(2, 8), unit(1, 2, 8, seed=1)), (unit(1, 8), unit(1, 1, 8, seed=2))
+    given = iter([pair, lone])
+    found = distances(lambda b: {"x": next(given)}, Batches(a_batch([0, 1]), a_batch([2])))["x"]
+    alone = distances(lambda b: {"x": pair}, Batches(a_batch([0, 1])))["x"]
+    assert (found.other, found.nearer) == (alone.other, alone.nearer)
+    assert found.own != alone.own
+    with pytest.raises(RunError, match="no two pictures"):
+        distances(lambda b: {"x": lone}, Batches(a_batch([2])))

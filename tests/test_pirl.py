@@ -460,6 +460,11 @@ def test_what_cannot_be_is_told_in_a_sentence():
         r"--method.permutations got 362881.*9!",
     )
     bad(["jigsaw-alexnet", "--method.permutations", "1"], "--method.permutations got 1")
+    bad(
+        ["pirl-alexnet", "--method.permutations", "9"],
+        "--method.permutations got 9.*jigsaw or both",
+    )
+    bad(["npid-alexnet", "--method.patch-scale", ".1", ".2"], "--method.patch-scale got .*jigsaw")
     bad(["pirl-alexnet", "--method.lambda-transform", "1.5"], "--method.lambda-transform got 1.5")
     bad(["pirl-alexnet", "--method.augment.hue", "0.7"], "--method.augment.hue got 0.7")
     bad(["pirl-alexnet", "--method.augment.grey", "-1"], "--method.augment.grey got -1")
@@ -486,6 +491,7 @@ def test_presets_say_the_papers_numbers():
     assert pirl_paper.schedule.last == pytest.approx(1.2e-4 / 0.12)
     assert (npid.method.lambda_transform, npid.method.negatives) == (0, 4096)
     assert jig.method.permutations == 2000
+    assert config.with_size(jig.method.crop, 255).short == 256
     for name in ("pirl", "npid", "jigsaw"):
         assert PRESETS[f"{name}-alexnet"]().backbone.last == "conv5"
 

@@ -88,7 +88,7 @@ class Staged(nn.Module):
 
     def probed_side(self, stage: str, channels: int) -> int:
         """Pixels a side to which a linear probe pools the maps of a stage."""
-        return self.probed.get(stage) or max(1, math.isqrt(PROBED // channels))
+        return self.probed.get(self.check_stage(stage)) or max(1, math.isqrt(PROBED // channels))
 
 
 class Classifier(nn.Module):

@@ -92,8 +92,10 @@ def plain(crop: Crop) -> Crop:
     return Whole(size=crop.size, flip=False)
 
 
-def check_sizes(crop: Crop, sizes: Sizes, *, enlarge: bool = False) -> None:
-    """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise."""
+def check_sizes(
+    crop: Crop, sizes: Sizes, *, enlarge: bool = False, asked: int | None = None
+) -> None:
+    """Refuse pictures that are smaller than the crop: each of them for Shifted, most of them otherwise. `asked`: of `View`."""
     short = sizes.min(axis=1)
     if isinstance(crop, Shifted) and crop.pad >= crop.size:  # a box could miss its picture
         raise UsageError(f"--method.crop.pad got {crop.pad}: it wants less than {crop.size} pixels")
@@ -106,5 +108,5 @@ def check_sizes(crop: Crop, sizes: Sizes, *, enlarge: bool = False) -> None:
     if not isinstance(crop, (Shifted, Whole)) and middle < crop.size and not enlarge:
         raise UsageError(
             f"the crop is {crop.size} pixels a side, but half of the pictures have a short side of at most "
-            f"{middle}: set --image-size {middle} or smaller, or --enlarge to stretch them"
+            f"{middle}: set --image-size {middle * (asked or crop.size) // crop.size} or smaller, or --enlarge to stretch them"
         )

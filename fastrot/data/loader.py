@@ -84,7 +84,7 @@ class Loader:
                 f"set {self._own} or fewer, or --order full"
             )
         for crop in view.crops:
-            crops.check_sizes(crop, data.sizes(everything), enlarge=enlarge)
+            crops.check_sizes(crop, data.sizes(everything), enlarge=enlarge, asked=view.asked)
         data.place(self._share, self.device)
         seen = data.fingerprint.encode() + (b"all" if self.rows is None else self.rows.tobytes())
         self.fingerprint = hashlib.blake2b(seen, digest_size=16).hexdigest()

@@ -8,12 +8,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastrot import config, dist
+from fastrot.config import RunError, UsageError
 from fastrot.core import Batch, Method
 from fastrot.data.loader import Loader
 from fastrot.evals.asked import begin, given, keep, loader_of, own_pictures, say
@@ -57,8 +59,15 @@ def evaluate(run: str, knobs: Invariance) -> int:
         named = given(knobs.data, knobs)
     begin(load(run), knobs)
     transform = knobs.transform or own_transform(net.cfg.method)
+    if transform == "jigsaw" and knobs.pool != 1:
+        raise UsageError(f"--pool {knobs.pool}: a puzzle's features are averaged; leave it out")
+    if (knobs.batch or net.cfg.batch) < 2:
+        raise UsageError("pictures are told from others of their batch: set --batch 2 or more")
+    # neighbours are often of one class
+    rows = np.arange(named.data.rows) if named.rows is None else np.load(named.rows)
+    rows = np.random.default_rng(0).permutation(rows)
     with dist.joined(device, "give the same command again"):
-        loader = loader_of(named.data, named.rows, net.cfg, knobs, device)
+        loader = loader_of(named.data, rows, net.cfg, knobs, device)
         method = trained_method(net.source, device)
         found = distances(seen_by(method, knobs.stages, knobs.pool, transform, net.cfg), loader)
     of = "by 90, 180 and 270 degrees" if transform == "rotation" else "in nine patches"
@@ -87,12 +96,13 @@ def seen_by(
     heads = net if isinstance(net, PirlNet) and transform in net.heads else None
     puzzle = None
     if transform == "jigsaw":
-        cut = puzzle_crop(cfg.method.crop), None, config.Augment()
+        orders = getattr(cfg.method, "permutations", None)
+        cut = puzzle_crop(cfg.method.crop), orders, config.Augment()
         puzzle = Puzzle(*cut, trunk, info)
 
     def unit(features: Tensor) -> Tensor:
         if features.ndim == 4:
-            features = F.adaptive_avg_pool2d(features, pool if puzzle is None else 1)
+            features = F.adaptive_avg_pool2d(features, pool)
         return F.normalize(features.flatten(1), dim=1)
 
     def seen(batch: Batch) -> dict[str, Pair]:
@@ -134,7 +144,8 @@ def distances(seen: Callable[[Batch], dict[str, Pair]], loader: Loader) -> dict[
                 right = (apart > 0).float() + 0.5 * (apart == 0)
                 distance = (2 - 2 * cosine).clamp_min(0).sqrt()
                 own = distance.diagonal()
-                counts = [own.histc(BINS, 0, 2), _weighed(distance, pairs)]
+                pairs = pairs * (len(own) > 1)  # a lone picture has no other
+                counts = [_counted(own, torch.ones_like(own)), _counted(distance, pairs)]
                 mean = own.sum(), (distance * pairs).sum(), (right * pairs).sum()
                 each = torch.cat([torch.stack(mean), *counts]).double()
                 sums[stage] = sums.get(stage, 0) + each
@@ -144,14 +155,16 @@ def distances(seen: Callable[[Batch], dict[str, Pair]], loader: Loader) -> dict[
         own, other, right, *counts = dist.sum_over_ranks(mine).tolist()
         first, second = counts[:BINS], counts[BINS:]
         n, pairs = sum(first), sum(second)
+        if not pairs:
+            raise RunError("no two pictures of a batch can be read: prepare them anew")
         shares = [each / n for each in first], [each / pairs for each in second]
         found[stage] = Distances(own / n, other / pairs, right / pairs, *shares)
     return found
 
 
-def _weighed(distance: Float[Tensor, "b b"], pairs: Float[Tensor, "b b"]) -> Float[Tensor, " n"]:
-    """A histogram of the pairs that count."""
+def _counted(distance: Float[Tensor, "..."], weight: Float[Tensor, "..."]) -> Float[Tensor, " n"]:
+    """A histogram; what rounding brought over 2 counts as 2."""
     place = (distance * (BINS / 2)).long().clamp_max(BINS - 1)
     return torch.zeros(BINS, device=distance.device).scatter_add_(
-        0, place.flatten(), pairs.flatten()
+        0, place.flatten(), weight.flatten()
     )

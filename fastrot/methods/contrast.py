@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrot import dist
+from fastrot.config import MemoryBank
 from fastrot.core import DTYPES, Batch, DataInfo
 from fastrot.methods.bank import Bank
 from fastrot.ops.nce import Draw, Each, Features, estimate_z, nce_loss_and_mass
@@ -21,7 +22,7 @@ EMA = 0.99  # of Z, where it follows: what He found to work (HobbitLong/CMC, iss
 class Contrast:
     """A bank, and what is asked of it.
 
-    cfg    a method's config, whose knobs of the bank are called as config.Decoupling's
+    cfg    a method's config, whose knobs of the bank are called as config.MemoryBank's
     asked  whether for `loss`, whose constant Z is then kept up where it is NCE's
     unit   whether fresh rows have unit length
     eps    of NCE: see ops/nce.py
@@ -29,7 +30,7 @@ class Contrast:
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: MemoryBank,
         info: DataInfo,
         *,
         asked: bool = True,

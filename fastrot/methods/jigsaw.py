@@ -115,12 +115,13 @@ def _side(size: int) -> int:
 
 
 class JigsawNet(nn.Module):
-    """A trunk, a layer that makes 1,000 numbers of each patch, and one that tells the order by all nine."""
+    """A trunk, a layer that makes 1,000 numbers of each patch, batch norm and ReLU, and a layer that tells the order by all nine."""
 
     def __init__(self, trunk: Staged, orders: int):
         super().__init__()
         self.trunk = trunk
-        self.each = nn.Linear(trunk.channels[trunk.stages[-1]], EACH)
+        width = trunk.channels[trunk.stages[-1]]
+        self.each = nn.Sequential(nn.Linear(width, EACH), nn.BatchNorm1d(EACH), nn.ReLU())
         self.head = nn.Linear(CELLS * EACH, orders)
 
     def forward(self, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "b k"]:

@@ -50,8 +50,8 @@ class PirlNet(nn.Module):
 
     def forward(self, views: tuple[Tensor, ...]) -> Embeddings:
         picture, *others = views
-        names = (*self.heads,) or (PICTURE,)  # NPID's second view, in evaluation
-        rest = [self.embedded(name, x) for name, x in zip(names, others, strict=False)]
+        names = (*self.heads,) or (PICTURE,) * len(others)  # NPID's second view, in evaluation
+        rest = [self.embedded(name, x) for name, x in zip(names, others, strict=True)]
         return Embeddings(self.embedded(PICTURE, picture), tuple(rest))
 
     def embedded(self, name: str, x: Float[Tensor, "n c s s"]) -> Float[Tensor, "b d"]:
@@ -93,7 +93,7 @@ class Pirl(Method):
 
     @staticmethod
     def for_inference(cfg: config.Pirl) -> config.Pirl:
-        return dataclasses.replace(cfg, bank="replicated", negatives=1)
+        return dataclasses.replace(cfg, bank="replicated", negatives=1, permutations=None)
 
     def views(self, batch: Batch) -> tuple[Float[Tensor, "n c s s"], ...]:
         """In training each of a crop of its own, its colours changed; in evaluation all of one crop as it is, NPID's second view excepted."""

@@ -21,7 +21,8 @@ def told_apart(
     A lone picture is another to itself.
     """
     apart, b = cosine.diagonal()[:, None] - cosine, len(cosine)
-    return apart, torch.ones_like(apart) - (torch.eye(b).to(apart) if b > 1 else 0)
+    own = torch.eye(b, dtype=apart.dtype, device=apart.device) if b > 1 else 0
+    return apart, torch.ones_like(apart) - own
 
 
 def classification_scores(logits: Float[Tensor, "v k"], label: Int64[Tensor, " v"]) -> Scores:

@@ -62,7 +62,10 @@ def step_cost(method: Method, view: View, cfg: Config, device: torch.device) -> 
 
 def views_shapes(method: Method, view: View, images: int, device: torch.device) -> Any:
     """The shape of the views of so many pictures, or a tuple of shapes. No random number is drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    eager = torch.compiler.set_stance(
+        "force_eager"
+    )  # a form for one picture is not worth compiling
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), eager:
         views = method.views(random_batch(view, 1, device))
     return tree_map(lambda each: (images * len(each), *each.shape[1:]), views)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastrot import dist, machine
-from fastrot.config import Config, RunError, UsageError
+from fastrot.config import Config, MemoryBank, RunError, UsageError
 from fastrot.core import View
 from fastrot.entry import in_bytes
 from fastrot.speed.cost import random_batch
@@ -47,7 +47,7 @@ def out_of_memory_error(
     """
     where = _memory_of(device)
     if built is None:
-        bank = " and its memory bank" if hasattr(cfg.method, "bank_dtype") else ""
+        bank = " and its memory bank" if isinstance(cfg.method, MemoryBank) else ""
         what = f"the network of {cfg.preset}{bank}"
         return UsageError(f"{what} is too large for {where}: {_less(cfg)}")
     state, view, step_timer = built
@@ -74,7 +74,7 @@ def _less(cfg: Config) -> str:
     ways = "choose smaller crops (--image-size)"
     if hasattr(cfg.backbone, "width"):
         ways += ", or a narrower net (--backbone.width)"
-    if getattr(cfg.method, "bank_dtype", None) == "fp32":
+    if isinstance(cfg.method, MemoryBank) and cfg.method.bank_dtype == "fp32":
         ways += ", or --method.bank-dtype bf16"
     if cfg.placement != "pinned" and (cfg.data or "").rstrip("/").endswith(".pack"):
         ways += ", or --placement pinned"
@@ -121,8 +121,11 @@ def _try_step(state: TrainState, view: View, images: int) -> None:
     net.train()
     try:
         batch = random_batch(view, images, device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), state.autocast():
-            outputs = torch.func.functional_call(net, own, (state.method.views(batch),))
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), eager:
+            views = state.method.views(batch)
+            with state.autocast():
+                outputs = torch.func.functional_call(net, own, (views,))
         gradients.clear()
         leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
         torch.stack([t.float().mean() for t in leaves]).sum().backward()

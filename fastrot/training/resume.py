@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastrot import assemble, config, dist, machine, paths
-from fastrot.backbones.staged import HALVES
+from fastrot.backbones.staged import HALVES, LAST
 from fastrot.config import Config, UsageError
 from fastrot.core import DataInfo, Method
 from fastrot.data.loader import Loader
@@ -125,7 +125,7 @@ def start_from(net: torch.nn.Module, source: str) -> None:
         linears = {k: v for k, v in trunk.state_dict().items() if k.startswith("fc_block.")}
         if linears and "config" not in begun and not linears.keys() & weights.keys():  # VISSL's
             heads = {*net.heads} if isinstance(net, ProbeNet) and net.frozen else set()
-            if heads & {"fc_block", *HALVES}:
+            if heads & {"fc_block", LAST, *HALVES}:
                 told = f"--start-from: {source} has no fc_block"
                 raise UsageError(f"{told}: leave it and its halves out of --method.stages")
             logging.getLogger("fastrot").warning("%s has no fc_block: it begins anew", source)

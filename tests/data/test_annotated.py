@@ -242,6 +242,9 @@ def test_categories_that_cannot_be_had(sets):
             open_source("coco", sets["coco"], categories=asked)
     with pytest.raises(UsageError, match="has no boxes; coco and voc have"):
         open_source("imagefolder", sets["coco"], categories="cat")
+    source = open_source("coco", sets["coco"], categories="all")
+    assert [record.path[:6] for record in source.records] == [f"{i:06}" for i in (0, 1, 2, 3, 5)]
+    assert (len(source.left_out), source.classes) == (1, ("traffic light", "cat", "dog", "unicorn"))
     source = open_source("coco", sets["coco"], categories="dog,unicorn")
     assert "no picture has a box of unicorn" in source.notes
     assert source.classes == ("dog", "unicorn")
@@ -354,14 +357,14 @@ ODD = {  # what is changed in the file; what a note says of it; boxes that are l
     ),
     "a crowd": (
         lambda i, a, c: box_of(a, 0).update(iscrowd=1),
-        "pictures without a box that counts, their label is -1: 2, the first 000000.png",
+        "pictures without a box that counts, their label is -1 (--categories all leaves them out): 2, the first 000000.png",
         6,
     ),
     "a crowd in words, and ids as a table writes them": (
         lambda i, a, c: [
             each.update(iscrowd="1", image_id=float(each["image_id"])) for each in a[-1:]
         ],
-        "pictures without a box that counts, their label is -1: 2, the first 000000.png",
+        "pictures without a box that counts, their label is -1 (--categories all leaves them out): 2, the first 000000.png",
         6,
     ),
     "a category without pictures": (lambda i, a, c: None, "no picture has a box of unicorn", 6),
@@ -544,7 +547,7 @@ def test_what_is_odd_in_voc_is_told(tmp_path):
         "pictures without XML: 1, the first 000001.jpg",
         "objects without a name, left out: 1, the first 000005.png",
         "boxes without an area, left out: 1, the first 000005.png",
-        "pictures without a box that counts, their label is -1: 3, the first 000001.jpg",
+        "pictures without a box that counts, their label is -1 (--categories all leaves them out): 3, the first 000001.jpg",
     ):
         assert note in source.notes
 

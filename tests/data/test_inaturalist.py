@@ -1,8 +1,7 @@
-"""iNaturalist's JSON files, and Places205's lists: linear probes' data sets as they are handed out."""
+"""iNaturalist's JSON files: a label a picture, whatever is odd is told."""
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 from truth import photo
@@ -62,12 +61,58 @@ def test_ids_may_be_numbers_of_any_kind(folder):
     assert [each.label for each in opened(folder, what).records] == [0, 2, 1, 0, 2]
 
 
+def test_ids_and_fields_of_other_editions(folder):
+    """2021 tells more of each, in its own folder; ids that are words are in the order of words."""
+    what = told()
+    for each in what["images"]:
+        each.update(id=f"p{each['id']}", license=0, rights_holder="x", latitude=None)
+    for each in what["annotations"]:
+        each.update(image_id=f"p{each['image_id']}", category_id=f"k{each['category_id']}")
+    for each in what["categories"]:
+        each.update(id=f"k{each['id']}", kingdom="Plantae", image_dir_name=f"{each['id']}_x")
+    source = opened(folder, what)
+    assert source.classes == ("Abies alba (k11)", "Bufo bufo", "Abies alba (k7)")
+    assert [each.label for each in source.records] == [1, 0, 2, 1, 0]
+
+
+def test_pictures_are_found_around_the_file(folder):
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "val2018.json").write_text(json.dumps(told()))
+    source = open_source("inaturalist", folder, split="val2018")
+    assert (source.root, len(source.records), source.rejected) == (folder, 5, [])
+    for each in sorted((folder / "train_val2018" / "x").iterdir()):
+        each.unlink()
+    with pytest.raises(UsageError, match=r"no picture of .*val2018.json is in .*: move the"):
+        open_source("inaturalist", folder, split="val2018")
+
+
+def test_pictures_that_come_again(folder):
+    what = told()
+    first = what["images"][0]
+    what["images"] += [{**first, "width": 9}, {**first, "id": "again"}]
+    what["annotations"] += [{"id": 9, "image_id": "again", "category_id": 7}]
+    source = opened(folder, what)
+    assert [each.label for each in source.records] == [0, 2, 1, 0, 2, 1]
+    path = first["file_name"]
+    assert source.notes == [
+        f"pictures listed again, ignored: 1, the first {path}",
+        f"pictures with several ids, taken for each: 1, the first {path}",
+        "annotations with the id of another, taken too: 1, the first id 9",
+    ]
+    what["images"][1]["id"] = 0
+    with pytest.raises(UsageError, match="has the id 0 for .*0.jpg and .*1.jpg: give each picture"):
+        opened(folder, what)
+
+
 def test_test_pictures_have_no_label(folder):
     source = opened(folder, told(annotations=None, categories=None))
     assert [each.label for each in source.records] == [-1] * 5
     assert source.classes == ()
+    (note,) = source.notes
+    assert note == "train2018.json has no annotations, as those of test pictures: labels are -1"
     source = opened(folder, told(), label_from="none")
     assert (source.classes, {each.label for each in source.records}) == ((), {-1})
+    assert source.notes == []
 
 
 def test_what_is_odd_is_counted_and_named(folder):
@@ -115,18 +160,3 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(folder):
         opened(folder, told(), split="test")
     with pytest.raises(UsageError, match="name one with --split"):
         opened(folder, told(), split=None)
-
-
-def test_places205_lists_are_read(tmp_path):
-    """trainvalsplit_places205/train_places205.csv: a path and a number by a space, from the folder of the pictures."""
-    for n, kind in enumerate(("a/abbey", "a/airport_terminal", "y/yard")):
-        (tmp_path / kind).mkdir(parents=True)
-        Image.fromarray(photo(n, 40, 60)).save(tmp_path / kind / f"gsun_{n}.jpg")
-    lines = ["a/abbey/gsun_0.jpg 0", "a/airport_terminal/gsun_1.jpg 1", "y/yard/gsun_2.jpg 204"]
-    (tmp_path / "train_places205.csv").write_text("\n".join(lines) + "\n")
-    source = open_source("list", tmp_path / "train_places205.csv")
-    assert [each.label for each in source.records] == [0, 1, 204]
-    assert len(source.classes) == 205
-    assert np.all(
-        [each.path == line.split()[0] for each, line in zip(source.records, lines, strict=True)]
-    )

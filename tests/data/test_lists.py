@@ -288,6 +288,29 @@ def test_an_absolute_path_elsewhere_stays_absolute(folder, tmp_path):
     assert source.read(0) == JPEG
 
 
+def test_places205_as_it_is_handed_out(tmp_path):
+    """Its csv files have a space between path and number, and lie apart from the pictures."""
+    places = {"a/abbey/gsun_0.jpg": 0, "a/airport_terminal/gsun_1.jpg": 1, "y/yard/gsun_2.jpg": 204}
+    pictures = tmp_path / "data/vision/torralba/deeplearning/images256"
+    tree(pictures, dict.fromkeys(places, JPEG))
+    text = "".join(f"{path} {label}\n" for path, label in places.items())
+    tree(tmp_path / "trainvalsplit_places205", {"train_places205.csv": text.encode()})
+    file = tmp_path / "trainvalsplit_places205" / "train_places205.csv"
+    (pictures / file.name).symlink_to(file)
+    for at, folder in ((file, pictures), (pictures / file.name, None)):
+        source = open_source("list", at, folder=folder)
+        assert {record.path: record.label for record in source.records} == places
+        assert source.classes == tuple(map(str, range(205)))
+        assert (source.notes, source.rejected, source.read(2)) == ([], [], JPEG)
+    for kind, at, folder, said in (
+        ("list", file, None, "no such file.: look at them, or say with --folder where its paths"),
+        ("list", file, tmp_path / "gone", "--folder .*gone: it is no folder"),
+        ("imagefolder", pictures, pictures, "--folder .*images256: .* names no paths; a list does"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            open_source(kind, at, folder=folder)
+
+
 def test_columns_may_be_named(folder):
     (folder / "named.csv").write_text(lines("gone.jpg,{p},{w},{m}", head="image,where,breed,label"))
     how = {"image_column": "where", "label_column": "breed"}

@@ -17,7 +17,8 @@ from fastrot.data.sources.records import Source
 WAYS = "add --overwrite or choose another --out"
 # these change no byte
 NOT_IN_PLAN = (
-    *("root", "out", "workers", "allow_rejects", "overwrite", "dry_run", "estimate", "keep_parts"),
+    *("root", "folder", "out", "workers", "allow_rejects", "overwrite", "dry_run", "estimate"),
+    "keep_parts",
 )
 
 
@@ -32,6 +33,7 @@ class Options(ABC):
     label_from: Literal["folder", "none"] = "folder"  # none: every label is -1
     image_column: str | None = None  # of parquet or a list; default: the first with pictures
     label_column: str | None = None  # of parquet or a list; default: a ClassLabel, label, class...
+    folder: Path | None = None  # of a list: where its paths begin; default: the list's own
     categories: str | None = None  # of coco and voc: take boxes of "cat,traffic light" alone
     short_side: int | None = None  # pixels; shrink pictures whose short side is longer
     max_side: int | None = None  # pixels; shrink pictures whose long side is longer
@@ -64,7 +66,7 @@ class Options(ABC):
 
     def open_source(self) -> Source:
         """The source, in the order in which it is to be written."""
-        names = ("split", "label_from", "image_column", "label_column", "categories")
+        names = ("split", "label_from", "image_column", "label_column", "categories", "folder")
         how = {name: getattr(self, name) for name in names}
         source = open_source(self.source, self.root, **how)
         return source if self.shuffle is None else source.shuffled(self.shuffle)

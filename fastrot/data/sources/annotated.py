@@ -26,6 +26,7 @@ from fastrot.data.sources.tree import OPENED_AT_ONCE
 BOX = np.dtype([("box", "<f8", 4), ("category", "<i8"), ("ignore", "?"), ("area", "<f8")])
 _BLOCK = 256  # pictures a task
 _OTHERS = Verdict("left out", "no box of --categories")
+_NO_BOX = "pictures without a box that counts, their label is -1 (--categories all leaves them out)"
 _ROUNDING = 0.01  # pixels over a border that are not worth a word
 
 Odd = defaultdict[str, list[str]]  # what is odd -> where it was met
@@ -81,7 +82,8 @@ def annotated(
     """The pictures of a folder, each with the category of its largest box that is not `ignore` as its label.
 
     `how.categories` names some of the `known` categories: boxes of others are left out, and so are pictures without a
-    box of these that is not `ignore`. Where it names none, all are meant. `odd` becomes notes.
+    box of these that is not `ignore`; "all" names each. Where it is None, all are meant, and all pictures. `odd`
+    becomes notes.
     """
     asked = _asked(how.categories, known)
     categories = tuple(known if asked is None else asked)
@@ -114,7 +116,7 @@ def annotated(
         label = number[largest.category] if largest and how.labelled else -1
         if source.take(path, label, verdict):
             if not largest:
-                odd["pictures without a box that counts, their label is -1"].append(path)
+                odd[_NO_BOX].append(path)
             rows = [(box.edges, number[box.category], box.ignore, box.area) for box in mine]
             boxes.append(np.array(rows, BOX))
             sizes.append(size)
@@ -128,8 +130,8 @@ def annotated(
 
 def _asked(categories: str | None, known: Sequence[str]) -> list[str] | None:
     """The names of --categories. Raises UsageError for one that is not known."""
-    if categories is None:
-        return None
+    if categories in (None, "all"):
+        return categories and [*known]
     names = [*dict.fromkeys(name.strip() for name in categories.split(","))]
     for name in names:
         if name not in known:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,18 @@ def coco(root: Path, how: Listing) -> Annotated:
     """
     file = json_file(Path(os.path.abspath(root)), how.split, _PREFIX, _WAY)
     images, annotations, categories = read_lists(file, _WAY)
-    odd, told = Odd(list), dict[Any, Told]()
-    for each in images:
-        key, path = (own(each, name, file, _WAY) for name in ("id", "file_name"))
+    odd, told = Odd(list), dict[int | str, Told]()
+    for key, (path, each) in by_id(images, file, _WAY, odd).items():
         size = size_told(*_numbers([each.get("height"), each.get("width")], 2))
-        first = told.setdefault(key, new := Told(str(path), size, []))
-        if first.path != new.path:
-            both = f"{first.path} and {path}"
-            raise UsageError(f"{file} has the id {key} for {both}: give each picture its own")
-        if first is not new:
-            odd["pictures listed again, ignored"].append(new.path)
-    paths = set()
-    for each in told.values():
-        if each.path in paths:
-            odd["pictures with several ids, taken for each"].append(each.path)
-        paths.add(each.path)
-    names, ids = category_names(categories, file, _WAY), set()
-    for each in annotations:
-        key, image, category = (key_of(each.get(k)) for k in ("id", "image_id", "category_id"))
-        if key is not None and key in ids:
-            odd["annotations with the id of another, taken too"].append(f"id {key}")
-        ids.add(key)
-        if image not in told:
-            odd["annotations of no picture, left out"].append(f"id {key}")
-        elif category not in names:
-            odd["annotations of no category, left out"].append(f"id {key}")
-        else:
-            x, y, width, height = _numbers(each.get("bbox"), 4)
-            edges, area = (y, x, y + height, x + width), _numbers([each.get("area")], 1)[0]
-            crowd = _numbers([each.get("iscrowd")], 1)[0] == 1
-            told[image].boxes.append(Box(edges, names[category], crowd, area))
+        told[key] = Told(path, size, [])
+    names = category_names(categories, file, _WAY)
+    for image, category, each in of_pictures(annotations, told, names, odd):
+        x, y, width, height = _numbers(each.get("bbox"), 4)
+        edges, area = (y, x, y + height, x + width), _numbers([each.get("area")], 1)[0]
+        crowd = _numbers([each.get("iscrowd")], 1)[0] == 1
+        told[image].boxes.append(Box(edges, names[category], crowd, area))
     known = [*dict.fromkeys(names.values())]
-    folder = _folder(file, [each.path for each in told.values()])
+    folder = folder_of([each.path for each in told.values()], file)
     return annotated(folder, how, [*told.values()], known, odd)
 
 
@@ -103,7 +84,44 @@ def _without_outline(read: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _folder(file: Path, paths: list[str]) -> Path:
+def by_id(
+    images: list[dict[str, Any]], file: Path, way: str, odd: Odd
+) -> dict[int | str, tuple[str, dict[str, Any]]]:
+    """Paths and pictures by id, in their order; of those with the same id the first counts."""
+    found, paths = dict[int | str, tuple[str, dict[str, Any]]](), set()
+    for each in images:
+        key, path = own(each, "id", file, way), str(own(each, "file_name", file, way))
+        first, same = found.setdefault(key, (path, each))
+        if first != path:
+            both = f"{first} and {path}"
+            raise UsageError(f"{file} has the id {key} for {both}: give each picture its own")
+        if same is not each:
+            odd["pictures listed again, ignored"].append(path)
+        elif path in paths:
+            odd["pictures with several ids, taken for each"].append(path)
+        paths.add(path)
+    return found
+
+
+def of_pictures(
+    annotations: list[dict[str, Any]], images: Container[Any], categories: Container[Any], odd: Odd
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """The ids of picture and category, and the annotation, where both are known."""
+    ids = set()
+    for each in annotations:
+        key, image, category = (key_of(each.get(k)) for k in ("id", "image_id", "category_id"))
+        if key is not None and key in ids:
+            odd["annotations with the id of another, taken too"].append(f"id {key}")
+        ids.add(key)
+        if image not in images:
+            odd["annotations of no picture, left out"].append(f"id {key}")
+        elif category not in categories:
+            odd["annotations of no category, left out"].append(f"id {key}")
+        else:
+            yield image, category, each
+
+
+def folder_of(paths: Iterable[str], file: Path) -> Path:
     """Where the first picture is that is anywhere: one of the folders around the file."""
     above, split = file.parent.parent, file.stem.removeprefix(_PREFIX)
     places = [file.parent, above, above / "images", above / split, above / "images" / split]

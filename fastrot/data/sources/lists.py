@@ -41,14 +41,15 @@ _BEGINNING = 2**16  # bytes: an archive or a picture has a zero among them
 
 
 def text_list(root: Path, how: Listing) -> Source:
-    """Pictures named in a list, by paths that are absolute or relative to the list's folder, as they are where they can.
+    """Pictures named in a list, by paths that are absolute or relative to `how.folder`, else the list's own.
 
     A line that begins with # and names no file is a comment. `numbers` count the lines that are neither blank, nor
     a comment, nor a header, where one of them is rejected.
     """
     if root.is_dir():
         raise UsageError(f"{root} is a folder: give the text file that names the pictures")
-    folder, source = PathFinder(os.path.abspath(root.parent), how.by_name), Source(root=root.parent)
+    at = how.folder or root.parent
+    folder, source = PathFinder(os.path.abspath(at), how.by_name), Source(root=at)
     named = _named(root, folder, how, source.notes)
     blocks = [named[at : at + _BLOCK] for at in range(0, len(named), _BLOCK)]
     with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:

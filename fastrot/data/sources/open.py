@@ -34,12 +34,15 @@ class Kind:
     patterns: bool = False  # whether --root may stand for many names
     splits: bool = True
     columns: bool = False
+    folder: bool = False
     categories: bool = False
 
 
 KINDS = {
     "imagefolder": Kind(image_folder, "a folder of class folders, or of pictures"),
-    "list": Kind(text_list, "a text file that names pictures", splits=False, columns=True),
+    "list": Kind(
+        text_list, "a text file that names pictures", splits=False, columns=True, folder=True
+    ),
     "cifar10": Kind(cifar10, "the folder cifar-10-batches-py"),
     "beton": Kind(beton_rows, "a .beton file, or the folder of its parts", splits=False),
     "tar": Kind(partial(archives, ".tar", tar_members), "a tar, or of a folder of tars"),
@@ -71,6 +74,7 @@ def open_source(
     label_column: str | None = None,
     loose: bool = False,
     categories: str | None = None,
+    folder: Path | None = None,
 ) -> Source:
     """Open a source by the name of its layout, one of the table KINDS. Raises UsageError where it has no picture."""
     if kind not in KINDS:
@@ -87,8 +91,11 @@ def open_source(
         raise UsageError(
             f"--categories {categories}: {layout.wants} has no boxes; coco and voc have"
         )
+    if folder is not None and not (layout.folder and folder.is_dir()):
+        why = "it is no folder" if layout.folder else f"{layout.wants} names no paths; a list does"
+        raise UsageError(f"--folder {folder}: {why}")
     columns = image_column, label_column
-    how = Listing(split, label_from == "folder", by_name, *columns, loose, categories)
+    how = Listing(split, label_from == "folder", by_name, *columns, loose, categories, folder)
     source = layout.open(Path(root), how)
     if source.records:
         return source
@@ -98,7 +105,8 @@ def open_source(
     why = [f"{shown(path) or 'the root'}: {reason}" for path, reason in source.rejected[:1]]
     groups = Counter(each.group() for each in source.left_out).most_common(3)
     why = why or [f"{count:,} {group}" for group, count in groups]
+    way = ", or say with --folder where its paths begin" if layout.folder else ", or at the path"
     raise UsageError(
         f"{where} has {counted(source.seen, 'file')} and no picture among them ({', '.join(why)}): look at "
-        "them, or at the path"
+        f"them{way}"
     )

@@ -26,6 +26,7 @@ class Listing(NamedTuple):
     label_column: str | None = None
     loose: bool = False  # pictures beside class folders are taken too: their label is -1
     categories: str | None = None  # of boxes, with commas between
+    folder: Path | None = None  # where the paths of a list begin
 
 
 @dataclass(frozen=True, slots=True)
