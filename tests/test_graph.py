@@ -240,7 +240,9 @@ PIRL = ["pirl-alexnet", *TINY[1:], "--backbone.kernel", "5", "--backbone.stride"
 PIRL += ["--method.negatives", "20", "--method.dim", "16", "--lr", "0.003"]
 
 
-@pytest.mark.parametrize("task", [DECOUPLING, PIRL], ids=lambda task: task[0])
+@pytest.mark.parametrize(
+    "task", [DECOUPLING, pytest.param(PIRL, marks=pytest.mark.soak)], ids=["decoupling", "pirl"]
+)
 def test_a_whole_run_is_the_same_with_a_graph(task, pictures, tmp_path, on_tape, capsys):
     """Validations, log lines, checkpoints and a resumption between and in the middle of recorded steps."""
 

@@ -16,6 +16,7 @@ from fastrot import assemble, config, ranges, train
 from fastrot.backbones.alexnet import alexnet
 from fastrot.config import UsageError
 from fastrot.core import Batch
+from fastrot.data.crops import check_sizes
 from fastrot.methods import jigsaw, pirl
 from fastrot.methods.contrast import Contrast
 from fastrot.methods.jigsaw import far_apart, puzzle_crop
@@ -25,7 +26,7 @@ from fastrot.ops.nce import estimate_z, nce_loss, nce_loss_and_mass
 from fastrot.ops.patches import patches
 from fastrot.ops.rows import update_rows
 from fastrot.presets import PRESETS
-from fastrot.speed.cost import layers, step_cost
+from fastrot.speed.cost import layers, step_cost, views_shapes
 from fastrot.training import checkpoint, session
 from fastrot.training.optim import LRSchedule
 from fastrot.training.state import build
@@ -482,6 +483,16 @@ def test_the_least_size_that_is_named_is_one_that_fits():
                 assemble.method(cfg, info(9, size=size))
 
 
+def test_a_puzzle_of_small_pictures_names_an_image_size_that_fits():
+    """Not the crop's, which is 255/224 as large."""
+    sizes = np.full((4, 2), 128, np.int32)
+    with pytest.raises(UsageError, match=r"crop is 146 pixels.*set --image-size 112 or smaller"):
+        check_sizes(config.RandomResized(size=146), sizes, asked=128)
+    check_sizes(puzzle_crop(config.RandomResized(size=112)), sizes, asked=112)
+    view = assemble.training_view(config.Config(method=config.Jigsaw(crop=CROP)))
+    assert (view.crops[0].size, view.asked) == (116, LARGE)
+
+
 def test_presets_say_the_papers_numbers():
     pirl_paper, npid, jig = (PRESETS[f"{name}-resnet50"]() for name in ("pirl", "npid", "jigsaw"))
     assert pirl_paper.method.negatives == 32000
@@ -535,6 +546,19 @@ def test_colours_are_compiled_with_the_net(monkeypatch):
         asked.clear()
 
 
+def test_nothing_is_compiled_for_a_count_of_what_a_step_costs():
+    def refuse(graph, inputs):
+        raise AssertionError("compiled")
+
+    method = the_method(
+        config.Pirl(crop=CROP, negatives=5), 9, alexnet(SMALL, LARGE), dtype=torch.float32
+    )
+    method.augmented = torch.compile(augmented, backend=refuse)
+    view = assemble.training_view(config.Config(method=method.cfg))
+    found = views_shapes(method, view, 6, torch.device("cpu"))
+    assert found == ((6, 3, LARGE, LARGE),) * 2
+
+
 # ---- whole runs ----
 
 RUN = ["--enlarge", "--workers", "0", "--hold-out", "0.2", "--no-tensorboard", "--device", "cpu"]
@@ -554,7 +578,9 @@ def go(task: str, pictures, out, *more: str):
     return out
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["pirl", *(pytest.param(each, marks=pytest.mark.soak) for each in ("npid", "jigsaw"))]
+)
 def test_a_run_resumes_to_the_bit_in_mid_epoch(task, pictures, tmp_path):
     straight = go(task, pictures, tmp_path / "straight")
     broken = go(task, pictures, tmp_path / "broken", "--max-steps", "2")

@@ -401,7 +401,7 @@ def test_a_trunk_of_vissl_is_probed(pictures, tmp_path, caplog):
     with torch.no_grad():
         for stage in ("conv1", "conv5"):
             assert torch.equal(ours.outputs(x, [stage])[0], load(run).net.outputs(x, [stage])[0])
-    for stage in ("fc_block", "f2"):
+    for stage in ("fc_block", "f2", "last"):
         with pytest.raises(UsageError, match="has no fc_block: leave it"):
             probe(pictures, tmp_path / stage, *words, "--method.stages", stage)
 

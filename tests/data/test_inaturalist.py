@@ -100,7 +100,7 @@ def test_pictures_that_come_again(folder):
         "annotations with the id of another, taken too: 1, the first id 9",
     ]
     what["images"][1]["id"] = 0
-    with pytest.raises(UsageError, match="has the id 0 for .*0.jpg and .*1.jpg: give each picture"):
+    with pytest.raises(UsageError, match=r"has the id 0 for .*0\.jpg and .*1\.jpg: give each"):
         opened(folder, what)
 
 
