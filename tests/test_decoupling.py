@@ -52,8 +52,8 @@ class Given(Contrast):
 
     idx: torch.Tensor | None = None
 
-    def negatives(self, batch):
-        return super().negatives(batch) if self.idx is None else self.idx
+    def negatives(self, batch, view=0):
+        return super().negatives(batch, view) if self.idx is None else self.idx
 
 
 def with_given(*parts) -> decoupling.Decoupling:

@@ -25,13 +25,15 @@ STEPS, EPOCH = 30, 8  # steps in all, and of an epoch
 MOVING = dict(dim=16, negatives=5, z="ema", proximal=0.1)
 
 
-def batch(step: int, pictures: int = 4) -> Batch:
-    """A batch of its own for each step, as a loader gives them."""
+def batch(step: int, pictures: int = 4, kind: type = config.RotNet) -> Batch:
+    """A batch of its own for each step, as a loader gives them to a method of this kind."""
     draw = torch.Generator().manual_seed(step)
-    whole = test_methods.batch(step)
+    whole = test_methods.batch(step, kind)
     some = torch.randperm(test_methods.IMAGES, generator=draw)[:pictures]
     clock = torch.tensor([step // EPOCH, step])
-    return Batch((whole.images[some],), whole.index[some], whole.label[some], clock)
+    return Batch(
+        tuple(crop[some] for crop in whole.crops), whole.index[some], whole.label[some], clock
+    )
 
 
 def build(kind: type, dtype: torch.dtype = torch.float32, more: dict | None = None):
@@ -80,8 +82,9 @@ def state_of(method, *, graphed: bool, fused: bool = True) -> TrainState:
 def steps(state: TrainState, until: int = STEPS) -> list[list[float]]:
     """The numbers of each step from here on, as the log would have them."""
     numbers = []
+    kind = next(k for k, part in assemble.METHODS.items() if isinstance(state.method, part))
     while state.step < until:
-        losses = train_step(state, batch(state.step))
+        losses = train_step(state, batch(state.step, kind=kind))
         assert losses.vector is not None
         numbers.append(losses.vector.tolist())
         state.step += 1
