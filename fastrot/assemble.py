@@ -210,7 +210,7 @@ def check_labels(who: str, data: Data, val: Data, way_out: str = "") -> None:
     for knob, each in (("--data", data), ("--val", val)):
         if missing := int((each.labels < 0).sum()):
             few = f"{missing} of {each.rows} pictures of {knob} have none"
-            way = f"prepare them with --label-from folder{way_out}"
+            way = f"prepare them with --label-from folder (of VOC and COCO: --categories all){way_out}"
             raise UsageError(f"{who} learns from labels, but {few}: {way}")
     if val.classes != data.classes:
         told, way = "the same names in another order", "prepare both from the same list"
