@@ -28,7 +28,7 @@ class View:
     shuffled: bool = True  # False: data order, with the ragged tail
     rows: Path | Numbers | None = None  # or a .npy of them: a fold, a hold-out; None: all
     owned: bool = False  # rank r permutes the rows i % world == r
-    asked: int | None = None  # --image-size, where a crop has another size than that
+    asked: int | None = None  # --image-size, which a puzzle's crop is larger than
     blocks: tuple[int, int] | None = None  # pictures a block, blocks a window; None: all are mixed
 
 
@@ -201,6 +201,7 @@ class Method(ABC):
     net: nn.Module  # all that is trained; the one thing that DDP and compile wrap
     headline: Headline = Headline()
     wants_labels: bool = False  # refuses, before the first step, data with a label of -1
+    info: DataInfo
     augmented: Callable[..., Any] | None = (
         None  # what changes views' colours: compiled with the net
     )

@@ -91,7 +91,7 @@ def seen_by(
 
     A puzzle's features are the mean over its patches; its heads see it whole.
     """
-    net, info = method.net, getattr(method, "info")  # noqa: B009
+    net, info = method.net, method.info
     trunk: Any = net.trunk
     heads = net if isinstance(net, PirlNet) and transform in net.heads else None
     puzzle = None

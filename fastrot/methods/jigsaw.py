@@ -66,12 +66,12 @@ class Puzzle:
         self, crop: Crop, orders: int | None, how: config.Augment, trunk: Staged, info: DataInfo
     ):
         self.how, self.seed = how, info.seed
-        self.side = round(crop.size // 3 * 64 / 85)
+        self.side = _side(crop.size)
         if trunk.stages[-1] == "fc_block":
             told = "fc_block is for crops of one size, and a puzzle has patches of another"
             raise UsageError(f"{told}: set --backbone.last conv5")
         if self.side < trunk.least:
-            size = next(n for n in itertools.count() if _side(n) >= trunk.least)
+            size = next(n for n in itertools.count() if _side(_whole(n)) >= trunk.least)
             told = f"the puzzle's patches of {self.side} pixels are too small"
             way = f"set --image-size {size} or larger"
             raise UsageError(f"{told}, this network wants at least {trunk.least}: {way}")
@@ -106,12 +106,17 @@ class Puzzle:
 
 def puzzle_crop(crop: Crop) -> Crop:
     """The crop that patches are cut of: 255 pixels for 224, never mirrored as a whole."""
-    return dataclasses.replace(config.with_size(crop, round(crop.size * 255 / 224)), flip=False)
+    return dataclasses.replace(config.with_size(crop, _whole(crop.size)), flip=False)
 
 
-def _side(size: int) -> int:
-    """Pixels a side of a patch, where --image-size is `size`."""
-    return round(round(size * 255 / 224) // 3 * 64 / 85)
+def _whole(size: int) -> int:
+    """Pixels a side of the crop that a puzzle is cut of, where --image-size is `size`."""
+    return round(size * 255 / 224)
+
+
+def _side(whole: int) -> int:
+    """Pixels a side of its patches."""
+    return round(whole // 3 * 64 / 85)
 
 
 class JigsawNet(nn.Module):
