@@ -60,8 +60,8 @@ class Rows(list[dict[str, Any]]):
 
 
 def latest(rows: Rows) -> Rows:
-    """Those of a study's sizes that were measured last."""
-    newest = max(rows, key=lambda row: row["when"], default=None)
+    """Those of a study's sizes that were measured last; of one second the last row's."""
+    newest = max(reversed(rows), key=lambda row: row["when"], default=None)
     return Rows(row for row in rows if newest and row.get("shape") == newest.get("shape"))
 
 

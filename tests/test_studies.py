@@ -287,6 +287,8 @@ def test_of_several_sizes_the_last_is_told(done, tmp_path):
     assert "width 1" in "".join(said)
     assert "width 2" not in "".join(said)
     assert table.cells[0] == ["first", "x", "seconds"]
+    at_once = plots.Rows(row | {"when": "2031-01-01"} for row in found)  # of one second
+    assert {row["shape"]["width"] for row in plots.latest(at_once)} == {2}
     none = plots.Rows(row for row in found if row["what"] != "order")
     assert "expectations" not in "".join(report.study(none)[0])
 
