@@ -1,4 +1,4 @@
-"""Run by test_end_to_end under torchrun, or alone: the losses of some steps of a method, in float64.
+"""Run by test_end_to_end under torchrun, or alone: the losses of some steps of each method, in float64.
 
 BatchNorm stays in eval mode: its batch statistics are each rank's own, so that in training mode two ranks
 are not one process by construction. All else (order, crops, rotations, gradients, SGD) must agree.
@@ -33,9 +33,16 @@ RATES = {
 }  # without BatchNorm's help more would not last
 
 
-def main(pictures: str, out: str, name: str) -> None:
+def main(pictures: str, out: str) -> None:
     here = dist.place()
     dist.start(here, torch.device("cpu"))
+    told = {name: of_method(pictures, name, here) for name in METHODS}
+    if here.rank == 0:
+        Path(out).write_text(json.dumps(told))
+    dist.stop(together=True)
+
+
+def of_method(pictures: str, name: str, here: dist.Place) -> dict:
     cfg = config.Config(
         batch=GLOBAL_BATCH // here.world,
         method=METHODS[name],
@@ -88,9 +95,7 @@ def main(pictures: str, out: str, name: str) -> None:
         told |= {"z": float(contrast.mean_exp)}
         of_all = dist.gather_rows(bank.rows[None])
         assert all(torch.equal(of_all[0], other) for other in of_all), "banks differ"
-    if here.rank == 0:
-        Path(out).write_text(json.dumps(told))
-    dist.stop(together=True)
+    return told
 
 
 if __name__ == "__main__":
