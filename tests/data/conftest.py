@@ -1,5 +1,7 @@
 """Pictures of every kind that a folder may hold."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +36,16 @@ def odd(tmp_path_factory) -> Path:
     for ending in ("gif", "webp", "bmp", "tiff", "ppm"):
         save(f"kind.{ending}", picture)
     return root
+
+
+@pytest.fixture
+def lasting_threads() -> Callable[[], set[threading.Thread]]:
+    """The threads that live, when the one that computes the next epoch's order has ended with it."""
+
+    def threads() -> set[threading.Thread]:
+        for thread in threading.enumerate():
+            if thread.name.startswith("order"):
+                thread.join(timeout=10)
+        return set(threading.enumerate())
+
+    return threads

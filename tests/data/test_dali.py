@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,15 +151,15 @@ def test_epochs_share_a_pipeline_and_two_loaders_do_not(written, monkeypatch):
     assert len(built) == 2
 
 
-def test_broken_off_epochs_leave_nothing_in_the_pipeline(written):
+def test_broken_off_epochs_leave_nothing_in_the_pipeline(written, lasting_threads):
     loader = open_loader(written["tars"], ONE, batch=3, workers=2, loader="dali")
-    whole, threads = [b.images for b in loader.epoch(1)], set(threading.enumerate())
+    whole, threads = [b.images for b in loader.epoch(1)], lasting_threads()
     for stop in (1, 2, 5):
         batches = loader.epoch(0)
         for _ in range(stop):
             next(batches)
         batches.close()
-        assert set(threading.enumerate()) == threads
+        assert lasting_threads() == threads
         again = [b.images for b in loader.epoch(1)]
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 

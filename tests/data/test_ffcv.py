@@ -254,7 +254,9 @@ def test_sound_records_without_checksums_are_read(spoilt):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_operation_that_raises_ends_the_epoch_with_that_error(written, monkeypatch, workers):
+def test_an_operation_that_raises_ends_the_epoch_with_that_error(
+    written, monkeypatch, workers, lasting_threads
+):
     from fastrot.data.beton import ffcv
 
     resample, calls = ffcv._resample, iter(range(100))
@@ -266,7 +268,7 @@ def test_an_operation_that_raises_ends_the_epoch_with_that_error(written, monkey
 
     monkeypatch.setattr(ffcv, "_resample", broken)
     loader = open_loader(written["jpg"], RANDOM, batch=4, workers=workers, loader="ffcv")
-    threads, met = set(threading.enumerate()), []
+    threads, met = lasting_threads(), []
 
     def epoch():
         try:
@@ -278,7 +280,7 @@ def test_an_operation_that_raises_ends_the_epoch_with_that_error(written, monkey
     consumer.start()
     consumer.join(timeout=20)
     assert met == ["in an operation"]
-    assert set(threading.enumerate()) == threads
+    assert lasting_threads() == threads
 
 
 def own_memory() -> float:
@@ -286,12 +288,12 @@ def own_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def test_epochs_broken_off_leave_nothing(written):
+def test_epochs_broken_off_leave_nothing(written, lasting_threads):
     view = View(crops=(RandomResized(size=192),))
     loader = open_loader(
         written["jpg"], view, batch=8, workers=2, loader="ffcv", enlarge=True
     )  # an epoch left behind would hold over 2 MB
-    threads = set(threading.enumerate())
+    threads = lasting_threads()
 
     def broken_off():
         batches = loader.epoch(0)
@@ -303,7 +305,7 @@ def test_epochs_broken_off_leave_nothing(written):
     before = own_memory()
     for _ in range(10):
         broken_off()
-    assert set(threading.enumerate()) == threads
+    assert lasting_threads() == threads
     assert own_memory() - before < 8
 
 
