@@ -21,6 +21,8 @@ KILLS ?= 40
 CORE ?=
 PY ?= 3.12
 PICTURES ?= $(if $(FASTROT_DATA),$(FASTROT_DATA),../shared/data)
+# what one of the tests' hundreds of processes has compiled, the others read
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test soak processors kills matrix native fuzz ffcv dali kernels bench report gpu gpu-dry wheels slice clean
 .DEFAULT_GOAL := demo
