@@ -58,7 +58,7 @@ SIZES = {
     ),
     # chosen after looks at one seed (LOG.md)
     "cpu": Size(
-        width=0.25, pictures=5000, rotnet=13, pirl=32, short=6, batch=64, steps=250, few=32, side=102,
+        width=0.25, pictures=5000, rotnet=20, pirl=32, short=6, batch=64, steps=250, few=32, side=102,
         negatives=(16, 64, 512), orders=(10, 100, 2000),
         contrast=("--method.contrast", "infonce", "--method.temperature", 0.1, "--optim.nesterov", "--method.crop.scale", 0.4, 1),
         colours=(
