@@ -216,6 +216,15 @@ def test_what_fails_leaves_what_was_done(done, tmp_path):
     assert float(clock.read_text()) == 14.0  # of both tries
 
 
+def test_names_that_differ_behind_a_dot_are_jobs_of_their_own(done, tmp_path):
+    jobs = {f"net-{n}-{n}": Job(("demo",)) for n in (0.25, 0.5)}
+    jobs |= {f"{name}-asked": Job(("classes",), of=name, asks=True) for name in jobs}
+    figures = [Figure("first", name, "x", name, "conv1.top1") for name in jobs if "asked" in name]
+    first, second = study.rows(Study("x", "", jobs, tuple(figures)), asked(tmp_path), {})
+    assert len(done) == 8
+    assert first["seconds"] == second["seconds"] == 10.5 + 3
+
+
 def test_jobs_on_other_pictures_are_others(done, tmp_path):
     list(study.rows(SMALL, asked(tmp_path), {}))
     others = {**JOBS, "net": Job(("demo", "--data", "y"))}

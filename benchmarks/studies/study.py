@@ -192,9 +192,9 @@ def _done(
     of = folder / f"{job.of}-{seed}"
     if job.step is not None:
         of = of / "checkpoints" / f"step_{job.step}.pt"
-    clock = mine.with_suffix(".seconds")
+    clock = folder / f"{name}-{seed}.seconds"
     if job.asks:
-        file = mine.with_suffix(".json")
+        file = folder / f"{name}-{seed}.json"
         if not file.exists():
             words = (of, *job.words, "--device", device, "--json", file)
             _timed(clock, "fastrot/evaluate.py", *words)
