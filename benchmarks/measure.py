@@ -27,6 +27,7 @@ IMAGENET, HELD_OUT = 1_281_167, 50_000  # pictures of ILSVRC 2012: training, val
 PRESET = "decoupling-alexnet"  # whose epoch the benchmarks are about
 EPOCH_S = 60  # the aim for such an epoch on one H200, its validation included
 GPU_BYTES, KEPT_BYTES = 141e9, 20e9  # an H200's memory, and what net, bank and views take of it
+OTHERS = ", another's"  # ends the name of a curve that is drawn dotted beside the one of that name
 
 
 def row(what: str, **fields: Any) -> dict[str, Any]:

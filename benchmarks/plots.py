@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; what they tell, 
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.measure import EPOCH_S, PRESET, number
+from benchmarks.measure import EPOCH_S, OTHERS, PRESET, number
 
 BLACK, GREY, BLUE, SKY, GREEN = "#000000", "#999999", "#0072B2", "#56B4E9", "#009E73"
 YELLOW, ORANGE, RED, PURPLE = "#F0E442", "#E69F00", "#D55E00", "#CC79A7"
@@ -371,9 +371,13 @@ def study(rows: Rows):
         return None
     figure, every = panels(count, 2.8 * count, width=11)
     for axes, (title, lines) in zip(every[len(tables) :], spreads.items(), strict=True):
-        for row, colour in zip(lines, (BLUE, SKY, ORANGE, RED, GREEN, BLACK), strict=False):
+        nets = dict.fromkeys(row["variant"].removesuffix(OTHERS) for row in lines)
+        colours = dict(zip(nets, (BLUE, ORANGE, GREEN, RED, PURPLE, BLACK), strict=False))
+        for row in lines:
             edges = [row["most"] * n / len(row["shares"]) for n in range(len(row["shares"]) + 1)]
-            axes.stairs(row["shares"], edges, color=colour, label=row["variant"], linewidth=1.6)
+            net = row["variant"].removesuffix(OTHERS)
+            look = {"color": colours[net], "linestyle": "-" if net == row["variant"] else ":"}
+            axes.stairs(row["shares"], edges, label=row["variant"], linewidth=1.6, **look)
         axes.set_title(title, loc="left", fontsize=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

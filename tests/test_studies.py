@@ -199,9 +199,13 @@ def test_an_order_may_want_a_margin_and_a_spread_is_the_mean_of_the_seeds(done, 
     page = (tmp_path / "reports" / "pirl.md").read_text()
     assert "0 of 1 expectations" in page  # of one key the last counts
     assert "| mean | distances |" in page
-    (panel,) = plots.study(plots.Rows([row])).axes
+    beside = {**row, "variant": "a" + measure.OTHERS}
+    (panel,) = plots.study(plots.Rows([row, beside])).axes
     assert panel.get_title(loc="left") == "distances"
-    assert [each.get_text() for each in panel.get_legend().get_texts()] == ["a"]
+    assert [each.get_text() for each in panel.get_legend().get_texts()] == ["a", "a, another's"]
+    own, other = panel.patches
+    assert own.get_edgecolor() == other.get_edgecolor()
+    assert (own.get_linestyle(), other.get_linestyle()) == ("-", ":")
 
 
 def test_what_fails_leaves_what_was_done(done, tmp_path):

@@ -86,7 +86,7 @@ def study_of(cifar: tuple, imagenette: tuple, size: Size, about: str) -> Study:
     def far(column: str, line: str, job: str, data: Any, transform: str) -> None:
         words = ("invariance", "--data", data, "--transform", transform)
         asked(NEARER, line, job, {column: "last.nearer"}, *words)
-        for name, of in (("histogram", ""), ("of_others", ", another's")):
+        for name, of in (("histogram", ""), ("of_others", measure.OTHERS)):
             which = f"{job}-invariance", f"last.{name}", 2.0
             spreads.append(Spread(FAR + column, line + of, *which))
 
