@@ -50,7 +50,7 @@ class PirlNet(nn.Module):
 
     def forward(self, views: tuple[Tensor, ...]) -> Embeddings:
         picture, *others = views
-        names = tuple(self.heads.keys()) or (PICTURE,) * len(others)  # NPID's second view, in evaluation
+        names = tuple(self.heads.keys()) or (PICTURE,) * len(others)  # NPID's second view
         rest = [self.embedded(name, x) for name, x in zip(names, others, strict=True)]
         return Embeddings(self.embedded(PICTURE, picture), tuple(rest))
 
