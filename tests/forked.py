@@ -1,13 +1,11 @@
-"""A command in children of this process, which need not import anything: what ends a process, and ranks of one run."""
+"""A command in a child of this process, which need not import anything: for what ends a process."""
 
 import contextlib
-import importlib
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +48,12 @@ class Child:
 
 
 @contextlib.contextmanager
-def forked(
-    main: Callable[[], int | None], errors: Path, env: Mapping[str, object] | None = None
-) -> Iterator[Child]:
-    """`entry.status(main)` in a child, whose stderr is a file; `env`: more of its environment."""
+def forked(main: Callable[[], int | None], errors: Path) -> Iterator[Child]:
+    """`entry.status(main)` in a child, whose stderr is a file."""
     pid = os.fork()
     if not pid:
         code = 99
         try:
-            os.environ.update({name: str(value) for name, value in (env or {}).items()})
             sys.stderr = errors.open("w", buffering=1)
             code = entry.status(main)
         finally:
@@ -70,24 +65,3 @@ def forked(
         if child.code is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-
-
-def two_ranks(main: Callable[[], int | None], folder: Path) -> None:
-    """`entry.status(main)` in two children that are the ranks of one run, both to end with 0.
-
-    They find each other as those that torchrun starts, without the seconds in which each of those imports torch.
-    """
-    importlib.import_module("torch._dynamo")  # which each of them would
-    folder.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-    same |= {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "CUDA_VISIBLE_DEVICES": ""}
-    with contextlib.ExitStack() as both:
-        children = [
-            both.enter_context(
-                forked(main, folder / f"rank{n}.txt", same | {"RANK": n, "LOCAL_RANK": n})
-            )
-            for n in range(2)
-        ]
-        for child in children:
-            assert child.status() == 0, child.said()

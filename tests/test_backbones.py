@@ -318,12 +318,13 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.versions
-def test_views_and_networks_trace_without_a_graph_break():
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_views_and_networks_trace_without_a_graph_break(named):
     # in a process of its own: the shape checks that tests switch on cannot be traced
     names = [
         *(n for n in NETS if n not in ("resnet50", "mobilenet_v2")),
         *(["timm/resnet10t"] if importlib.util.find_spec("timm") else []),
     ]
-    command = [sys.executable, "-c", TRACE, *names]
+    command = [sys.executable, "-c", TRACE, *(names if named else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import two_ranks
+from test_end_to_end import TWO, run
 from test_run import TINY, assert_same_bits, told
 
 from fastrot import assemble, train
@@ -178,17 +177,15 @@ def test_a_validation_without_accuracy_comes_again_too(tmp_path):
 def test_two_ranks_resume_to_the_same_bits(pictures, tmp_path, bank):
     """And a run of two ranks goes on with one, which takes over all rows."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    task = [*map(str, [*TASK, "--data", pictures, "--method.bank", bank])]
-
-    def log(out: Path, steps: int) -> str:
-        more = ["--batch", "2", "--out", str(out), "--max-steps", str(steps)]
-        two_ranks(lambda: train.main([*task, *more]), tmp_path / "errors")
-        return (out / "log.txt").read_text()
-
+    task = [*TASK, "--data", pictures, "--method.bank", bank]
+    two = [*TWO, "fastrot/train.py", *task, "--batch", "2"]
+    done = run(*two, "--out", straight, "--max-steps", "12")
+    assert done.returncode == 0, done.stderr
     alone = "35 rows over 2 ranks; rank 0 holds 18 x 16 float32"
-    assert (alone in log(straight, 12)) == (bank == "sharded")
-    log(broken, 7)
-    assert "resumed at step 7" in log(broken, 12)
+    assert (alone in done.stdout) == (bank == "sharded")
+    assert run(*two, "--out", broken, "--max-steps", "7").returncode == 0
+    done = run(*two, "--out", broken, "--max-steps", "12")
+    assert "resumed at step 7" in done.stdout, done.stderr
     last = [out / "checkpoints" / "last.pt" for out in (straight, broken)]
     assert_same_bits(*last)
     assert told(straight) == told(broken)
@@ -196,7 +193,8 @@ def test_two_ranks_resume_to_the_same_bits(pictures, tmp_path, bank):
     assert state["bank.rows"].shape == (35, 16)
     assert len(state["mean_exp"]) == 2
     assert (state["mean_exp"][0] == state["mean_exp"][1]) == (bank == "replicated")
-    assert train.main([*task, "--out", str(straight), "--max-steps", "14"]) == 0
+    one = train.main([str(w) for w in [*task, "--out", straight, "--max-steps", "14"]])
+    assert one == 0
     assert "resumed at step 12" in (straight / "log.txt").read_text()
     after = checkpoint.load(last[0])["method"]["bank.rows"]
     seen = (after != state["bank.rows"]).any(dim=1).sum().item()

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from forked import two_ranks
 from PIL import Image
 from test_run import TINY, go
 from torch import nn
@@ -245,9 +244,12 @@ def test_what_it_refuses(straight, boxed, pictures, tmp_path):
 
 @pytest.mark.ddp
 def test_two_ranks_give_one_processs_numbers(straight, boxed, tmp_path):
-    want, file = ask(straight, boxed, tmp_path / "one.json"), tmp_path / "two.json"
-    words = [str(straight), "saliency", "--data", str(boxed), "--json", str(file), *FEW]
-    two_ranks(lambda: evaluate.main(words), tmp_path)
-    found = json.loads(file.read_text())
+    from test_end_to_end import TWO, run
+
+    want = ask(straight, boxed, tmp_path / "one.json")
+    words = ("saliency", "--data", boxed, "--json", tmp_path / "two.json", *FEW)
+    done = run(*TWO, "fastrot/evaluate.py", straight, *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "two.json").read_text())
     for stage, scores in want["stages"].items():
         assert found["stages"][stage] == pytest.approx(scores, rel=1e-6), stage

@@ -130,6 +130,7 @@ assert took[1] < took[0] + 100, took  # MB: all pairs of 200,000 would be 160,00
 """
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_gallery():
     """Of 50,000 and of 200,000 made-up rows, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, cwd=ROOT)
