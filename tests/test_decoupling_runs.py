@@ -173,7 +173,8 @@ def test_a_validation_without_accuracy_comes_again_too(tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("bank", [pytest.param("replicated", marks=pytest.mark.soak), "sharded"])
+@pytest.mark.soak
+@pytest.mark.parametrize("bank", ["replicated", "sharded"])
 def test_two_ranks_resume_to_the_same_bits(pictures, tmp_path, bank):
     """And a run of two ranks goes on with one, which takes over all rows."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

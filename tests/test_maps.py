@@ -243,6 +243,7 @@ def test_what_it_refuses(straight, boxed, pictures, tmp_path):
 
 
 @pytest.mark.ddp
+@pytest.mark.soak
 def test_two_ranks_give_one_processs_numbers(straight, boxed, tmp_path):
     from test_end_to_end import TWO, run
 

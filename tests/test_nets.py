@@ -97,7 +97,7 @@ def test_it_is_exported(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if name in ("six-layer", "efficientnet_b0")]
+    "name", ["six-layer", pytest.param("efficientnet_b0", marks=pytest.mark.soak)]
 )
 def test_onnx_says_what_it_says(name, pictures, tmp_path):
     words = ("rotnet-six-layer", "--backbone.name", name, "--image-size", "64")

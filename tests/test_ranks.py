@@ -22,7 +22,8 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_damaged_record_of_one_rank_is_told_without_a_traceback(pictures, tmp_path, rank):
     out = tmp_path / "a.beton"
     convert(BetonOptions(source="imagefolder", root=pictures, out=out, workers=0))
